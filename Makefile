@@ -1,0 +1,24 @@
+.PHONY: install style test test-gpu bench bench-gpu
+
+OUT ?= benchmarks/results
+
+install:
+	pip install -e '.[dev]'
+	pre-commit install || true
+
+style:
+	ruff check .
+	ruff format --check .
+	mypy
+
+test:
+	pytest
+
+test-gpu:
+	pytest -m gpu
+
+bench:
+	python -m benchmarks.run --out $(OUT)
+
+bench-gpu:
+	OUT=$(OUT) benchmarks/gpu.sh

@@ -1,0 +1,25 @@
+"""attnx: the attention maps of any vision transformer, at the price of its attention."""
+
+from attnx.capture import Handle, Trace, capture, patch
+from attnx.extractor import Extractor
+from attnx.layout import TokenLayout
+from attnx.methods import cls_map, entropy, entropy_levels, layer_maps, mass_mask, rollout
+from attnx.ops import attention, attention_map
+
+__all__ = [
+    "Extractor",
+    "Handle",
+    "TokenLayout",
+    "Trace",
+    "attention",
+    "attention_map",
+    "capture",
+    "cls_map",
+    "entropy",
+    "entropy_levels",
+    "layer_maps",
+    "mass_mask",
+    "patch",
+    "rollout",
+]
+__version__ = "0.1.0"

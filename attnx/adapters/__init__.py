@@ -1,0 +1,17 @@
+"""Makes blocks that hide their attention call SDPA. An adapter knows nothing of maps, kernels or devices.
+
+Each gives a list of functions that undo what it did; `open_ears` applies all of them.
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from attnx.adapters import huggingface, timm
+
+Undo = Callable[[], None]
+
+
+def open_ears(model: nn.Module) -> list[Undo]:
+    """Makes the model's deaf blocks call SDPA; call the functions given, in any order, to undo it."""
+    return [*timm.use_sdpa(model), *huggingface.use_sdpa(model)]

@@ -1,0 +1,21 @@
+"""Hugging Face transformers: each configuration names the attention implementation that its modules look up."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+
+def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
+    """Switches configurations from eager attention to SDPA; gives the functions that switch them back."""
+    if "transformers" not in sys.modules:
+        return []
+    undo: list[Callable[[], None]] = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation_internal", None) == "eager":
+            # The public setter would also set every configuration below this one.
+            config._attn_implementation_internal = "sdpa"
+            undo.append(partial(setattr, config, "_attn_implementation_internal", "eager"))
+    return undo

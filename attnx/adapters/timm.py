@@ -1,0 +1,16 @@
+"""timm: every attention module reads its own `fused_attn` flag, set when the block was built."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+
+def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
+    """Sets `fused_attn` where it is off; gives the functions that set it back."""
+    undo: list[Callable[[], None]] = []
+    for module in model.modules():
+        if getattr(module, "fused_attn", True) is False:
+            module.fused_attn = True
+            undo.append(partial(setattr, module, "fused_attn", False))
+    return undo

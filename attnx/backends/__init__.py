@@ -1,0 +1,1 @@
+"""Implementations of the op behind `attnx.ops`. None imports another."""

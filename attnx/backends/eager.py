@@ -1,0 +1,174 @@
+"""The op in plain torch, on any device: blocked over rows and heads, so that no [B, H, M, N] exists.
+
+For a block of query rows and one head after another: scores, softmax, into the map's block, times V. A block of
+weights is small enough to stay in cache. Half precision is computed in fp32, so the maps are as exact as fp32's.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnx.reducers import Heads, fuse_into
+
+_BLOCK_BYTES = 2 << 20  # of weights at a time
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float, heads: Heads
+) -> tuple[Tensor, Tensor]:
+    """Output [B,H,M,Dv] in q's dtype (rows before heads in memory, as blocks want it) and map, see `ops.attention`."""
+    B, H, M, _ = q.shape
+    out = q.new_empty(B, M, H, v.shape[3])
+    v = v.to(_compute_dtype(q))
+    amap = _map(q, k, v, bias, is_causal, scale, heads, None, None, out)
+    return out.transpose(1, 2), amap
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    heads: Heads,
+    rows: Tensor | None,
+    lse: Tensor | None,
+) -> Tensor:
+    """The map alone, see `ops.attention_map`. Rows are gathered first, so R rows cost R rows."""
+    if rows is not None:
+        q = q.index_select(2, rows)
+        bias = bias.index_select(2, rows) if bias is not None and bias.shape[2] > 1 else bias
+        lse = lse.index_select(2, rows) if lse is not None else None
+    return _map(q, k, None, bias, is_causal, scale, heads, rows, lse, None)
+
+
+def attention_output(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    """Output [B,H,M,Dv] alone: the vendor's SDPA."""
+    if bias is not None and bias.dtype != torch.bool:
+        bias = bias.to(q.dtype)
+    if is_causal and bias is not None:
+        hidden = _causal_mask(slice(0, q.shape[2]), None, k.shape[2], q.device)
+        bias = bias & ~hidden if bias.dtype == torch.bool else bias.masked_fill(hidden, -torch.inf)
+        is_causal = False
+    gqa = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and of an additive bias (None for a boolean one), the weights recomputed block by block."""
+    compute = _compute_dtype(q)
+    group = q.shape[1] // k.shape[1]
+    grads = [torch.zeros_like(t, dtype=compute, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    dq, dk, dv = grads
+    dbias = torch.zeros_like(bias, dtype=compute) if bias is not None and bias.dtype != torch.bool else None
+    k_, v_, grad, out = (t.to(compute) for t in (k, v, grad, out))
+    for block, h, p in _weights(q, k_, bias, is_causal, scale, None, None):
+        hk = h // group
+        q_block = q[:, h, block].to(compute)
+        grad_block = grad[:, h, block]
+        ds = torch.bmm(grad_block, v_[:, hk].transpose(1, 2))
+        ds -= (grad_block * out[:, h, block]).sum(-1, keepdim=True)
+        ds *= p
+        dv[:, hk].baddbmm_(p.transpose(1, 2), grad_block)
+        dq[:, h, block] = torch.bmm(ds, k_[:, hk]).mul_(scale)
+        dk[:, hk].baddbmm_(ds.transpose(1, 2), q_block, alpha=scale)
+        if dbias is not None:
+            target = _bias_block(dbias, h, block)
+            target += ds.sum_to_size(target.shape)
+    return *(g.to(t.dtype) for g, t in zip(grads, (q, k, v), strict=True)), None if dbias is None else dbias.to(
+        bias.dtype  # type: ignore[union-attr]
+    )
+
+
+def _map(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    heads: Heads,
+    rows: Tensor | None,
+    lse: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """The map [B,M,N] (each: [B,H,M,N]); with v, writes the output into out [B,M,H,Dv] on the way."""
+    (B, H, M, _), N, compute = q.shape, k.shape[2], _compute_dtype(q)
+    group = H // k.shape[1]
+    amap = q.new_empty((B, H, M, N) if heads is Heads.EACH else (B, M, N), dtype=torch.float32)
+    fused = amap if compute == torch.float32 else q.new_empty(0)
+    for block, h, p in _weights(q, k.to(compute), bias, is_causal, scale, rows, lse):
+        if heads is Heads.EACH:
+            amap[:, h, block] = p
+        else:
+            if compute != torch.float32 and h == 0:
+                fused = p.new_empty(B, M, N) if block.start == 0 else fused
+            tile = fused[:, block]
+            if h == 0:
+                tile.copy_(p)
+            else:
+                fuse_into(tile, p, heads)
+            if heads is Heads.MEAN and h == H - 1:
+                tile.div_(H)
+        if v is not None and out is not None:
+            out[:, block, h] = torch.bmm(p, v[:, h // group]).to(out.dtype)
+    if fused is not amap and heads is not Heads.EACH:
+        amap.copy_(fused)
+    return amap
+
+
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    rows: Tensor | None,
+    lse: Tensor | None,
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """(rows of the block, head, P [B, rows, N]) for every block and head. The P given is overwritten by the next."""
+    (B, H, M, _), N = q.shape, k.shape[2]
+    group = H // k.shape[1]
+    step = max(16, min(M, _BLOCK_BYTES // max(1, B * N * k.element_size())))
+    scores, weights = k.new_empty(B * step * N), k.new_empty(B * step * N)
+    for start in range(0, M, step):
+        block = slice(start, min(M, start + step))
+        shape = (B, block.stop - start, N)
+        s, p = (buffer[: shape[0] * shape[1] * N].view(shape) for buffer in (scores, weights))
+        hidden = _causal_mask(block, rows, N, q.device) if is_causal else None
+        for h in range(H):
+            q_block = q[:, h, block].to(k.dtype)
+            torch.baddbmm(s, q_block, k[:, h // group].transpose(1, 2), beta=0, alpha=scale, out=s)
+            if bias is not None:
+                tile = _bias_block(bias, h, block)
+                s.masked_fill_(~tile, -torch.inf) if bias.dtype == torch.bool else s.add_(tile)
+            if hidden is not None:
+                s.masked_fill_(hidden, -torch.inf)
+            if lse is None:
+                torch.softmax(s, -1, out=p)
+            else:
+                torch.sub(s, lse[:, h, block, None], out=p).exp_()
+            if bias is not None:
+                # A row without keys: softmax gives NaN, and the answer is zero.
+                p.masked_fill_((s == -torch.inf).all(-1, keepdim=True), 0.0)
+            yield block, h, p
+
+
+def _bias_block(bias: Tensor, h: int, block: slice) -> Tensor:
+    """The [1|B, 1|rows, 1|N] part of a [1|B, 1|H, 1|M, 1|N] bias."""
+    return bias[:, h if bias.shape[1] > 1 else 0, block if bias.shape[2] > 1 else slice(None)]
+
+
+def _causal_mask(block: slice, rows: Tensor | None, keys: int, device: torch.device) -> Tensor:
+    """[rows, N] bool: True where row i may not see key j (j > i)."""
+    i = torch.arange(block.start, block.stop, device=device) if rows is None else rows[block]
+    return torch.arange(keys, device=device) > i[:, None]
+
+
+def _compute_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -1,0 +1,365 @@
+"""Listens to a model's attention while it runs, and answers it with attention that keeps the map.
+
+Two hooks a module tell the name of the layer at work; while one is, a `TorchFunctionMode` hears the calls of
+`F.scaled_dot_product_attention`. Nothing of the model is replaced, and nothing is left when the capture ends.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from attnx.adapters import open_ears
+from attnx.layout import TokenLayout, grid_of, infer_layout, patch_convolutions
+from attnx.ops import attention, attention_map
+from attnx.reducers import Heads
+
+Layers = str | int | Sequence[str | int] | None
+
+
+class Trace(Mapping[str, Tensor]):
+    """The maps of one forward pass: layer name -> float32 map, in the order of the calls.
+
+    A map is [B, M, N]; [B, R, N] for R chosen rows; [B, H, M, N] for heads="each". `trace[-1]` is the last layer's.
+    A layer that attends twice in one pass appears a second time as "name#2". A new pass replaces the last one's maps.
+    """
+
+    def __init__(self, model: nn.Module, heads: str, rows: tuple[int, ...] | None, layout: TokenLayout | None) -> None:
+        self.heads = heads
+        self.rows = rows
+        self._model = model
+        self._layout = layout
+        self._maps: dict[str, Tensor] = {}
+        self._grids: list[tuple[int, int]] = []
+
+    def __getitem__(self, layer: str | int) -> Tensor:
+        if isinstance(layer, int):
+            names = list(self._maps)
+            if not -len(names) <= layer < len(names):
+                raise KeyError(f"layer {layer}: expected an index into {len(names)} layers: {', '.join(names)}")
+            layer = names[layer]
+        if layer not in self._maps:
+            raise KeyError(f"layer {layer!r}: expected one of {', '.join(self._maps) or 'none (nothing was heard)'}")
+        return self._maps[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._maps)
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}: {list(m.shape)}" for name, m in self.items())
+        return f"Trace(heads={self.heads!r}, {{{shapes}}})"
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The tokens of the maps, from the model and its actual input, or as given to `capture`.
+
+        Raises:
+            ValueError: the model doesn't say; pass `layout=`.
+        """
+        if self._layout is not None:
+            return self._layout
+        if not self._maps:
+            raise ValueError("layout: the model has not been called yet")
+        counts = [m.shape[-1] for m in self._maps.values()]
+        return infer_layout(self._model, self._grids, max(set(counts), key=counts.count))
+
+
+class Handle:
+    """A patched model: `trace` has the maps of its last call, `remove()` leaves the model as it was."""
+
+    def __init__(self, listener: "_Listener") -> None:
+        self._listener = listener
+
+    @property
+    def trace(self) -> Trace:
+        """Raises RuntimeError when the model was not called, or layers that were asked for were not heard."""
+        self._listener.check()
+        return self._listener.trace
+
+    def remove(self) -> None:
+        """Undoes the patch; a second call does nothing."""
+        self._listener.uninstall()
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    layers: Layers = None,
+    heads: str = "mean",
+    rows: Sequence[int] | None = None,
+    *,
+    layout: TokenLayout | None = None,
+    backend: str = "auto",
+) -> Iterator[Trace]:
+    """The attention maps of the model's own forward pass, for the length of a `with`.
+
+    The model runs as it always did and gives its own output. A compiled model runs uncompiled inside the `with`.
+
+    Args:
+        model: any torch model whose attention ends in `F.scaled_dot_product_attention`; timm and Hugging Face models
+            that were built without it are switched to it inside the `with`.
+        layers: which layers: module names ("blocks.11.attn", or "blocks.11" for the attention inside), globs
+            ("blocks.*"), depth indices among the self-attention blocks (-1 is the last). None: every one heard.
+        heads: "mean", "max", "min" over the heads, or "each".
+        rows: indices of the queries whose map is wanted ([0] is the class token's); None: all.
+        layout: the tokens of the maps, where the model can't tell.
+        backend: as in `attnx.attention`.
+
+    Raises:
+        ValueError: a pattern or index that matches nothing, dropout that is active.
+        RuntimeError: at the end, if a layer that was asked for was not heard, or nothing was.
+    """
+    listener = _Listener(model, layers, heads, rows, layout, backend)
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(listener.uninstall)
+        listener.install()
+        yield listener.trace
+        listener.check()
+
+
+def patch(
+    model: nn.Module,
+    layers: Layers = None,
+    heads: str = "mean",
+    rows: Sequence[int] | None = None,
+    *,
+    layout: TokenLayout | None = None,
+    backend: str = "auto",
+) -> Handle:
+    """`capture` for as long as you like: the maps of the last call are in `handle.trace`, until `handle.remove()`.
+
+    Arguments and errors as in `capture`. A model is patched before it is used, not before it is compiled.
+
+    Raises:
+        ValueError: the model is compiled; use `capture`, or patch the original.
+    """
+    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
+        raise ValueError("patch: expected a model that is not compiled; use attnx.capture, or patch model._orig_mod")
+    listener = _Listener(model, layers, heads, rows, layout, backend)
+    listener.install()
+    return Handle(listener)
+
+
+def attention_layers(model: nn.Module) -> list[str]:
+    """Names of the self-attention blocks, in order of depth: what a depth index counts.
+
+    Known by their class name: the innermost "...Attention" modules outside pooling heads.
+    """
+    named = {_clean(name): module for name, module in model.named_modules()}
+    pools = [name for name, module in named.items() if "pool" in type(module).__name__.lower()]
+    found = [
+        name
+        for name, module in named.items()
+        if ("attention" in type(module).__name__.lower() or type(module).__name__.endswith("Attn"))
+        and not any(name == pool or name.startswith(pool + ".") for pool in pools)
+    ]
+    return [name for name in found if not any(other.startswith(name + ".") for other in found)]
+
+
+class _Listener(TorchFunctionMode):
+    """Hooks and mode of one capture: knows which module is at work, hears its SDPA calls, keeps their maps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        heads: str,
+        rows: Sequence[int] | None,
+        layout: TokenLayout | None,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
+        Heads.parse(heads)
+        self.model = model
+        self.backend = backend
+        self.trace = Trace(model, heads, None if rows is None else tuple(rows), layout)
+        self.wanted = _resolve(model, layers)
+        self.heard: set[str] = set()
+        self.undo: list[Callable[[], None]] = []
+        self.local = _Local()
+        self.called = False
+
+    def install(self) -> None:
+        """Two hooks a module. The one that leaves runs first and always, so that nested captures close in order."""
+        self.undo += open_ears(self.model)
+        for name, module in self.model.named_modules(remove_duplicate=True):
+            enter = module.register_forward_pre_hook(self._enter(_clean(name)))
+            leave = module.register_forward_hook(self._leave, prepend=True, always_call=True)
+            self.undo += [enter.remove, leave.remove]
+        for module in patch_convolutions(self.model):
+            self.undo.append(module.register_forward_hook(self._note_grid).remove)
+
+    def uninstall(self) -> None:
+        while self.undo:
+            self.undo.pop()()
+
+    def check(self) -> None:
+        """Raises RuntimeError unless everything that was asked for was heard."""
+        if not self.called:
+            raise RuntimeError("nothing was captured: the model was not called")
+        silent = [str(w) for w in self.wanted or [] if not any(_matches(w, name) for name in self.heard)]
+        if silent:
+            raise RuntimeError(
+                f"not heard: {', '.join(silent)}: no call of F.scaled_dot_product_attention there; "
+                f"heard: {', '.join(sorted(self.heard)) or 'nothing'}"
+            )
+        if not self.trace:
+            raise RuntimeError(
+                f"nothing was captured: {type(self.model).__name__} ran, but never called "
+                f"F.scaled_dot_product_attention; its attention modules: {', '.join(attention_layers(self.model))}"
+            )
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            if torch.compiler.is_compiling():
+                raise RuntimeError("a patched model can't be compiled: call handle.remove() first, or use capture")
+            if module is self.model:
+                self.trace._maps.clear()
+                self.trace._grids.clear()
+                self.heard.clear()
+            self.called = True
+            if not self.local.names:
+                _ACTIVE.listeners.append(self)
+                self.__enter__()
+            self.local.names.append(name)
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        # A pre-hook that raised before ours leaves nothing to take back.
+        if not self.local.names:
+            return
+        self.local.names.pop()
+        if not self.local.names:
+            self.__exit__(None, None, None)
+            _ACTIVE.listeners.remove(self)
+
+    def _note_grid(self, module: nn.Module, args: Any, output: Any) -> None:
+        grid = grid_of(output)
+        if grid is not None and grid not in self.trace._grids:
+            self.trace._grids.append(grid)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or not self.local.names:
+            return func(*args, **kwargs)
+        name = self.local.names[-1]
+        self.heard.add(name)
+        if self.wanted is not None and not any(_matches(w, name) for w in self.wanted):
+            return func(*args, **kwargs)
+        return self._answer(name, func, *args, **kwargs)
+
+    def _answer(
+        self,
+        layer: str,
+        sdpa: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Does what the layer asked SDPA for, and keeps the map."""
+        if dropout_p:
+            raise ValueError(f"{layer}: expected dropout_p = 0; got {dropout_p}; call model.eval()")
+        if query.dim() != 4:
+            raise NotImplementedError(f"{layer}: expected q of [B, H, M, D]; got {list(query.shape)}; leave it out")
+        batch = torch.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1])[0]
+        q, k, v = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
+        options: dict[str, Any] = dict(
+            bias=attn_mask, is_causal=is_causal, scale=scale, heads=self.trace.heads, rows=self.trace.rows
+        )
+        try:
+            if any(other is not self for other in _ACTIVE.listeners):
+                # Another capture listens to this call too: it answers, and only the map is made here.
+                amap = attention_map(q, k, backend=self.backend, **options)
+                out = sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            else:
+                out, amap = attention(q, k, v, backend=self.backend, **options)
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"{layer}: {error}") from error
+        self.trace._maps[self._key(layer)] = amap
+        return out
+
+    def _key(self, layer: str) -> str:
+        """The layer's name, numbered when it attends again in the same pass of the whole model."""
+        inside = len(self.local.names) > 0 and self.local.names[0] == ""
+        again = sum(name.partition("#")[0] == layer for name in self.trace._maps) if inside else 0
+        return f"{layer}#{again + 1}" if again else layer
+
+
+class _Local(threading.local):
+    """Names of the modules at work, outermost first, in this thread."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+class _Active(threading.local):
+    """Listeners whose mode is on, in this thread."""
+
+    def __init__(self) -> None:
+        self.listeners: list[_Listener] = []
+
+
+_ACTIVE = _Active()
+
+
+def _clean(name: str) -> str:
+    """A module's name without the wrapper that torch.compile puts around a module."""
+    return name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a layer is meant: by its name, by a glob, or by the name of a block around it."""
+    return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+
+def _resolve(model: nn.Module, layers: Layers) -> list[str] | None:
+    """The patterns that `layers` stands for, depth indices resolved to names.
+
+    Raises:
+        ValueError: nothing was asked for, or a pattern or index matches no module.
+    """
+    if layers is None:
+        return None
+    asked: Iterable[str | int] = [layers] if isinstance(layers, (str, int)) else list(layers)
+    names = [_clean(name) for name, _ in model.named_modules()]
+    depth = attention_layers(model)
+    known = ", ".join(depth) or "none recognised by its class name; pass module names or globs"
+    patterns: list[str] = []
+    for layer in asked:
+        if isinstance(layer, bool) or not isinstance(layer, (str, int)):
+            raise ValueError(f"layers: expected names, globs or depth indices; got {layer!r}")
+        if isinstance(layer, int):
+            if not -len(depth) <= layer < len(depth):
+                raise ValueError(
+                    f"layers: expected an index into {len(depth)} attention layers; got {layer}; they are: {known}"
+                )
+            patterns.append(depth[layer])
+        elif any(_matches(layer, name) for name in names):
+            patterns.append(layer)
+        else:
+            raise ValueError(f"layers: {layer!r} matches no module; attention layers: {known}")
+    if not patterns:
+        raise ValueError("layers: expected at least one layer; got none (None stands for all)")
+    return patterns

@@ -1,0 +1,197 @@
+"""Image files to RGB pictures to normalised tensors: what comes before a model.
+
+A file that can't be read raises `ImageError` with its path and the cause; nothing is guessed, patched up or
+skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import ExifTags, Image
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["IMAGE_SUFFIXES", "ImageError", "find_images", "read_image", "to_tensor"]
+
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif",
+    ".tiff", ".webp",
+)  # fmt: skip
+
+# Only these decoders are tried: Pillow goes by content, and would hand an EPS file named .jpg to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """A file that can't be used as an image. The message has its path and the cause."""
+
+
+def find_images(source: Path) -> list[Path]:
+    """The image files of `source`, sorted by their POSIX path relative to it.
+
+    Args:
+        source: a file, taken whatever its suffix, or a folder, read recursively. In a folder, a file counts
+            when its suffix (any case) is in `IMAGE_SUFFIXES`; files and folders whose name begins with a dot
+            are skipped. Links to folders are followed, except one that leads back to a folder it stands in.
+
+    Returns:
+        At least one path, each beginning with `source`.
+
+    Raises:
+        FileNotFoundError: `source` does not exist.
+        ValueError: `source` is a folder without images, or neither a file nor a folder.
+        OSError: a folder can't be listed.
+    """
+    source = Path(source)
+    looked_for = f"an image or a folder with images ({' '.join(IMAGE_SUFFIXES)})"
+    if source.is_file():
+        return [source]
+    if not source.exists():
+        raise FileNotFoundError(f"source: expected {looked_for}, got {source}, which does not exist")
+    if not source.is_dir():
+        raise ValueError(f"source: expected {looked_for}, got {source}, which is neither a file nor a folder")
+    found = []
+    for folder, folders, names in os.walk(source, onerror=_reraise, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(folder, name)]
+        for name in names:
+            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
+                found.append(Path(folder, name))
+    if not found:
+        raise ValueError(f"source: expected {looked_for}, got {source}, a folder without any")
+    return sorted(found, key=lambda path: path.relative_to(source).as_posix())
+
+
+def _reraise(error: OSError) -> None:
+    # os.walk leaves out a folder that it can't list, silently, unless told otherwise.
+    raise error
+
+
+def _leads_back(folder: str, name: str) -> bool:
+    path = Path(folder, name)
+    return path.is_symlink() and Path(folder).resolve().is_relative_to(path.resolve())
+
+
+def read_image(path: Path) -> Image.Image:
+    """The picture in a file, fully decoded, upright, as 8-bit RGB.
+
+    The EXIF orientation is applied; an EXIF block that can't be parsed counts as upright. Alpha is dropped,
+    not blended: what lies under transparent pixels shows, as in timm and Hugging Face. 16-bit grey is scaled
+    by 1 / 257 and rounded. CMYK, palettes and grey are converted as Pillow does, without a colour profile. Of
+    an animation or a multi-page file, the first frame.
+
+    Args:
+        path: JPEG, PNG, WebP, GIF, BMP, TIFF, PNM, JPEG 2000 or AVIF (what the installed Pillow has of them),
+            recognised by content.
+
+    Returns:
+        A `PIL.Image` of mode RGB with empty `info`: no orientation is left for anyone to apply a second time.
+
+    Raises:
+        ImageError: the file is missing, not an image, truncated, of zero size, above Pillow's decompression
+            bomb limit (twice `PIL.Image.MAX_IMAGE_PIXELS`), of float pixels, or of integers outside 0..65535.
+    """
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            if 0 in image.size:
+                raise ValueError(f"expected at least one pixel, got {image.width} x {image.height}")
+            image.load()
+            picture = _to_rgb(image)
+            turn = _UPRIGHT.get(_orientation(image))
+    # Decoders raise nearly anything on broken bytes: SyntaxError, EOFError, struct.error, KeyError.
+    except Exception as error:
+        raise ImageError(f"{path}: can't be read as an image: {type(error).__name__}: {error}") from error
+    if turn is not None:
+        picture = picture.transpose(turn)
+    picture.info = {}
+    return picture
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    # `Image.open` answers a KeyError to a format that this Pillow was built without.
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    # The pixels are good: what a broken EXIF block fails with is no reason to lose them.
+    except Exception:
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("expected 8 or 16 bits a channel, got float pixels, whose range is unknown")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips to 255: all but the darkest pixels would turn white.
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"expected 16-bit grey in 0..65535, got values in {grey.min()}..{grey.max()}")
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    # In this key, Pillow would look for one colour to carry over, and warn where a palette has several.
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def to_tensor(
+    image: Image.Image,
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
+) -> torch.Tensor:
+    """The whole image at the size of a model's input, `(pixels / 255 - mean) / std`.
+
+    It is resized, antialiased, to exactly `size`, and never cropped: a map must cover the whole picture, or
+    an overlay would need to know which part it misses. The aspect ratio changes where `size` has another one.
+
+    Args:
+        image: mode RGB, any size.
+        size: (h, w) in pixels.
+        mean, std: 3 values each, for pixels in 0..1; std positive.
+        interpolation: "nearest" | "box" | "bilinear" | "hamming" | "bicubic" | "lanczos", as Pillow's.
+
+    Returns:
+        [3, h, w] float32, contiguous, on the CPU.
+
+    Raises:
+        ValueError: a wrong argument.
+    """
+    import torch
+
+    if image.mode != "RGB":
+        raise ValueError(f"image: expected mode RGB, got {image.mode}; read_image gives RGB")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size: expected (h, w), each at least 1, got {size}")
+    if len(mean) != 3:
+        raise ValueError(f"mean: expected 3 values, got {mean}")
+    if len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"std: expected 3 positive values, got {std}")
+    if interpolation not in _INTERPOLATIONS:
+        raise ValueError(f"interpolation: expected one of {_INTERPOLATIONS}, got {interpolation!r}")
+    height, width = size
+    resized = image.resize((width, height), Image.Resampling[interpolation.upper()])
+    # [h, w, 3] -> [3, h, w]; numpy keeps to one thread: torch would start its pool in every decoding thread.
+    pixels = np.asarray(resized).transpose(2, 0, 1).astype(np.float32, order="C") / np.float32(255)
+    pixels -= np.asarray(mean, dtype=np.float32)[:, None, None]
+    pixels /= np.asarray(std, dtype=np.float32)[:, None, None]
+    return torch.from_numpy(pixels)

@@ -1,0 +1,1 @@
+"""The batch job: many images in, shards of maps out."""

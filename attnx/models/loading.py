@@ -1,0 +1,226 @@
+"""Models by name: "timm:NAME", "hf:NAME or folder", "demo"; with their own weights, a checkpoint file, or random."""
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from attnx.images import to_tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CONTAINERS = ("state_dict", "model", "teacher", "student", "model_state", "module")
+_WRAPPERS = ("module.", "backbone.", "_orig_mod.")
+_HEADS = ("head", "fc", "classifier", "pooler")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, and how its images are prepared. size: (height, width) in pixels."""
+
+    name: str
+    model: nn.Module
+    size: tuple[int, int]
+    mean: Sequence[float] = IMAGENET[0]
+    std: Sequence[float] = IMAGENET[1]
+    interpolation: str = "bicubic"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def prepare(self, image: "Image.Image") -> Tensor:
+        """RGB image -> [3, height, width] float32, the whole image resized and normalised."""
+        return to_tensor(image, self.size, self.mean, self.std, self.interpolation)
+
+
+def load_model(
+    name: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: Path | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Loaded:
+    """The model called `name`, on the CPU, in eval mode.
+
+    Args:
+        name: "timm:NAME", "hf:NAME" (of the hub, a local folder, or with pretrained=False a model type such as
+            dinov2_with_registers in its default size), or "demo".
+        pretrained: download the model's own weights; False: random ones.
+        checkpoint: a file of weights (.safetensors, or a torch file, read with weights_only=True) to load instead.
+        image_size: (height, width) in pixels; the model's own unless given. Position embeddings are interpolated.
+
+    Raises:
+        ValueError: an unknown name, a checkpoint that doesn't fit (says which keys).
+        FileNotFoundError: no such checkpoint.
+        ConnectionError: the weights could not be downloaded; says what to pass instead.
+    """
+    if checkpoint is not None and not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint: expected a file; {checkpoint} is none")
+    kind, _, rest = name.partition(":")
+    download = pretrained and checkpoint is None
+    if name == "demo":
+        loaded = _demo(pretrained, image_size)
+    elif kind == "timm" and rest:
+        loaded = _timm(rest, download, image_size)
+    elif kind == "hf" and rest:
+        loaded = _huggingface(rest, download, image_size)
+    else:
+        raise ValueError(f"model: expected timm:NAME, hf:NAME or demo; got {name!r}")
+    if checkpoint is not None:
+        load_checkpoint(loaded.model, checkpoint)
+    loaded.model.eval().requires_grad_(False)
+    return loaded
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Loads a file of weights, whatever usual container or prefix they are wrapped in. A classifier may be missing.
+
+    Raises:
+        ValueError: not a file of weights, or keys or shapes that don't fit; says which.
+    """
+    weights = _unwrap(_read(path), path)
+    filtered = _timm_filter(model, weights)
+    own = model.state_dict()
+    missing = [k for k in own if k not in filtered and not k.startswith(_HEADS)]
+    unexpected = [k for k in filtered if k not in own and not k.startswith(_HEADS)]
+    shapes = [
+        f"{k} {list(filtered[k].shape)} for {list(own[k].shape)}"
+        for k in own
+        if k in filtered and own[k].shape != filtered[k].shape and not k.startswith(_HEADS)
+    ]
+    wrong = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if any(wrong.values()):
+        told = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in wrong.items() if keys)
+        raise ValueError(f"checkpoint {path} doesn't fit {type(model).__name__}: {told}")
+    fitting = {k: v for k, v in filtered.items() if k in own and own[k].shape == v.shape}
+    model.load_state_dict(fitting, strict=False)
+
+
+def _demo(pretrained: bool, image_size: tuple[int, int] | None) -> Loaded:
+    from attnx.demo.model import demo_model
+
+    model = demo_model(pretrained=pretrained)
+    return _with_timm_config("demo", model, image_size)
+
+
+def _timm(name: str, pretrained: bool, image_size: tuple[int, int] | None) -> Loaded:
+    import timm
+
+    base = name.partition(".")[0]
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models(), 3)
+        hint = f"; did you mean {', '.join(close)}?" if close else "; see timm.list_models()"
+        raise ValueError(f"model: timm has no model {name!r}{hint}")
+    options = {} if image_size is None else {"img_size": image_size}
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise ValueError(f"image size: timm:{name} has a fixed one; got {image_size} ({error})") from error
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise _no_download(f"timm:{name}", error) from error
+    return _with_timm_config(f"timm:{name}", model, image_size)
+
+
+def _with_timm_config(name: str, model: nn.Module, image_size: tuple[int, int] | None) -> Loaded:
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    size = image_size or tuple(config["input_size"][1:])
+    return Loaded(name, model, size, config["mean"], config["std"], config["interpolation"])
+
+
+def _huggingface(name: str, pretrained: bool, image_size: tuple[int, int] | None) -> Loaded:
+    from transformers import AutoConfig, AutoModel
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    local = Path(name).is_dir()
+    try:
+        if pretrained:
+            model = AutoModel.from_pretrained(name)
+        elif not local and name in CONFIG_MAPPING:
+            model = AutoModel.from_config(CONFIG_MAPPING[name]())
+        else:
+            model = AutoModel.from_config(AutoConfig.from_pretrained(name))
+    except Exception as error:
+        if local:
+            raise ValueError(f"model: {name} holds no model that transformers can load: {error}") from error
+        raise _no_download(f"hf:{name}", error) from error
+    model = getattr(model, "vision_model", model)
+    config = getattr(model.config, "vision_config", model.config)
+    own = getattr(config, "image_size", 224)
+    own = (own, own) if isinstance(own, int) else tuple(own)
+    takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    kwargs = {"interpolate_pos_encoding": True} if takes and image_size not in (None, own) else {}
+    mean, std = _huggingface_normalisation(name) if pretrained or local else IMAGENET
+    return Loaded(f"hf:{name}", model, image_size or own, mean, std, "bicubic", kwargs)
+
+
+def _huggingface_normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """The model's own mean and std; ImageNet's where it ships no image processor."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError):
+        return IMAGENET
+    return processor.image_mean or IMAGENET[0], processor.image_std or IMAGENET[1]
+
+
+def _no_download(name: str, error: Exception) -> ConnectionError:
+    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ConnectionError(
+        f"the weights of {name} could not be downloaded ({cause}); pass --checkpoint FILE with weights you have, "
+        "--no-pretrained for random ones, or --model demo"
+    )
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint {path}: expected a safetensors file: {error}") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"checkpoint {path}: expected a torch file of weights only: {cause}") from error
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint, its keys without wrappers' prefixes."""
+    while isinstance(content, Mapping):
+        inner = next((content[c] for c in _CONTAINERS if isinstance(content.get(c), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"checkpoint {path}: expected a state dict of tensors; got {type(content).__name__}")
+    weights = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    for wrapper in _WRAPPERS:
+        weights = {k.removeprefix(wrapper): v for k, v in weights.items()}
+    return weights
+
+
+def _timm_filter(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's own conversions of foreign ViT checkpoints, and its interpolation of position embeddings."""
+    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+    if not isinstance(model, VisionTransformer):
+        return weights
+    # DINO's projection head belongs to its training, not to the backbone.
+    return checkpoint_filter_fn({k: v for k, v in weights.items() if not k.startswith("head.mlp")}, model)
+
+
+def _some(keys: Sequence[str], most: int = 6) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

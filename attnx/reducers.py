@@ -1,0 +1,49 @@
+"""What can be asked of the attention weights P, and its definition in torch."""
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Heads(IntEnum):
+    """How the maps of the heads become one. The values are those of the kernels' constants of the same names."""
+
+    MEAN = 0
+    MAX = 1
+    MIN = 2
+    EACH = 3
+
+    @classmethod
+    def parse(cls, name: str) -> "Heads":
+        """The member called `name` ("mean", "max", "min", "each").
+
+        Raises:
+            ValueError: no such member.
+        """
+        if isinstance(name, str) and name.islower() and name.upper() in cls.__members__:
+            return cls[name.upper()]
+        raise ValueError(f"heads: expected one of {', '.join(h.name.lower() for h in cls)}; got {name!r}")
+
+
+def fuse_heads(p: Tensor, heads: Heads) -> Tensor:
+    """[B, H, M, N] weights fused over their heads to [B, M, N]; unchanged for EACH. This is the definition."""
+    if heads is Heads.MEAN:
+        return p.mean(1)
+    if heads is Heads.MAX:
+        return p.amax(1)
+    if heads is Heads.MIN:
+        return p.amin(1)
+    return p
+
+
+def fuse_into(fused: Tensor, p: Tensor, heads: Heads) -> None:
+    """One more head, in place, into a tile that began as the first head's; a sum for MEAN, to be divided by H."""
+    if heads is Heads.MEAN:
+        fused.add_(p)
+    elif heads is Heads.MAX:
+        torch.maximum(fused, p, out=fused)
+    elif heads is Heads.MIN:
+        torch.minimum(fused, p, out=fused)
+    else:
+        raise ValueError("heads: EACH is not fused")

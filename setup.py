@@ -1,0 +1,9 @@
+"""Packages are named here because the kernels live in the top-level folder `kernels` and import as `attnx.kernels`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["attnx", "attnx.*"]), "attnx.kernels"],
+    package_dir={"attnx": "attnx", "attnx.kernels": "kernels"},
+    package_data={"attnx.demo": ["weights.safetensors"]},
+)
