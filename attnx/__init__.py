@@ -3,7 +3,7 @@
 from attnx.capture import Handle, Trace, capture, patch
 from attnx.extractor import Extractor
 from attnx.layout import TokenLayout
-from attnx.methods import cls_map, entropy, entropy_levels, layer_maps, mass_mask, rollout
+from attnx.methods import cls_map, entropy, entropy_levels, layer_maps, mass_mask, pointing_game, rollout
 from attnx.ops import attention, attention_map
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "layer_maps",
     "mass_mask",
     "patch",
+    "pointing_game",
     "rollout",
 ]
 __version__ = "0.1.0"

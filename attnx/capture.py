@@ -140,7 +140,7 @@ def patch(
 ) -> Handle:
     """`capture` for as long as you like: the maps of the last call are in `handle.trace`, until `handle.remove()`.
 
-    Arguments and errors as in `capture`. A model is patched before it is used, not before it is compiled.
+    Arguments and errors as in `capture`. A patched model that is compiled breaks its graph around every hook.
 
     Raises:
         ValueError: the model is compiled; use `capture`, or patch the original.
@@ -226,7 +226,8 @@ class _Listener(TorchFunctionMode):
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             if torch.compiler.is_compiling():
-                raise RuntimeError("a patched model can't be compiled: call handle.remove() first, or use capture")
+                # Dynamo answers an exception with a graph break: the hooks then run uncompiled, with real tensors.
+                raise RuntimeError("attnx: a patched model can't be compiled with fullgraph=True")
             if module is self.model:
                 self.trace._maps.clear()
                 self.trace._grids.clear()
@@ -342,7 +343,7 @@ def _resolve(model: nn.Module, layers: Layers) -> list[str] | None:
     """
     if layers is None:
         return None
-    asked: Iterable[str | int] = [layers] if isinstance(layers, (str, int)) else list(layers)
+    asked = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     names = [_clean(name) for name, _ in model.named_modules()]
     depth = attention_layers(model)
     known = ", ".join(depth) or "none recognised by its class name; pass module names or globs"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnx.capture import Trace
@@ -145,6 +146,26 @@ def entropy_levels(values: Tensor, levels: int = 4) -> Tensor:
         raise ValueError(f"expected 1-D values and levels >= 1; got {list(values.shape)} and {levels}")
     rank = values.argsort(stable=True).argsort(stable=True)
     return rank * levels // max(1, len(values))
+
+
+def pointing_game(maps: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Whether each map's peak, at the image's own size, lies inside its box: bool [B].
+
+    Args:
+        maps: [B, h, w], upsampled bilinearly to `size`.
+        boxes: [B, 4] pixels (x0, y0, x1, y1), half-open.
+        size: (height, width) of the images in pixels.
+
+    Reference:
+        Zhang et al., "Top-down Neural Attention by Excitation Backprop", https://arxiv.org/abs/1608.00507
+    """
+    if maps.dim() != 3 or boxes.shape != (len(maps), 4):
+        raise ValueError(f"expected maps [B, h, w] and boxes [B, 4]; got {list(maps.shape)} and {list(boxes.shape)}")
+    full = F.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)
+    peak = full.flatten(1).argmax(1)
+    x, y = peak % size[1], peak // size[1]
+    x0, y0, x1, y1 = boxes.unbind(1)
+    return (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)
 
 
 def _fusion(trace: Trace, heads: str | None) -> Heads:

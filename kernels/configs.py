@@ -46,34 +46,37 @@ def block_d(head_dim: int) -> int:
 def forward_config(head_dim: int, itemsize: int, rows: int, target: Target) -> Config:
     """Output and lse, one head a program. head_dim: the larger of D and Dv."""
     width = block_d(head_dim) * itemsize  # bytes a row of K or V takes
+    stages = 1 if target.backend == "hip" else 3 if width <= 128 else 2
+    if width > 512:
+        return Config(16 if rows <= 16 else 32, 16, 4, 1)
     if rows <= 16:
-        return Config(16, 64 if width <= 256 else 32, 4, 2)
+        return Config(16, 64 if width <= 256 else 32, 4, min(stages, 2))
+    if itemsize == 4 or width == 512:
+        return Config(64, 64 if width <= 256 else 32, 8, min(stages, 2))
     if width <= 128:
-        return Config(128, 64, 4, 3) if target.backend == "cuda" else Config(128, 64, 4, 1)
-    if width <= 256:
-        return Config(128, 64, 8, 2) if target.backend == "cuda" else Config(64, 64, 4, 1)
-    if width <= 512:
-        return Config(64, 32, 4, 2 if target.backend == "cuda" else 1)
-    return Config(32, 16, 4, 1)
+        return Config(128, 64, 4, stages)
+    return Config(128, 64, 8, stages) if target.backend == "cuda" else Config(64, 64, 4, stages)
 
 
 def map_config(head_dim: int, itemsize: int, rows: int, target: Target) -> Config:
     """A tile of the head-reduced map; the program loops over the heads."""
     width = block_d(head_dim) * itemsize
-    stages = {"cuda": 3 if width <= 128 else 2, "hip": 1}[target.backend]
+    stages = 1 if target.backend == "hip" else 3 if width <= 128 else 2
+    if width > (512 if itemsize == 2 else 256):
+        return Config(16 if rows <= 16 else 32, 32, 4, 1)
     if rows <= 16:
         return Config(16, 128 if width <= 256 else 32, 4, stages if width <= 256 else 1)
-    if width <= 256:
-        return Config(128, 128, 8, stages)
-    if width <= 512:
-        return Config(64, 64, 8, stages)
-    return Config(32, 32, 4, 1)
+    if itemsize == 4 or width == 512:
+        return Config(64, 64, 8, min(stages, 2))
+    return Config(128, 128, 8, stages)
 
 
 def one_pass_config(head_dim: int, itemsize: int, keys: int, target: Target) -> Config | None:
     """Whole rows of keys on chip; None where they do not fit without spills and the long way is taken."""
     block_n = max(16, 1 << (keys - 1).bit_length())
     width = block_d(head_dim) * itemsize
-    if keys > SHORT_ROW or width > 256 or width * block_n > 32 * 1024:
+    if keys > SHORT_ROW or width > (256 if itemsize == 2 else 128):
         return None
-    return Config(32, block_n, 8 if block_n >= 256 else 4, 1)
+    if block_n < SHORT_ROW:
+        return Config(32 if width <= 128 else 16, block_n, 4, 1)
+    return Config(32 if width == 128 and target.backend == "cuda" else 16, block_n, 8, 1)

@@ -1,0 +1,256 @@
+"""The command line: attnx demo | show | extract."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from attnx.models.loading import Loaded
+
+app = typer.Typer(
+    name="attnx",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="""The attention maps of any vision transformer, at the price of its attention.
+
+    [bold]attnx demo[/bold] shows what it does, without a download. [bold]attnx show photo.jpg --model demo[/bold] draws
+    the maps of one image, [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
+    those of a folder. Exit codes: 0 all is well, 1 some images could not be read, 2 a mistake in what was asked.""",
+)
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="[bold]demo[/bold] (bundled), [bold]timm:NAME[/bold], or [bold]hf:NAME[/bold] (of the hub, or a folder "
+        "written by save_pretrained)."
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is missing.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights to load (.safetensors or a torch file).")]
+Pretrained = Annotated[bool, typer.Option(help="Download the model's weights; --no-pretrained takes random ones.")]
+Seed = Annotated[int, typer.Option(help="Seed of random weights.")]
+ImageSize = Annotated[str | None, typer.Option(help="Pixels: 480, or HEIGHTxWIDTH such as 480x640.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="[bold]rollout[/bold] through all layers, [bold]cls[/bold]: the class token's map in one layer, "
+        "[bold]layers[/bold]: in every layer."
+    ),
+]
+Layer = Annotated[
+    list[str] | None, typer.Option(help="Layer name, glob or depth index (-1 is the last); repeat for several.")
+]
+Heads = Annotated[str, typer.Option(help="How heads are fused: mean, max or min (each: with cls).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one unless given.")]
+Residual = Annotated[float, typer.Option(help="Rollout: weight of the identity.")]
+Discard = Annotated[float, typer.Option(help="Rollout: share of smallest entries dropped in each layer.")]
+Start = Annotated[int, typer.Option(help="Rollout: first layer of the product.")]
+Preset = Annotated[str | None, typer.Option(help="Rollout: vit-explain, that code's arithmetic.")]
+
+
+def _told(command: Callable[..., None]) -> Callable[..., None]:
+    """Mistakes of the caller become one line on stderr and exit code 2."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, RuntimeError, OSError, NotImplementedError, KeyError) as error:
+            text = error.args[0] if isinstance(error, KeyError) and error.args else error
+            typer.echo(f"attnx: {text}", err=True)
+            raise typer.Exit(2) from (error if os.environ.get("ATTNX_TRACEBACK") else None)
+
+    return run
+
+
+@app.command()
+@_told
+def demo(
+    out: Out = Path("attnx-demo"),
+    scenes: Annotated[int, typer.Option(help="How many scenes to draw.")] = 48,
+) -> None:
+    """Draws scenes, runs the bundled model on them, and shows where it looked.
+
+    Writes the scenes, their maps (Parquet), results.json and contact_sheet.png. No download, no GPU, seconds.
+    """
+    from attnx.demo.run import run_demo
+    from attnx.jobs.extract import progress_bar
+
+    verdict = run_demo(out, scenes, progress=progress_bar)
+    typer.echo(str(verdict))
+    typer.echo(f"look at {out / 'contact_sheet.png'}")
+
+
+@app.command()
+@_told
+def show(
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    model: Model = "demo",
+    out: Out = Path("attnx-out"),
+    method: Method = "rollout",
+    layer: Layer = None,
+    heads: Heads = "mean",
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = True,
+    image_size: ImageSize = None,
+    device: Device = None,
+    residual: Residual = 0.5,
+    discard: Discard = 0.0,
+    start: Start = 0,
+    preset: Preset = None,
+    colormap: Annotated[str, typer.Option(help="A matplotlib colour map.")] = "turbo",
+    alpha: Annotated[float, typer.Option(help="0: the image alone, 1: the colours alone.")] = 0.5,
+    interpolation: Annotated[str, typer.Option(help="bilinear or nearest.")] = "bilinear",
+    keep: Annotated[float, typer.Option(help="Share of a head's mass inside its mask.")] = 0.6,
+    seed: Seed = 0,
+) -> None:
+    """Draws the maps of one image, at the image's own size.
+
+    Writes overlay.png (the method's map), heads.png (the class token's map, head by head), masks.png (the patches
+    that hold 60 % of each head's mass) and layers.png (every layer, then max, min, mean, and rollout).
+    """
+    from attnx.images import read_image
+    from attnx.show import Style, draw
+
+    picture = read_image(image)
+    on, loaded = _prepare(model, pretrained, checkpoint, image_size, device, seed)
+    rolling = _rollout_options(residual, discard, start, preset)
+    style = Style(colormap, alpha, interpolation, keep)
+    written = draw(picture, loaded, out, method, _layers(layer), heads, rolling, style, on)
+    for path, what in written.items():
+        typer.echo(f"{path}  {what}")
+
+
+@app.command()
+@_told
+def extract(
+    source: Annotated[Path, typer.Argument(help="A folder of images (read recursively), or one image.")],
+    model: Model = "demo",
+    out: Out = Path("attnx-out"),
+    method: Method = "rollout",
+    layer: Layer = None,
+    heads: Heads = "mean",
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = True,
+    image_size: ImageSize = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 16,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 / float16 by autocast.")] = "float32",
+    device: Device = None,
+    residual: Residual = 0.5,
+    discard: Discard = 0.0,
+    start: Start = 0,
+    preset: Preset = None,
+    seed: Seed = 0,
+) -> None:
+    """Writes the maps of a folder of images as Parquet shards.
+
+    A row: key (path in the folder), map (float16 list), shape, width, height of the image, error (null if all went
+    well). An image that can't be read becomes a row with an error, and the job goes on. Read them with
+    pandas.read_parquet(OUT), or attnx.jobs.shards.read_shards(OUT), which gives arrays.
+    """
+    import torch
+
+    from attnx import __version__
+    from attnx.extractor import Extractor
+    from attnx.images import find_images
+    from attnx.jobs.extract import extract_images, progress_bar
+
+    paths = find_images(source)
+    names = ("float32", "bfloat16", "float16")
+    if dtype not in names:
+        raise ValueError(f"dtype: expected one of {', '.join(names)}; got {dtype!r}")
+    on, loaded = _prepare(model, pretrained, checkpoint, image_size, device, seed)
+    rolling = _rollout_options(residual, discard, start, preset)
+    extractor = Extractor(
+        loaded.model,
+        method,
+        layers=_layers(layer),
+        heads=heads,
+        dtype=None if dtype == "float32" else getattr(torch, dtype),
+        model_kwargs=loaded.model_kwargs,
+        **(rolling if method == "rollout" else {}),
+    )
+    settings = {
+        "attnx": __version__,
+        "model": loaded.name,
+        "pretrained": pretrained and checkpoint is None,
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        "seed": seed,
+        "image_size": list(loaded.size),
+        "mean": list(loaded.mean),
+        "std": list(loaded.std),
+        "interpolation": loaded.interpolation,
+        "method": method,
+        "layers": layer,
+        "heads": heads,
+        "dtype": dtype,
+        "torch": torch.__version__,
+        **(rolling if method == "rollout" else {}),
+    }
+    with progress_bar(len(paths)) as progress:
+        summary = extract_images(
+            paths, source, loaded.prepare, extractor, out, settings,
+            batch_size=batch_size, device=on, progress=progress,
+        )  # fmt: skip
+    typer.echo(
+        f"{summary.done} maps in {out} ({summary.images_per_second:.1f} images/s)"
+        + (f", {summary.failed} images could not be read: see their error column" if summary.failed else "")
+    )
+    if summary.failed:
+        raise typer.Exit(1)
+
+
+def _prepare(
+    model: str, pretrained: bool, checkpoint: Path | None, image_size: str | None, device: str | None, seed: int
+) -> "tuple[torch.device, Loaded]":
+    """The device, and the model on it."""
+    import torch
+
+    from attnx.models.loading import load_model
+
+    size = None if image_size is None else _size(image_size)
+    try:
+        on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=on)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that torch can use here; got {device!r} ({cause})") from error
+    torch.manual_seed(seed)
+    loaded = load_model(model, pretrained=pretrained, checkpoint=checkpoint, image_size=size)
+    loaded.model.to(on)
+    return on, loaded
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise ValueError(f"image-size: expected pixels such as 480 or 480x640; got {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def _layers(layers: list[str] | None) -> list[str | int] | None:
+    """Depth indices as numbers, names and globs as they are."""
+    if not layers:
+        return None
+    return [int(x) if x.removeprefix("-").isdecimal() else x for x in layers]
+
+
+def _rollout_options(residual: float, discard: float, start: int, preset: str | None) -> dict[str, Any]:
+    return {"residual": residual, "discard": discard, "start": start, "preset": preset}
+
+
+def main() -> None:
+    """The entry point: 130 after an interrupt, as shells do."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
