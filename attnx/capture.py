@@ -218,9 +218,10 @@ class _Listener(TorchFunctionMode):
                 f"heard: {', '.join(sorted(self.heard)) or 'nothing'}"
             )
         if not self.trace:
+            known = ", ".join(attention_layers(self.model)) or "none"
             raise RuntimeError(
                 f"nothing was captured: {type(self.model).__name__} ran, but never called "
-                f"F.scaled_dot_product_attention; its attention modules: {', '.join(attention_layers(self.model))}"
+                f"F.scaled_dot_product_attention; its attention modules: {known}"
             )
 
     def _enter(self, name: str) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""What is made of the maps: rollout, CLS maps, layer-wise maps, masks, entropy. Pure functions of a Trace or of maps."""
+"""What is made of the maps: rollout, CLS maps, layer-wise maps, masks, entropy. Pure functions of a Trace or maps."""
 
 from dataclasses import dataclass
 
@@ -172,7 +172,7 @@ def _fusion(trace: Trace, heads: str | None) -> Heads:
     if trace.heads == "each":
         return Heads.parse(heads or "mean")
     if heads not in (None, trace.heads):
-        raise ValueError(f"heads: the capture fused them by {trace.heads!r}; got {heads!r}; capture with heads={heads!r}")
+        raise ValueError(f"heads: the capture fused them by {trace.heads!r}; got {heads!r}; capture with that")
     return Heads.EACH
 
 
@@ -231,11 +231,9 @@ def _cls_rows(trace: Trace, layer: str | int) -> Tensor:
     if trace.rows is None and amap.shape[-2] == 1:
         return amap[..., 0, :]
     if not trace.layout.cls:
-        raise ValueError(f"the model has no class token ({trace.layout}); use rollout, or read trace[{layer!r}] yourself")
+        raise ValueError(f"the model has no class token ({trace.layout}); use rollout, or read trace[{layer!r}]")
     if trace.rows is None:
         return amap[..., 0, :]
     if 0 not in trace.rows:
         raise ValueError(f"the class token's row was not captured: expected 0 among rows; got {list(trace.rows)}")
     return amap[..., trace.rows.index(0), :]
-
-

@@ -84,11 +84,11 @@ def attention_map(
     bias = _check(q, k, v, bias, is_causal, heads)
     index = _row_index(rows, q.shape[2], q.device)
     if lse is not None and (lse.shape != q.shape[:3] or lse.dtype != torch.float32 or lse.device != q.device):
-        raise ValueError(
-            f"lse: expected float32 {list(q.shape[:3])} on {q.device}; got {lse.dtype} {list(lse.shape)} on {lse.device}"
-        )
+        came = f"{lse.dtype} {list(lse.shape)} on {lse.device}"
+        raise ValueError(f"lse: expected float32 {list(q.shape[:3])} on {q.device}; got {came}")
     name = _choose(backend, q, v)
-    q, k, bias, lse = (None if t is None else t.detach() for t in (q, k, bias, lse))
+    q, k = q.detach(), k.detach()
+    bias = None if bias is None else bias.detach()
     return torch.ops.attnx.attention_map(q, k, bias, is_causal, _scale(scale, q), heads, index, lse, name)
 
 
@@ -181,8 +181,9 @@ def _attention_backward_fake(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    no_bias = bias is None or bias.dtype == torch.bool
-    dbias = q.new_empty(0) if no_bias else torch.empty_like(bias, memory_format=torch.contiguous_format)
+    if bias is None or bias.dtype == torch.bool:
+        return dq, dk, dv, q.new_empty(0)
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
     return dq, dk, dv, dbias
 
 

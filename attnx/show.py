@@ -46,7 +46,7 @@ def draw(
     out.mkdir(parents=True, exist_ok=True)
     images = loaded.prepare(picture)[None].to(device)
     kwargs = loaded.model_kwargs
-    colours = {"colormap": style.colormap, "alpha": style.alpha}
+    colours: dict[str, Any] = {"colormap": style.colormap, "alpha": style.alpha}
     written: dict[Path, str] = {}
 
     def write(name: str, image: "Image", what: str) -> None:

@@ -102,35 +102,26 @@ def random_inputs(case: Case, seed: int = 0, device: torch.device | str = "cpu")
 def oracle(
     q: Tensor,
     k: Tensor,
-    v: Tensor | None,
+    v: Tensor,
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     heads: str = "mean",
     rows: Sequence[int] | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and map in float64: plain softmax over [B, H, M, N], a row without keys zero in both, NaN where SDPA has it.
+    """Output and map in float64, by plain softmax; arguments as in `attnx.attention`.
 
-    Without v the output is empty. Arguments as in `attnx.attention`.
+    A row without keys is zero in both; a NaN or an infinity among the scores makes its row NaN.
     """
-    s = _scores(q.double(), k.double(), scale)
-    hidden = _hidden(s, bias, is_causal)
-    if bias is not None and bias.dtype != torch.bool:
-        s = s + bias.double()
-    p = torch.softmax(s.masked_fill(hidden, -torch.inf), -1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
-    out = q.new_empty(0) if v is None else p @ _per_query_head(v.double(), q)
-    return out, fuse_heads(_chosen(p, rows), Heads.parse(heads))
+    p = _softmax(_biased_scores(q, k, bias, is_causal, scale), _hidden(q, k, bias, is_causal))
+    return p @ _per_query_head(v.double(), q), fuse_heads(_chosen(p, rows), Heads.parse(heads))
 
 
 def oracle_lse(
     q: Tensor, k: Tensor, bias: Tensor | None = None, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
     """[B, H, M] float64 natural log-sum-exp of the scores; minus infinity for a row without keys."""
-    s = _scores(q.double(), k.double(), scale)
-    hidden = _hidden(s, bias, is_causal)
-    if bias is not None and bias.dtype != torch.bool:
-        s = s + bias.double()
-    return s.masked_fill(hidden, -torch.inf).logsumexp(-1)
+    return _biased_scores(q, k, bias, is_causal, scale).logsumexp(-1)
 
 
 def torch_reference(
@@ -145,67 +136,119 @@ def torch_reference(
 ) -> tuple[Tensor, Tensor]:
     """Torch's own answer, whose error ours is measured against: SDPA's output, and the map of an eager softmax.
 
-    The output is `F.scaled_dot_product_attention` in q's dtype. The map is fp32 whatever the inputs are, since products
-    of half-precision numbers are exact in fp32 and are summed there. So its reference is the eager map of the same
-    inputs widened to fp32, which is much stricter than an eager map whose scores were rounded to bfloat16: a backend
-    that rounds its weights before it fuses the heads fails.
+    The output is `F.scaled_dot_product_attention` in q's dtype; gradients flow through it. The map is fp32 whatever the
+    inputs are, since products of half-precision numbers are exact in fp32 and are summed there. So its reference is the
+    eager map of the same inputs widened to fp32, which is far stricter than that of scores rounded to bfloat16: a
+    backend that rounds its weights before it fuses the heads fails.
     """
-    hidden = _hidden(_scores(q, k, scale), bias, is_causal)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    mask, s = None, _scores(q.to(wide), k.to(wide), scale)
+    hidden = _hidden(q, k, bias, is_causal)
+    mask = None
     if bias is not None:
         mask = ~hidden if bias.dtype == torch.bool else bias.to(q.dtype).masked_fill(hidden, -torch.inf)
-        s = s if bias.dtype == torch.bool else s + bias.to(wide)
     out = F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=is_causal and bias is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    p = torch.softmax(s.masked_fill(hidden, -torch.inf), -1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    p = _softmax(_biased_scores(q, k, bias, is_causal, scale, wide), hidden)
     return out, fuse_heads(_chosen(p, rows), Heads.parse(heads)).float()
 
 
-def budget(exact: Tensor, reference: Tensor, dtype: torch.dtype) -> float:
+def budget(exact: Tensor, reference: Tensor, dtype: torch.dtype, exponent: float = 1.0) -> float:
     """How far from the oracle a result may be: ``2 * err(torch in the same dtype) + eps(dtype) * max|oracle|``.
 
     Args:
         exact: the oracle's result, float64.
         reference: torch's, see `torch_reference`.
         dtype: of the result under test: q's for an output or a gradient, float32 for a map.
+        exponent: multiplies the second term. 1 for outputs; for a map the size of its scores, see `score_size`:
+            a weight is ``exp(score - lse)``, and what fp32 rounds away from a score of 10 is ten times eps of the
+            weight. Torch's softmax is lucky there (it subtracts the maximum, exactly, where a kernel that recomputes
+            weights subtracts a rounded log-sum-exp), so its own error can't stand for it.
     """
     finite = exact.isfinite() & reference.isfinite()
-    return 2 * _largest((reference.double() - exact)[finite]) + torch.finfo(dtype).eps * _largest(exact[finite])
+    error, size = _largest((reference.double() - exact)[finite]), _largest(exact[finite])
+    return 2 * error + torch.finfo(dtype).eps * size * exponent
 
 
-def assert_within_budget(ours: Tensor, exact: Tensor, reference: Tensor, name: str = "result") -> None:
-    """Raises AssertionError unless ours has the oracle's shape, its NaNs and infinities, and an error within `budget`."""
+def score_size(
+    q: Tensor, k: Tensor, bias: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+) -> float:
+    """The largest magnitude among the finite scores and log-sum-exps, at least 1."""
+    s = _biased_scores(q, k, bias, is_causal, scale)
+    lse = s.logsumexp(-1)
+    return max(1.0, _largest(s[s.isfinite()]), _largest(lse[lse.isfinite()]))
+
+
+def assert_within_budget(
+    ours: Tensor, exact: Tensor, reference: Tensor, name: str = "result", exponent: float = 1.0
+) -> None:
+    """Raises AssertionError unless ours has the oracle's shape, NaNs and infinities, and an error within `budget`."""
     assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)}, expected {list(exact.shape)}"
     finite = exact.isfinite()
-    strange = ~finite & ~((ours == exact) | (ours.isnan() & exact.isnan()))
-    strange |= finite & ~ours.isfinite()
-    assert not strange.any(), f"{name}: {int(strange.sum())} values of {strange.numel()} finite or not against the oracle"
-    error, allowed = _largest((ours.double() - exact)[finite]), budget(exact, reference, ours.dtype)
+    strange = torch.where(finite, ~ours.isfinite(), (ours != exact) & ~(ours.isnan() & exact.isnan()))
+    assert not strange.any(), f"{name}: {int(strange.sum())} of {strange.numel()} values finite or not as the oracle's"
+    error, allowed = _largest((ours.double() - exact)[finite]), budget(exact, reference, ours.dtype, exponent)
     assert error <= allowed, f"{name}: largest error {error:.3g} is above the budget of {allowed:.3g}"
+
+
+def assert_attention(
+    out: Tensor | None,
+    amap: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    heads: str = "mean",
+    rows: Sequence[int] | Tensor | None = None,
+) -> None:
+    """Raises AssertionError unless output (if given) and map are a backend's right answer to these inputs.
+
+    Right: dtypes as promised, errors within budget, and a weight that is zero in the oracle exactly zero.
+    """
+    exact_out, exact_map = oracle(q, k, v, bias, is_causal, scale, heads, rows)
+    torch_out, torch_map = torch_reference(q, k, v, bias, is_causal, scale, heads, rows)
+    assert amap.dtype == torch.float32, f"map: dtype {amap.dtype}, expected torch.float32"
+    assert_within_budget(amap, exact_map, torch_map, "map", score_size(q, k, bias, is_causal, scale))
+    assert not amap[exact_map == 0].any(), "map: weights of keys that may not be attended are not zero"
+    if out is not None:
+        assert out.dtype == q.dtype, f"out: dtype {out.dtype}, expected {q.dtype}"
+        assert_within_budget(out, exact_out, torch_out, "out")
+        assert not out[(exact_out == 0).all(-1)].any(), "out: rows without keys are not zero"
 
 
 def _largest(t: Tensor) -> float:
     return float(t.abs().max()) if t.numel() else 0.0
 
 
-def _scores(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-    return q @ _per_query_head(k, q).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+def _biased_scores(
+    q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float | None, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """[B, H, M, N]; minus infinity where a key may not be attended."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    s = q.to(dtype) @ _per_query_head(k.to(dtype), q).transpose(-1, -2) * scale
+    if bias is not None and bias.dtype != torch.bool:
+        s = s + bias.to(dtype)
+    return s.masked_fill(_hidden(q, k, bias, is_causal), -torch.inf)
 
 
-def _per_query_head(t: Tensor, q: Tensor) -> Tensor:
-    return t.repeat_interleave(q.shape[1] // t.shape[1], 1)
+def _softmax(s: Tensor, hidden: Tensor) -> Tensor:
+    return torch.softmax(s, -1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
 
 
-def _hidden(s: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
-    """True where a key may not be attended: above the diagonal, a False of a mask, minus infinity of a bias."""
-    hidden = torch.zeros_like(s, dtype=torch.bool)
+def _hidden(q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
+    """[B, H, M, N]: True where a key may not be attended: above the diagonal, False in a mask, -inf in a bias."""
+    hidden = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
     if bias is not None:
         hidden = hidden | (~bias if bias.dtype == torch.bool else bias == -torch.inf)
     if is_causal:
         hidden = hidden | torch.ones_like(hidden).triu(1)
     return hidden
+
+
+def _per_query_head(t: Tensor, q: Tensor) -> Tensor:
+    return t.repeat_interleave(q.shape[1] // t.shape[1], 1)
 
 
 def _chosen(p: Tensor, rows: Sequence[int] | Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, where it is installed")
     if config.getoption("--device") is None:
         config.option.device = "cuda" if torch.cuda.is_available() else "cpu"
 

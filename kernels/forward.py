@@ -20,6 +20,7 @@ from attnx.kernels.primitives import (
     row_positions,
     scores,
     store_tile,
+    wide,
 )
 
 
@@ -40,7 +41,7 @@ def forward_kernel(
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
     block_m = pid % blocks_m
-    h = (pid // blocks_m) % H
+    h = ((pid // blocks_m) % H).to(tl.int64)
     b = (pid // blocks_m // H).to(tl.int64)
     hk = h // GROUP
 
@@ -108,7 +109,8 @@ def one_pass_kernel(
     mask_n = offs_n < N
 
     fused = fused_start(BLOCK_M, BLOCK_N, HEADS)
-    for h in range(0, H):
+    for head in range(H):
+        h = wide(head)
         hk = h // GROUP
         q = load_tile(q_ptr + b * stride_qb + h * stride_qh, pos_m, mask_m, stride_qm, stride_qd, D, BLOCK_D)
         k = load_tile(k_ptr + b * stride_kb + hk * stride_kh, offs_n, mask_n, stride_kn, stride_kd, D, BLOCK_D)
@@ -188,9 +190,7 @@ def value_args(q: Tensor, v: Tensor | None, out: Tensor | None) -> dict[str, Any
     )
 
 
-def forward_launch(
-    shared: dict[str, Any], values: dict[str, Any], lse: Tensor, target: Target
-) -> Launch:
+def forward_launch(shared: dict[str, Any], values: dict[str, Any], lse: Tensor, target: Target) -> Launch:
     """Writes out [B,H,M,Dv] (if values are given) and lse [B,H,M] fp32, natural logarithm."""
     q = shared["q_ptr"]
     widest = max(shared["D"], values["DV"]) if values["HAS_V"] else shared["D"]

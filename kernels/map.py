@@ -1,4 +1,4 @@
-"""The head-reduced map, or chosen rows of it, from q, k and lse: tile by tile, no atomics, the same bits every time."""
+"""The head-reduced map, or chosen rows of it, from q, k and lse: tile by tile, without atomics."""
 
 from typing import Any
 
@@ -17,6 +17,7 @@ from attnx.kernels.primitives import (
     row_positions,
     scores,
     store_tile,
+    wide,
 )
 
 
@@ -52,7 +53,8 @@ def map_kernel(
     mask_n = offs_n < N
 
     fused = fused_start(BLOCK_M, BLOCK_N, HEADS)
-    for h in range(first, last):
+    for head in range(first, last):
+        h = wide(head)
         hk = h // GROUP
         q = load_tile(q_ptr + b * stride_qb + h * stride_qh, pos_m, mask_m, stride_qm, stride_qd, D, BLOCK_D)
         k = load_tile(k_ptr + b * stride_kb + hk * stride_kh, offs_n, mask_n, stride_kn, stride_kd, D, BLOCK_D)

@@ -1,6 +1,6 @@
 """Compiles launches for targets that are not at hand and reads what the compiler says of them. No GPU is needed.
 
-    python -m attnx.kernels.offline --json        every kernel, default configurations, four targets
+python -m attnx.kernels.offline --json        every kernel, default configurations, four targets
 """
 
 import argparse

@@ -24,8 +24,14 @@ BOOLEAN: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
+def wide(index):
+    """int64 of a loop's index: it is multiplied by strides, and the product may pass 2^31."""
+    return tl.to_tensor(index).to(tl.int64)
+
+
+@triton.jit
 def row_positions(rows_ptr, offs_m, mask_m, HAS_ROWS: tl.constexpr):
-    """Which query each row of the tile is: the chosen rows, or the rows themselves. int64, since strides multiply it."""
+    """Which query each row of the tile is: the chosen rows, or the rows themselves. int64: strides multiply it."""
     if HAS_ROWS:
         return tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     return offs_m.to(tl.int64)

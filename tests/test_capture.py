@@ -333,7 +333,7 @@ def test_compiled_before_and_inside(vit: tuple[nn.Module, Tensor]) -> None:
             torch.compile(model, backend="aot_eager")(images)
     assert list(trace) == list(inside) == [f"blocks.{i}.attn" for i in range(3)]
     torch.testing.assert_close(heard, plain, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="use attnx.capture, or patch model._orig_mod"):
+    with pytest.raises(ValueError, match=r"use attnx.capture, or patch model\._orig_mod"):
         attnx.patch(compiled)
     torch._dynamo.reset()
 

@@ -1,4 +1,4 @@
-"""Methods against their definitions, and against the arithmetic of the references (NUMERICS: written out here again)."""
+"""Methods against their definitions, and against the arithmetic of the references (written out here again)."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,9 @@ import attnx
 from attnx import TokenLayout, Trace
 
 
-def make_trace(maps: Mapping[str, Tensor], layout: TokenLayout, heads: str = "mean", rows: tuple | None = None) -> Trace:
+def make_trace(
+    maps: Mapping[str, Tensor], layout: TokenLayout, heads: str = "mean", rows: tuple | None = None
+) -> Trace:
     trace = Trace(torch.nn.Identity(), heads, rows, layout)
     trace._maps.update(maps)
     return trace

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,7 @@ def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
         return []
     undo: list[Callable[[], None]] = []
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "_attn_implementation_internal", None) == "eager":
             # The public setter would also set every configuration below this one.
             config._attn_implementation_internal = "sdpa"

@@ -11,6 +11,6 @@ def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
     undo: list[Callable[[], None]] = []
     for module in model.modules():
         if getattr(module, "fused_attn", True) is False:
-            module.fused_attn = True
+            setattr(module, "fused_attn", True)  # noqa: B010  (a plain flag, which nn.Module is not typed to have)
             undo.append(partial(setattr, module, "fused_attn", False))
     return undo

@@ -63,9 +63,9 @@ def attention_backward(
     """Gradients of q, k, v and of an additive bias (None for a boolean one), the weights recomputed block by block."""
     compute = _compute_dtype(q)
     group = q.shape[1] // k.shape[1]
-    grads = [torch.zeros_like(t, dtype=compute, memory_format=torch.contiguous_format) for t in (q, k, v)]
-    dq, dk, dv = grads
-    dbias = torch.zeros_like(bias, dtype=compute) if bias is not None and bias.dtype != torch.bool else None
+    dq, dk, dv = (torch.zeros(t.shape, dtype=compute, device=t.device) for t in (q, k, v))
+    additive = bias is not None and bias.dtype != torch.bool
+    dbias = torch.zeros(bias.shape, dtype=compute, device=q.device) if bias is not None and additive else None
     k_, v_, grad, out = (t.to(compute) for t in (k, v, grad, out))
     for block, h, p in _weights(q, k_, bias, is_causal, scale, None, None):
         hk = h // group
@@ -80,9 +80,9 @@ def attention_backward(
         if dbias is not None:
             target = _bias_block(dbias, h, block)
             target += ds.sum_to_size(target.shape)
-    return *(g.to(t.dtype) for g, t in zip(grads, (q, k, v), strict=True)), None if dbias is None else dbias.to(
-        bias.dtype  # type: ignore[union-attr]
-    )
+    if bias is not None and dbias is not None:
+        dbias = dbias.to(bias.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias
 
 
 def _map(

@@ -1,4 +1,4 @@
-"""The demo: scenes drawn, maps of them made by the same code as `attnx extract`, and how often a map finds its target."""
+"""The demo: scenes drawn, their maps made by the same code as `attnx extract`, and how often a map finds its target."""
 
 import json
 from collections.abc import Callable
@@ -74,9 +74,7 @@ def _extract(folder: Path, out: Path, method: str, scenes: int, progress: Progre
     paths = find_images(folder)[:scenes]
     settings = {"model": "demo", "method": method}
     with progress(len(paths)) if progress else nullcontext(None) as report:
-        extract_images(
-            paths, folder, loaded.prepare, Extractor(loaded.model, method), out, settings, progress=report
-        )
+        extract_images(paths, folder, loaded.prepare, Extractor(loaded.model, method), out, settings, progress=report)
     return torch.from_numpy(np.stack([row.map for row in read_shards(out) if row.map is not None])).float()
 
 

@@ -2,7 +2,9 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,14 +65,15 @@ def load_model(
         raise FileNotFoundError(f"checkpoint: expected a file; {checkpoint} is none")
     kind, _, rest = name.partition(":")
     download = pretrained and checkpoint is None
-    if name == "demo":
-        loaded = _demo(pretrained, image_size)
-    elif kind == "timm" and rest:
-        loaded = _timm(rest, download, image_size)
-    elif kind == "hf" and rest:
-        loaded = _huggingface(rest, download, image_size)
-    else:
-        raise ValueError(f"model: expected timm:NAME, hf:NAME or demo; got {name!r}")
+    with _quiet_hub():
+        if name == "demo":
+            loaded = _demo(pretrained, image_size)
+        elif kind == "timm" and rest:
+            loaded = _timm(rest, download, image_size)
+        elif kind == "hf" and rest:
+            loaded = _huggingface(rest, download, image_size)
+        else:
+            raise ValueError(f"model: expected timm:NAME, hf:NAME or demo; got {name!r}")
     if checkpoint is not None:
         load_checkpoint(loaded.model, checkpoint)
     loaded.model.eval().requires_grad_(False)
@@ -116,7 +119,7 @@ def _timm(name: str, pretrained: bool, image_size: tuple[int, int] | None) -> Lo
         close = difflib.get_close_matches(base, timm.list_models(), 3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; see timm.list_models()"
         raise ValueError(f"model: timm has no model {name!r}{hint}")
-    options = {} if image_size is None else {"img_size": image_size}
+    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
@@ -171,6 +174,18 @@ def _huggingface_normalisation(name: str) -> tuple[Sequence[float], Sequence[flo
     except (OSError, ValueError):
         return IMAGENET
     return processor.image_mean or IMAGENET[0], processor.image_std or IMAGENET[1]
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """The hub's client retries for half a minute and tells of each try; one line at the end is enough."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _no_download(name: str, error: Exception) -> ConnectionError:

@@ -1,0 +1,155 @@
+"""Models by name, and weights from files."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from attnx.models.loading import load_checkpoint, load_model
+
+NAME = "vit_tiny_patch16_224"
+
+
+def tiny(**options: object) -> nn.Module:
+    return timm.create_model(NAME, **{"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 48, **options}).eval()
+
+
+def differs(model: nn.Module, weights: dict) -> list[str]:
+    return [k for k, v in model.state_dict().items() if not torch.equal(v, weights[k])]
+
+
+def test_timm_by_name() -> None:
+    torch.manual_seed(0)
+    loaded = load_model(f"timm:{NAME}", pretrained=False, image_size=(48, 80))
+    assert loaded.size == (48, 80)
+    assert not loaded.model.training
+    assert tuple(loaded.mean) == (0.5, 0.5, 0.5)
+    assert loaded.model(torch.randn(1, 3, 48, 80)).shape == (1, 1000)
+
+
+def test_huggingface_folder_and_type(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=56, patch_size=14
+    )
+    model = transformers.Dinov2WithRegistersModel(config)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(f"hf:{tmp_path}", image_size=(56, 84))
+    assert differs(loaded.model, model.state_dict()) == []
+    assert loaded.model(torch.randn(1, 3, 56, 84), **loaded.model_kwargs).last_hidden_state.shape == (1, 29, 48)
+    assert load_model(f"hf:{tmp_path}").model_kwargs == {}
+    with pytest.raises(ValueError, match="holds no model that transformers can load"):
+        (tmp_path / "config.json").write_text("{}")
+        load_model(f"hf:{tmp_path}")
+
+
+def test_the_vision_half_of_clip(tmp_path: Path) -> None:
+    import transformers
+
+    half = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
+    config = transformers.CLIPConfig(
+        text_config={**half, "vocab_size": 99}, vision_config={**half, "image_size": 48, "patch_size": 16}
+    )
+    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    loaded = load_model(f"hf:{tmp_path}")
+    assert loaded.size == (48, 48)
+    assert loaded.model(torch.randn(1, 3, 48, 48)).last_hidden_state.shape == (1, 10, 48)
+
+
+@pytest.mark.parametrize("wrap", ["plain", "module", "teacher", "nested"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_checkpoints(tmp_path: Path, wrap: str, suffix: str) -> None:
+    weights = tiny().state_dict()
+    path = tmp_path / f"weights{suffix}"
+    content: dict = {
+        "plain": weights,
+        "module": {f"module.{k}": v for k, v in weights.items()},
+        "teacher": {f"backbone.{k}": v for k, v in weights.items()} | {"head.mlp.0.weight": torch.zeros(2)},
+        "nested": {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in weights.items()}},
+    }[wrap]
+    if suffix == ".safetensors":
+        if wrap == "nested":
+            pytest.skip("a safetensors file holds tensors only")
+        save_file(content, path)
+    else:
+        torch.save({"teacher": content} if wrap == "teacher" else content, path)
+    model = tiny()
+    load_checkpoint(model, path)
+    assert differs(model, weights) == []
+
+
+def test_checkpoint_of_another_size_is_interpolated(tmp_path: Path) -> None:
+    torch.save(tiny().state_dict(), tmp_path / "w.pth")
+    model = tiny(img_size=(48, 80))
+    load_checkpoint(model, tmp_path / "w.pth")
+    assert model.pos_embed.shape == (1, 16, 48)
+
+
+def test_checkpoint_without_a_classifier(tmp_path: Path) -> None:
+    weights = tiny(num_classes=0).state_dict()
+    torch.save(weights, tmp_path / "w.pth")
+    model = tiny()
+    load_checkpoint(model, tmp_path / "w.pth")
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in weights.items())
+
+
+class Unsafe:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "expected a state dict of tensors; got dict"),
+        ([1, 2], "expected a state dict of tensors; got list"),
+        (Unsafe(), "expected a torch file of weights only"),
+        ({"a.weight": torch.zeros(2)}, r"doesn't fit VisionTransformer: \d+ missing: .*; 1 unexpected: a.weight"),
+    ],
+)
+def test_wrong_checkpoints(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tiny(), tmp_path / "w.pth")
+
+
+def test_checkpoint_of_another_model(tmp_path: Path) -> None:
+    torch.save(tiny(embed_dim=96).state_dict(), tmp_path / "w.pth")
+    model = tiny()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"of another shape: .*\[1, 1, 96\] for \[1, 1, 48\].* and \d+ more"):
+        load_checkpoint(model, tmp_path / "w.pth")
+    assert differs(model, before) == []
+    (tmp_path / "w.safetensors").write_bytes(b"no tensors here")
+    with pytest.raises(ValueError, match="expected a safetensors file"):
+        load_checkpoint(model, tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("vit_base", ValueError, "expected timm:NAME, hf:NAME or demo; got 'vit_base'"),
+        ("timm:vit_tiny_patch16_22", ValueError, "did you mean vit_tiny_patch16_224"),
+    ],
+)
+def test_unknown_names(name: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        load_model(name)
+
+
+@pytest.mark.parametrize("name", [f"timm:{NAME}", "hf:nobody/no-such-model"])
+def test_no_download(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match=r"could not be downloaded \(.*\); pass --checkpoint FILE"):
+        load_model(name)
+
+
+def test_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="checkpoint: expected a file"):
+        load_model(f"timm:{NAME}", checkpoint=tmp_path / "none.pth")
