@@ -64,6 +64,8 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except typer.Exit:
+            raise
         except (ValueError, RuntimeError, OSError, NotImplementedError, KeyError) as error:
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
             typer.echo(f"attnx: {text}", err=True)

@@ -142,12 +142,13 @@ def torch_reference(
     backend that rounds its weights before it fuses the heads fails.
     """
     hidden = _hidden(q, k, bias, is_causal)
+    # No is_causal: on CPUs SDPA hides before it scales, and a scale of 0 or less then gives NaN.
     mask = None
-    if bias is not None:
-        mask = ~hidden if bias.dtype == torch.bool else bias.to(q.dtype).masked_fill(hidden, -torch.inf)
-    out = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=is_causal and bias is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    if bias is not None and bias.dtype != torch.bool:
+        mask = bias.to(q.dtype).masked_fill(hidden, -torch.inf)
+    elif bias is not None or is_causal:
+        mask = ~hidden
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     wide = torch.promote_types(q.dtype, torch.float32)
     p = _softmax(_biased_scores(q, k, bias, is_causal, scale, wide), hidden)
     return out, fuse_heads(_chosen(p, rows), Heads.parse(heads)).float()
@@ -323,6 +324,7 @@ TABLE: tuple[Case, ...] = (
     Case(layout="expanded", N=300, heads="max", bias="1HMN"),
     # chosen rows: one, repeated and unsorted, all of them
     *(Case(rows=rows, dtype=_BF16) for rows in ((7,), (19, 3, 3, 0), ())),
+    Case(rows=(), dtype=_FP64),
     *(Case(rows=rows, N=300) for rows in ((19,), (5, 0, 5), tuple(range(20)))),
     Case(rows=(19, 1, 0, 2), is_causal=True, bias="1HMN", heads="max"),
     Case(rows=(19, 1, 0, 2), is_causal=True, N=300, mask="B1MN", heads="each", dtype=_FP16),
@@ -333,4 +335,5 @@ TABLE: tuple[Case, ...] = (
     *(Case(scale=scale) for scale in (0.0, -0.5, 4.0)),
     Case(scale=4.0, N=300, dtype=_BF16),
     Case(scale=-2.0, N=300, bias="MN"),
+    *(Case(scale=scale, is_causal=True, rows=rows) for scale, rows in ((-0.5, None), (-0.5, (3, 19)), (0.0, (3, 19)))),
 )

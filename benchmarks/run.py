@@ -3,8 +3,8 @@
     python -m benchmarks.run                      into benchmarks/results, minutes
     python -m benchmarks.run --quick --out DIR    tiny shapes: does it run?
 
-A row is one contestant on one shape: milliseconds (of the op: one call; of models: one batch), the ratio of its median to
-that of the floor (`sdpa`, `plain`) that ran between its rounds, peak megabytes (10^6 bytes) above inputs or loaded
+A row is one contestant on one shape: milliseconds (of the op: one call; of models: one batch), the ratio of its median
+to that of the floor (`sdpa`, `plain`) that ran between its rounds, peak megabytes (10^6 bytes) above inputs or loaded
 model, and its largest error: of the op the difference from float64, of models the difference from the rollout of whole
 fp32 matrices as a share of its largest entry. What fails its check is not timed; it is named under "failed".
 """
@@ -83,11 +83,11 @@ def run_suite(
 
 
 def add_memory(rows: list[dict[str, Any]], quick: bool) -> list[str]:
-    """Sets peak_mb of model rows, each measured by a process of its own; what failed."""
+    """Sets peak_mb of model rows (if quick, of one), each measured by a process of its own; what failed."""
     failed = []
     for row in rows:
         model, contestant = row["shape"].split()[0], row["contestant"]
-        if quick and (model != models.QUICK[0] or contestant not in ("plain", "attnx")):
+        if quick and (model != models.QUICK[0] or contestant != "attnx"):
             continue
         print(f"== memory: {contestant} on {model}", flush=True)
         try:
@@ -178,7 +178,7 @@ def _row(suite: str, benchmark: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_until(command: list[str], limit: float | None) -> tuple[int, str]:
-    """Exit code and output of a command, shown as it comes; interrupted at the limit, as by Ctrl-C, so that it can save."""
+    """Exit code and output of a command, shown as it comes; interrupted at the limit as by Ctrl-C, so that it saves."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []

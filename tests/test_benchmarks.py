@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
-    """What `python -m benchmarks.run --quick` stored and printed. On a CPU: a GPU's own numbers take a machine that has one."""
+    """What `python -m benchmarks.run --quick` stored and printed. Always on the CPU."""
     out = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "benchmarks.run", "--quick", "--device", "cpu", "--out", str(out)]
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TRITON_"))}
@@ -42,8 +42,8 @@ def test_rows_carry_times_ratios_and_errors(results: tuple[dict, str]) -> None:
             assert row["max_error"] is None, row
         else:
             assert 0 <= row["max_error"] < 1e-4, row
-    measured = [row for row in results[0]["rows"] if row["peak_mb"] is not None]
-    assert {(row["shape"], row["contestant"]) for row in measured} == {("tiny b2", "plain"), ("tiny b2", "attnx")}
+    measured = [(row["shape"], row["contestant"]) for row in results[0]["rows"] if row["peak_mb"] is not None]
+    assert measured == [("tiny b2", "attnx")]
 
 
 def test_result_says_where_it_comes_from_but_no_path(results: tuple[dict, str]) -> None:
@@ -54,7 +54,6 @@ def test_result_says_where_it_comes_from_but_no_path(results: tuple[dict, str]) 
     assert result["versions"]["python"].count(".") == 2
     assert {"hardware", "threads", "commit", "date"} <= set(result)
     assert str(ROOT) not in json.dumps(result)
-    assert os.uname().nodename not in json.dumps(result)
 
 
 def test_table_of_ratios_comes_last(results: tuple[dict, str]) -> None:

@@ -5,8 +5,17 @@ import torch
 import torch.nn.functional as F
 
 import attnx
-from attnx.testing import TABLE, Case, assert_attention, assert_within_budget, oracle, oracle_lse, random_inputs
-from attnx.testing import score_size, torch_reference
+from attnx.testing import (
+    TABLE,
+    Case,
+    assert_attention,
+    assert_within_budget,
+    oracle,
+    oracle_lse,
+    random_inputs,
+    score_size,
+    torch_reference,
+)
 
 BACKENDS = ("eager", "triton")
 SHORT, LONG = 20, 300  # keys: the one-pass kernel takes the first, forward and map kernels the second

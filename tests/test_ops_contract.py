@@ -107,16 +107,15 @@ def test_gradient_without_keys_or_items_is_zero(B, device):
 def test_eager_makes_no_map_of_all_heads(heads):
     H, N = 8, 2048
     q, k, v, _ = random_inputs(Case(B=1, H=H, M=N, N=N, D=32))
-    for work, planes in (
-        (lambda: attnx.attention(q, k, v, heads=heads, backend="eager"), 1),
-        (lambda: attnx.attention_map(q, k, heads=heads, rows=[0, 5], backend="eager"), 0),
-        (lambda: eager.attention_backward(q, q, k, v, None, q, False, 0.1), 0),
+    one_map, few_rows, block = 4 * N * N, 4 * 16 * N, eager._BLOCK_BYTES
+    for work, at_least, at_most in (
+        (lambda: attnx.attention(q, k, v, heads=heads, backend="eager"), one_map, one_map),
+        (lambda: attnx.attention_map(q, k, heads=heads, rows=[0, 5], backend="eager"), few_rows, block),
+        (lambda: eager.attention_backward(q, q, k, v, None, q, False, 0.1), block, 2 * block),
     ):
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             work()
-        largest = max(event.self_cpu_memory_usage for event in profile.events())
-        assert largest >= 1 << 20  # it sees the blocks of weights, so it would see more
-        assert largest <= max(planes * 4 * N * N, 4 * eager._BLOCK_BYTES)
+        assert at_least <= max(event.self_cpu_memory_usage for event in profile.events()) <= at_most
 
 
 @pytest.mark.gpu
@@ -212,7 +211,7 @@ def shaped(*shape, **options):
         ({"k": shaped(2, 3, 5, 8).half()}, r"k: expected q's torch\.float32 on cpu; got torch\.float16 on cpu"),
         (
             {"v": shaped(2, 3, 5, 8, device="meta")},
-            r"v: expected q's torch\.float32 on cpu; got torch\.float32 on meta",
+            r"v: expected q's torch\.float32 on cpu; got .* on meta",
         ),
         ({"k": shaped(1, 3, 5, 8)}, r"k: expected \[2, heads, tokens, 8\] to fit q \[2, 3, 4, 8\]; got \[1, 3, 5, 8\]"),
         ({"k": shaped(2, 3, 5, 9)}, r"k: expected \[2, heads, tokens, 8\] .* got \[2, 3, 5, 9\]"),
@@ -233,7 +232,7 @@ def shaped(*shape, **options):
         ({"rows": "all"}, r"rows: expected a sequence of integers in 0\.\.3; got 'all'"),
         (
             {"rows": torch.tensor([[0]])},
-            r"rows: expected a 1-D integer tensor on cpu; got torch\.int64 \[1, 1\] on cpu",
+            r"rows: expected a 1-D integer tensor on cpu; got torch\.int64 \[1, 1\]",
         ),
         ({"rows": torch.tensor([0.0])}, r"rows: expected a 1-D integer tensor on cpu; got torch\.float32 \[1\] on cpu"),
         ({"rows": torch.zeros(1).long().to("meta")}, r"rows: expected a 1-D integer tensor on cpu; got .* on meta"),

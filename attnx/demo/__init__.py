@@ -1,0 +1,1 @@
+"""The bundled demo: a small vision transformer trained on drawn scenes."""
