@@ -194,11 +194,11 @@ class _Listener(TorchFunctionMode):
         self.called = False
 
     def install(self) -> None:
-        """Two hooks a module. The one that leaves runs first and always, so that nested captures close in order."""
+        """Two hooks a module: the first thing of a call, and, whatever happens, the last; nested captures nest."""
         self.undo += open_ears(self.model)
         for name, module in self.model.named_modules(remove_duplicate=True):
-            enter = module.register_forward_pre_hook(self._enter(_clean(name)))
-            leave = module.register_forward_hook(self._leave, prepend=True, always_call=True)
+            enter = module.register_forward_pre_hook(self._enter(_clean(name)), prepend=True)
+            leave = module.register_forward_hook(self._leave, always_call=True)
             self.undo += [enter.remove, leave.remove]
         for module in patch_convolutions(self.model):
             self.undo.append(module.register_forward_hook(self._note_grid).remove)
@@ -242,9 +242,6 @@ class _Listener(TorchFunctionMode):
         return hook
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        # A pre-hook that raised before ours leaves nothing to take back.
-        if not self.local.names:
-            return
         self.local.names.pop()
         if not self.local.names:
             self.__exit__(None, None, None)

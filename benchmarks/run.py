@@ -54,7 +54,8 @@ def run(out: Path, device: str, quick: bool = False, limit: float | None = None,
     if device == "cpu":
         failed += add_memory([row for row in rows if row["suite"] == "models"], quick)
     result = {**environment(device), "quick": quick, "failed": failed, "rows": rows}
-    path = out / f"{file_stem(device)}{'-quick' if quick else ''}.json"
+    part = "-quick" if quick else "-part" if keyword else ""
+    path = out / f"{file_stem(device)}{part}.json"
     write_atomically(path, json.dumps(result, indent=1))
     print("\n".join(table(rows)))
     print(f"\n{path.name}: {len(rows)} rows" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
@@ -223,6 +224,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, help="seconds for each suite; what is measured by then is kept")
     parser.add_argument("-k", dest="keyword", help="only what pytest's -k chooses")
     options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device")
     return 0 if run(options.out, options.device, options.quick, options.limit, options.keyword) else 1
 
 

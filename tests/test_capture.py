@@ -428,3 +428,17 @@ def test_attn_implementation_keeps_padding_masked() -> None:
         padded = model(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), output_attentions=True)
     torch.testing.assert_close(padded.last_hidden_state[:, :4], alone, rtol=1e-4, atol=1e-5)
     assert padded.attentions[0][..., 4:].abs().max() == 0
+
+
+def test_hooks_of_the_user_that_raise(vit: tuple[nn.Module, Tensor]) -> None:
+    model, images = vit
+
+    def stop(module: nn.Module, *_: object) -> None:
+        raise ZeroDivisionError
+
+    for register in (model.blocks[1].register_forward_pre_hook, model.blocks[1].register_forward_hook):
+        hook = register(stop)
+        with pytest.raises(ZeroDivisionError), torch.no_grad(), attnx.capture(model), attnx.capture(model):
+            model(images)
+        assert torch.overrides._len_torch_function_stack() == 0
+        hook.remove()

@@ -1,6 +1,7 @@
 """The command line as a user meets it: results, messages, exit codes."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,38 @@ def test_extract_is_the_api(photos: Path, tmp_path: Path, method: str, options: 
     assert (settings["model"], settings["method"], settings["image_size"]) == (RANDOM[1], method, [48, 64])
 
 
+def reference(maps: list[torch.Tensor]) -> torch.Tensor:
+    """Abnar & Zuidema's product of eager per-head maps [B, H, N, N], in float64: [B, N, N]."""
+    product = torch.eye(maps[0].shape[-1], dtype=torch.float64)
+    for each in maps:
+        mixed = each.double().mean(1) + torch.eye(each.shape[-1], dtype=torch.float64)
+        product = mixed / mixed.sum(-1, keepdim=True) @ product
+    return product
+
+
+@pytest.mark.parametrize("family", ["ViT", "Dinov2WithRegisters"])
+def test_extract_is_eager_attention_and_the_papers_arithmetic(family: str, photos: Path, tmp_path: Path) -> None:
+    """On the photos in the folder ATTNX_PHOTOS, where it is set."""
+    import transformers
+
+    small = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 64}
+    config = getattr(transformers, f"{family}Config")(**small, image_size=48, patch_size=8)
+    getattr(transformers, f"{family}Model")(config).save_pretrained(tmp_path / "model")
+    model = f"hf:{tmp_path / 'model'}"
+    source = Path(os.environ.get("ATTNX_PHOTOS", photos))
+    result = run("extract", source, "--model", model, "--out", tmp_path / "maps", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    loaded = load_model(model)
+    loaded.model.set_attn_implementation("eager")
+    for row in read_shards(tmp_path / "maps"):
+        image = loaded.prepare(read_image(source / row.key))[None]
+        with torch.no_grad():
+            maps = loaded.model(image, output_attentions=True).attentions
+        want = reference(list(maps))[0, 0, -36:].view(6, 6)
+        assert row.map is not None
+        np.testing.assert_allclose(row.map, want.numpy(), rtol=1e-3, atol=1e-7)
+
+
 def test_extract_records_what_it_cannot_read(photos: Path, tmp_path: Path) -> None:
     (photos / "b.jpg").write_bytes((photos / "b.jpg").read_bytes()[:300])
     (photos / "d.jpg").write_text("no image")
@@ -102,7 +135,8 @@ def test_extract_records_what_it_cannot_read(photos: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("method", ["rollout", "cls", "layers"])
 def test_show(photos: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "pictures"
-    result = run("show", photos / "b.jpg", "--out", out, "--method", method, *RANDOM, "--layer", "blocks.0", "--layer", -1)
+    layers = ["--layer", "blocks.0", "--layer", -1]
+    result = run("show", photos / "b.jpg", "--out", out, "--method", method, *RANDOM, *layers)
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in out.iterdir()) == ["heads.png", "layers.png", "masks.png", "overlay.png"]
     with Image.open(out / "overlay.png") as overlay:

@@ -1,5 +1,7 @@
 """The op's numbers: one table, every backend, against float64."""
 
+import mmap
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +11,8 @@ from attnx.testing import (
     TABLE,
     Case,
     assert_attention,
-    assert_within_budget,
-    oracle,
     oracle_lse,
     random_inputs,
-    score_size,
-    torch_reference,
 )
 
 BACKENDS = ("eager", "triton")
@@ -181,24 +179,24 @@ def test_scalar_bias_and_mask(backend, device):
     assert not attend(inputs._replace(bias=torch.tensor(False, device=device)), backend)[1].any()
 
 
-def distant(path, device):
-    """2^32 fp16 values that take no memory until they are touched: a sparse file; on a GPU, memory."""
+def distant(device):
+    """2^32 fp16 zeros that take no memory until they are touched; on a GPU they take it."""
     size = 2**32 + 2**22
     if device.type == "cuda":
         if torch.cuda.mem_get_info(device)[0] < 4 * size:
             pytest.skip("needs 16 GiB of free GPU memory")
-        return torch.empty(size, dtype=torch.float16, device=device)
-    storage = torch.from_file(str(path), shared=True, size=size, dtype=torch.float16)
-    path.unlink()
-    return storage
+        return torch.zeros(size, dtype=torch.float16, device=device)
+    reserve_nothing = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named in newer Pythons
+    memory = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing)
+    return torch.frombuffer(memory, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["items", "heads", "tokens"])
 @of_both_lengths
-def test_addresses_beyond_31_bits(N, dim, tmp_path, device):
+def test_addresses_beyond_31_bits(N, dim, device):
     """The last item, head or token lies 2^31 elements behind the first; a wrapped offset lands on zeros before it."""
     near = random_inputs(Case(N=N, dtype=torch.float16, mask="BHMN"), device=device)
-    storage = distant(tmp_path / "distant", device)
+    storage = distant(device)
 
     def spread(t, start):
         strides = list(torch.empty(t.shape, device="meta").stride())
@@ -219,9 +217,7 @@ def test_map_of_more_than_31_bits(device):
         pytest.skip("needs 13 GiB of free GPU memory")
     inputs = random_inputs(Case(B=1, M=M, N=N, dtype=torch.bfloat16), device=device)
     each = attend_map(inputs, "triton", heads="each")
-    rows = (0, M // 2, M - 1)
-    options = {"heads": "each", "rows": rows}
-    few = inputs._replace(q=inputs.q[:, :, list(rows)])
-    exact, reference = (f(*few, heads="each")[1] for f in (oracle, torch_reference))
-    assert_within_budget(each[:, :, list(rows)], exact, reference, "map", score_size(few.q, few.k))
-    assert torch.equal(attend_map(inputs, "triton", **options).isnan(), torch.zeros_like(exact, dtype=torch.bool))
+    torch.testing.assert_close(each.sum(-1), torch.ones(1, 3, M, device=device))
+    rows = [0, M // 2, M - 1]
+    few = inputs._replace(q=inputs.q[:, :, rows])
+    assert_attention(None, each[:, :, rows], *few, heads="each")

@@ -105,7 +105,7 @@ def test_gradient_without_keys_or_items_is_zero(B, device):
 
 @pytest.mark.parametrize("heads", ["mean", "max"])
 def test_eager_makes_no_map_of_all_heads(heads):
-    H, N = 8, 2048
+    H, N = 8, 1024
     q, k, v, _ = random_inputs(Case(B=1, H=H, M=N, N=N, D=32))
     one_map, few_rows, block = 4 * N * N, 4 * 16 * N, eager._BLOCK_BYTES
     for work, at_least, at_most in (

@@ -31,9 +31,9 @@ def test_kernels_import_and_the_bare_name_is_not_ours(tmp_path: Path) -> None:
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import attnx.kernels as k; print(k.__path__[0])"
         where = python(code, folder)
         assert Path(where) == ROOT / "kernels"
-    # `kernels` may be Hugging Face's package or nothing, never a module of this folder.
+    # `kernels` may be Hugging Face's package, or a folder without code, never a module of ours.
     origin = python(
-        "import sys; import attnx.kernels.configs, importlib.util as u; sys.path = [p for p in sys.path if p]\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import attnx.kernels.configs, importlib.util as u\n"
         "spec = u.find_spec('kernels'); print(spec and spec.origin)",
         tmp_path,
     )
