@@ -1,10 +1,11 @@
 """attnx: the attention maps of any vision transformer, at the price of its attention."""
 
-from attnx.capture import Handle, Trace, capture, patch
+from attnx.capture import Handle, capture, patch
 from attnx.extractor import Extractor
 from attnx.layout import TokenLayout
 from attnx.methods import cls_map, entropy, entropy_levels, layer_maps, mass_mask, pointing_game, rollout
 from attnx.ops import attention, attention_map
+from attnx.trace import Trace
 
 __all__ = [
     "Extractor",

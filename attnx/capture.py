@@ -6,7 +6,7 @@ Two hooks a module tell the name of the layer at work; while one is, a `TorchFun
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,61 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attnx.adapters import open_ears
-from attnx.layout import TokenLayout, grid_of, infer_layout, patch_convolutions
+from attnx.layout import TokenLayout, grid_of, patch_convolutions
 from attnx.ops import attention, attention_map
 from attnx.reducers import Heads
+from attnx.trace import Trace
 
 Layers = str | int | Sequence[str | int] | None
-
-
-class Trace(Mapping[str, Tensor]):
-    """The maps of one forward pass: layer name -> float32 map, in the order of the calls.
-
-    A map is [B, M, N]; [B, R, N] for R chosen rows; [B, H, M, N] for heads="each". `trace[-1]` is the last layer's.
-    A layer that attends twice in one pass appears a second time as "name#2". A new pass replaces the last one's maps.
-    """
-
-    def __init__(self, model: nn.Module, heads: str, rows: tuple[int, ...] | None, layout: TokenLayout | None) -> None:
-        self.heads = heads
-        self.rows = rows
-        self._model = model
-        self._layout = layout
-        self._maps: dict[str, Tensor] = {}
-        self._grids: list[tuple[int, int]] = []
-
-    def __getitem__(self, layer: str | int) -> Tensor:
-        if isinstance(layer, int):
-            names = list(self._maps)
-            if not -len(names) <= layer < len(names):
-                raise KeyError(f"layer {layer}: expected an index into {len(names)} layers: {', '.join(names)}")
-            layer = names[layer]
-        if layer not in self._maps:
-            raise KeyError(f"layer {layer!r}: expected one of {', '.join(self._maps) or 'none (nothing was heard)'}")
-        return self._maps[layer]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._maps)
-
-    def __len__(self) -> int:
-        return len(self._maps)
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(f"{name}: {list(m.shape)}" for name, m in self.items())
-        return f"Trace(heads={self.heads!r}, {{{shapes}}})"
-
-    @property
-    def layout(self) -> TokenLayout:
-        """The tokens of the maps, from the model and its actual input, or as given to `capture`.
-
-        Raises:
-            ValueError: the model doesn't say; pass `layout=`.
-        """
-        if self._layout is not None:
-            return self._layout
-        if not self._maps:
-            raise ValueError("layout: the model has not been called yet")
-        counts = [m.shape[-1] for m in self._maps.values()]
-        return infer_layout(self._model, self._grids, max(set(counts), key=counts.count))
 
 
 class Handle:
@@ -230,8 +181,7 @@ class _Listener(TorchFunctionMode):
                 # Dynamo answers an exception with a graph break: the hooks then run uncompiled, with real tensors.
                 raise RuntimeError("attnx: a patched model can't be compiled with fullgraph=True")
             if module is self.model:
-                self.trace._maps.clear()
-                self.trace._grids.clear()
+                self.trace.clear()
                 self.heard.clear()
             self.called = True
             if not self.local.names:
@@ -249,8 +199,8 @@ class _Listener(TorchFunctionMode):
 
     def _note_grid(self, module: nn.Module, args: Any, output: Any) -> None:
         grid = grid_of(output)
-        if grid is not None and grid not in self.trace._grids:
-            self.trace._grids.append(grid)
+        if grid is not None:
+            self.trace.add_grid(grid)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -296,13 +246,13 @@ class _Listener(TorchFunctionMode):
                 out, amap = attention(q, k, v, backend=self.backend, **options)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{layer}: {error}") from error
-        self.trace._maps[self._key(layer)] = amap
+        self.trace.add(self._key(layer), amap)
         return out
 
     def _key(self, layer: str) -> str:
         """The layer's name, numbered when it attends again in the same pass of the whole model."""
         inside = len(self.local.names) > 0 and self.local.names[0] == ""
-        again = sum(name.partition("#")[0] == layer for name in self.trace._maps) if inside else 0
+        again = sum(name.partition("#")[0] == layer for name in self.trace) if inside else 0
         return f"{layer}#{again + 1}" if again else layer
 
 

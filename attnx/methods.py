@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnx.capture import Trace
 from attnx.reducers import Heads, fuse_heads
+from attnx.trace import Trace
 
 
 def rollout(

@@ -16,7 +16,8 @@ def make_trace(
     maps: Mapping[str, Tensor], layout: TokenLayout, heads: str = "mean", rows: tuple | None = None
 ) -> Trace:
     trace = Trace(torch.nn.Identity(), heads, rows, layout)
-    trace._maps.update(maps)
+    for name, amap in maps.items():
+        trace.add(name, amap)
     return trace
 
 
