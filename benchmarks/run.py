@@ -38,6 +38,8 @@ PACKAGES = ("torch", "triton", "timm", "transformers", "pytest-benchmark", "nump
 def run(out: Path, device: str, quick: bool = False, limit: float | None = None, keyword: str | None = None) -> bool:
     """Runs the suites and stores their results in a file in `out`; whether everything passed.
 
+    The file is named by hardware and versions, with -quick or -part at the end where it is not the whole.
+
     Args:
         out: a folder; made if it isn't there.
         device: "cpu" or "cuda".

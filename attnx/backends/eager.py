@@ -100,26 +100,19 @@ def _map(
     """The map [B,M,N] (each: [B,H,M,N]); with v, writes the output into out [B,M,H,Dv] on the way."""
     (B, H, M, _), N, compute = q.shape, k.shape[2], _compute_dtype(q)
     group = H // k.shape[1]
-    amap = q.new_empty((B, H, M, N) if heads is Heads.EACH else (B, M, N), dtype=torch.float32)
-    fused = amap if compute == torch.float32 else q.new_empty(0)
+    amap = q.new_empty((B, H, M, N) if heads is Heads.EACH else (B, M, N), dtype=compute)
     for block, h, p in _weights(q, k.to(compute), bias, is_causal, scale, rows, lse):
         if heads is Heads.EACH:
             amap[:, h, block] = p
+        elif h == 0:
+            amap[:, block] = p
         else:
-            if compute != torch.float32 and h == 0:
-                fused = p.new_empty(B, M, N) if block.start == 0 else fused
-            tile = fused[:, block]
-            if h == 0:
-                tile.copy_(p)
-            else:
-                fuse_into(tile, p, heads)
-            if heads is Heads.MEAN and h == H - 1:
-                tile.div_(H)
+            fuse_into(amap[:, block], p, heads)
+        if heads is Heads.MEAN and h == H - 1:
+            amap[:, block].div_(H)
         if v is not None and out is not None:
-            out[:, block, h] = torch.bmm(p, v[:, h // group]).to(out.dtype)
-    if fused is not amap and heads is not Heads.EACH:
-        amap.copy_(fused)
-    return amap
+            out[:, block, h] = torch.bmm(p, v[:, h // group])
+    return amap.float()
 
 
 def _weights(

@@ -37,7 +37,7 @@ def demo_model(pretrained: bool = True) -> VisionTransformer:
         class_token=True,
         dynamic_img_size=True,
     )
-    model.pretrained_cfg = {
+    config: dict[str, object] = {
         "input_size": (3, IMAGE_SIZE, IMAGE_SIZE),
         "mean": MEAN,
         "std": STD,
@@ -45,6 +45,7 @@ def demo_model(pretrained: bool = True) -> VisionTransformer:
         "crop_pct": 1.0,
         "num_classes": len(CLASSES),
     }
+    model.pretrained_cfg = config  # type: ignore[assignment]
     if pretrained:
         from safetensors.torch import load_file
 
