@@ -88,7 +88,7 @@ def attention_map(
         raise ValueError(f"lse: expected float32 {list(q.shape[:3])} on {q.device}; got {came}")
     name = _choose(backend, q, v)
     q, k = q.detach(), k.detach()
-    bias = None if bias is None else bias.detach()
+    bias, lse = (None if t is None else t.detach() for t in (bias, lse))
     return torch.ops.attnx.attention_map(q, k, bias, is_causal, _scale(scale, q), heads, index, lse, name)
 
 
@@ -226,8 +226,11 @@ def _choose(backend: str, q: Tensor, v: Tensor | None) -> str:
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast the inputs are cast as SDPA's are."""
+    for name, t in zip("qkv", tensors, strict=False):
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{name}: expected a tensor; got {type(t).__name__}")
     device = tensors[0].device.type
-    if not isinstance(tensors[0], Tensor) or not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -272,9 +275,9 @@ def _row_index(rows: Sequence[int] | Tensor | None, m: int, device: torch.device
     if rows is None:
         return None
     if not isinstance(rows, Tensor):
-        if isinstance(rows, (str, int)) or not all(isinstance(i, int) and 0 <= i < m for i in rows):
+        if not isinstance(rows, Sequence) or not all(isinstance(i, int) and 0 <= i < m for i in rows):
             raise ValueError(f"rows: expected a sequence of integers in 0..{m - 1}; got {rows!r}")
-        return torch.tensor(list(rows), dtype=torch.int64, device=device)
+        return torch.tensor(rows, dtype=torch.int64, device=device)
     if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32) or rows.device != device:
         raise ValueError(
             f"rows: expected a 1-D integer tensor on {device}; got {rows.dtype} {list(rows.shape)} on {rows.device}"

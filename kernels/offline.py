@@ -101,8 +101,9 @@ def resources(name: str, launch: Launch, target: Target) -> Resources:
     usage, sass = (_cuobjdump(compiled.asm["cubin"], flag) for flag in ("-res-usage", "-sass"))
     registers = int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]
     spills = 4 * len(re.findall(r"\bSTL(?:\.\S+)?\s", sass))
-    unit = max(("HGMMA", "HMMA", "UTCHMMA", "FFMA"), key=lambda op: (op != "FFMA") * len(re.findall(rf"\b{op}", sass)))
-    count = (len(re.findall(rf"\b{unit}", sass)), len(re.findall(r"MUFU\.EX2", sass)))
+    units = {unit: len(re.findall(rf"\b{unit}", sass)) for unit in ("HGMMA", "HMMA", "UTCHMMA", "FFMA")}
+    unit = next((unit for unit in ("HGMMA", "HMMA", "UTCHMMA") if units[unit]), "FFMA")
+    count = (units[unit], len(re.findall(r"MUFU\.EX2", sass)))
     return Resources(*described, tuple(launch.config), registers, spills, shared, unit, *count)
 
 

@@ -58,7 +58,13 @@ def test_demo(tmp_path: Path) -> None:
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width > 6 * 192
     assert len(list(read_shards(tmp_path / "rollout"))) == 6
-    assert "expected a folder without part files" in fails("demo", "--out", tmp_path)
+    # A second demo replaces the first; what is not a demo's is never touched.
+    assert run("demo", "--out", tmp_path, "--scenes", 4).exit_code == 0
+    assert len(list(read_shards(tmp_path / "cls"))) == 4
+    extracted = tmp_path / "x" / "rollout"
+    assert run("extract", tmp_path / "scenes", "--out", extracted).exit_code == 0
+    assert "expected a folder without part files" in fails("demo", "--out", tmp_path / "x")
+    assert len(list(read_shards(extracted))) == 4
     assert "scenes: expected at least 1" in fails("demo", "--out", tmp_path / "x", "--scenes", 0)
 
 

@@ -187,9 +187,7 @@ def test_an_interrupt_right_after_the_rename_writes_no_row_twice(tmp_path, monke
         for i in range(4):
             writer.add(str(i), amap(i), 3, 2)
     assert keys(tmp_path) == ["0", "1"]
-    assert not hasattr(caught.value, "__notes__"), (
-        "they were written, and nobody should hear that they were not"
-    )
+    assert not hasattr(caught.value, "__notes__"), "they were written, and nobody should hear that they were not"
 
 
 def test_a_shard_of_another_job_is_not_replaced(tmp_path):

@@ -48,9 +48,13 @@ def attention_output(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_ca
     """Output [B,H,M,Dv] alone: the vendor's SDPA."""
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.to(q.dtype)
-    if is_causal and bias is not None:
+    # SDPA on CPUs hides before it scales: a scale of 0 or less would make NaN of minus infinity.
+    if is_causal and (bias is not None or scale <= 0):
         hidden = _causal_mask(slice(0, q.shape[2]), None, k.shape[2], q.device)
-        bias = bias & ~hidden if bias.dtype == torch.bool else bias.masked_fill(hidden, -torch.inf)
+        if bias is None:
+            bias = ~hidden
+        else:
+            bias = bias & ~hidden if bias.dtype == torch.bool else bias.masked_fill(hidden, -torch.inf)
         is_causal = False
     gqa = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=gqa)

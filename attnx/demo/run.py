@@ -15,7 +15,7 @@ from attnx.demo.scenes import CLASSES, Scene, draw_scene
 from attnx.extractor import Extractor
 from attnx.images import find_images
 from attnx.jobs.extract import extract_images
-from attnx.jobs.shards import read_shards
+from attnx.jobs.shards import read_settings, read_shards
 from attnx.methods import pointing_game
 from attnx.models.loading import load_model
 
@@ -43,7 +43,7 @@ def run_demo(out: Path, scenes: int = 48, seed: int = FIRST_SEED, progress: Prog
     Writes scenes/*.png, the shards rollout/ and cls/, results.json and contact_sheet.png.
 
     Args:
-        out: a folder without an earlier demo's shards.
+        out: a folder; an earlier demo's results in it are replaced.
         scenes: how many, at least 1.
         seed: of the first scene; scene i has seed + i.
         progress: gives a context manager of a progress function for a number of images.
@@ -55,9 +55,11 @@ def run_demo(out: Path, scenes: int = 48, seed: int = FIRST_SEED, progress: Prog
     drawn = [draw_scene(seed + i) for i in range(scenes)]
     folder = out / "scenes"
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9]*.png"):
+        old.unlink()
     for i, scene in enumerate(drawn):
         save(Image.fromarray(scene.image), folder / f"{i:05d}.png")
-    maps = {method: _extract(folder, out / method, method, scenes, progress) for method in METHODS}
+    maps = {method: _extract(folder, out / method, method, progress) for method in METHODS}
     maps["random"] = torch.from_numpy(np.random.default_rng(seed).random(tuple(maps["cls"].shape), np.float32))
     boxes = torch.tensor([scene.box for scene in drawn])
     size = drawn[0].image.shape[:2]
@@ -68,14 +70,23 @@ def run_demo(out: Path, scenes: int = 48, seed: int = FIRST_SEED, progress: Prog
     return verdict
 
 
-def _extract(folder: Path, out: Path, method: str, scenes: int, progress: Progress | None) -> Tensor:
+def _extract(folder: Path, out: Path, method: str, progress: Progress | None) -> Tensor:
     """[scenes, h, w] maps, by way of the shards that are written to `out`."""
     loaded = load_model("demo")
-    paths = find_images(folder)[:scenes]
-    settings = {"model": "demo", "method": method}
+    paths = find_images(folder)
+    settings = {"demo": True, "method": method}
+    _forget(out)
     with progress(len(paths)) if progress else nullcontext(None) as report:
         extract_images(paths, folder, loaded.prepare, Extractor(loaded.model, method), out, settings, progress=report)
     return torch.from_numpy(np.stack([row.map for row in read_shards(out) if row.map is not None])).float()
+
+
+def _forget(out: Path) -> None:
+    """Removes an earlier demo's shards; those of anything else stay, and the writer refuses their folder."""
+    shards = sorted(out.glob("part-*.parquet"))
+    if shards and read_settings(out).get("demo"):
+        for shard in shards:
+            shard.unlink()
 
 
 def _write_results(out: Path, verdict: Verdict, drawn: list[Scene], hits: dict[str, Tensor]) -> None:
