@@ -143,6 +143,7 @@ class _Listener(TorchFunctionMode):
         self.undo: list[Callable[[], None]] = []
         self.local = _Local()
         self.called = False
+        self.rows: Tensor | None = None
 
     def install(self) -> None:
         """Two hooks a module: the first thing of a call, and, whatever happens, the last; nested captures nest."""
@@ -234,10 +235,9 @@ class _Listener(TorchFunctionMode):
             raise NotImplementedError(f"{layer}: expected q of [B, H, M, D]; got {list(query.shape)}; leave it out")
         batch = torch.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1])[0]
         q, k, v = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
-        options: dict[str, Any] = dict(
-            bias=attn_mask, is_causal=is_causal, scale=scale, heads=self.trace.heads, rows=self.trace.rows
-        )
+        options: dict[str, Any] = dict(bias=attn_mask, is_causal=is_causal, scale=scale, heads=self.trace.heads)
         try:
+            options["rows"] = self._rows_of(q)
             if any(other is not self for other in _ACTIVE.listeners):
                 # Another capture listens to this call too: it answers, and only the map is made here.
                 amap = attention_map(q, k, backend=self.backend, **options)
@@ -248,6 +248,17 @@ class _Listener(TorchFunctionMode):
             raise type(error)(f"{layer}: {error}") from error
         self.trace.add(self._key(layer), amap)
         return out
+
+    def _rows_of(self, q: Tensor) -> Tensor | None:
+        """The chosen rows as a tensor on q's device, copied there once and not in every layer."""
+        rows = self.trace.rows
+        if rows is None:
+            return None
+        if not all(isinstance(row, int) and 0 <= row < q.shape[2] for row in rows):
+            raise ValueError(f"rows: expected integers in 0..{q.shape[2] - 1}; got {list(rows)}")
+        if self.rows is None or self.rows.device != q.device:
+            self.rows = torch.tensor(rows, dtype=torch.int64, device=q.device)
+        return self.rows
 
     def _key(self, layer: str) -> str:
         """The layer's name, numbered when it attends again in the same pass of the whole model."""

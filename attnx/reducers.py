@@ -21,9 +21,13 @@ class Heads(IntEnum):
         Raises:
             ValueError: no such member.
         """
-        if isinstance(name, str) and name.islower() and name.upper() in cls.__members__:
-            return cls[name.upper()]
-        raise ValueError(f"heads: expected one of {', '.join(h.name.lower() for h in cls)}; got {name!r}")
+        if isinstance(name, str) and name in _BY_NAME:
+            return _BY_NAME[name]
+        raise ValueError(f"heads: expected one of {', '.join(_BY_NAME)}; got {name!r}")
+
+
+# A plain dict, since torch.compile does not trace the members of an enum class.
+_BY_NAME = {member.name.lower(): member for member in Heads}
 
 
 def fuse_heads(p: Tensor, heads: Heads) -> Tensor:

@@ -32,7 +32,7 @@ class Case:
         self.images[self.dtype] = self.images[torch.float32].to(self.dtype)
         self.models[self.dtype] = copy.deepcopy(self.models[torch.float32]).to(self.dtype)
         self.reference = self._rollout(self.peer, torch.float32)
-        self.peer_error = self.error(self.peer, self.dtype)
+        self.peer_error = 0.0 if self.dtype == torch.float32 else self.error(self.peer, self.dtype)
 
     def call(self, contestant: str, dtype: torch.dtype) -> peers.Rollout:
         """The contestant with a copy of the model that it may change."""

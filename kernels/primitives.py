@@ -26,7 +26,7 @@ BOOLEAN: tl.constexpr = tl.constexpr(2)
 @triton.jit
 def wide(index):
     """int64 of a loop's index: it is multiplied by strides, and the product may pass 2^31."""
-    return tl.to_tensor(index).to(tl.int64)
+    return tl.cast(index, tl.int64)
 
 
 @triton.jit
