@@ -6,9 +6,12 @@ Two hooks a module tell the name of the layer at work; while one is, a `TorchFun
 
 import sys
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from operator import index
 from typing import Any
 
 import torch
@@ -106,17 +109,21 @@ def patch(
 def attention_layers(model: nn.Module) -> list[str]:
     """Names of the self-attention blocks, in order of depth: what a depth index counts.
 
-    Known by their class name: the innermost "...Attention" modules outside pooling heads.
+    Known by their class name, or by timm's `fused_attn` flag: the innermost such modules outside pooling heads.
     """
     named = {_clean(name): module for name, module in model.named_modules()}
     pools = [name for name, module in named.items() if "pool" in type(module).__name__.lower()]
     found = [
         name
         for name, module in named.items()
-        if ("attention" in type(module).__name__.lower() or type(module).__name__.endswith("Attn"))
-        and not any(name == pool or name.startswith(pool + ".") for pool in pools)
+        if _is_attention(module) and not any(name == pool or name.startswith(pool + ".") for pool in pools)
     ]
     return [name for name in found if not any(other.startswith(name + ".") for other in found)]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    name = type(module).__name__
+    return "attention" in name.lower() or name.endswith("Attn") or hasattr(module, "fused_attn")
 
 
 class _Listener(TorchFunctionMode):
@@ -135,40 +142,58 @@ class _Listener(TorchFunctionMode):
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
         Heads.parse(heads)
+        try:
+            chosen = None if rows is None else tuple(index(row) for row in rows)
+        except TypeError as error:
+            raise ValueError(f"rows: expected a sequence of integers; got {rows!r}") from error
         self.model = model
         self.backend = backend
-        self.trace = Trace(model, heads, None if rows is None else tuple(rows), layout)
+        self.trace = Trace(model, heads, chosen, layout)
         self.wanted = _resolve(model, layers)
         self.heard: set[str] = set()
         self.undo: list[Callable[[], None]] = []
+        self.ears: list[Callable[[], None]] = []
         self.local = _Local()
         self.called = False
+        self.finished = True
         self.rows: Tensor | None = None
 
     def install(self) -> None:
         """Two hooks a module: the first thing of a call, and, whatever happens, the last; nested captures nest."""
-        self.undo += open_ears(self.model)
+        self.ears += open_ears(self.model)
+        _LIVE.add(self)
         for name, module in self.model.named_modules(remove_duplicate=True):
-            enter = module.register_forward_pre_hook(self._enter(_clean(name)), prepend=True)
+            enter = module.register_forward_pre_hook(self._enter(_clean(name)), prepend=True, with_kwargs=True)
             leave = module.register_forward_hook(self._leave, always_call=True)
             self.undo += [enter.remove, leave.remove]
         for module in patch_convolutions(self.model):
             self.undo.append(module.register_forward_hook(self._note_grid).remove)
 
     def uninstall(self) -> None:
+        """Undoes everything; another patch of the same blocks keeps them open."""
         while self.undo:
             self.undo.pop()()
+        while self.ears:
+            self.ears.pop()()
+        _LIVE.discard(self)
+        for other in list(_LIVE):
+            other.ears += open_ears(other.model)
 
     def check(self) -> None:
         """Raises RuntimeError unless everything that was asked for was heard."""
         if not self.called:
             raise RuntimeError("nothing was captured: the model was not called")
+        if not self.finished:
+            raise RuntimeError("the model's last call did not finish: its maps are not complete")
         silent = [str(w) for w in self.wanted or [] if not any(_matches(w, name) for name in self.heard)]
         if silent:
             raise RuntimeError(
                 f"not heard: {', '.join(silent)}: no call of F.scaled_dot_product_attention there; "
                 f"heard: {', '.join(sorted(self.heard)) or 'nothing'}"
             )
+        missed = [name for name in attention_layers(self.model) if name not in self.heard]
+        if self.wanted is None and self.trace and missed:
+            warnings.warn(f"attnx: attention layers that were not heard: {', '.join(missed)}", stacklevel=3)
         if not self.trace:
             known = ", ".join(attention_layers(self.model)) or "none"
             raise RuntimeError(
@@ -177,13 +202,16 @@ class _Listener(TorchFunctionMode):
             )
 
     def _enter(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_compiling():
                 # Dynamo answers an exception with a graph break: the hooks then run uncompiled, with real tensors.
                 raise RuntimeError("attnx: a patched model can't be compiled with fullgraph=True")
             if module is self.model:
+                if self.ears and kwargs.get("output_attentions"):
+                    raise ValueError("output_attentions: expected False inside a capture; the trace has the maps")
                 self.trace.clear()
                 self.heard.clear()
+                self.finished = False
             self.called = True
             if not self.local.names:
                 _ACTIVE.listeners.append(self)
@@ -193,7 +221,11 @@ class _Listener(TorchFunctionMode):
         return hook
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.local.names:
+            return  # _enter refused the call
         self.local.names.pop()
+        if module is self.model:
+            self.finished = output is not None
         if not self.local.names:
             self.__exit__(None, None, None)
             _ACTIVE.listeners.remove(self)
@@ -239,7 +271,7 @@ class _Listener(TorchFunctionMode):
         try:
             options["rows"] = self._rows_of(q)
             if any(other is not self for other in _ACTIVE.listeners):
-                # Another capture listens to this call too: it answers, and only the map is made here.
+                # Another capture listens to this call too and must hear it: here only the map is made.
                 amap = attention_map(q, k, backend=self.backend, **options)
                 out = sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
             else:
@@ -282,6 +314,7 @@ class _Active(threading.local):
 
 
 _ACTIVE = _Active()
+_LIVE: "weakref.WeakSet[_Listener]" = weakref.WeakSet()  # installed, in any thread
 
 
 def _clean(name: str) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 # Prefix tokens, class token among them, of Hugging Face vision models by model_type; registers come on top.
 _HF_PREFIX = {
-    "vit": 1, "deit": 2, "vit_mae": 1, "dinov2": 1, "dinov2_with_registers": 1, "dinov3_vit": 1, "ijepa": 0,
+    "vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 1, "dinov3_vit": 1, "ijepa": 0,
     "clip": 1, "clip_vision_model": 1, "siglip": 0, "siglip_vision_model": 0, "siglip2_vision_model": 0, "beit": 1,
 }  # fmt: skip
 
@@ -61,6 +61,8 @@ def declared_prefix(model: nn.Module) -> tuple[int, bool] | None:
         config = getattr(module, "config", None)
         config = getattr(config, "vision_config", config)
         kind = getattr(config, "model_type", None)
+        if kind == "vit_mae":
+            return None  # it shuffles its patches: no grid is theirs
         if kind in _HF_PREFIX:
             return _HF_PREFIX[kind] + (getattr(config, "num_register_tokens", 0) or 0), _HF_PREFIX[kind] > 0
     if any(name.rpartition(".")[2] in ("cls_token", "class_token") for name, _ in model.named_parameters()):

@@ -1,5 +1,6 @@
 """What is made of the maps: rollout, CLS maps, layer-wise maps, masks, entropy. Pure functions of a Trace or maps."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -184,6 +185,8 @@ def _self_attention(trace: Trace, kind: Heads) -> tuple[list[Tensor], Tensor | N
     maps: list[Tensor] = []
     pool: Tensor | None = None
     for name, amap in trace.items():
+        if "#" in name or re.search(r"\.attns\.\d", name):
+            raise ValueError(f"rollout: expected layers in a row; {name} attends beside another; choose layers=")
         fused = fuse_heads(amap, kind) if amap.dim() == 4 else amap
         if fused.shape[1:] == (n, n) and pool is None:
             maps.append(fused)

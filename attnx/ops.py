@@ -38,6 +38,7 @@ def attention(
         k: [B, Hk, N, D] of the same dtype and device; H is a multiple of Hk (grouped queries).
         v: [B, Hk, N, Dv] likewise.
         bias: broadcastable to [B, H, M, N]: a float tensor is added to the scores, a boolean one says True = attend.
+            Below -1e30 it hides a key, so `finfo.min` does as minus infinity (SDPA attends evenly where it is alone).
         is_causal: row i sees the keys 0..i, also where M != N (as in SDPA).
         scale: of the scores; ``D ** -0.5`` unless given.
         heads: "mean", "max", "min" over the heads, or "each".
@@ -218,7 +219,10 @@ def _choose(backend: str, q: Tensor, v: Tensor | None) -> str:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "eager" or (backend == "auto" and q.device.type != "cuda"):
         return "eager"
-    reasons = _implementation("triton").limits(q, v)
+    try:
+        reasons = _implementation("triton").limits(q, v)
+    except ImportError as error:
+        reasons = [str(error)]
     if reasons and backend == "triton":
         raise NotImplementedError(f"backend='triton' can't take these inputs: {'; '.join(reasons)}")
     return "eager" if reasons else "triton"

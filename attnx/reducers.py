@@ -5,6 +5,9 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+HIDDEN = -1e30
+"""A key whose biased score is below is not attended: minus infinity, and the finfo.min that masks are made of."""
+
 
 class Heads(IntEnum):
     """How the maps of the heads become one. The values are those of the kernels' constants of the same names."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnx.reducers import Heads, fuse_heads
+from attnx.reducers import HIDDEN, Heads, fuse_heads
 
 
 class Inputs(NamedTuple):
@@ -242,7 +242,7 @@ def _hidden(q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool) -> Tenso
     """[B, H, M, N]: True where a key may not be attended: above the diagonal, False in a mask, -inf in a bias."""
     hidden = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
     if bias is not None:
-        hidden = hidden | (~bias if bias.dtype == torch.bool else bias == -torch.inf)
+        hidden = hidden | (~bias if bias.dtype == torch.bool else bias.double() < HIDDEN)
     if is_causal:
         hidden = hidden | torch.ones_like(hidden).triu(1)
     return hidden

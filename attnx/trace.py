@@ -47,9 +47,10 @@ class Trace(Mapping[str, Tensor]):
         self._maps[layer] = amap
 
     def add_grid(self, grid: tuple[int, int]) -> None:
-        """Keeps a grid (rows, columns) that a patch convolution gave."""
-        if grid not in self._grids:
-            self._grids.append(grid)
+        """Keeps a grid (rows, columns) that a patch convolution gave; the newest stands first."""
+        if grid in self._grids:
+            self._grids.remove(grid)
+        self._grids.insert(0, grid)
 
     def clear(self) -> None:
         """Forgets the last pass."""

@@ -27,7 +27,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=c
 # Most of the tests' time is compilation: where pytest-xdist is there, in parallel.
 parallel=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 8")
 # shellcheck disable=SC2086
-step tests 140 "$PYTHON" -m pytest tests/test_ops.py tests/test_gradient.py -m "gpu or not gpu" \
+step tests 140 "$PYTHON" -m pytest tests/test_ops.py tests/test_ops_contract.py tests/test_gradient.py tests/test_capture.py -m "gpu or not gpu" \
     -p no:cacheprovider $parallel
 step benchmarks 280 "$PYTHON" -m benchmarks.run --device cuda --limit 120 --out "$OUT"
 step sweep 150 "$PYTHON" -m benchmarks.sweep --seconds 60 --out "$OUT"

@@ -43,8 +43,8 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def forward_config(head_dim: int, itemsize: int, rows: int, target: Target) -> Config:
-    """Output and lse, one head a program. head_dim: the larger of D and Dv."""
+def forward_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
+    """Output and lse, one head a program. head_dim: the larger of D and Dv; bias: a tile of it is loaded too."""
     width = block_d(head_dim) * itemsize  # bytes a row of K or V takes
     stages = 1 if target.backend == "hip" else 3 if width <= 128 else 2
     if width > 512:
@@ -53,12 +53,14 @@ def forward_config(head_dim: int, itemsize: int, rows: int, target: Target) -> C
         return Config(16, 64 if width <= 256 else 32, 4, min(stages, 2))
     if itemsize == 4 or width == 512:
         return Config(64, 64 if width <= 256 else 32, 8, min(stages, 2))
+    if bias:
+        return Config(64, 64, 4, min(stages, 2))
     if width <= 128:
         return Config(128, 64, 4, stages)
     return Config(128, 64, 8, stages) if target.backend == "cuda" else Config(64, 64, 4, stages)
 
 
-def map_config(head_dim: int, itemsize: int, rows: int, target: Target) -> Config:
+def map_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
     """A tile of the head-reduced map; the program loops over the heads."""
     width = block_d(head_dim) * itemsize
     stages = 1 if target.backend == "hip" else 3 if width <= 128 else 2
@@ -68,15 +70,17 @@ def map_config(head_dim: int, itemsize: int, rows: int, target: Target) -> Confi
         return Config(16, 128 if width <= 256 else 32, 4, stages if width <= 256 else 1)
     if itemsize == 4 or width == 512:
         return Config(64, 64, 8, min(stages, 2))
+    if bias:
+        return Config(128 if width <= 128 else 64, 64, 8, min(stages, 2))
     return Config(128, 128, 8, stages)
 
 
-def one_pass_config(head_dim: int, itemsize: int, keys: int, target: Target) -> Config | None:
+def one_pass_config(head_dim: int, itemsize: int, keys: int, target: Target, bias: bool = False) -> Config | None:
     """Whole rows of keys on chip; None where they do not fit without spills and the long way is taken."""
     block_n = max(16, 1 << (keys - 1).bit_length())
     width = block_d(head_dim) * itemsize
     if keys > SHORT_ROW or width > (256 if itemsize == 2 else 128):
         return None
     if block_n < SHORT_ROW:
-        return Config(32 if width <= 128 else 16, block_n, 4, 1)
-    return Config(32 if width == 128 and target.backend == "cuda" else 16, block_n, 8, 1)
+        return Config(32 if width <= 128 and not bias else 16, block_n, 4, 1)
+    return Config(32 if width == 128 and target.backend == "cuda" and not bias else 16, block_n, 8, 1)

@@ -145,8 +145,13 @@ def named_strides(tensor: Tensor, letters: str) -> dict[str, int]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """fp32 products are exact unless the user allowed tf32 for torch's own matrix products."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """fp32 products are exact unless the user allowed tf32 for torch's own, by either of its two settings."""
+    if dtype != torch.float32:
+        return "ieee"
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    if newer != "none":
+        return "tf32" if newer == "tf32" else "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def shared_args(
@@ -194,7 +199,7 @@ def forward_launch(shared: dict[str, Any], values: dict[str, Any], lse: Tensor, 
     """Writes out [B,H,M,Dv] (if values are given) and lse [B,H,M] fp32, natural logarithm."""
     q = shared["q_ptr"]
     widest = max(shared["D"], values["DV"]) if values["HAS_V"] else shared["D"]
-    config = forward_config(widest, q.element_size(), shared["M"], target)
+    config = forward_config(widest, q.element_size(), shared["M"], target, shared["BIAS"] != 0)
     grid = (triton.cdiv(shared["M"], config.block_m) * q.shape[0] * q.shape[1],)
     return Launch(forward_kernel, grid, {**shared, **values, "lse_ptr": lse}, config)
 

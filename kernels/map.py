@@ -74,7 +74,7 @@ def map_kernel(
 def map_launch(shared: dict[str, Any], lse: Tensor, amap: Tensor, heads: int, target: Target) -> Launch:
     """Writes the map ([B,M,N], or [B,H,M,N] for each) fp32; lse: [B,H,M] fp32 of the same (chosen) rows."""
     q = shared["q_ptr"]
-    config = map_config(shared["D"], q.element_size(), shared["M"], target)
+    config = map_config(shared["D"], q.element_size(), shared["M"], target, shared["BIAS"] != 0)
     planes = amap.numel() // (amap.shape[-2] * amap.shape[-1])
     grid = (triton.cdiv(shared["M"], config.block_m) * triton.cdiv(shared["N"], config.block_n) * planes,)
     return Launch(map_kernel, grid, {**shared, "lse_ptr": lse, "map_ptr": amap, "HEADS": heads}, config)

@@ -44,19 +44,33 @@ class Resources(NamedTuple):
 
 
 def launches(head_dim: int, dtype: torch.dtype, target: Target) -> Iterator[tuple[str, Launch]]:
-    """Every kernel as the backend would launch it for a packed ViT qkv, with shape-only tensors."""
+    """Every kernel as the backend would launch it for a packed ViT qkv, with shape-only tensors.
+
+    Their names: "map" has no bias, "map_bias" an additive and "map_mask" a boolean one.
+    """
+    for kind, bias_dtype in (("", None), ("_bias", dtype), ("_mask", torch.bool)):
+        for name, launch in _launches(head_dim, dtype, target, bias_dtype):
+            yield name + kind, launch
+
+
+def _launches(
+    head_dim: int, dtype: torch.dtype, target: Target, bias_dtype: torch.dtype | None
+) -> Iterator[tuple[str, Launch]]:
     for name, n in (("one_pass", 197), ("forward", 1370), ("map", 1370), ("map_row", 1370)):
         qkv = torch.empty(2, n, 3, 12, head_dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         rows = torch.empty(1, dtype=torch.int64, device="meta") if name == "map_row" else None
         out = torch.empty(2, n, 12, head_dim, dtype=dtype, device="meta").transpose(1, 2)
-        shared = shared_args(q, k, None, rows, head_dim**-0.5, False)
+        bias = None
+        if bias_dtype is not None:
+            bias = torch.empty(1, 12, n, n, dtype=bias_dtype, device="meta").expand(2, -1, -1, -1)
+        shared = shared_args(q, k, bias, rows, head_dim**-0.5, False)
         lse = torch.empty(2, 12, shared["M"], device="meta")
         amap = torch.empty(2, shared["M"], n, device="meta")
         if name == "forward":
             yield name, forward_launch(shared, value_args(q, v, out), lse, target)
         elif name == "one_pass":
-            config = one_pass_config(head_dim, q.element_size(), n, target)
+            config = one_pass_config(head_dim, q.element_size(), n, target, bias is not None)
             if config is not None:
                 yield name, one_pass_launch(shared, value_args(q, v, out), lse, amap, 0, config)
         else:

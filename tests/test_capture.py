@@ -442,3 +442,117 @@ def test_hooks_of_the_user_that_raise(vit: tuple[nn.Module, Tensor]) -> None:
             model(images)
         assert torch.overrides._len_torch_function_stack() == 0
         hook.remove()
+
+
+def test_overlapping_patches_keep_the_blocks_open(vit: tuple[nn.Module, Tensor]) -> None:
+    model, images = vit
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    before = state(model)
+    first, second = attnx.patch(model), attnx.patch(model)
+    first.remove()
+    with torch.no_grad():
+        model(images)
+    assert len(second.trace) == 3
+    second.remove()
+    assert_same_state(before, state(model))
+
+
+def test_a_pass_that_did_not_finish_is_no_trace(vit: tuple[nn.Module, Tensor]) -> None:
+    model, images = vit
+    handle = attnx.patch(model)
+    with torch.no_grad():
+        model(images)
+        hook = model.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(images)
+        with pytest.raises(RuntimeError, match="the model's last call did not finish"):
+            handle.trace  # noqa: B018
+        hook.remove()
+        model(images)
+    assert len(handle.trace) == 3
+    handle.remove()
+
+
+def test_the_grid_is_that_of_the_last_input() -> None:
+    model, _ = timm_model("dynamic size")
+    handle = attnx.patch(model)
+    with torch.no_grad():
+        for size, grid in (((48, 64), (3, 4)), ((64, 48), (4, 3)), ((48, 64), (3, 4))):
+            model.forward_features(torch.randn(1, 3, *size))
+            assert handle.trace.layout.grid == grid
+    handle.remove()
+
+
+def test_output_attentions_inside_a_capture() -> None:
+    model, images, kwargs = hf_model("Dinov2", "eager")
+    with torch.no_grad(), pytest.raises(ValueError, match="output_attentions: expected False inside a capture"):
+        with attnx.capture(model):
+            model(images, output_attentions=True, **kwargs)
+    with torch.no_grad():
+        assert len(model(images, output_attentions=True, **kwargs).attentions) == 3
+
+
+def test_other_attention_implementations_are_heard() -> None:
+    from attnx import huggingface
+
+    huggingface.register()
+    model, images, kwargs = hf_model("ViT", "sdpa")
+    model.set_attn_implementation("attnx")
+    before = state(model)
+    with torch.no_grad(), attnx.capture(model) as trace:
+        model(images, **kwargs)
+    assert len(trace) == 3
+    assert_same_state(before, state(model))
+
+
+@pytest.mark.parametrize("rows", [0, "0", [0.5], [None]])
+def test_rows_that_are_no_indices(vit: tuple[nn.Module, Tensor], rows: object) -> None:
+    with pytest.raises(ValueError, match="rows: expected a sequence of integers; got"):
+        with attnx.capture(vit[0], rows=rows):  # type: ignore[arg-type]
+            pass
+
+
+def test_rows_as_tensor(vit: tuple[nn.Module, Tensor]) -> None:
+    model, images = vit
+    with torch.no_grad(), attnx.capture(model, rows=torch.tensor([0, 2])) as trace:  # type: ignore[arg-type]
+        model(images)
+    assert trace.rows == (0, 2)
+    assert trace[0].shape == (2, 2, 13)
+
+
+def test_parallel_attention_has_no_order_for_rollout() -> None:
+    model = timm.create_model("vit_small_patch16_18x2_224", pretrained=False, **TINY, img_size=48).eval()
+    with torch.no_grad(), attnx.capture(model) as trace:
+        model(torch.randn(1, 3, 48, 48))
+    assert len(trace) == 6
+    with pytest.raises(ValueError, match="attends beside another"):
+        attnx.rollout(trace)
+
+
+def test_blocks_that_attend_themselves_have_a_depth() -> None:
+    from timm.models.vision_transformer import ParallelScalingBlock
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", pretrained=False, **TINY, img_size=48, block_fn=ParallelScalingBlock
+    ).eval()
+    assert attention_layers(model) == [f"blocks.{i}" for i in range(3)]
+    with torch.no_grad(), attnx.capture(model, layers=-1) as trace:
+        model(torch.randn(1, 3, 48, 48))
+    assert list(trace) == ["blocks.2"]
+
+
+def test_layers_that_stay_silent_are_told() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heard = timm.layers.Attention(48, 3)
+            self.deaf_attention = nn.MultiheadAttention(48, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.deaf_attention(self.heard(x), x, x)[0]
+
+    model = Half().eval()
+    with torch.no_grad(), pytest.warns(UserWarning, match="attention layers that were not heard: deaf_attention"):
+        with attnx.capture(model):
+            model(torch.randn(1, 5, 48))

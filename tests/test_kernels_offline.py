@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed, so nothing can be compiled")
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = {"one_pass", "forward", "map", "map_row"}
+BIASES = ("", "_bias", "_mask")
+KERNELS = {kernel + bias for kernel in ("one_pass", "forward", "map", "map_row") for bias in BIASES}
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -40,9 +41,10 @@ def everywhere(hopper):
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("kernel", ["map", "map_row"])
-def test_map_spills_nothing_on_hopper(kernel, head_dim, hopper):
-    assert hopper[kernel, "sm_90", head_dim]["spills"] == 0
+def test_map_spills_nothing_on_hopper(kernel, bias, head_dim, hopper):
+    assert hopper[kernel + bias, "sm_90", head_dim]["spills"] == 0
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -153,3 +153,38 @@ def test_no_download(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="checkpoint: expected a file"):
         load_model(f"timm:{NAME}", checkpoint=tmp_path / "none.pth")
+
+
+def test_a_size_that_patches_do_not_cover() -> None:
+    with pytest.raises(
+        ValueError, match=r"expected multiples of timm:.*'s patch of 16 pixels, such as 96x208; got 100x"
+    ):
+        load_model(f"timm:{NAME}", pretrained=False, image_size=(100, 202))
+
+
+def test_a_model_type_has_no_weights() -> None:
+    with pytest.raises(ValueError, match="hf:vit is a model type without weights; pass --no-pretrained"):
+        load_model("hf:vit")
+
+
+def test_no_download_of_a_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match=r"the configuration of hf:nobody/none could not be downloaded"):
+        load_model("hf:nobody/none", pretrained=False)
+
+
+def test_how_a_folders_images_are_prepared(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=64, image_size=48, patch_size=16
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="has no image processor"):
+        assert tuple(load_model(f"hf:{tmp_path}").mean) == (0.485, 0.456, 0.406)
+    transformers.ViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3, resample=2).save_pretrained(tmp_path)
+    loaded = load_model(f"hf:{tmp_path}")
+    assert (list(loaded.mean), list(loaded.std), loaded.interpolation) == ([0.5] * 3, [0.25] * 3, "bilinear")

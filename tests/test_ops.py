@@ -221,3 +221,18 @@ def test_map_of_more_than_31_bits(device):
     rows = [0, M // 2, M - 1]
     few = inputs._replace(q=inputs.q[:, :, rows])
     assert_attention(None, each[:, :, rows], *few, heads="each")
+
+
+@on_both
+@of_both_lengths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lowest_finite_bias_hides_as_minus_infinity_does(backend, N, dtype, device):
+    inputs = random_inputs(Case(N=N, dtype=dtype, bias="B1MN"), device=device)
+    inputs.bias[:, :, 3] = -torch.inf
+    inputs.bias[:, :, 4, 2:] = -torch.inf
+    lowest = inputs.bias.masked_fill(inputs.bias == -torch.inf, torch.finfo(dtype).min)
+    for rows in (None, [4, 3]):
+        wanted = attend(inputs, backend, rows=rows)
+        for ours, want in zip(attend(inputs._replace(bias=lowest), backend, rows=rows), wanted, strict=True):
+            assert torch.equal(ours, want)
+    assert not wanted[1][:, 1].any()

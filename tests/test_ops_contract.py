@@ -1,5 +1,9 @@
 """The op beyond its numbers: which path runs, what it allocates, compile and autocast, and every error."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +12,8 @@ from torch.library import opcheck
 import attnx
 from attnx.backends import eager
 from attnx.testing import Case, assert_attention, random_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SHORT, LONG = 20, 300  # keys: the one-pass kernel takes the first, forward and map kernels the second
 
@@ -270,3 +276,31 @@ def test_triton_on_cpu_tensors_asks_for_the_interpreter(monkeypatch):
     q = shaped(2, 3, 4, 16)
     with pytest.raises(NotImplementedError, match="tensors are on cpu; set TRITON_INTERPRET=1"):
         attnx.attention(q, q, q, backend="triton")
+
+
+def test_tf32_is_used_where_torch_was_told_to():
+    from attnx.kernels.forward import precision
+
+    before = torch.get_float32_matmul_precision()
+    assert precision(torch.bfloat16) == "ieee"
+    assert precision(torch.float32) == ("ieee" if before == "highest" else "tf32")
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert precision(torch.float32) == "tf32"
+        torch.set_float32_matmul_precision("highest")
+        assert precision(torch.float32) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_tf32_by_torchs_newer_setting():
+    """In a process of its own: torch refuses to go back from the newer setting to the older."""
+    code = (
+        "import torch; m = torch.backends.cuda.matmul\n"
+        "from attnx.kernels.forward import precision\n"
+        "if not hasattr(m, 'fp32_precision'): print('tf32 ieee'); raise SystemExit\n"
+        "m.fp32_precision = 'tf32'; a = precision(torch.float32)\n"
+        "m.fp32_precision = 'ieee'; print(a, precision(torch.float32))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["tf32", "ieee"], done.stderr

@@ -1,6 +1,7 @@
 """Makes blocks that hide their attention call SDPA. An adapter knows nothing of maps, kernels or devices.
 
-Each gives a list of functions that undo what it did; `open_ears` applies all of them.
+Each gives a list of functions that undo what it did; `open_ears` applies all of them. What is open already is left
+alone, so of two captures of one model the first one has the undoing to do.
 """
 
 from collections.abc import Callable

@@ -9,14 +9,15 @@ from torch import nn
 
 
 def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
-    """Switches configurations from eager attention to SDPA; gives the functions that switch them back."""
+    """Switches configurations from other attention implementations to SDPA; gives functions that switch them back."""
     if "transformers" not in sys.modules:
         return []
     undo: list[Callable[[], None]] = []
     for module in model.modules():
         config: Any = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation_internal", None) == "eager":
+        before = getattr(config, "_attn_implementation_internal", None)
+        if before not in (None, "sdpa"):
             # The public setter would also set every configuration below this one.
             config._attn_implementation_internal = "sdpa"
-            undo.append(partial(setattr, config, "_attn_implementation_internal", "eager"))
+            undo.append(partial(setattr, config, "_attn_implementation_internal", before))
     return undo

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnx.reducers import Heads, fuse_into
+from attnx.reducers import HIDDEN, Heads, fuse_into
 
-_BLOCK_BYTES = 2 << 20  # of weights at a time
+_BLOCK_BYTES = 4 << 20  # of weights at a time
 
 
 def attention(
@@ -47,7 +47,7 @@ def attention_map(
 def attention_output(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     """Output [B,H,M,Dv] alone: the vendor's SDPA."""
     if bias is not None and bias.dtype != torch.bool:
-        bias = bias.to(q.dtype)
+        bias = bias.to(q.dtype).masked_fill(bias.float() < HIDDEN, -torch.inf)
     # SDPA on CPUs hides before it scales: a scale of 0 or less would make NaN of minus infinity.
     if is_causal and (bias is not None or scale <= 0):
         hidden = _causal_mask(slice(0, q.shape[2]), None, k.shape[2], q.device)
@@ -152,7 +152,7 @@ def _weights(
                 torch.sub(s, lse[:, h, block, None], out=p).exp_()
             if bias is not None:
                 # A row without keys: softmax gives NaN, and the answer is zero.
-                p.masked_fill_((s == -torch.inf).all(-1, keepdim=True), 0.0)
+                p.masked_fill_((s < HIDDEN).all(-1, keepdim=True), 0.0)
             yield block, h, p
 
 

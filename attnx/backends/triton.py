@@ -78,7 +78,7 @@ def _run(
     amap = q.new_empty((B, H, M, N) if heads is Heads.EACH else (B, M, N), dtype=torch.float32)
     on = target(q.device)
     widest = max(shared["D"], values["DV"]) if v is not None else shared["D"]
-    short = one_pass_config(widest, q.element_size(), N, on) if lse is None else None
+    short = one_pass_config(widest, q.element_size(), N, on, bias is not None) if lse is None else None
     if short is not None:
         _launch(one_pass_launch(shared, values, _lse(shared), amap, int(heads), short), q)
         return amap

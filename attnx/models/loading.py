@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attnx.images import to_tensor
+from attnx.layout import patch_convolutions
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CONTAINERS = ("state_dict", "model", "teacher", "student", "model_state", "module")
 _WRAPPERS = ("module.", "backbone.", "_orig_mod.")
-_HEADS = ("head", "fc", "classifier", "pooler")
+_HEADS = ("head.", "head_dist.", "fc.", "classifier.", "pooler.")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def load_model(
             loaded = _huggingface(rest, download, image_size)
         else:
             raise ValueError(f"model: expected timm:NAME, hf:NAME or demo; got {name!r}")
+    if image_size is not None:
+        _check_size(name, loaded.model, image_size)
     if checkpoint is not None:
         load_checkpoint(loaded.model, checkpoint)
     loaded.model.eval().requires_grad_(False)
@@ -144,36 +148,47 @@ def _huggingface(name: str, pretrained: bool, image_size: tuple[int, int] | None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     local = Path(name).is_dir()
+    is_type = not local and name in CONFIG_MAPPING
     try:
-        if pretrained:
+        if pretrained and not is_type:
             model = AutoModel.from_pretrained(name)
-        elif not local and name in CONFIG_MAPPING:
+        elif is_type:
             model = AutoModel.from_config(CONFIG_MAPPING[name]())
         else:
             model = AutoModel.from_config(AutoConfig.from_pretrained(name))
     except Exception as error:
         if local:
             raise ValueError(f"model: {name} holds no model that transformers can load: {error}") from error
-        raise _no_download(f"hf:{name}", error) from error
+        if pretrained:
+            raise _no_download(f"hf:{name}", error) from error
+        raise ConnectionError(
+            f"the configuration of hf:{name} could not be downloaded ({_first_line(error)}); pass a local folder, or a "
+            "model type with --no-pretrained, such as hf:vit or hf:dinov2_with_registers"
+        ) from error
+    if pretrained and is_type:
+        raise ValueError(f"model: hf:{name} is a model type without weights; pass --no-pretrained, or a model's name")
     model = getattr(model, "vision_model", model)
     config = getattr(model.config, "vision_config", model.config)
     own = getattr(config, "image_size", 224)
     own = (own, own) if isinstance(own, int) else tuple(own)
     takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     kwargs = {"interpolate_pos_encoding": True} if takes and image_size not in (None, own) else {}
-    mean, std = _huggingface_normalisation(name) if pretrained or local else IMAGENET
-    return Loaded(f"hf:{name}", model, image_size or own, mean, std, "bicubic", kwargs)
+    how = (*IMAGENET, "bicubic") if is_type else _huggingface_preparation(name)
+    return Loaded(f"hf:{name}", model, image_size or own, *how, kwargs)
 
 
-def _huggingface_normalisation(name: str) -> tuple[Sequence[float], Sequence[float]]:
-    """The model's own mean and std; ImageNet's where it ships no image processor."""
+def _huggingface_preparation(name: str) -> tuple[Sequence[float], Sequence[float], str]:
+    """The model's own mean, std and interpolation; ImageNet's, with a warning, where it ships no image processor."""
+    from PIL.Image import Resampling
     from transformers import AutoImageProcessor
 
     try:
         processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError):
-        return IMAGENET
-    return processor.image_mean or IMAGENET[0], processor.image_std or IMAGENET[1]
+    except (OSError, ValueError) as error:
+        warnings.warn(f"hf:{name} has no image processor ({_first_line(error)}); images get ImageNet's", stacklevel=2)
+        return *IMAGENET, "bicubic"
+    resample = Resampling(getattr(processor, "resample", None) or Resampling.BICUBIC).name.lower()
+    return processor.image_mean or IMAGENET[0], processor.image_std or IMAGENET[1], resample
 
 
 @contextmanager
@@ -189,11 +204,25 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def _no_download(name: str, error: Exception) -> ConnectionError:
-    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ConnectionError(
-        f"the weights of {name} could not be downloaded ({cause}); pass --checkpoint FILE with weights you have, "
-        "--no-pretrained for random ones, or --model demo"
+        f"the weights of {name} could not be downloaded ({_first_line(error)}); pass --checkpoint FILE with weights "
+        "you have, --no-pretrained for random ones, or --model demo"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _check_size(name: str, model: nn.Module, size: tuple[int, int]) -> None:
+    """Raises ValueError for a size that patches don't cover: part of the image would have no map."""
+    for patch in patch_convolutions(model)[:1]:
+        if any(pixels % p for pixels, p in zip(size, patch.stride, strict=True)):
+            fits = "x".join(str(max(p, round(s / p) * p)) for s, p in zip(size, patch.stride, strict=True))
+            raise ValueError(
+                f"image size: expected multiples of {name}'s patch of {patch.stride[0]} pixels, such as {fits}; "
+                f"got {size[0]}x{size[1]}"
+            )
 
 
 def _read(path: Path) -> Any:
@@ -208,8 +237,7 @@ def _read(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint {path}: expected a torch file of weights only: {cause}") from error
+        raise ValueError(f"checkpoint {path}: expected a torch file of weights only: {_first_line(error)}") from error
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
