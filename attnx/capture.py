@@ -72,6 +72,9 @@ def capture(
     Raises:
         ValueError: a pattern or index that matches nothing, dropout that is active.
         RuntimeError: at the end, if a layer that was asked for was not heard, or nothing was.
+
+    Warns:
+        UserWarning: at the end, of attention blocks that were not heard while layers=None asked for every one that is.
     """
     listener = _Listener(model, layers, heads, rows, layout, backend)
     with ExitStack() as stack:
