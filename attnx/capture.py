@@ -8,9 +8,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from fnmatch import fnmatchcase
 from operator import index
 from typing import Any
 
@@ -20,12 +19,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attnx.adapters import open_ears
+from attnx.layers import Layers, attention_layers, clean_name, matches, resolve
 from attnx.layout import TokenLayout, grid_of, patch_convolutions
 from attnx.ops import attention, attention_map
 from attnx.reducers import Heads
 from attnx.trace import Trace
-
-Layers = str | int | Sequence[str | int] | None
 
 
 class Handle:
@@ -109,26 +107,6 @@ def patch(
     return Handle(listener)
 
 
-def attention_layers(model: nn.Module) -> list[str]:
-    """Names of the self-attention blocks, in order of depth: what a depth index counts.
-
-    Known by their class name, or by timm's `fused_attn` flag: the innermost such modules outside pooling heads.
-    """
-    named = {_clean(name): module for name, module in model.named_modules()}
-    pools = [name for name, module in named.items() if "pool" in type(module).__name__.lower()]
-    found = [
-        name
-        for name, module in named.items()
-        if _is_attention(module) and not any(name == pool or name.startswith(pool + ".") for pool in pools)
-    ]
-    return [name for name in found if not any(other.startswith(name + ".") for other in found)]
-
-
-def _is_attention(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return "attention" in name.lower() or name.endswith("Attn") or hasattr(module, "fused_attn")
-
-
 class _Listener(TorchFunctionMode):
     """Hooks and mode of one capture: knows which module is at work, hears its SDPA calls, keeps their maps."""
 
@@ -152,7 +130,7 @@ class _Listener(TorchFunctionMode):
         self.model = model
         self.backend = backend
         self.trace = Trace(model, heads, chosen, layout)
-        self.wanted = _resolve(model, layers)
+        self.wanted = resolve(model, layers)
         self.heard: set[str] = set()
         self.undo: list[Callable[[], None]] = []
         self.ears: list[Callable[[], None]] = []
@@ -166,7 +144,7 @@ class _Listener(TorchFunctionMode):
         self.ears += open_ears(self.model)
         _LIVE.add(self)
         for name, module in self.model.named_modules(remove_duplicate=True):
-            enter = module.register_forward_pre_hook(self._enter(_clean(name)), prepend=True, with_kwargs=True)
+            enter = module.register_forward_pre_hook(self._enter(clean_name(name)), prepend=True, with_kwargs=True)
             leave = module.register_forward_hook(self._leave, always_call=True)
             self.undo += [enter.remove, leave.remove]
         for module in patch_convolutions(self.model):
@@ -188,7 +166,7 @@ class _Listener(TorchFunctionMode):
             raise RuntimeError("nothing was captured: the model was not called")
         if not self.finished:
             raise RuntimeError("the model's last call did not finish: its maps are not complete")
-        silent = [str(w) for w in self.wanted or [] if not any(_matches(w, name) for name in self.heard)]
+        silent = [str(w) for w in self.wanted or [] if not any(matches(w, name) for name in self.heard)]
         if silent:
             raise RuntimeError(
                 f"not heard: {', '.join(silent)}: no call of F.scaled_dot_product_attention there; "
@@ -246,7 +224,7 @@ class _Listener(TorchFunctionMode):
             return func(*args, **kwargs)
         name = self.local.names[-1]
         self.heard.add(name)
-        if self.wanted is not None and not any(_matches(w, name) for w in self.wanted):
+        if self.wanted is not None and not any(matches(w, name) for w in self.wanted):
             return func(*args, **kwargs)
         return self._answer(name, func, *args, **kwargs)
 
@@ -318,44 +296,3 @@ class _Active(threading.local):
 
 _ACTIVE = _Active()
 _LIVE: "weakref.WeakSet[_Listener]" = weakref.WeakSet()  # installed, in any thread
-
-
-def _clean(name: str) -> str:
-    """A module's name without the wrapper that torch.compile puts around a module."""
-    return name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Whether a layer is meant: by its name, by a glob, or by the name of a block around it."""
-    return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
-
-
-def _resolve(model: nn.Module, layers: Layers) -> list[str] | None:
-    """The patterns that `layers` stands for, depth indices resolved to names.
-
-    Raises:
-        ValueError: nothing was asked for, or a pattern or index matches no module.
-    """
-    if layers is None:
-        return None
-    asked = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-    names = [_clean(name) for name, _ in model.named_modules()]
-    depth = attention_layers(model)
-    known = ", ".join(depth) or "none recognised by its class name; pass module names or globs"
-    patterns: list[str] = []
-    for layer in asked:
-        if isinstance(layer, bool) or not isinstance(layer, (str, int)):
-            raise ValueError(f"layers: expected names, globs or depth indices; got {layer!r}")
-        if isinstance(layer, int):
-            if not -len(depth) <= layer < len(depth):
-                raise ValueError(
-                    f"layers: expected an index into {len(depth)} attention layers; got {layer}; they are: {known}"
-                )
-            patterns.append(depth[layer])
-        elif any(_matches(layer, name) for name in names):
-            patterns.append(layer)
-        else:
-            raise ValueError(f"layers: {layer!r} matches no module; attention layers: {known}")
-    if not patterns:
-        raise ValueError("layers: expected at least one layer; got none (None stands for all)")
-    return patterns

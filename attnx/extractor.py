@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnx.capture import Layers, capture
+from attnx.capture import capture
+from attnx.layers import Layers
 from attnx.layout import TokenLayout
 from attnx.methods import cls_map, layer_maps, rollout
 

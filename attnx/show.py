@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnx.capture import Layers, capture
+from attnx.capture import capture
 from attnx.extractor import Extractor
+from attnx.layers import Layers
 from attnx.methods import cls_map, layer_maps, mass_mask
 from attnx.picture import contact_sheet, heads_grid, layers_figure, mask_contour, overlay, save
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import attnx
-from attnx.capture import attention_layers
+from attnx.layers import attention_layers
 from attnx.testing import oracle
 
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}

@@ -1,0 +1,69 @@
+"""Which layers are meant: by name, by glob, or by depth."""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+Layers = str | int | Sequence[str | int] | None
+
+
+def attention_layers(model: nn.Module) -> list[str]:
+    """Names of the self-attention blocks, in order of depth: what a depth index counts.
+
+    Known by their class name, or by timm's `fused_attn` flag: the innermost such modules outside pooling heads.
+    """
+    named = {clean_name(name): module for name, module in model.named_modules()}
+    pools = [name for name, module in named.items() if "pool" in type(module).__name__.lower()]
+    found = [
+        name
+        for name, module in named.items()
+        if _is_attention(module) and not any(name == pool or name.startswith(pool + ".") for pool in pools)
+    ]
+    return [name for name in found if not any(other.startswith(name + ".") for other in found)]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    name = type(module).__name__
+    return "attention" in name.lower() or name.endswith("Attn") or hasattr(module, "fused_attn")
+
+
+def clean_name(name: str) -> str:
+    """A module's name without the wrapper that torch.compile puts around a module."""
+    return name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a layer is meant: by its name, by a glob, or by the name of a block around it."""
+    return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+
+def resolve(model: nn.Module, layers: Layers) -> list[str] | None:
+    """The patterns that `layers` stands for, depth indices resolved to names.
+
+    Raises:
+        ValueError: nothing was asked for, or a pattern or index matches no module.
+    """
+    if layers is None:
+        return None
+    asked = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    names = [clean_name(name) for name, _ in model.named_modules()]
+    depth = attention_layers(model)
+    known = ", ".join(depth) or "none recognised by its class name; pass module names or globs"
+    patterns: list[str] = []
+    for layer in asked:
+        if isinstance(layer, bool) or not isinstance(layer, (str, int)):
+            raise ValueError(f"layers: expected names, globs or depth indices; got {layer!r}")
+        if isinstance(layer, int):
+            if not -len(depth) <= layer < len(depth):
+                raise ValueError(
+                    f"layers: expected an index into {len(depth)} attention layers; got {layer}; they are: {known}"
+                )
+            patterns.append(depth[layer])
+        elif any(matches(layer, name) for name in names):
+            patterns.append(layer)
+        else:
+            raise ValueError(f"layers: {layer!r} matches no module; attention layers: {known}")
+    if not patterns:
+        raise ValueError("layers: expected at least one layer; got none (None stands for all)")
+    return patterns
