@@ -12,6 +12,21 @@ if not HAS_CUDA:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+INTERPRETED = ("triton", "addresses_beyond", "kernels_that_run")  # in the names of tests that run kernels
+
+
+def interpreter_works():
+    """Triton 3.6's interpreter can't loop to a run-time bound with numpy 2.5; compiled kernels are not concerned."""
+    import attnx
+
+    q = torch.ones(1, 1, 1, 16)
+    try:
+        attnx.attention_map(q, q.expand(1, 1, 300, 16), backend="triton")
+    except Exception as error:
+        return "only 0-dimensional arrays" not in str(error)
+    return True
+
+
 @pytest.fixture(scope="session")
 def device():
     return torch.device("cuda" if HAS_CUDA else "cpu")
@@ -20,7 +35,11 @@ def device():
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Without CUDA `gpu` tests are skipped; with it `-m gpu` also takes every test that runs on `device`."""
+    interpreted = [item for item in items if any(word in item.name for word in INTERPRETED)]
+    broken = not HAS_CUDA and interpreted and not interpreter_works()
     for item in items:
+        if broken and item in interpreted:
+            item.add_marker(pytest.mark.skip(reason="this Triton's interpreter does not run with this numpy"))
         if HAS_CUDA and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
         elif not HAS_CUDA and item.get_closest_marker("gpu"):
