@@ -1,6 +1,6 @@
 """Compiles launches for targets that are not at hand and reads what the compiler says of them. No GPU is needed.
 
-python -m attnx.kernels.offline --json        every kernel, default configurations, four targets
+python -m attnx.kernels.offline --json        every kernel, default configurations, five targets
 """
 
 import argparse
@@ -22,8 +22,14 @@ from attnx.kernels.configs import Launch, Target, one_pass_config
 from attnx.kernels.forward import forward_launch, one_pass_launch, shared_args, value_args
 from attnx.kernels.map import map_launch
 
-TARGETS = (Target("cuda", 80), Target("cuda", 90), Target("cuda", 100), Target("hip", "gfx942"))
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}  # bytes a program may use
+TARGETS = (Target("cuda", 80), Target("cuda", 86), Target("cuda", 90), Target("cuda", 100), Target("hip", "gfx942"))
+SHARED_LIMIT = {
+    80: 163 << 10,
+    86: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    "gfx942": 64 << 10,
+}  # bytes a program may use
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
 
 
@@ -132,7 +138,7 @@ def _cuobjdump(cubin: bytes, flag: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Prints a line (or with --json a list) of Resources for every kernel, target and head dim."""
     parser = argparse.ArgumentParser(prog="attnx.kernels.offline", description=main.__doc__)
-    parser.add_argument("--arch", action="append", help="80, 90, 100 or gfx942; repeatable; all unless given")
+    parser.add_argument("--arch", action="append", help="80, 86, 90, 100 or gfx942; repeatable; all unless given")
     parser.add_argument("--head-dim", type=int, action="append", help="repeatable; 64 unless given")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--json", action="store_true")

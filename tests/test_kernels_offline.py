@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed, so nothing can be
 ROOT = Path(__file__).resolve().parents[1]
 BIASES = ("", "_bias", "_mask")
 KERNELS = {kernel + bias for kernel in ("one_pass", "forward", "map", "map_row") for bias in BIASES}
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 
 def compile_all(archs, head_dims):
@@ -36,7 +36,7 @@ def hopper():
 
 @pytest.fixture(scope="module")
 def everywhere(hopper):
-    rows = {**compile_all([80, 100, "gfx942"], [64]), **hopper}
+    rows = {**compile_all([80, 86, 100, "gfx942"], [64]), **hopper}
     return {(kernel, target): row for (kernel, target, dim), row in rows.items() if dim == 64}
 
 
