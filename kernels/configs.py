@@ -2,14 +2,23 @@
 
 from typing import Any, NamedTuple
 
-SHORT_ROW = 256  # keys; a longer row does not fit on chip beside its map
+SHORT_ROW = 256  # keys of a row that fits on chip beside its map, in one tile
+LONGER_ROW = 288  # and with a tail of 32 keys: 256 patches, a class token, registers
+
+# Streaming multiprocessors (compute units) of the usual part; the device's own number is taken where there is one.
+PROCESSORS = {75: 68, 80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, "gfx90a": 110, "gfx942": 304}
 
 
 class Target(NamedTuple):
-    """backend: "cuda" | "hip"; arch: 80, 90, 100 or "gfx942"."""
+    """backend: "cuda" | "hip"; arch: 80, 90, 100 or "gfx942"; processors: how many programs run side by side."""
 
     backend: str
     arch: int | str
+    processors: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.processors or PROCESSORS.get(self.arch, 108)
 
 
 class Config(NamedTuple):
@@ -28,19 +37,131 @@ class Launch(NamedTuple):
     config: Config
 
     def run(self) -> None:
+        blocks = {} if "BLOCK" in self.args else dict(BLOCK_M=self.config.block_m, BLOCK_N=self.config.block_n)
         self.kernel[self.grid](
             **self.args,
-            BLOCK_M=self.config.block_m,
-            BLOCK_N=self.config.block_n,
+            **blocks,
             num_warps=self.config.num_warps,
             num_stages=self.config.num_stages,
             enable_fp_fusion=True,
         )
 
 
-def block_d(head_dim: int) -> int:
-    """The power of two that a head dim is padded to; matrix units take no less than 16."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+class ShortRows(NamedTuple):
+    """How the one-pass kernel lays out a row of keys: `parts` tiles of config.block_n, and a tail.
+
+    padded: the head dim, padded; lag: the values are weighed one head later (see the kernel).
+    """
+
+    config: Config
+    padded: int
+    parts: int = 1
+    tail: int = 0
+    lag: bool = True
+
+
+def split_d(head_dim: int) -> tuple[int, int]:
+    """A head dim as two tiles, powers of two of 16 or more: 64 is (64, 0), 80 (64, 16), 72 (64, 16), 104 (128, 0)."""
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    first = padded // 2
+    rest = max(16, 1 << (head_dim - first - 1).bit_length()) if padded > 16 else padded
+    return (first, rest) if first + rest < padded else (padded, 0)
+
+
+def head_splits(programs: int, heads: int, target: Target) -> int:
+    """Over how many programs the heads of a tile are split, so that a small batch does not leave processors idle.
+
+    Each has two heads or more, so the partial maps are fewer than the heads', and there is no more than one a processor.
+    """
+    splits = max(1, min(heads // 2, target.width // max(1, programs)))
+    each = -(-heads // splits)
+    return -(-heads // each)
+
+
+def forward_config(
+    head_dim: int, itemsize: int, rows: int, heads: int, target: Target, bias: bool = False
+) -> Config:
+    """Output and lse, one head a program. head_dim: the larger of D and Dv; heads: B * H; bias: a tile of it too."""
+    width = sum(split_d(head_dim)) * itemsize  # bytes a row of K or V takes
+    stages = _stages(width, target)
+    if width > 512:
+        return Config(16 if rows <= 16 else 32, 16, 4, 1)
+    if rows <= 16:
+        return Config(16, 64 if width <= 256 else 32, 4, min(stages, 2))
+    if itemsize == 4 or width == 512:
+        return Config(64, 64 if width <= 256 else 32, 8, min(stages, 2))
+    if bias or (width > 128 and _is_turing(target)):
+        return Config(64, 32, 4, 1)
+    if target.backend == "hip":
+        return Config(128 if width <= 128 else 64, 64, 4, stages)
+    if -(-rows // 128) * heads < target.width:
+        return Config(64, 64 if width <= 128 else 32, 4, stages)
+    return Config(128, 64, 4, stages) if width <= 128 else Config(128, 32, 8, stages)
+
+
+def map_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
+    """A tile of the head-reduced map; the program loops over the heads."""
+    width = sum(split_d(head_dim)) * itemsize
+    stages = _stages(width, target)
+    if width > (512 if itemsize == 2 else 256):
+        return Config(16 if rows <= 16 else 32, 32, 4, 1)
+    if rows <= 16:
+        return Config(16, 128 if width <= 256 else 32, 4, stages if width <= 256 else 1)
+    if itemsize == 4 or width == 512:
+        return Config(64, 64, 8, min(stages, 2))
+    if bias:
+        return Config(64, 64, 4, 2) if target.arch == 100 and width > 128 else Config(64, 64, 8, 1)
+    if target.backend == "cuda" and width <= 128:
+        return Config(128, 64, 4, min(stages, 2))  # two programs a processor: one's products hide the other's exp
+    return Config(128, 128 if stages > 1 or target.backend == "hip" else 64, 8, stages)
+
+
+def vecmat_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
+    """A block of r @ P: a tile as of the map, whose sum over its rows is taken once, at the end."""
+    width = sum(split_d(head_dim)) * itemsize
+    if bias or itemsize == 4 or width > 256:
+        return map_config(head_dim, itemsize, rows, target, bias)
+    stages = min(_stages(width, target), 2)
+    return Config(64, 64, 4, stages) if width <= 128 else Config(64, 128, 8, stages)
+
+
+def one_pass_config(
+    head_dim: int, itemsize: int, keys: int, target: Target, bias: bool = False
+) -> ShortRows | None:
+    """Whole rows of keys on chip; None where they do not fit without spills and the long way is taken."""
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    width = padded * itemsize
+    if keys > LONGER_ROW or width > (128 if itemsize == 4 or _is_turing(target) else 256):
+        return None
+    if itemsize == 4 or bias or target.backend == "hip":
+        return _plain_row(padded, itemsize, keys, target, bias)
+    if head_dim < padded and width > 128 and keys > SHORT_ROW // 2:
+        return None
+    if width <= 128 and keys <= (208 if target.arch == 90 else 128):
+        # Four warps with 64 rows of their own, two programs a processor: one computes while the other loads.
+        parts = max(1, (keys + 31) // 64)
+        tail = 0 if keys <= 64 * parts else 16 if keys <= 64 * parts + 16 else 32
+        return ShortRows(Config(64, 64, 4, 1), padded, parts, tail)
+    if keys <= SHORT_ROW:
+        block_n = max(64, 1 << (keys - 1).bit_length())
+        rows = 32 if width > 128 and target.arch != 90 else 64
+        return ShortRows(Config(rows, block_n, 8, 2 if target.arch == 90 and width <= 128 else 1), padded)
+    if width > 128:
+        return None
+    if int(target.arch) < 90:
+        return ShortRows(Config(32 if padded == 64 else 16, SHORT_ROW, 8, 1), padded, 1, 32, lag=padded < 64)
+    return ShortRows(Config(64, SHORT_ROW, 8, 1), padded, 1, 32)
+
+
+def _plain_row(padded: int, itemsize: int, keys: int, target: Target, bias: bool) -> ShortRows | None:
+    """One tile a row, few rows: fp32, a bias, and AMD need the registers."""
+    block_n = max(16, 1 << (keys - 1).bit_length())
+    if keys > SHORT_ROW or (bias and block_n > 128 and padded * itemsize > 128):
+        return None
+    if bias and itemsize < 4 and target.backend == "cuda":
+        rows = 64 * 64 // max(64, block_n) // (2 if padded * itemsize > 128 else 1)
+        return ShortRows(Config(max(16, rows), block_n, 8, 1), padded)
+    return ShortRows(Config(16, block_n, 8 if block_n > 64 and target.backend == "cuda" else 4, 1), padded)
 
 
 def _stages(width: int, target: Target) -> int:
@@ -50,51 +171,8 @@ def _stages(width: int, target: Target) -> int:
     arch = int(target.arch)
     if arch in (80, 87, 90) or 100 <= arch < 120:
         return 3 if width <= 128 else 2
-    return 2 if width <= 128 and arch > 80 else 1
+    return 2 if width < 256 and arch > 80 else 1
 
 
 def _is_turing(target: Target) -> bool:
     return target.backend == "cuda" and int(target.arch) < 80
-
-
-def forward_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
-    """Output and lse, one head a program. head_dim: the larger of D and Dv; bias: a tile of it is loaded too."""
-    width = block_d(head_dim) * itemsize  # bytes a row of K or V takes
-    stages = _stages(width, target)
-    if width > 512:
-        return Config(16 if rows <= 16 else 32, 16, 4, 1)
-    if rows <= 16:
-        return Config(16, 64 if width <= 256 else 32, 4, min(stages, 2))
-    if itemsize == 4 or width == 512:
-        return Config(64, 64 if width <= 256 else 32, 8, min(stages, 2))
-    if bias or (width > 128 and _is_turing(target)):
-        return Config(64, 64, 4, min(stages, 2))
-    if width <= 128:
-        return Config(128, 64, 4, stages)
-    return Config(128, 64, 8, stages) if target.backend == "cuda" else Config(64, 64, 4, stages)
-
-
-def map_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
-    """A tile of the head-reduced map; the program loops over the heads."""
-    width = block_d(head_dim) * itemsize
-    stages = _stages(width, target)
-    if width > (512 if itemsize == 2 else 256):
-        return Config(16 if rows <= 16 else 32, 32, 4, 1)
-    if rows <= 16:
-        return Config(16, 128 if width <= 256 else 32, 4, stages if width <= 256 else 1)
-    if itemsize == 4 or width == 512:
-        return Config(64, 64, 8, min(stages, 2))
-    if bias:
-        return Config(128 if width <= 128 else 64, 64, 8, min(stages, 2))
-    return Config(128, 128, 8, stages)
-
-
-def one_pass_config(head_dim: int, itemsize: int, keys: int, target: Target, bias: bool = False) -> Config | None:
-    """Whole rows of keys on chip; None where they do not fit without spills and the long way is taken."""
-    block_n = max(16, 1 << (keys - 1).bit_length())
-    width = block_d(head_dim) * itemsize
-    if keys > SHORT_ROW or width > (256 if itemsize == 2 and not _is_turing(target) else 128):
-        return None
-    if block_n < SHORT_ROW:
-        return Config(32 if width <= 128 and not bias else 16, block_n, 4, 1)
-    return Config(32 if width == 128 and target.backend == "cuda" and not bias else 16, block_n, 8, 1)

@@ -6,17 +6,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnx.kernels.configs import Launch, Target, map_config
+from attnx.kernels.arguments import split_args
+from attnx.kernels.configs import Config, Launch
 from attnx.kernels.primitives import (
-    EACH,
-    LOG2E,
-    MEAN,
+    NO_BIAS,
     fuse_heads,
     fused_start,
-    load_tile,
-    row_positions,
-    scores,
+    head_tiles,
+    load_lse,
+    masked_scores,
+    products,
+    query_offsets,
+    row_offsets,
     store_tile,
+    unit,
     wide,
 )
 
@@ -27,54 +30,78 @@ def map_kernel(
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_bb, stride_bh, stride_bm, stride_bn,
-    H, GROUP, M, N, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr,
-    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+    H, GROUP, M, N, scale_log2, splits, heads_each, map_share,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, HEADS: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD: tl.constexpr, FAR: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One [BLOCK_M, BLOCK_N] tile of the map [B, M, N]: P = exp(s - lse), head after head, stored once."""
+    """One [BLOCK_M, BLOCK_N] tile of a map [M, N]: P = exp(s - lse), head after head, stored once.
+
+    Without a bias nothing is masked: what lies outside the map is computed and not stored.
+    """
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
-    block_m = pid % blocks_m
-    block_n = (pid // blocks_m) % blocks_n
-    plane = (pid // blocks_m // blocks_n).to(tl.int64)
-    first, last = 0, H
-    b = plane
-    if HEADS == EACH:
-        b = plane // H
-        first = (plane % H).to(tl.int32)
-        last = first + 1
+    block_m, block_n = tl.swizzle2d(pid % (blocks_m * blocks_n) // blocks_n, pid % blocks_n, blocks_m, blocks_n, 8)
+    plane = pid // (blocks_m * blocks_n)
+    first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N
+    b = wide(plane // splits)
+    first_head = (plane % splits) * heads_each
+    last_head = tl.minimum(first_head + heads_each, H) - 1
 
-    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
-    pos_m = row_positions(rows_ptr, offs_m, mask_m, HAS_ROWS)
-    offs_n = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    mask_n = offs_n < N
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M - first_m, offs_n < N - first_n
+    pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, FAR)
+    offs_k = row_offsets(tl.minimum(offs_n, N - 1 - first_n), stride_kn, FAR)
+    q_batch = q_ptr + b * stride_qb + q_tile
+    k_batch = k_ptr + b * stride_kb + wide(first_n) * stride_kn
+    lse_tile = lse_ptr + b * H * M + first_m
+    bias_rows = pos_m.to(tl.int64) * stride_bm
 
     fused = fused_start(BLOCK_M, BLOCK_N, HEADS)
-    for head in range(first, last):
+    # A bias needs the registers that hoisted addresses would take.
+    for head in tl.range(first_head, last_head + 1, disable_licm=BIAS != NO_BIAS):
         h = wide(head)
-        hk = h // GROUP
-        q = load_tile(q_ptr + b * stride_qb + h * stride_qh, pos_m, mask_m, stride_qm, stride_qd, D, BLOCK_D)
-        k = load_tile(k_ptr + b * stride_kb + hk * stride_kh, offs_n, mask_n, stride_kn, stride_kd, D, BLOCK_D)
-        bias_head = bias_ptr + b * stride_bb + h * stride_bh
-        s = scores(
-            q, k, bias_head, pos_m, offs_n, mask_m, mask_n, stride_bm, stride_bn, scale_log2, BIAS, CAUSAL, PRECISION
-        )
-        lse = tl.load(lse_ptr + (b * H + h) * M + offs_m, mask=mask_m, other=0.0) * LOG2E
-        # A row without keys has lse = -inf and scores of -inf: weights of zero, not exp(nan).
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
-        fused = fuse_heads(fused, tl.exp2(s - lse[:, None]), HEADS)
-    if HEADS == MEAN:
-        fused = fused / H
-    store_tile(map_ptr + plane * M * N, fused, offs_m, offs_n, mask_m, mask_n, N, 1)
+        q = head_tiles(q_batch + h * stride_qh, offs_q, stride_qd, D, BLOCK_D, REST_D)
+        k = head_tiles(k_batch + h // GROUP * stride_kh, offs_k, stride_kd, D, BLOCK_D, REST_D)
+        s = masked_scores(
+            products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
+            bias_ptr + b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + offs_n, mask_n,
+            stride_bn, scale_log2, BIAS, CAUSAL, FOLD, False,
+        )  # fmt: skip
+        lse = load_lse(lse_tile + h * M, offs_m, mask_m)
+        fused = fuse_heads(fused, tl.exp2(s * unit(scale_log2, FOLD) - lse[:, None]), HEADS)
+    map_tile = map_ptr + wide(plane) * M * N + wide(first_m) * N + first_n
+    store_tile(map_tile, fused * map_share, offs_m, offs_n, mask_m, mask_n, N)
 
 
-def map_launch(shared: dict[str, Any], lse: Tensor, amap: Tensor, heads: int, target: Target) -> Launch:
-    """Writes the map ([B,M,N], or [B,H,M,N] for each) fp32; lse: [B,H,M] fp32 of the same (chosen) rows."""
+def map_launch(
+    shared: dict[str, Any], lse: Tensor, maps: Tensor, heads: int, splits: int, config: Config
+) -> Launch:
+    """Writes the maps [B * splits, M, N] fp32, each of H / splits heads; lse: [B,H,M] fp32 of the same (chosen) rows."""
     q = shared["q_ptr"]
-    config = map_config(shared["D"], q.element_size(), shared["M"], target, shared["BIAS"] != 0)
-    planes = amap.numel() // (amap.shape[-2] * amap.shape[-1])
-    grid = (triton.cdiv(shared["M"], config.block_m) * triton.cdiv(shared["N"], config.block_n) * planes,)
-    return Launch(map_kernel, grid, {**shared, "lse_ptr": lse, "map_ptr": amap, "HEADS": heads}, config)
+    args = {**shared, "lse_ptr": lse, "map_ptr": maps, "HEADS": heads, **split_args(q.shape[1], splits, heads)}
+    tiles = triton.cdiv(shared["M"], config.block_m) * triton.cdiv(shared["N"], config.block_n)
+    return Launch(map_kernel, (tiles * q.shape[0] * splits,), args, config)
+
+
+@triton.jit
+def fuse_kernel(maps_ptr, map_ptr, size, splits, share, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """One map [size] of each `splits` maps of some heads, in their order: the same bits every time."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    plane = wide(tl.program_id(1))
+    mask = offs < size
+    first = maps_ptr + plane * splits * size + offs
+    fused = tl.load(first, mask=mask, other=0.0)
+    for split in range(1, splits):
+        fused = fuse_heads(fused, tl.load(first + wide(split) * size, mask=mask, other=0.0), HEADS)
+    tl.store(map_ptr + plane * size + offs, fused * share, mask=mask)
+
+
+def fuse_launch(maps: Tensor, amap: Tensor, count: int, splits: int, heads: int) -> Launch:
+    """Writes the map [B, M, N] fp32 of `count` heads from maps [B * splits, M, N] of some of them each."""
+    size = amap.numel() // amap.shape[0]
+    args = dict(
+        maps_ptr=maps, map_ptr=amap, size=size, splits=splits, share=1.0 / count if heads == 0 else 1.0, HEADS=heads
+    )
+    return Launch(fuse_kernel, (triton.cdiv(size, 1024), amap.shape[0]), {**args, "BLOCK": 1024}, Config(0, 0, 4, 1))

@@ -1,15 +1,16 @@
 """Compiles launches for targets that are not at hand and reads what the compiler says of them. No GPU is needed.
 
-python -m attnx.kernels.offline --json        every kernel, default configurations, five targets
+`attnx kernels` prints it for every kernel in its default configurations.
 """
 
-import argparse
-import json
+import multiprocessing
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +19,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attnx.kernels.configs import Launch, Target, one_pass_config
-from attnx.kernels.forward import forward_launch, one_pass_launch, shared_args, value_args
+from attnx.kernels.arguments import shared_args, value_args
+from attnx.kernels.configs import Launch, Target, map_config, one_pass_config
+from attnx.kernels.forward import forward_launch
+from attnx.kernels.machine_code import Code, Kind, parse
 from attnx.kernels.map import map_launch
+from attnx.kernels.one_pass import one_pass_launch
+from attnx.kernels.vecmat import vecmat_launch
 
-TARGETS = (Target("cuda", 80), Target("cuda", 86), Target("cuda", 90), Target("cuda", 100), Target("hip", "gfx942"))
+TARGETS = (*(Target("cuda", arch) for arch in (80, 86, 89, 90, 100)), Target("hip", "gfx942"))
 SHARED_LIMIT = {
     80: 163 << 10,
     86: 99 << 10,
+    89: 99 << 10,
     90: 227 << 10,
     100: 227 << 10,
     "gfx942": 64 << 10,
@@ -33,26 +39,55 @@ SHARED_LIMIT = {
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
 
 
+_KERNELS = {
+    "one_pass": 197, "one_pass_50": 50, "one_pass_224": 224, "one_pass_257": 257,
+    "forward": 1370, "map": 1370, "map_row": 1370, "vecmat": 1370,
+}  # fmt: skip
+COLUMNS = {
+    "kernel": "<15", "target": "<7", "D": ">4", "dtype": "<5", "blocks": ">9", "warps": ">5", "stages": ">6",
+    "regs": ">5", "spills": ">6", "shared": ">7", "limit": ">7", "matrix": "<14", "exps": ">5",
+}  # fmt: skip
+
+
 class Resources(NamedTuple):
-    """registers and spilled bytes a thread, shared memory a program in bytes, and instruction counts."""
+    """What a kernel takes on a target, and instruction counts of its machine code.
+
+    registers: of a thread; on AMD the vector registers, accumulation registers among them.
+    spills: bytes of a thread's registers that live in memory.
+    shared, limit: bytes of shared memory of a program, and what it may have.
+    matrix: the matrix instructions it has, "HGMMA+HMMA" if two, or the fp32 one if none.
+    dots: what the matrix instructions multiply, as a multiple of a tile's products of queries and keys; None where
+        their shape can't be read. More than the source has: warps do the same work.
+    batches: how often Hopper's matrix instructions are waited for; as many as there are of them: ptxas had a reason to
+        issue them one by one.
+    sgpr_spills: AMD's scalar registers kept in lanes of vector registers. agprs: its accumulation registers.
+    error: why there is nothing to say.
+    """
 
     kernel: str
     target: str
     dtype: str
     head_dim: int
     config: tuple[int, int, int, int]
-    registers: int
-    spills: int
-    shared: int
-    matrix: str
-    matrix_count: int
-    exp_count: int
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    limit: int = 0
+    matrix: str = ""
+    matrix_count: int = 0
+    dots: float | None = None
+    batches: int = 0
+    exp_count: int = 0
+    sgpr_spills: int = 0
+    agprs: int = 0
+    error: str = ""
 
 
 def launches(head_dim: int, dtype: torch.dtype, target: Target) -> Iterator[tuple[str, Launch]]:
     """Every kernel as the backend would launch it for a packed ViT qkv, with shape-only tensors.
 
-    Their names: "map" has no bias, "map_bias" an additive and "map_mask" a boolean one.
+    Their names: "map" has no bias, "map_bias" an additive and "map_mask" a boolean one; "map_row" makes chosen rows.
+    "one_pass" is the one-pass kernel at 197 keys; "one_pass_50" at 50, and so on.
     """
     for kind, bias_dtype in (("", None), ("_bias", dtype), ("_mask", torch.bool)):
         for name, launch in _launches(head_dim, dtype, target, bias_dtype):
@@ -62,7 +97,9 @@ def launches(head_dim: int, dtype: torch.dtype, target: Target) -> Iterator[tupl
 def _launches(
     head_dim: int, dtype: torch.dtype, target: Target, bias_dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Launch]]:
-    for name, n in (("one_pass", 197), ("forward", 1370), ("map", 1370), ("map_row", 1370)):
+    for name, n in _KERNELS.items():
+        if bias_dtype is not None and n in (224, 257):
+            continue  # a bias has one layout for all of them
         qkv = torch.empty(2, n, 3, 12, head_dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         rows = torch.empty(1, dtype=torch.int64, device="meta") if name == "map_row" else None
@@ -72,15 +109,19 @@ def _launches(
             bias = torch.empty(1, 12, n, n, dtype=bias_dtype, device="meta").expand(2, -1, -1, -1)
         shared = shared_args(q, k, bias, rows, head_dim**-0.5, False)
         lse = torch.empty(2, 12, shared["M"], device="meta")
-        amap = torch.empty(2, shared["M"], n, device="meta")
+        sizes = (head_dim, q.element_size(), n if name.startswith("one_pass") else shared["M"], target, bias is not None)
+        maps = torch.empty(2, shared["M"], n, device="meta")
         if name == "forward":
             yield name, forward_launch(shared, value_args(q, v, out), lse, target)
-        elif name == "one_pass":
-            config = one_pass_config(head_dim, q.element_size(), n, target, bias is not None)
-            if config is not None:
-                yield name, one_pass_launch(shared, value_args(q, v, out), lse, amap, 0, config)
+        elif name.startswith("one_pass"):
+            short = one_pass_config(*sizes)
+            if short is not None:
+                yield name, one_pass_launch(shared, value_args(q, v, out), maps, 0, 1, short)
+        elif name == "vecmat":
+            r, sums = torch.empty(2, n, device="meta"), torch.empty(2, 12, n, device="meta")
+            yield name, vecmat_launch(shared, r, lse, sums, target)
         else:
-            yield name, map_launch(shared, lse, amap, 0, target)
+            yield name, map_launch(shared, lse, maps, 0, 1, map_config(*sizes))
 
 
 def compile_for(launch: Launch, target: Target) -> Any:
@@ -104,30 +145,65 @@ def compile_for(launch: Launch, target: Target) -> Any:
     return triton.compile(source, target=on, options=options)
 
 
+def target_name(target: Target) -> str:
+    """ "sm_90", "gfx942"."""
+    return f"{'sm_' if target.backend == 'cuda' else ''}{target.arch}"
+
+
 def resources(name: str, launch: Launch, target: Target) -> Resources:
     """What the launch takes on the target, read from the machine code."""
+    return inspect(name, launch, target)[0]
+
+
+def inspect(name: str, launch: Launch, target: Target) -> tuple[Resources, Code]:
+    """What the launch takes on the target, and its machine code."""
     compiled = compile_for(launch, target)
-    q = launch.args["q_ptr"]
-    described = (name, f"{'sm_' if target.backend == 'cuda' else ''}{target.arch}", _TYPES[q.dtype], q.shape[-1])
-    shared = compiled.metadata.shared
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        registers, spills = (
-            int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
-            for key in ("vgpr_count", "vgpr_spill_count")
-        )
-        count = (text.count("v_mfma_"), text.count("v_exp_f32"))
-        return Resources(*described, tuple(launch.config), registers, 4 * spills, shared, "MFMA", *count)
-    usage, sass = (_cuobjdump(compiled.asm["cubin"], flag) for flag in ("-res-usage", "-sass"))
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]
-    spills = 4 * len(re.findall(r"\bSTL(?:\.\S+)?\s", sass))
-    units = {unit: len(re.findall(rf"\b{unit}", sass)) for unit in ("HGMMA", "HMMA", "UTCHMMA", "FFMA")}
-    unit = next((unit for unit in ("HGMMA", "HMMA", "UTCHMMA") if units[unit]), "FFMA")
-    count = (units[unit], len(re.findall(r"MUFU\.EX2", sass)))
-    return Resources(*described, tuple(launch.config), registers, spills, shared, unit, *count)
+        code, found = parse(text), _amd_usage(text)
+    else:
+        code = parse(cuobjdump(compiled.asm["cubin"], "-sass"))
+        usage = cuobjdump(compiled.asm["cubin"], "-res-usage")
+        registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
+        # Slots of the stack are used again, so that counting stores would count more than is kept there.
+        found = dict[str, Any](registers=registers, spills=stack if code.count(Kind.SPILL) else 0)
+    units = code.matrix()
+    fp32 = sum(i.opcode.startswith(("FFMA", "v_fma", "v_pk_fma")) for i in code.instructions)
+    asked = _multiply_adds(launch)
+    row = _described(name, launch, target)._replace(
+        **found,
+        shared=compiled.metadata.shared,
+        matrix="+".join(unit.removeprefix("v_").upper() for unit in sorted(units)) or ("FFMA" if fp32 else ""),
+        matrix_count=sum(units.values()) or fp32,
+        dots=code.fmas() * launch.config.num_warps / asked if code.fmas() and asked else None,
+        batches=sum(i.opcode == "WARPGROUP.ARRIVE" for i in code.instructions),
+        exp_count=code.count(Kind.EXP),
+    )
+    return row, code
 
 
-def _cuobjdump(cubin: bytes, flag: str) -> str:
+def _multiply_adds(launch: Launch) -> int:
+    """Of one product of a tile of queries with its keys, padding included."""
+    args = launch.args
+    keys = launch.config.block_n * args.get("PARTS", 1) + args.get("TAIL", 0)
+    return launch.config.block_m * keys * (args.get("BLOCK_D", 0) + args.get("REST_D", 0))
+
+
+def _described(name: str, launch: Launch, target: Target) -> Resources:
+    """By the queries, or of a kernel that has none by its first tensor."""
+    tensor = launch.args.get("q_ptr", next(v for v in launch.args.values() if isinstance(v, torch.Tensor)))
+    described = (name, target_name(target), _TYPES[tensor.dtype], launch.args.get("D", 0), tuple(launch.config))
+    return Resources(*described, limit=SHARED_LIMIT.get(target.arch, 0))
+
+
+def _amd_usage(text: str) -> dict[str, Any]:
+    keys = ("vgpr_count", "agpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    vgprs, agprs, spilled, scalars, stack = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in keys)  # type: ignore[index]
+    return dict(registers=vgprs, agprs=agprs, spills=max(4 * spilled, stack), sgpr_spills=scalars)
+
+
+def cuobjdump(cubin: bytes, flag: str) -> str:
+    """What the CUDA tool of Triton's wheel says of a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -135,28 +211,81 @@ def _cuobjdump(cubin: bytes, flag: str) -> str:
         return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints a line (or with --json a list) of Resources for every kernel, target and head dim."""
-    parser = argparse.ArgumentParser(prog="attnx.kernels.offline", description=main.__doc__)
-    parser.add_argument("--arch", action="append", help="80, 86, 90, 100 or gfx942; repeatable; all unless given")
-    parser.add_argument("--head-dim", type=int, action="append", help="repeatable; 64 unless given")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(argv)
-    targets = [t for t in TARGETS if not options.arch or str(t.arch) in options.arch]
-    rows = [
-        resources(name, launch, target)
-        for target in targets
-        for head_dim in options.head_dim or [64]
-        for name, launch in launches(head_dim, getattr(torch, options.dtype), target)
-    ]
-    if options.json:
-        json.dump([row._asdict() for row in rows], sys.stdout)
-    else:
-        for row in rows:
-            print(*row)
-    return 0
+def compile_defaults(
+    targets: list[Target], head_dims: list[int], dtypes: list[torch.dtype], jobs: int
+) -> list[Resources]:
+    """Resources of every kernel in its default configurations, compiled by that many processes at a time."""
+    tasks = list(product(targets, head_dims, dtypes))
+    rows: list[Resources] = []
+    for (target, head_dim, dtype), found in zip(tasks, in_processes(_compile_some, tasks, jobs), strict=True):
+        if isinstance(found, BrokenProcessPool):
+            raise RuntimeError(
+                f"the compiler crashed on {target_name(target)}, head dim {head_dim}, {dtype}"
+            ) from found
+        if isinstance(found, BaseException):
+            raise found
+        rows += found
+    return rows
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def in_processes(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], jobs: int) -> list[Any]:
+    """function(*task) of each task, so many processes at a time; in place of a result, the exception that it raised.
+
+    A compiler that crashes takes its process with it: what that broke is tried again alone.
+    """
+    # A fork of a process that has threads, as torch has, may hang.
+    with ProcessPoolExecutor(max(1, min(jobs, len(tasks))), multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(function, *task) for task in tasks]
+    results = []
+    for task, future in zip(tasks, futures, strict=True):
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool) and len(tasks) > 1:
+            results += in_processes(function, [task], 1)
+        else:
+            results.append(future.result() if error is None else error)
+    return results
+
+
+def _compile_some(target: Target, head_dim: int, dtype: torch.dtype) -> list[Resources]:
+    rows = []
+    for name, launch in launches(head_dim, dtype, target):
+        try:
+            rows.append(resources(name, launch, target))
+        except FileNotFoundError:  # no tool that reads machine code: true of every kernel
+            raise
+        except Exception as error:  # the compiler's errors have no common class
+            first = (str(error).strip().splitlines() or [""])[0]
+            rows.append(_described(name, launch, target)._replace(error=f"{type(error).__name__}: {first}"[:200]))
+    return rows
+
+
+def failures(rows: list[Resources]) -> Iterator[str]:
+    """A line for every row that doesn't compile, spills, or asks for more shared memory than there is."""
+    for row in rows:
+        name = f"{row.kernel} on {row.target}, head dim {row.head_dim}, {row.dtype}"
+        if row.error:
+            yield f"{name}: {row.error}"
+        if row.spills:
+            yield f"{name}: {row.spills} bytes a thread are spilled"
+        if row.shared > row.limit:
+            yield f"{name}: asks for {row.shared} bytes of shared memory, {row.limit} are allowed"
+
+
+def table(rows: list[Resources]) -> Iterator[str]:
+    """Lines: a header, then a row each."""
+    yield _line(list(COLUMNS))
+    for row in rows:
+        block_m, block_n, warps, stages = row.config
+        cells = [row.kernel, row.target, row.head_dim, row.dtype, f"{block_m}x{block_n}", warps, stages]
+        if row.error:
+            yield _line(cells) + f"  {row.error}"
+            continue
+        cells += [row.registers, row.spills, row.shared, row.limit, f"{row.matrix} {row.matrix_count}", row.exp_count]
+        also = f"  {row.sgpr_spills} scalars in lanes" if row.sgpr_spills else ""
+        also += "  one by one" if 1 < row.batches == row.matrix_count else ""
+        yield _line(cells) + also
+
+
+def _line(cells: list[Any]) -> str:
+    """The first so many cells side by side."""
+    return " ".join(f"{cell!s:{form}}" for cell, form in zip(cells, COLUMNS.values(), strict=False)).rstrip()

@@ -31,52 +31,105 @@ def wide(index):
 
 
 @triton.jit
-def row_positions(rows_ptr, offs_m, mask_m, HAS_ROWS: tl.constexpr):
-    """Which query each row of the tile is: the chosen rows, or the rows themselves. int64: strides multiply it."""
+def query_offsets(rows_ptr, first, offs, M, stride, HAS_ROWS: tl.constexpr, FAR: tl.constexpr):
+    """(which query each row of the tile is, offset of the tile, offsets of its rows within it).
+
+    A row after the last one becomes the last one: what it gives is never stored, so no load of it needs a mask.
+    Offsets within a tile are 32 bits wide unless FAR: every 64-bit one takes a register more.
+    """
     if HAS_ROWS:
-        return tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
-    return offs_m.to(tl.int64)
+        pos = tl.load(rows_ptr + first + offs, mask=first + offs < M, other=0).to(tl.int64)
+        return pos, wide(0), pos * stride
+    else:
+        rows = tl.minimum(offs, M - 1 - first)
+        return first + offs, wide(first) * stride, row_offsets(rows, stride, FAR)
 
 
 @triton.jit
-def load_tile(ptr, offs_r, mask_r, stride_r, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[R, BLOCK_D] rows of one head; rows outside the mask and columns from D on are zero."""
-    offs_d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + offs_r[:, None] * stride_r + offs_d[None, :] * stride_d
-    if D == BLOCK_D:
+def row_offsets(rows, stride, FAR: tl.constexpr):
+    """Offsets of a tile's rows within the tile."""
+    if FAR:
+        return rows.to(tl.int64) * stride
+    return rows * stride
+
+
+@triton.jit
+def load_tile(ptr, offs_r, stride_d, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """[R, WIDTH]: columns START.. of rows at the offsets; columns from D on are zero."""
+    offs_d = START + tl.arange(0, WIDTH)
+    ptrs = ptr + offs_r[:, None] + offs_d.to(offs_r.dtype)[None, :] * stride_d
+    if START + WIDTH <= D:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_masked(ptr, offs_r, mask_r, stride_d, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """`load_tile` with rows outside the mask zero: a value of weight 0 must not be infinite."""
+    offs_d = START + tl.arange(0, WIDTH)
+    ptrs = ptr + offs_r[:, None] + offs_d.to(offs_r.dtype)[None, :] * stride_d
+    if START + WIDTH <= D:
         return tl.load(ptrs, mask=mask_r[:, None], other=0.0)
-    return tl.load(ptrs, mask=mask_r[:, None] & (offs_d[None, :] < D), other=0.0)
+    return tl.load(ptrs, mask=mask_r[:, None] & (offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    """a @ b in fp32."""
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in fp32."""
     if WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def scores(
-    q,
-    k,
+def head_tiles(ptr, offs_r, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr):
+    """The rows of one head: (tile,) of the first BLOCK_D columns, and a second tile of the REST_D after them."""
+    first = load_tile(ptr, offs_r, stride_d, 0, BLOCK_D, D)
+    if REST_D > 0:
+        return (first, load_tile(ptr, offs_r, stride_d, BLOCK_D, REST_D, D))
+    else:
+        return (first,)
+
+
+@triton.jit
+def products(q, k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_D: tl.constexpr, PRECISION: tl.constexpr):
+    """[BLOCK_M, BLOCK_N] fp32: q k^T of `head_tiles`."""
+    s = dot(q[0], tl.trans(k[0]), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+    if REST_D > 0:
+        s = dot(q[1], tl.trans(k[1]), s, PRECISION)
+    return s
+
+
+@triton.jit
+def masked_scores(
+    s,
     bias_ptr,
-    offs_m,
-    offs_n,
+    rows,
     mask_m,
+    pos_m,
+    offs_n,
     mask_n,
-    stride_bm,
     stride_bn,
     scale_log2,
     BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FOLD: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_N] fp32 scores times log2(e), minus infinity where a key may not be attended."""
-    s = dot(q, tl.trans(k), PRECISION) * scale_log2
+    """The products as scores times log2(e), minus infinity where a key may not be attended.
+
+    With FOLD (no bias, scale > 0) they stay unscaled: exp2(s * scale_log2 - shift) is one instruction and the exponent,
+    and the maximum of scaled scores is the scaled maximum. `unit` is what is left to multiply by.
+
+    Args:
+        rows: offsets of the bias's rows; pos_m: which query each row is; offs_n: which key each column.
+        EDGE: some columns are no keys (mask_n).
+    """
+    if not FOLD:
+        s = s * scale_log2
     if BIAS != NO_BIAS:
-        ptrs = bias_ptr + offs_m[:, None] * stride_bm + offs_n[None, :] * stride_bn
+        ptrs = bias_ptr + rows[:, None] + offs_n[None, :].to(tl.int64) * stride_bn
         bias = tl.load(ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0)
         if BIAS == ADDITIVE:
             s += bias.to(tl.float32) * LOG2E
@@ -85,14 +138,31 @@ def scores(
         else:
             s = tl.where(bias != 0, s, float("-inf"))
     if CAUSAL:
-        s = tl.where(offs_m[:, None] >= offs_n[None, :], s, float("-inf"))
-    return tl.where(mask_n[None, :], s, float("-inf"))
+        s = tl.where(pos_m[:, None] >= offs_n[None, :], s, float("-inf"))
+    if EDGE:
+        s = tl.where(mask_n[None, :], s, float("-inf"))
+    return s
+
+
+@triton.jit
+def unit(scale_log2, FOLD: tl.constexpr):
+    """What scores of `masked_scores` are multiplied by to be in units of log 2."""
+    if FOLD:
+        return scale_log2
+    return 1.0
 
 
 @triton.jit
 def finite_max(m):
     """The row maximum, 0 for a row of minus infinities: exp2(s - m) is then 0 and not NaN."""
     return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def load_lse(ptr, offs, mask):
+    """Log-sum-exps in units of log 2. Of a row without keys plus infinity: its weights are 0, and not exp(NaN)."""
+    lse = tl.load(ptr + offs, mask=mask, other=0.0) * LOG2E
+    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
@@ -114,6 +184,7 @@ def fuse_heads(fused, p, HEADS: tl.constexpr):
 
 
 @triton.jit
-def store_tile(ptr, tile, offs_m, offs_n, mask_m, mask_n, stride_m, stride_n):
-    ptrs = ptr + offs_m[:, None].to(tl.int64) * stride_m + offs_n[None, :] * stride_n
+def store_tile(ptr, tile, offs_m, offs_n, mask_m, mask_n, stride_m):
+    """Stores at a tile's origin; the offsets are the tile's own, and the last dim is contiguous."""
+    ptrs = ptr + offs_m[:, None] * stride_m + offs_n[None, :]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnx.backends.vendor import output_and_lse
 from attnx.reducers import HIDDEN, Heads, fuse_into
 
 _BLOCK_BYTES = 4 << 20  # of weights at a time
@@ -38,9 +39,7 @@ def attention_map(
 ) -> Tensor:
     """The map alone, see `ops.attention_map`. Rows are gathered first, so R rows cost R rows."""
     if rows is not None:
-        q = q.index_select(2, rows)
-        bias = bias.index_select(2, rows) if bias is not None and bias.shape[2] > 1 else bias
-        lse = lse.index_select(2, rows) if lse is not None else None
+        q, bias, lse = _take_rows(q, bias, lse, rows)
     return _map(q, k, None, bias, is_causal, scale, heads, rows, lse, None)
 
 
@@ -59,6 +58,52 @@ def attention_output(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_ca
     gqa = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=gqa)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output [B,H,M,Dv] and lse [B,H,M], see `ops.attention_lse`: the vendor's, or else by blocks."""
+    served = output_and_lse(q, k, v, bias, is_causal, scale)
+    if served is not None:
+        return served
+    (B, H, M, _), group, compute = q.shape, q.shape[1] // k.shape[1], _compute_dtype(q)
+    out = q.new_empty(B, M, H, v.shape[3])
+    lse = torch.empty(B, H, M, dtype=torch.float32, device=q.device)
+    v = v.to(compute)
+    for block, h, s in _scores(q, k.to(compute), bias, is_causal, scale, None):
+        if bias is not None:
+            s.masked_fill_(s < HIDDEN, -torch.inf)
+        top = s.amax(-1, keepdim=True)
+        # A row without keys has no maximum to subtract: its weights are then exp(-inf) = 0, its lse log(0).
+        p = s.sub_(top.masked_fill(top == -torch.inf, 0.0)).exp_()
+        total = p.sum(-1, keepdim=True)
+        lse[:, h, block] = (top + total.log())[..., 0]
+        out[:, block, h] = torch.bmm(p, v[:, h // group]) / total.masked_fill(total == 0, 1.0)
+    return out.transpose(1, 2), lse
+
+
+def vecmat(
+    r: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float, lse: Tensor | None
+) -> Tensor:
+    """[B,N]: r times the mean map, see `ops.vecmat`. On CPUs rows whose r is zero in every item cost nothing."""
+    rows = None
+    if r.device.type == "cpu":
+        used = (r != 0).any(0)
+        if not used.all():
+            rows = used.nonzero()[:, 0]
+            r = r.index_select(1, rows)
+            q, bias, lse = _take_rows(q, bias, lse, rows)
+    compute = _compute_dtype(q)
+    r = r.to(compute)
+    skip = r == 0
+    some = r.device.type != "cpu" or bool(skip.any())
+    passed = k.new_zeros(r.shape[0], 1, k.shape[2], dtype=compute)
+    for block, _, p in _weights(q, k.to(compute), bias, is_causal, scale, rows, lse):
+        if some:
+            p.masked_fill_(skip[:, block, None], 0.0)  # zero times NaN is NaN
+        passed.baddbmm_(r[:, None, block], p)
+    return passed[:, 0].div_(q.shape[1]).float()
 
 
 def attention_backward(
@@ -129,14 +174,29 @@ def _weights(
     lse: Tensor | None,
 ) -> Iterator[tuple[slice, int, Tensor]]:
     """(rows of the block, head, P [B, rows, N]) for every block and head. The P given is overwritten by the next."""
+    room = k.new_empty(k.shape[0] * _rows_in_a_block(q, k) * k.shape[2] if lse is None else 0)
+    for block, h, s in _scores(q, k, bias, is_causal, scale, rows):
+        # A row without keys: softmax gives NaN, and the answer is zero.
+        empty = (s < HIDDEN).all(-1, keepdim=True) if bias is not None else None
+        if lse is None:
+            p = torch.softmax(s, -1, out=room[: s.numel()].view(s.shape))
+        else:
+            p = s.sub_(lse[:, h, block, None]).exp_()
+        if empty is not None:
+            p.masked_fill_(empty, 0.0)
+        yield block, h, p
+
+
+def _scores(
+    q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float, rows: Tensor | None
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """(rows of the block, head, scores [B, rows, N]) for every block and head. Overwritten by the next."""
     (B, H, M, _), N = q.shape, k.shape[2]
-    group = H // k.shape[1]
-    step = max(16, min(M, _BLOCK_BYTES // max(1, B * N * k.element_size())))
-    scores, weights = k.new_empty(B * step * N), k.new_empty(B * step * N)
+    group, step = H // k.shape[1], _rows_in_a_block(q, k)
+    room = k.new_empty(B * step * N)
     for start in range(0, M, step):
         block = slice(start, min(M, start + step))
-        shape = (B, block.stop - start, N)
-        s, p = (buffer[: shape[0] * shape[1] * N].view(shape) for buffer in (scores, weights))
+        s = room[: B * (block.stop - start) * N].view(B, block.stop - start, N)
         hidden = _causal_mask(block, rows, N, q.device) if is_causal else None
         for h in range(H):
             q_block = q[:, h, block].to(k.dtype)
@@ -146,14 +206,18 @@ def _weights(
                 s.masked_fill_(~tile, -torch.inf) if bias.dtype == torch.bool else s.add_(tile)
             if hidden is not None:
                 s.masked_fill_(hidden, -torch.inf)
-            if lse is None:
-                torch.softmax(s, -1, out=p)
-            else:
-                torch.sub(s, lse[:, h, block, None], out=p).exp_()
-            if bias is not None:
-                # A row without keys: softmax gives NaN, and the answer is zero.
-                p.masked_fill_((s < HIDDEN).all(-1, keepdim=True), 0.0)
-            yield block, h, p
+            yield block, h, s
+
+
+def _rows_in_a_block(q: Tensor, k: Tensor) -> int:
+    return max(16, min(q.shape[2], _BLOCK_BYTES // max(1, k.shape[0] * k.shape[2] * k.element_size())))
+
+
+def _take_rows(
+    q: Tensor, bias: Tensor | None, lse: Tensor | None, rows: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    bias = bias.index_select(2, rows) if bias is not None and bias.shape[2] > 1 else bias
+    return q.index_select(2, rows), bias, lse.index_select(2, rows) if lse is not None else None
 
 
 def _bias_block(bias: Tensor, h: int, block: slice) -> Tensor:

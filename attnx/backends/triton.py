@@ -1,14 +1,21 @@
 """The op on GPUs by the Triton kernels; on CPU tensors they run in Triton's interpreter."""
 
 import os
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
-from attnx.kernels.configs import Launch, Target, one_pass_config
-from attnx.kernels.forward import forward_launch, one_pass_launch, shared_args, value_args
-from attnx.kernels.map import map_launch
+from attnx.backends import vendor
+from attnx.kernels.arguments import shared_args, value_args
+from attnx.kernels.configs import Launch, ShortRows, Target, head_splits, map_config, one_pass_config
+from attnx.kernels.forward import forward_launch
+from attnx.kernels.map import fuse_launch, map_launch
+from attnx.kernels.one_pass import one_pass_launch
+from attnx.kernels.vecmat import vecmat_launch
 from attnx.reducers import Heads
 
 MAX_HEAD_DIM = 256
@@ -31,8 +38,13 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float, heads: Heads
 ) -> tuple[Tensor, Tensor]:
     """Output [B,H,M,Dv] in q's dtype (rows before heads in memory, as blocks want it) and map, see `ops.attention`."""
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-    return out, _run(q, k, v, out, bias, is_causal, scale, heads, None, None)
+    short = _short_rows(q, k, v, bias)
+    if short is None:
+        out, lse = attention_lse(q, k, v, bias, is_causal, scale)
+        return out, attention_map(q, k, bias, is_causal, scale, heads, None, lse)
+    out = _output(q, v)
+    shared = shared_args(q, k, _expand(bias, q, k), None, scale, is_causal)
+    return out, _one_pass(shared, value_args(q, v, out), heads, short)
 
 
 def attention_map(
@@ -46,47 +58,87 @@ def attention_map(
     lse: Tensor | None,
 ) -> Tensor:
     """The map alone, see `ops.attention_map`. Only the chosen rows are loaded."""
-    if lse is not None:
+    shared = shared_args(q, k, _expand(bias, q, k), rows, scale, is_causal)
+    short = _short_rows(q, k, None, bias) if lse is None else None
+    if short is not None:
+        return _one_pass(shared, value_args(q, None, None), heads, short)
+    if lse is None:
+        lse = _lse(shared)
+        _launch(forward_launch(shared, value_args(q, None, None), lse, target(q.device)), q)
+    else:
         lse = (lse if rows is None else lse.index_select(2, rows)).contiguous()
-    return _run(q, k, None, None, bias, is_causal, scale, heads, rows, lse)
+    on = target(q.device)
+    config = map_config(shared["D"], q.element_size(), shared["M"], on, bias is not None)
+    tiles = cdiv(shared["M"], config.block_m) * cdiv(shared["N"], config.block_n)
+    return _fused(shared, heads, tiles, lambda maps, splits: map_launch(shared, lse, maps, int(heads), splits, config))
 
 
 def attention_output(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     """Output [B,H,M,Dv] alone."""
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    return attention_lse(q, k, v, bias, is_causal, scale)[0]
+
+
+def attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output, as in `attention`, and log-sum-exps [B,H,M] fp32: the vendor's, or where it can't serve, our kernel's."""
+    served = vendor.output_and_lse(q, k, v, bias, is_causal, scale) if q.is_cuda else None
+    if served is not None:
+        return served
+    out = _output(q, v)
     shared = shared_args(q, k, _expand(bias, q, k), None, scale, is_causal)
-    _launch(forward_launch(shared, value_args(q, v, out), _lse(shared), target(q.device)), q)
-    return out
+    lse = _lse(shared)
+    _launch(forward_launch(shared, value_args(q, v, out), lse, target(q.device)), q)
+    return out, lse
 
 
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    out: Tensor | None,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    heads: Heads,
-    rows: Tensor | None,
-    lse: Tensor | None,
+def vecmat(
+    r: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float, lse: Tensor | None
 ) -> Tensor:
-    """One launch for short rows; for others the output and lse first, then the map from lse."""
-    shared = shared_args(q, k, _expand(bias, q, k), rows, scale, is_causal)
-    values = value_args(q, v, out)
-    B, H, M, N = q.shape[0], q.shape[1], shared["M"], shared["N"]
-    amap = q.new_empty((B, H, M, N) if heads is Heads.EACH else (B, M, N), dtype=torch.float32)
+    """r @ mean_h P, [B,N] fp32, see `ops.vecmat`."""
+    shared = shared_args(q, k, _expand(bias, q, k), None, scale, is_causal)
     on = target(q.device)
-    widest = max(shared["D"], values["DV"]) if v is not None else shared["D"]
-    short = one_pass_config(widest, q.element_size(), N, on, bias is not None) if lse is None else None
-    if short is not None:
-        _launch(one_pass_launch(shared, values, _lse(shared), amap, int(heads), short), q)
-        return amap
     if lse is None:
         lse = _lse(shared)
-        _launch(forward_launch(shared, values, lse, on), q)
-    _launch(map_launch(shared, lse, amap, int(heads), on), q)
+        _launch(forward_launch(shared, value_args(q, None, None), lse, on), q)
+    each = q.new_empty((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
+    _launch(vecmat_launch(shared, r.contiguous(), lse.contiguous(), each, on), q)
+    return each.mean(1)
+
+
+def _one_pass(shared: dict[str, Any], values: dict[str, Any], heads: Heads, short: ShortRows) -> Tensor:
+    tiles = cdiv(shared["M"], short.config.block_m)
+    return _fused(
+        shared, heads, tiles, lambda maps, splits: one_pass_launch(shared, values, maps, int(heads), splits, short)
+    )
+
+
+def _fused(
+    shared: dict[str, Any], heads: Heads, tiles: int, launch: Callable[[Tensor, int], Launch]
+) -> Tensor:
+    """The map of a launch that splits the heads over programs where the tiles are too few for the device."""
+    q, count = shared["q_ptr"], shared["H"]
+    B, M, N = q.shape[0], shared["M"], shared["N"]
+    each = heads is Heads.EACH
+    splits = count if each else head_splits(tiles * B, count, target(q.device))
+    maps = q.new_empty((B * splits, M, N), dtype=torch.float32)
+    _launch(launch(maps, splits), q)
+    if each:
+        return maps.view(B, count, M, N)
+    if splits == 1:
+        return maps
+    amap = q.new_empty((B, M, N), dtype=torch.float32)
+    _launch(fuse_launch(maps, amap, count, splits, int(heads)), q)
     return amap
+
+
+def _short_rows(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None) -> ShortRows | None:
+    widest = max(q.shape[3], 0 if v is None else v.shape[3])
+    return one_pass_config(widest, q.element_size(), k.shape[2], target(q.device), bias is not None)
+
+
+def _output(q: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
 def _launch(launch: Launch, q: Tensor) -> None:
@@ -112,7 +164,8 @@ def target(device: torch.device) -> Target:
     """What the kernels are compiled for; the interpreter takes Hopper's block sizes."""
     if device.type != "cuda":
         return Target("cuda", 90)
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Target("hip", torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
     major, minor = torch.cuda.get_device_capability(device)
-    return Target("cuda", 10 * major + minor)
+    return Target("cuda", 10 * major + minor, properties.multi_processor_count)

@@ -1,0 +1,76 @@
+"""r @ mean_h P from q, k and lse, without P: what a rollout needs of a map that is too large to keep."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnx.kernels.configs import Launch, Target, vecmat_config
+from attnx.kernels.primitives import (
+    NO_BIAS,
+    head_tiles,
+    load_lse,
+    masked_scores,
+    products,
+    query_offsets,
+    row_offsets,
+    unit,
+    wide,
+)
+
+
+@triton.jit
+def vecmat_kernel(
+    r_ptr, q_ptr, k_ptr, bias_ptr, rows_ptr, lse_ptr, out_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_bb, stride_bh, stride_bm, stride_bn,
+    H, GROUP, M, N, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD: tl.constexpr, FAR: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N entries of r @ P of one head: its keys stay on chip, the queries pass by, one sum over rows at the end."""
+    pid = tl.program_id(0)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    first_n = (pid % blocks_n) * BLOCK_N
+    h = wide((pid // blocks_n) % H)
+    b = wide(pid // blocks_n // H)
+
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N - first_n
+    offs_k = row_offsets(tl.minimum(offs_n, N - 1 - first_n), stride_kn, FAR)
+    k_tile = k_ptr + b * stride_kb + h // GROUP * stride_kh + wide(first_n) * stride_kn
+    k = head_tiles(k_tile, offs_k, stride_kd, D, BLOCK_D, REST_D)
+    q_head = q_ptr + b * stride_qb + h * stride_qh
+    bias_head = bias_ptr + b * stride_bb + h * stride_bh
+
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    start = 0
+    if CAUSAL and not HAS_ROWS:
+        start = first_n // BLOCK_M * BLOCK_M
+    # A bias needs the registers that hoisted addresses would take.
+    for first_m in tl.range(start, M, BLOCK_M, disable_licm=BIAS != NO_BIAS):
+        mask_m = offs_m < M - first_m
+        pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, FAR)
+        q = head_tiles(q_head + q_tile, offs_q, stride_qd, D, BLOCK_D, REST_D)
+        s = masked_scores(
+            products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
+            bias_head, pos_m.to(tl.int64) * stride_bm, mask_m, pos_m, first_n + offs_n, mask_n,
+            stride_bn, scale_log2, BIAS, CAUSAL, FOLD, False,
+        )  # fmt: skip
+        lse = load_lse(lse_ptr + (b * H + h) * M + first_m, offs_m, mask_m)
+        r = tl.load(r_ptr + b * M + first_m + offs_m, mask=mask_m, other=0.0)
+        p = tl.exp2(s * unit(scale_log2, FOLD) - lse[:, None])
+        # A row that has nothing to pass on passes no NaN on either.
+        total += tl.where((r == 0.0)[:, None], 0.0, r[:, None] * p)
+    tl.store(out_ptr + (b * H + h) * N + first_n + offs_n, tl.sum(total, 0), mask=mask_n)
+
+
+def vecmat_launch(shared: dict[str, Any], r: Tensor, lse: Tensor, out: Tensor, target: Target) -> Launch:
+    """Writes r @ P of every head, out [B,H,N] fp32; r: [B,M] fp32, lse: [B,H,M] fp32, both contiguous."""
+    q = shared["q_ptr"]
+    config = vecmat_config(shared["D"], q.element_size(), shared["M"], target, shared["BIAS"] != 0)
+    grid = (triton.cdiv(shared["N"], config.block_n) * q.shape[0] * q.shape[1],)
+    return Launch(vecmat_kernel, grid, {**shared, "r_ptr": r, "lse_ptr": lse, "out_ptr": out}, config)
