@@ -4,7 +4,7 @@ from attnx.capture import Handle, capture, patch
 from attnx.extractor import Extractor
 from attnx.layout import TokenLayout
 from attnx.methods import cls_map, entropy, entropy_levels, layer_maps, mass_mask, pointing_game, rollout
-from attnx.ops import attention, attention_map
+from attnx.ops import attention, attention_lse, attention_map, vecmat
 from attnx.trace import Trace
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "TokenLayout",
     "Trace",
     "attention",
+    "attention_lse",
     "attention_map",
     "capture",
     "cls_map",
@@ -23,5 +24,6 @@ __all__ = [
     "patch",
     "pointing_game",
     "rollout",
+    "vecmat",
 ]
 __version__ = "0.1.0"

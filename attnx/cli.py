@@ -1,4 +1,4 @@
-"""The command line: attnx demo | show | extract."""
+"""The command line: attnx demo | show | extract | kernels."""
 
 import os
 import sys
@@ -24,7 +24,8 @@ app = typer.Typer(
 
     [bold]attnx demo[/bold] shows what it does, without a download. [bold]attnx show photo.jpg --model demo[/bold] draws
     the maps of one image, [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
-    those of a folder. Exit codes: 0 all is well, 1 some images could not be read, 2 a mistake in what was asked.""",
+    those of a folder. [bold]attnx kernels[/bold] compiles the GPU kernels, without a GPU. Exit codes: 0 all is well,
+    1 some images could not be read, or some kernel spills, 2 a mistake in what was asked.""",
 )
 
 Model = Annotated[
@@ -208,6 +209,57 @@ def extract(
         + (f", {summary.failed} images could not be read: see their error column" if summary.failed else "")
     )
     if summary.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_told
+def kernels(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_86, sm_89, sm_90, sm_100 or gfx942; repeat for several.")
+    ] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="1 to 256; repeat; 32, 64, 80, 128 unless given.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="bfloat16 (unless given), float16 or float32; repeat.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes that compile; one a core unless given.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list for tools, and nothing else on stdout.")] = False,
+) -> None:
+    """Compiles every kernel for GPUs that need not be here: registers, spills, shared memory, matrix instructions.
+
+    All default configurations, for A100, RTX 30, RTX 40, H100, B200 and MI300 unless some are named; minutes the first
+    time. Exit code 1 if one spills, asks for more shared memory than there is, or does not compile.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("TRITON_INTERPRET is 1: the interpreter compiles nothing; unset it")
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError("triton is not installed, so nothing can be compiled: pip install triton") from error
+    import json
+
+    import torch
+
+    from attnx.kernels.offline import TARGETS, compile_defaults, failures, table, target_name
+
+    targets = {target_name(target): target for target in TARGETS}
+    names = [f"sm_{name}" if name.isdecimal() else name for name in arch or targets]
+    for name in names:
+        if name not in targets:
+            raise ValueError(f"arch: expected one of {', '.join(targets)}; got {name!r}")
+    for name in dtype or ():
+        if name not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"dtype: expected bfloat16, float16 or float32; got {name!r}")
+    head_dims = head_dim or [32, 64, 80, 128]
+    if not all(1 <= dim <= 256 for dim in head_dims):
+        raise ValueError(f"head-dim: expected 1 to 256; got {', '.join(map(str, head_dims))}")
+    dtypes = [getattr(torch, name) for name in dtype or ["bfloat16"]]
+    rows = compile_defaults([targets[name] for name in names], head_dims, dtypes, jobs or os.cpu_count() or 1)
+    typer.echo(json.dumps([row._asdict() for row in rows]) if as_json else "\n".join(table(rows)))
+    failed = list(failures(rows))
+    for line in failed:
+        typer.echo(f"attnx: {line}", err=True)
+    if failed:
         raise typer.Exit(1)
 
 

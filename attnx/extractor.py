@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from attnx.capture import capture
+from attnx.kept import check_keep
 from attnx.layers import Layers
 from attnx.layout import TokenLayout
 from attnx.methods import cls_map, layer_maps, rollout
@@ -16,7 +17,8 @@ METHODS = ("rollout", "cls", "layers")
 class Extractor:
     """Images in, maps out: `Extractor(model, method="rollout")(images)`. The model is left as it was.
 
-    Only what the method reads is kept: whole maps of every layer for rollout, the class token's row for the others.
+    Only what the method reads is kept: whole maps of every layer for rollout, or where they are larger, q and k (the
+    memory is then linear in the tokens); the class token's row for the others.
 
     Args:
         model: in eval mode.
@@ -24,6 +26,7 @@ class Extractor:
             heads="each"); "layers" that of every layer, [B, L, h, w].
         layers: as in `attnx.capture`; for "cls" the last layer unless given.
         heads: "mean", "max", "min"; "each" for "cls" only.
+        keep: as in `attnx.capture`.
         layout: as in `attnx.capture`.
         dtype: run the model under autocast to this dtype; None: as it is.
         backend: as in `attnx.attention`.
@@ -41,6 +44,7 @@ class Extractor:
         *,
         layers: Layers = None,
         heads: str = "mean",
+        keep: str = "auto",
         layout: TokenLayout | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
@@ -64,6 +68,7 @@ class Extractor:
             layers=-1 if method == "cls" and layers is None else layers,
             heads=heads,
             rows=None if method == "rollout" else [0],
+            keep=check_keep(keep),
             layout=layout,
             backend=backend,
         )

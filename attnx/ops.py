@@ -1,7 +1,6 @@
-"""The functional API: attention that also returns its head-reduced map.
+"""The functional API: attention that also returns its head-reduced map, or what the map is made of.
 
-Two custom operators (`torch.ops.attnx.attention`, `torch.ops.attnx.attention_map`) with fake kernels and a gradient,
-so that `torch.compile(fullgraph=True)` takes a function that uses them; validation and the choice of a backend.
+Docstrings, validation and the choice of a backend; the operators themselves are in `attnx/operators.py`.
 """
 
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnx.backends import eager
+from attnx.operators import implementation
 from attnx.reducers import Heads
 
 BACKENDS = ("auto", "triton", "eager")
@@ -55,7 +54,7 @@ def attention(
         ValueError: a shape, dtype, device, index or name that doesn't fit; says what was expected and what came.
         NotImplementedError: the named backend can't take these inputs; says every reason.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_as_sdpa(q, k, v)
     bias = _check(q, k, v, bias, is_causal, heads)
     index = _row_index(rows, q.shape[2], q.device)
     scale = _scale(scale, q)
@@ -81,137 +80,78 @@ def attention_map(
         lse: [B, H, M] float32, the natural log-sum-exp of the scaled, biased scores, where a forward pass has it
             already; the weights are then ``exp(scores - lse)``. A row without keys has minus or plus infinity.
     """
-    (q, k), v = _autocast(q, k), None
+    (q, k), v = cast_as_sdpa(q, k), None
     bias = _check(q, k, v, bias, is_causal, heads)
     index = _row_index(rows, q.shape[2], q.device)
-    if lse is not None and (lse.shape != q.shape[:3] or lse.dtype != torch.float32 or lse.device != q.device):
-        came = f"{lse.dtype} {list(lse.shape)} on {lse.device}"
-        raise ValueError(f"lse: expected float32 {list(q.shape[:3])} on {q.device}; got {came}")
+    _check_float32("lse", lse, q.shape[:3], q.device)
     name = _choose(backend, q, v)
     q, k = q.detach(), k.detach()
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
     return torch.ops.attnx.attention_map(q, k, bias, is_causal, _scale(scale, q), heads, index, lse, name)
 
 
-@torch.library.custom_op("attnx::attention", mutates_args=())
-def _attention(
+def attention_lse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    heads: str,
-    rows: Tensor | None,
-    backend: str,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    kind = Heads.parse(heads)
-    if 0 in q.shape or k.shape[2] == 0:
-        out, amap = _attention_fake(q, k, v, bias, is_causal, scale, heads, rows, backend)
-        return out.zero_(), amap.zero_()
-    _check_range(rows, q.shape[2])
-    impl = _implementation(backend)
-    if rows is None:
-        return impl.attention(q, k, v, bias, is_causal, scale, kind)
-    amap = impl.attention_map(q, k, bias, is_causal, scale, kind, rows, None)
-    return impl.attention_output(q, k, v, bias, is_causal, scale), amap
+    """Attention output, and the log-sum-exp of every row of scores: with q and k all that a map is made of.
+
+    ``lse = log sum_j exp(q k_j^T * scale + bias_j)``, natural; then ``P = exp(q k^T * scale + bias - lse)``. It costs
+    what attention costs, in time and memory. Arguments and errors as in `attention`.
+
+    Returns:
+        out [B, H, M, Dv] in q's dtype, differentiable as `attention`'s, and lse [B, H, M] float32, detached. A row
+        whose keys are all masked has zero and minus infinity; so has every row without keys (N = 0).
+    """
+    q, k, v = cast_as_sdpa(q, k, v)
+    bias = _check(q, k, v, bias, is_causal, "mean")
+    out, lse = torch.ops.attnx.attention_lse(q, k, v, bias, is_causal, _scale(scale, q), _choose(backend, q, v))
+    return out, lse.detach()
 
 
-@_attention.register_fake
-def _attention_fake(
+def vecmat(
+    r: Tensor,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    heads: str,
-    rows: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-    return out, _map_fake(q, k, bias, is_causal, scale, heads, rows, None, backend)
-
-
-@torch.library.custom_op("attnx::attention_map", mutates_args=())
-def _map(
-    q: Tensor,
-    k: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    heads: str,
-    rows: Tensor | None,
-    lse: Tensor | None,
-    backend: str,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    kind = Heads.parse(heads)
-    if 0 in q.shape or k.shape[2] == 0:
-        return _map_fake(q, k, bias, is_causal, scale, heads, rows, lse, backend).zero_()
-    _check_range(rows, q.shape[2])
-    return _implementation(backend).attention_map(q, k, bias, is_causal, scale, kind, rows, lse)
+    """A row vector times the mean map, without the map: ``r @ mean_h softmax(q k^T * scale + bias)``. Detached.
 
+    A step of rollout in memory linear in M and N. It gives what the rows pass on, not the map's entries: the row sums
+    that are left when small entries are discarded are out of its reach. (The plain row sums are known: the share of
+    heads in which the row has a key, ``(lse > -inf).mean(1)``.)
 
-@_map.register_fake
-def _map_fake(
-    q: Tensor,
-    k: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    heads: str,
-    rows: Tensor | None,
-    lse: Tensor | None,
-    backend: str,
-) -> Tensor:
-    m = q.shape[2] if rows is None else rows.shape[0]
-    planes = q.shape[:2] if heads == "each" else q.shape[:1]
-    return q.new_empty((*planes, m, k.shape[2]), dtype=torch.float32)
+    Args:
+        r: [B, M] float32, any strides. A row whose r is zero passes nothing on, not even a NaN among its weights.
+        q, k, bias, is_causal, scale, backend: as in `attention`.
+        lse: [B, H, M] float32 as `attention_lse` gives it, where it is known already.
 
+    Returns:
+        [B, N] float32. Rows whose keys are all masked pass nothing on; zero for M = 0. The same inputs give the same
+        bits every time.
 
-@torch.library.custom_op("attnx::attention_backward", mutates_args=())
-def _attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dbias = eager.attention_backward(grad, q, k, v, bias, out, is_causal, scale)
-    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
-
-
-@_attention_backward.register_fake
-def _attention_backward_fake(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    if bias is None or bias.dtype == torch.bool:
-        return dq, dk, dv, q.new_empty(0)
-    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
-    return dq, dk, dv, dbias
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, bias, ctx.is_causal, ctx.scale, *_ = inputs
-    ctx.save_for_backward(q, k, v, bias, output[0])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    none = (None,) * 9
-    if grad is None:
-        return none
-    q, k, v, bias, out = ctx.saved_tensors
-    dq, dk, dv, dbias = torch.ops.attnx.attention_backward(grad, q, k, v, bias, out, ctx.is_causal, ctx.scale)
-    return dq, dk, dv, dbias if ctx.needs_input_grad[3] else None, *none[4:]
-
-
-_attention.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _implementation(backend: str):  # type: ignore[no-untyped-def]
-    if backend == "eager":
-        return eager
-    from attnx.backends import triton
-
-    return triton
+    Raises:
+        ValueError, NotImplementedError: as in `attention`.
+    """
+    q, k = cast_as_sdpa(q, k)
+    bias = _check(q, k, None, bias, is_causal, "mean")
+    _check_float32("r", r, (q.shape[0], q.shape[2]), q.device)
+    _check_float32("lse", lse, q.shape[:3], q.device)
+    name = _choose(backend, q, None)
+    r, q, k = r.detach(), q.detach(), k.detach()
+    bias, lse = (None if t is None else t.detach() for t in (bias, lse))
+    return torch.ops.attnx.vecmat(r, q, k, bias, is_causal, _scale(scale, q), lse, name)
 
 
 def _choose(backend: str, q: Tensor, v: Tensor | None) -> str:
@@ -220,7 +160,7 @@ def _choose(backend: str, q: Tensor, v: Tensor | None) -> str:
     if backend == "eager" or (backend == "auto" and q.device.type != "cuda"):
         return "eager"
     try:
-        reasons = _implementation("triton").limits(q, v)
+        reasons = implementation("triton").limits(q, v)
     except ImportError as error:
         reasons = [str(error)]
     if reasons and backend == "triton":
@@ -228,8 +168,12 @@ def _choose(backend: str, q: Tensor, v: Tensor | None) -> str:
     return "eager" if reasons else "triton"
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast the inputs are cast as SDPA's are."""
+def cast_as_sdpa(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k (and v) as every function here takes them: under autocast in its dtype, as SDPA's inputs are.
+
+    Raises:
+        ValueError: one of them is no tensor.
+    """
     for name, t in zip("qkv", tensors, strict=False):
         if not isinstance(t, Tensor):
             raise ValueError(f"{name}: expected a tensor; got {type(t).__name__}")
@@ -275,6 +219,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, is_causa
     return bias.reshape(shape)
 
 
+def _check_float32(name: str, t: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
+    if t is None and name == "lse":
+        return
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{name}: expected a tensor; got {type(t).__name__}")
+    if t.shape != torch.Size(shape) or t.dtype != torch.float32 or t.device != device:
+        came = f"{t.dtype} {list(t.shape)} on {t.device}"
+        raise ValueError(f"{name}: expected float32 {list(shape)} on {device}; got {came}")
+
+
 def _row_index(rows: Sequence[int] | Tensor | None, m: int, device: torch.device) -> Tensor | None:
     if rows is None:
         return None
@@ -287,15 +241,3 @@ def _row_index(rows: Sequence[int] | Tensor | None, m: int, device: torch.device
             f"rows: expected a 1-D integer tensor on {device}; got {rows.dtype} {list(rows.shape)} on {rows.device}"
         )
     return rows.to(torch.int64)
-
-
-def _check_range(rows: Tensor | None, m: int) -> None:
-    """On a GPU without waiting for it: a bad index then fails as a device-side assertion."""
-    if rows is None or rows.numel() == 0:
-        return
-    if rows.device.type == "cpu":
-        low, high = int(rows.min()), int(rows.max())
-        if low < 0 or high >= m:
-            raise ValueError(f"rows: expected indices in 0..{m - 1}; got {low}..{high}")
-    else:
-        torch._assert_async(((rows >= 0) & (rows < m)).all())

@@ -1,9 +1,10 @@
-"""What a capture keeps: the maps of one forward pass, and the layout of their tokens."""
+"""What a capture gives: the maps of one forward pass, and the layout of their tokens."""
 
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from attnx.kept import Kept, KeptMap
 from attnx.layout import TokenLayout, infer_layout
 
 
@@ -12,6 +13,7 @@ class Trace(Mapping[str, Tensor]):
 
     A map is [B, M, N]; [B, R, N] for R chosen rows; [B, H, M, N] for heads="each". `trace[-1]` is the last layer's.
     A layer that attends twice in one pass appears a second time as "name#2". A new pass replaces the last one's maps.
+    Of a layer that was captured with keep="qk" the map is made when it is read, every time; `kept` gives the rest.
     """
 
     def __init__(self, model: nn.Module, heads: str, rows: tuple[int, ...] | None, layout: TokenLayout | None) -> None:
@@ -19,32 +21,50 @@ class Trace(Mapping[str, Tensor]):
         self.rows = rows
         self._model = model
         self._layout = layout
-        self._maps: dict[str, Tensor] = {}
+        self._kept: dict[str, Kept] = {}
         self._grids: list[tuple[int, int]] = []
 
     def __getitem__(self, layer: str | int) -> Tensor:
+        return self.kept(layer).map()
+
+    def __contains__(self, layer: object) -> bool:
         if isinstance(layer, int):
-            names = list(self._maps)
+            return -len(self) <= layer < len(self)
+        return layer in self._kept
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}: {list(kept.shape)}" for name, kept in self._kept.items())
+        return f"Trace(heads={self.heads!r}, {{{shapes}}})"
+
+    @property
+    def nbytes(self) -> int:
+        """What the trace holds in memory."""
+        return sum(kept.nbytes for kept in self._kept.values())
+
+    def kept(self, layer: str | int) -> Kept:
+        """What was kept of a layer: its map's shape, rows and products, without making the map of one kept as q and k.
+
+        Raises:
+            KeyError: no such layer was captured.
+        """
+        if isinstance(layer, int):
+            names = list(self._kept)
             if not -len(names) <= layer < len(names):
                 raise KeyError(f"layer {layer}: expected an index into {len(names)} layers: {', '.join(names)}")
             layer = names[layer]
-        if layer not in self._maps:
-            raise KeyError(f"layer {layer!r}: expected one of {', '.join(self._maps) or 'none (nothing was heard)'}")
-        return self._maps[layer]
+        if layer not in self._kept:
+            raise KeyError(f"layer {layer!r}: expected one of {', '.join(self._kept) or 'none (nothing was heard)'}")
+        return self._kept[layer]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._maps)
-
-    def __len__(self) -> int:
-        return len(self._maps)
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(f"{name}: {list(m.shape)}" for name, m in self.items())
-        return f"Trace(heads={self.heads!r}, {{{shapes}}})"
-
-    def add(self, layer: str, amap: Tensor) -> None:
-        """Keeps a layer's map."""
-        self._maps[layer] = amap
+    def add(self, layer: str, kept: Tensor | Kept) -> None:
+        """Keeps a layer's map, or what it is made of."""
+        self._kept[layer] = KeptMap(kept) if isinstance(kept, Tensor) else kept
 
     def add_grid(self, grid: tuple[int, int]) -> None:
         """Keeps a grid (rows, columns) that a patch convolution gave; the newest stands first."""
@@ -54,7 +74,7 @@ class Trace(Mapping[str, Tensor]):
 
     def clear(self) -> None:
         """Forgets the last pass."""
-        self._maps.clear()
+        self._kept.clear()
         self._grids.clear()
 
     @property
@@ -66,7 +86,7 @@ class Trace(Mapping[str, Tensor]):
         """
         if self._layout is not None:
             return self._layout
-        if not self._maps:
+        if not self._kept:
             raise ValueError("layout: the model has not been called yet")
-        counts = [m.shape[-1] for m in self._maps.values()]
+        counts = [kept.shape[-1] for kept in self._kept.values()]
         return infer_layout(self._model, self._grids, max(set(counts), key=counts.count))

@@ -34,13 +34,16 @@ def gradients(call, inputs, dtype):
     return torch.autograd.grad(out, wanted, weight.to(inputs.q.dtype).to(out))
 
 
-def check(case, backend, inputs, dtype):
+def check(case, backend, inputs, dtype, op=attnx.attention):
     def sdpa(q, k, v, bias):
         return torch_reference(q, k, v, bias, case.is_causal, case.scale)[0]
 
     def ours(q, k, v, bias):
-        out, amap = attnx.attention(q, k, v, bias=bias, backend=backend, **case.options)
-        assert not amap.requires_grad
+        options = case.options
+        if op is attnx.attention_lse:
+            options = {name: options[name] for name in ("is_causal", "scale")}
+        out, other = op(q, k, v, bias=bias, backend=backend, **options)
+        assert not other.requires_grad
         return out
 
     exact, reference = gradients(sdpa, inputs, torch.float64), gradients(sdpa, inputs, dtype)
@@ -61,9 +64,15 @@ def test_gradient_is_sdpas(case, device):
         check(case, "eager", inputs, torch.float64)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradient_beside_the_lse_is_sdpas(case, device):
+    check(case, "eager", random_inputs(case, device=device), case.dtype, attnx.attention_lse)
+
+
 @pytest.mark.parametrize("case", [CASES[i] for i in (1, 2, 6, 8, -4, -3)], ids=str)
 def test_gradient_after_the_triton_forward(case, device):
     check(case, "triton", random_inputs(case, device=device), case.dtype)
+    check(case, "triton", random_inputs(case, device=device), case.dtype, attnx.attention_lse)
 
 
 @pytest.mark.parametrize(

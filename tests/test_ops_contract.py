@@ -279,7 +279,7 @@ def test_triton_on_cpu_tensors_asks_for_the_interpreter(monkeypatch):
 
 
 def test_tf32_is_used_where_torch_was_told_to():
-    from attnx.kernels.forward import precision
+    from attnx.kernels.arguments import precision
 
     before = torch.get_float32_matmul_precision()
     assert precision(torch.bfloat16) == "ieee"
@@ -297,7 +297,7 @@ def test_tf32_by_torchs_newer_setting():
     """In a process of its own: torch refuses to go back from the newer setting to the older."""
     code = (
         "import torch; m = torch.backends.cuda.matmul\n"
-        "from attnx.kernels.forward import precision\n"
+        "from attnx.kernels.arguments import precision\n"
         "if not hasattr(m, 'fp32_precision'): print('tf32 ieee'); raise SystemExit\n"
         "m.fp32_precision = 'tf32'; a = precision(torch.float32)\n"
         "m.fp32_precision = 'ieee'; print(a, precision(torch.float32))"

@@ -1,0 +1,205 @@
+"""What a capture keeps of a layer: its map, or what the map is made of (q, k and the log-sum-exp of its rows).
+
+A map takes 4 N^2 bytes, q and k a number that is linear in N. Methods read both in the same way, see `Kept`.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from attnx.ops import attention, attention_lse, attention_map, cast_as_sdpa, vecmat
+from attnx.reducers import Heads, fuse_heads
+
+KEEP = ("map", "qk", "auto")
+
+
+class Kept(Protocol):
+    """A layer's map, in whatever form it was kept: [B, M, N], or [B, H, M, N] for heads="each"."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The map's."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+
+    @property
+    def nbytes(self) -> int:
+        """What is held in memory."""
+
+    def map(self) -> Tensor:
+        """The map itself, float32; made on demand and not cached if it was not kept."""
+
+    def row(self, i: int) -> Tensor:
+        """[B, N] (each: [B, H, N]): one row of the map, at the price of one row."""
+
+    def fused(self, heads: Heads) -> "Kept":
+        """The same with its heads fused, if it is of heads="each"; else itself."""
+
+    def row_sums(self) -> Tensor:
+        """[B, M]: the map's row sums, heads fused. Less than 1 where heads have no keys there."""
+
+    def vecmat(self, r: Tensor) -> Tensor:
+        """[B, R, M] -> [B, R, N]: R row vectors times the map, heads fused."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeptMap:
+    """A layer whose map was kept."""
+
+    amap: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.amap.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.amap.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.amap.nbytes
+
+    def map(self) -> Tensor:
+        return self.amap
+
+    def row(self, i: int) -> Tensor:
+        return self.amap[..., i, :]
+
+    def fused(self, heads: Heads) -> "KeptMap":
+        return KeptMap(fuse_heads(self.amap, heads)) if self.amap.dim() == 4 else self
+
+    def row_sums(self) -> Tensor:
+        return self.amap.sum(-1)
+
+    def vecmat(self, r: Tensor) -> Tensor:
+        with _no_autocast(r):
+            return torch.bmm(r, self.amap)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptQK:
+    """A layer of which q, k and lse were kept: arguments as in `attnx.attention_map`, rows a tensor on q's device."""
+
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+    bias: Tensor | None
+    is_causal: bool
+    scale: float | None
+    heads: str = "mean"
+    rows: Tensor | None = None
+    backend: str = "auto"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        B, H, M, _ = self.q.shape
+        M = M if self.rows is None else len(self.rows)
+        return (B, H, M, self.k.shape[2]) if self.heads == "each" else (B, M, self.k.shape[2])
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.q.nbytes + self.k.nbytes + self.lse.nbytes + _held(self.bias)
+
+    def map(self) -> Tensor:
+        return self._rows(self.rows)
+
+    def row(self, i: int) -> Tensor:
+        i %= self.shape[-2]
+        chosen = torch.arange(i, i + 1, device=self.q.device) if self.rows is None else self.rows[i : i + 1]
+        return self._rows(chosen)[..., 0, :]
+
+    def fused(self, heads: Heads) -> "KeptQK":
+        return replace(self, heads=heads.name.lower()) if self.heads == "each" else self
+
+    def row_sums(self) -> Tensor:
+        if not self._whole_mean():
+            return self.map().sum(-1)
+        # A row of softmax sums to 1, and to 0 in a head where it has no keys.
+        return (~self.lse.isinf()).float().mean(1)
+
+    def vecmat(self, r: Tensor) -> Tensor:
+        if not self._whole_mean():
+            return KeptMap(self.map()).vecmat(r)
+        with _no_autocast(r):
+            return torch.stack([vecmat(row, self.q, self.k, **self._call(), lse=self.lse) for row in r.unbind(1)], 1)
+
+    def _whole_mean(self) -> bool:
+        return self.heads == "mean" and self.rows is None
+
+    def _rows(self, rows: Tensor | None) -> Tensor:
+        # q and k are what autocast made of them already, and lse is theirs.
+        with _no_autocast(self.q):
+            return attention_map(self.q, self.k, **self._call(), heads=self.heads, rows=rows, lse=self.lse)
+
+    def _call(self) -> dict[str, Any]:
+        return dict(bias=self.bias, is_causal=self.is_causal, scale=self.scale, backend=self.backend)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: str,
+    *,
+    heads: str,
+    rows: Tensor | None,
+    output: bool = True,
+    **call: Any,
+) -> tuple[Tensor | None, Kept]:
+    """Attention's output, and what is to be kept of the call.
+
+    Args:
+        q, k, v, heads, rows: as in `attnx.attention`; so is `call`: bias, is_causal, scale, backend.
+        keep: one of KEEP. "auto": q and k if they are smaller than the map and `vecmat` can stand for it, which is to
+            say whole mean maps.
+        output: False: nobody wants the output, and None takes its place.
+    """
+    q, k, v = cast_as_sdpa(q, k, v)
+    fits = heads == "mean" and rows is None and _qk_bytes(q, k, call["bias"]) < 4 * q.shape[0] * q.shape[2] * k.shape[2]
+    if keep == "map" or (keep == "auto" and not fits):
+        options = dict(heads=heads, rows=rows, **call)
+        out, amap = attention(q, k, v, **options) if output else (None, attention_map(q, k, **options))
+        return out, KeptMap(amap)
+    with torch.set_grad_enabled(output and torch.is_grad_enabled()):
+        out, lse = attention_lse(q, k, v, **call)
+    call["bias"] = None if call["bias"] is None else call["bias"].detach()
+    return out if output else None, KeptQK(_own(q), _own(k), lse, heads=heads, rows=rows, **call)
+
+
+def check_keep(keep: str) -> str:
+    """`keep` itself.
+
+    Raises:
+        ValueError: it is not one of KEEP.
+    """
+    if keep not in KEEP:
+        raise ValueError(f"keep: expected one of {', '.join(KEEP)}; got {keep!r}")
+    return keep
+
+
+def _qk_bytes(q: Tensor, k: Tensor, bias: Tensor | None) -> int:
+    return q.nbytes + k.nbytes + 4 * q.shape[:3].numel() + _held(bias)
+
+
+def _held(bias: Tensor | None) -> int:
+    return 0 if bias is None else bias.untyped_storage().nbytes()
+
+
+def _own(t: Tensor) -> Tensor:
+    """Without its graph, and without the rest of the storage that it may be a view of: v, in a packed qkv."""
+    t = t.detach()
+    return t.clone(memory_format=torch.contiguous_format) if t.untyped_storage().nbytes() > t.nbytes else t
+
+
+def _no_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(t.device.type, enabled=False)

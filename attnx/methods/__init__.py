@@ -1,0 +1,15 @@
+"""What is made of the maps: rollout, CLS maps, layer-wise maps, masks, entropy. Pure functions of a Trace or maps."""
+
+from attnx.methods.maps import LayerMaps, cls_map, entropy, entropy_levels, layer_maps, mass_mask, pointing_game
+from attnx.methods.rollout import rollout
+
+__all__ = [
+    "LayerMaps",
+    "cls_map",
+    "entropy",
+    "entropy_levels",
+    "layer_maps",
+    "mass_mask",
+    "pointing_game",
+    "rollout",
+]

@@ -1,0 +1,128 @@
+"""Attention rollout: a chain of vector products through the layers."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from attnx.kept import Kept, KeptMap
+from attnx.methods.maps import fusion
+from attnx.trace import Trace
+
+
+def rollout(
+    trace: Trace,
+    residual: float = 0.5,
+    discard: float = 0.0,
+    start: int = 0,
+    *,
+    heads: str | None = None,
+    preset: str | None = None,
+    rows: str | int | None = None,
+) -> Tensor:
+    """Attention rollout: how much of each patch reaches the class token through all layers.
+
+    ``M_l = (1 - residual) F_l + residual I``, rows normalised, and the row of ``M_L ... M_start`` that belongs to the
+    class token, over the patches. It is computed as a chain of vector products from the last layer to the first: of a
+    layer that was captured with keep="qk" no map is made (`attnx.vecmat`; the row sums are known), unless rows="all",
+    discard or heads other than "mean" need it: then of one layer at a time.
+
+    Args:
+        trace: a capture of all rows (rows=None), of maps or of q and k.
+        residual: weight of the identity; 0.5 is Abnar & Zuidema's.
+        discard: share of each item's smallest entries of F to set to zero, the class token's own entry spared.
+        start: first layer of the product; Chefer et al. use 1.
+        heads: how to fuse a capture with heads="each" ("mean" unless given); otherwise it must be the capture's own.
+        preset: "vit-explain" divides column j by row j's sum instead of row j (that code's arithmetic), and the result
+            by its maximum. Give `discard` yourself (its class's default is 0.9).
+        rows: the query to follow: an index, "mean" over the patches, or "all". Unless given: the class token, or where
+            the model has none, its attention-pooling layer if that was captured too, else "mean".
+
+    Returns:
+        [B, h, w] float32; for rows="all" the product itself, [B, N, N].
+
+    Raises:
+        ValueError: the trace has no whole maps of one size, or an argument is out of range.
+
+    Reference:
+        Abnar & Zuidema, "Quantifying Attention Flow in Transformers", https://arxiv.org/abs/2005.00928;
+        https://github.com/jacobgil/vit-explain
+    """
+    if not 0.0 <= residual <= 1.0 or not 0.0 <= discard < 1.0:
+        raise ValueError(f"expected residual in [0, 1] and discard in [0, 1); got {residual} and {discard}")
+    if preset not in (None, "vit-explain"):
+        raise ValueError(f"preset: expected None or 'vit-explain'; got {preset!r}")
+    layout, kind = trace.layout, fusion(trace, heads)
+    layers, pool = _self_attention(trace)
+    if not 0 <= start < len(layers):
+        raise ValueError(f"start: expected a layer index in 0..{len(layers) - 1}; got {start}")
+    mean = "mean" in (trace.heads, kind.name.lower())
+    whole = rows == "all" or discard > 0 or not mean
+    result, row = _start(layers[-1], pool and pool.fused(kind), rows, layout.cls is True, layout.prefix)
+    for kept in reversed(layers[start:]):
+        layer = kept.fused(kind)
+        if whole:
+            layer = KeptMap(_discard(layer.map(), discard) if discard else layer.map())
+        sums = (1 - residual) * layer.row_sums() + residual
+        weight = torch.where(sums > 0, 1 / sums, 0.0)[:, None]  # a row without any weight passes nothing on
+        if preset is None:
+            result = result * weight
+        # What starts from one row reads that row of the last layer, and nothing else of it.
+        passed = layer.vecmat(result) if row is None else layer.row(row)[:, None] * result[..., row, None]
+        step = (1 - residual) * passed + residual * result
+        result, row = step * weight if preset else step, None
+    if rows == "all":
+        return result
+    patches = layout.patches(result[:, 0])
+    return patches / patches.amax((-2, -1), keepdim=True) if preset else patches
+
+
+def _self_attention(trace: Trace) -> tuple[list[Kept], Kept | None]:
+    """The layers of [N, N] maps from first to last; and a final pooling layer's, [1, N]."""
+    if trace.rows is not None:
+        raise ValueError(f"rollout needs whole maps: expected a capture with rows=None; got rows={list(trace.rows)}")
+    n = trace.layout.tokens
+    layers: list[Kept] = []
+    pool: Kept | None = None
+    for name in trace:
+        if "#" in name or re.search(r"\.attns\.\d", name):
+            raise ValueError(f"rollout: expected layers in a row; {name} attends beside another; choose layers=")
+        kept = trace.kept(name)
+        if kept.shape[-2:] == (n, n) and pool is None:
+            layers.append(kept)
+        elif kept.shape[-2:] == (1, n) and pool is None:
+            pool = kept
+        else:
+            raise ValueError(
+                f"rollout: expected maps of {n} x {n} tokens; got {list(kept.shape[-2:])} from {name}; "
+                "choose layers= of one self-attention stack"
+            )
+    if not layers:
+        raise ValueError("rollout: expected at least one self-attention layer in the trace; got none")
+    return layers, pool
+
+
+def _start(last: Kept, pool: Kept | None, rows: str | int | None, cls: bool, prefix: int) -> tuple[Tensor, int | None]:
+    """[B, R, N]: what the chain starts from at the output of the last layer; and the row it stands for, if one."""
+    B, n, device = last.shape[0], last.shape[-1], last.device
+    if rows is None and not cls and pool is not None:
+        return pool.map(), None
+    if rows == "all":
+        return torch.eye(n, device=device).expand(B, n, n), None
+    start = torch.zeros(B, 1, n, device=device)
+    if rows == "mean" or (rows is None and not cls):
+        start[..., prefix:] = 1 / (n - prefix)
+        return start, None
+    if rows is None or (isinstance(rows, int) and 0 <= rows < n):
+        start[..., rows or 0] = 1
+        return start, rows or 0
+    raise ValueError(f"rows: expected 'all', 'mean' or an index in 0..{n - 1}; got {rows!r}")
+
+
+def _discard(fused: Tensor, share: float) -> Tensor:
+    """Each item's int(N * N * share) smallest entries set to zero, entry (0, 0) spared."""
+    flat = fused.flatten(1)
+    smallest = flat.topk(int(flat.shape[1] * share), 1, largest=False, sorted=False).indices
+    dropped = flat.scatter(1, smallest, 0.0)
+    dropped[:, 0] = flat[:, 0]
+    return dropped.view_as(fused)

@@ -1,0 +1,36 @@
+"""What the tests of every backend share: the float64 oracle, the error budget, the table of shapes, random inputs."""
+
+from attnx.testing.cases import LAYOUTS, TABLE, Case, Inputs, random_inputs, random_vector
+from attnx.testing.oracle import (
+    assert_attention,
+    assert_attention_lse,
+    assert_output,
+    assert_vecmat,
+    assert_within_budget,
+    budget,
+    oracle,
+    oracle_lse,
+    oracle_vecmat,
+    score_size,
+    torch_reference,
+)
+
+__all__ = [
+    "LAYOUTS",
+    "TABLE",
+    "Case",
+    "Inputs",
+    "assert_attention",
+    "assert_attention_lse",
+    "assert_output",
+    "assert_vecmat",
+    "assert_within_budget",
+    "budget",
+    "oracle",
+    "oracle_lse",
+    "oracle_vecmat",
+    "random_inputs",
+    "random_vector",
+    "score_size",
+    "torch_reference",
+]
