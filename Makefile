@@ -1,4 +1,4 @@
-.PHONY: install style test test-gpu bench bench-gpu
+.PHONY: install style test test-gpu bench bench-gpu report
 
 OUT ?= benchmarks/results
 
@@ -22,3 +22,6 @@ bench:
 
 bench-gpu:
 	OUT=$(OUT) benchmarks/gpu.sh
+
+report:
+	python -m benchmarks.report

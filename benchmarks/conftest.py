@@ -1,16 +1,38 @@
+import gc
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+
+from benchmarks.record import Record
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="tiny shapes, two rounds: does it run?")
     parser.addoption("--device", choices=["cpu", "cuda"], help="CUDA where there is a device, unless given")
+    parser.addoption("--record", type=Path, help="a file for what is found, line by line")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, where it is installed")
     if config.getoption("--device") is None:
         config.option.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    _record(session.config).add(planned=[item.name for item in session.items])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
+    report = yield
+    if report.failed:
+        reason = call.excinfo.exconly().splitlines()[0] if call.excinfo else report.longreprtext
+        _record(item.config).add(failed=item.name, reason=reason[:500])
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -23,8 +45,41 @@ def quick(pytestconfig: pytest.Config) -> bool:
     return pytestconfig.getoption("--quick")
 
 
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> "Recorder":
+    return Recorder(_record(request.config), request.node.name)
+
+
+class Recorder:
+    """The record of one test: a row, or why there is none."""
+
+    def __init__(self, record: Record, test: str) -> None:
+        self.record, self.test = record, test
+
+    def row(self, **row: Any) -> None:
+        self.record.add(row=_short(row), test=self.test)
+
+    def not_run(self, name: str, reason: str) -> None:
+        """Skips the test, after it is written down why."""
+        self.record.add(not_run=name, reason=reason, test=self.test)
+        pytest.skip(f"{name}: {reason}")
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 @pytest.fixture(autouse=True)
-def _free_device_memory(device: str):  # type: ignore[no-untyped-def]
+def _free_device_memory(device: str) -> Iterator[None]:
     yield
     if device == "cuda":
+        for name in ("last_exc", "last_value", "last_traceback"):  # a failure's frames hold its tensors
+            sys.__dict__.pop(name, None)
+        gc.collect()
         torch.cuda.empty_cache()
+
+
+def _record(config: pytest.Config) -> Record:
+    return Record(config.getoption("--record"))

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Everything a CUDA machine can say, in less than ten minutes and six files: the op's tests, the benchmarks, the sweep.
-# Nothing needs installing. A step that fails does not stop the next; the exit code is that of the last one that did.
+# Nothing needs installing. A step that fails or takes too long does not stop the next; the exit code is that of the last
+# one that failed. QUICK=1 tries the script itself, without a GPU: tiny shapes on the CPU, few tests, no timings worth it.
 set -u
 cd "$(dirname "$0")/.."
+QUICK=${QUICK:-}
 OUT=${OUT:-benchmarks/results}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
@@ -14,21 +16,34 @@ status=0
 step() { # name, seconds, command...
     local name=$1 seconds=$2 code
     shift 2
-    timeout --kill-after=10 "$seconds" "$@" >"$OUT/$name.log" 2>&1
+    # Ctrl-C first: what is measured by then is saved.
+    timeout --signal=INT --kill-after=10 "$seconds" "$@" >"$OUT/$name.log" 2>&1
     code=$?
     echo "== $name: exit $code after ${SECONDS} s"
-    tail -n "${LINES_SHOWN:-40}" "$OUT/$name.log"
+    tail -n "${LINES_SHOWN:-60}" "$OUT/$name.log"
     ((code == 0)) || status=$code
 }
 
-nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader | tee "$OUT/gpu.txt"
-((PIPESTATUS[0] == 0)) || status=1
+{
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit --format=csv,noheader ||
+        echo "nvidia-smi can't be run"
+    "$PYTHON" -c "import torch; print(torch.__version__, torch.cuda.get_device_name())" 2>/dev/null || echo "no CUDA device"
+} 2>&1 | tee "$OUT/gpu.txt"
+if [[ -z $QUICK ]] && grep -q "no CUDA device" "$OUT/gpu.txt"; then
+    exit 2
+fi
 
+if [[ -n $QUICK ]]; then
+    step tests 140 "$PYTHON" -m pytest tests/test_ops.py -k eager -x -p no:cacheprovider
+    step benchmarks 300 "$PYTHON" -m benchmarks.run --quick --device cpu --out "$OUT"
+    step sweep 130 "$PYTHON" -m benchmarks.sweep --compile-only --quick --out "$OUT"
+    exit "$status"
+fi
 # Most of the tests' time is compilation: where pytest-xdist is there, in parallel.
 parallel=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 8")
+tests=(tests/test_{ops,ops_contract,vecmat,keep,gradient,capture}.py)
 # shellcheck disable=SC2086
-step tests 140 "$PYTHON" -m pytest tests/test_ops.py tests/test_ops_contract.py tests/test_gradient.py tests/test_capture.py -m "gpu or not gpu" \
-    -p no:cacheprovider $parallel
-step benchmarks 280 "$PYTHON" -m benchmarks.run --device cuda --limit 120 --out "$OUT"
-step sweep 150 "$PYTHON" -m benchmarks.sweep --seconds 60 --out "$OUT"
+step tests 130 "$PYTHON" -m pytest "${tests[@]}" -m "gpu or not gpu" -p no:cacheprovider $parallel
+step benchmarks 300 "$PYTHON" -m benchmarks.run --device cuda --limit 275 --out "$OUT"
+step sweep 115 "$PYTHON" -m benchmarks.sweep --limit 105 --out "$OUT"
 exit "$status"

@@ -28,14 +28,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import models, peers
+from benchmarks import models, rollouts
 
 CLAIM_MODEL = "vit_small_patch8_480"
 
 
-def measure(contestant: str, model: str, batch: int | None, device: str, runs: int) -> dict[str, Any]:
+def measure(contestant: str, model: str, batch: int, device: str, runs: int) -> dict[str, Any]:
     """peak_mb (10^6 bytes) of the first run on the loaded model, and the median seconds of `runs` more."""
-    _run(contestant, "hf_tiny" if contestant == "output_attentions" else "tiny", None, device)
+    _run(contestant, "hf_tiny" if contestant == "output_attentions" else "tiny", 2, device)
     call, images = _prepare(contestant, model, batch, device)
     watch, how = (_allocator, "allocator") if device == "cuda" else _resident_watch()
     with torch.inference_mode(), watch() as peak:
@@ -55,14 +55,14 @@ def measure(contestant: str, model: str, batch: int | None, device: str, runs: i
     )
 
 
-def in_own_process(contestant: str, model: str, device: str, runs: int = 0) -> dict[str, Any]:
+def in_own_process(contestant: str, model: str, batch: int, device: str, runs: int = 0) -> dict[str, Any]:
     """`measure` by a fresh Python.
 
     Raises:
         subprocess.CalledProcessError: it failed; what it said is on stderr.
     """
     command = [sys.executable, "-m", "benchmarks.memory", contestant, "--model", model]
-    command += ["--device", device, "--runs", str(runs)]
+    command += ["--batch", str(batch), "--device", device, "--runs", str(runs)]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root)
     return json.loads(done.stdout.splitlines()[-1])
@@ -71,7 +71,7 @@ def in_own_process(contestant: str, model: str, device: str, runs: int = 0) -> d
 def claim(device: str, runs: int = 3) -> bool:
     """Whether the rollout of all twelve layers of a ViT-S/8 at 480 pixels needs, above the loaded model, at most the
     plain forward's memory and its twelve fp32 maps and 10 %, and at most 2.5 times the forward's time."""
-    results = {name: in_own_process(name, CLAIM_MODEL, device, runs) for name in ("plain", "attnx", "hooks")}
+    results = {name: in_own_process(name, CLAIM_MODEL, 1, device, runs) for name in ("plain", "attnx", "hooks")}
     plain, ours, eager = results.values()
     maps = 12 * ours["tokens"] ** 2 * 4 / 1e6
     limit = 1.1 * (plain["peak_mb"] + maps)
@@ -83,18 +83,18 @@ def claim(device: str, runs: int = 3) -> bool:
     return ours["peak_mb"] <= limit and slower["attnx"] <= 2.5
 
 
-def _prepare(contestant: str, model: str, batch: int | None, device: str) -> tuple[peers.Rollout, torch.Tensor]:
+def _prepare(contestant: str, model: str, batch: int, device: str) -> tuple[rollouts.Rollout, torch.Tensor]:
     images = models.images(model, device, batch)
-    return peers.MODELS[contestant](models.build(model).to(device)), images
+    return rollouts.CONTESTANTS[contestant](models.build(model).to(device)), images
 
 
-def _run(contestant: str, model: str, batch: int | None, device: str) -> None:
+def _run(contestant: str, model: str, batch: int, device: str) -> None:
     call, images = _prepare(contestant, model, batch, device)
     with torch.inference_mode():
         call(images)
 
 
-def _seconds(call: peers.Rollout, images: torch.Tensor) -> float:
+def _seconds(call: rollouts.Rollout, images: torch.Tensor) -> float:
     start = time.perf_counter()
     with torch.inference_mode():
         call(images)
@@ -170,9 +170,9 @@ def _resident() -> int:
 def main(argv: list[str] | None = None) -> int:
     """Prints one line of JSON; with --claim a table, and exits with 1 if the claim doesn't hold."""
     parser = argparse.ArgumentParser(prog="benchmarks.memory", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("contestant", nargs="?", choices=list(peers.MODELS))
+    parser.add_argument("contestant", nargs="?", choices=list(rollouts.CONTESTANTS))
     parser.add_argument("--model", choices=list(models.SPECS), default=CLAIM_MODEL)
-    parser.add_argument("--batch", type=int)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--runs", type=int, default=0, help="more runs, to time; 0: memory only")
     parser.add_argument("--claim", action="store_true", help="hold attnx to what it promises at 3601 tokens")

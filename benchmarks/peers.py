@@ -1,153 +1,167 @@
-"""What attnx is compared with. Every function does its whole job; none is slower than its users know it.
+"""What the op is compared with. Every function does its whole job; none is slower than its users know it.
 
-Attention: (q, k, v), each [B, H, N, D] -> (tokens [B, N, H * D] as the next layer wants them, map or None).
-Models: a function that takes a model for itself and gives ``call(images) -> rollout [B, patches]``, or None.
+A contestant takes q, k, v, each [B, H, N, D], and r [B, N] float32, and gives an `Answer`. A factory that raises
+`NotRun` says why there is nothing to compare with: not installed, or not for this device.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import attnx
 
-Answer = tuple[Tensor, Tensor | None]
-Attention = Callable[[Tensor, Tensor, Tensor], Answer]
-Rollout = Callable[[Tensor], Tensor | None]
+
+class NotRun(Exception):  # noqa: N818  not an error: an answer
+    """Why a contestant did not run: it is recorded, and the others go on."""
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Answer:
+class Answer(NamedTuple):
+    """out [B, N, H * D], as the next layer wants it, and what else the contestant gives of the mean map over heads.
+
+    map: [B, N, N], or [B, 1, N] of the first row; vector: [B, N], r @ map; sums: [B, N], the map's column sums.
+    """
+
+    out: Tensor
+    map: Tensor | None = None
+    vector: Tensor | None = None
+    sums: Tensor | None = None
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Answer]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
     """Attention without a map: the floor."""
-    return _tokens(F.scaled_dot_product_attention(q, k, v)), None
+    return Answer(_tokens(F.scaled_dot_product_attention(q, k, v)))
 
 
-def attnx_map(q: Tensor, k: Tensor, v: Tensor) -> Answer:
+def attnx_map(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
     """attnx with the whole mean map."""
     out, amap = attnx.attention(q, k, v)
-    return _tokens(out), amap
+    return Answer(_tokens(out), amap)
 
 
-def attnx_row(q: Tensor, k: Tensor, v: Tensor) -> Answer:
+def attnx_row(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
     """attnx with the class token's row of the mean map."""
     out, amap = attnx.attention(q, k, v, rows=_first_row(q.device))
-    return _tokens(out), amap
+    return Answer(_tokens(out), amap)
 
 
-def hf_eager(q: Tensor, k: Tensor, v: Tensor) -> Answer:
+def vecmat(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
+    """attnx without the map: output and log-sum-exp, then r @ map. r is dense, so nothing of it can be skipped."""
+    out, lse = attnx.ops.attention_lse(q, k, v)
+    return Answer(_tokens(out), vector=attnx.vecmat(r, q, k, lse=lse))
+
+
+def hf_eager(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
     """As Hugging Face's eager attention: scaled scores, softmax in fp32, cast; then the mean over heads."""
     scores = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    return _tokens(torch.matmul(weights, v)), weights.mean(1, dtype=torch.float32)
+    return Answer(_tokens(torch.matmul(weights, v)), weights.mean(1, dtype=torch.float32))
 
 
-def timm_eager(q: Tensor, k: Tensor, v: Tensor) -> Answer:
+def timm_eager(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
     """As timm's unfused attention: q is scaled first, softmax in the input dtype; then the mean over heads."""
     weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
-    return _tokens(weights @ v), weights.mean(1, dtype=torch.float32)
+    return Answer(_tokens(weights @ v), weights.mean(1, dtype=torch.float32))
 
 
-def compiled_eager() -> Attention:
-    """`hf_eager` by `torch.compile`, for one shape; forgets earlier ones, so that no recompilation limit is met."""
-    torch.compiler.reset()
-    return torch.compile(hf_eager, dynamic=False)
+def flex_map(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
+    """To be compiled: output and log-sum-exp by torch's flex_attention, then the map from whole scores and the lse."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    out, lse = flex_attention(q, k, v, return_lse=True)
+    scores = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5
+    return Answer(_tokens(out), torch.exp(scores.float() - lse[..., None]).mean(1))
 
 
-ATTENTION: dict[str, Callable[[], Attention]] = {
-    "sdpa": lambda: sdpa,
-    "attnx": lambda: attnx_map,
-    "attnx_row": lambda: attnx_row,
-    "hf_eager": lambda: hf_eager,
-    "timm_eager": lambda: timm_eager,
-    "compiled_eager": compiled_eager,
-}
+def flex_vecmat(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
+    """To be compiled: r @ map by two calls of torch's flex_attention, in linear memory.
+
+    The second one attends from keys to queries with scores ``s - lse + log r``: its log-sum-exp over the queries is
+    log(r @ P). Its values are not wanted; they are the narrowest there are.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    out, lse = flex_attention(q, k, v, return_lse=True)
+
+    def weighted(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score - lse[b, h, j] + torch.log(r[b, j])
+
+    narrow = q[..., :16].contiguous()
+    _, log = flex_attention(k, q, narrow, score_mod=weighted, scale=q.shape[-1] ** -0.5, return_lse=True)
+    return Answer(_tokens(out), vector=log.exp().mean(1))
 
 
-def plain(model: nn.Module) -> Rollout:
-    """The model's own forward pass: the floor."""
+def sdpa_cudnn(quick: bool) -> Attention:
+    """The floor by cuDNN's kernel, wherever torch chooses another by itself."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    def call(images: Tensor) -> None:
-        model(images)
+    if not torch.cuda.is_available():
+        raise NotRun("cuDNN needs a CUDA device")
 
-    return call
-
-
-def capture(model: nn.Module) -> Rollout:
-    """attnx: every layer's map by `attnx.capture`, then `attnx.rollout`."""
-
-    def call(images: Tensor) -> Tensor:
-        with attnx.capture(model) as trace:
-            model(images)
-        return attnx.rollout(trace).flatten(1)
-
-    return call
-
-
-def extractor(model: nn.Module) -> Rollout:
-    """attnx: `attnx.Extractor`, which may leave out what the rollout does not need."""
-    extract = attnx.Extractor(model, "rollout")
-    return lambda images: extract(images).flatten(1)
-
-
-def hooks(model: nn.Module) -> Rollout:
-    """A timm model with fused attention off, hooks that keep every layer's weights, then `explain_rollout`."""
-    kept: list[Tensor] = []
-    blocks = [module for module in model.modules() if hasattr(module, "fused_attn") and hasattr(module, "attn_drop")]
-    if not blocks:
-        raise ValueError(f"hooks: expected timm attention modules; found none in {type(model).__name__}")
-    for block in blocks:
-        block.fused_attn = False
-        block.attn_drop.register_forward_hook(lambda module, args, output: kept.append(output))
-
-    def call(images: Tensor) -> Tensor:
-        kept.clear()
-        model(images)
-        result = explain_rollout(kept)
-        kept.clear()
-        return result
+    def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return sdpa(q, k, v, r)
 
     return call
 
 
-def output_attentions(model: nn.Module) -> Rollout:
-    """A Hugging Face model with eager attention and ``output_attentions=True``, then `explain_rollout`."""
-    model.set_attn_implementation("eager")  # type: ignore[operator]
-
-    def call(images: Tensor) -> Tensor:
-        attentions = model(images, output_attentions=True).attentions
-        if not attentions:
-            raise RuntimeError("output_attentions: the model gave no attentions")
-        return explain_rollout(attentions)
-
-    return call
-
-
-MODELS: dict[str, Callable[[nn.Module], Rollout]] = {
-    "plain": plain,
-    "attnx": capture,
-    "extractor": extractor,
-    "hooks": hooks,
-    "output_attentions": output_attentions,
-}
-
-
-def explain_rollout(attentions: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """Rollout as vit-explain computes it, with mean fusion and nothing discarded: the product of whole matrices.
-
-    ``M = (F + I) / 2``, divided by its row sums, ``R = M_L ... M_1``; the class token's row over the patches,
-    [B, patches]. Rows are divided by their own sums, which lets it take batches; at B = 1 the result is vit-explain's,
-    since the rows of M sum to 1. The weights stay on their device: vit-explain copies each layer's to the CPU.
+def flag_attention(quick: bool) -> Attention:
+    """FlagAttention's output and column sums for every head, which is vecmat with ones; then the mean over heads.
 
     Reference:
-        https://github.com/jacobgil/vit-explain
+        https://github.com/FlagOpen/FlagAttention
     """
-    identity = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
-    result = identity.expand(len(attentions[0]), -1, -1)
-    for weights in attentions:
-        mixed = (weights.mean(1, dtype=torch.float32) + identity) / 2
-        result = torch.matmul(mixed / mixed.sum(-1, keepdim=True), result)
-    return result[:, 0, 1:]
+    try:
+        import flag_attn
+    except ImportError as error:
+        raise NotRun(f"flag_attn can't be imported: {error}") from error
+    if not torch.cuda.is_available():
+        raise NotRun("flag_attn needs a CUDA device")
+
+    def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
+        out, _, sums = flag_attn.flash_attention(q, k, v, causal=False, return_total_attention=True)
+        return Answer(_tokens(out), sums=sums.mean(1))
+
+    return call
+
+
+def compiled(call: Attention) -> Callable[[bool], Attention]:
+    """A factory of `call` by `torch.compile` for one shape; if quick, only traced, without code generation.
+
+    It forgets earlier shapes, so that no recompilation limit is met.
+    """
+
+    def make(quick: bool) -> Attention:
+        if not quick and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise NotRun("torch.compile needs a C++ compiler for the CPU")
+        torch.compiler.reset()
+        return torch.compile(call, dynamic=False, backend="eager" if quick else "inductor")
+
+    return make
+
+
+ATTENTION: dict[str, Callable[[bool], Attention]] = {
+    "sdpa": lambda quick: sdpa,
+    "attnx": lambda quick: attnx_map,
+    "attnx_row": lambda quick: attnx_row,
+    "vecmat": lambda quick: vecmat,
+    "hf_eager": lambda quick: hf_eager,
+    "timm_eager": lambda quick: timm_eager,
+    "sdpa_cudnn": sdpa_cudnn,
+    "flag_attention": flag_attention,
+    "compiled_eager": compiled(hf_eager),
+    "flex_map": compiled(flex_map),
+    "flex_vecmat": compiled(flex_vecmat),
+}
+ATTNX = ("attnx", "attnx_row", "vecmat")
 
 
 def _tokens(out: Tensor) -> Tensor:

@@ -5,106 +5,41 @@
 
 Every candidate is first compiled by itself, several at a time, and its resources read. One that doesn't compile, spills
 more than a few registers, or asks for more shared memory than there is, is recorded and left out. The others must give
-what the default gives, then they are timed (`triton.testing.do_bench`, the L2 cache cleared before each call).
+what the default gives, then they are timed (`triton.testing.do_bench`, the L2 cache cleared before each call). Head dim
+64 comes first; what there was no time for is recorded as such.
 """
 
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from attnx.kernels import offline
-from attnx.kernels.configs import Config, Launch, Target, forward_config, map_config, one_pass_config
-from attnx.kernels.forward import forward_launch, one_pass_launch, shared_args, value_args
-from attnx.kernels.map import map_launch
-from benchmarks.run import ROOT, environment, file_stem, write_atomically
+from attnx.kernels.configs import Target
+from benchmarks.machine import ROOT, environment, file_stem, part_of, write_atomically
+from benchmarks.problems import BATCH, HEADS, KERNELS, PROBLEMS, Candidate, Problem, build, candidates, default
+from benchmarks.report_table import configuration
 
-HEADS = 12
+__all__ = ["BATCH", "HEADS", "SPILLS", "Candidate", "Problem", "build", "candidates", "default", "main"]
+
 SPILLS = 64  # bytes a thread; who spills more is not timed
-BATCH = {197: 64, 1370: 4}
-BLOCKS = {
-    "forward": ((64, 128), (32, 64, 128)),
-    "map": ((64, 128), (64, 128, 256)),
-    "one_pass": ((16, 32, 64), (256,)),
-}
-WARPS, STAGES = (4, 8), {"forward": (2, 3), "map": (2, 3), "one_pass": (1, 2)}
+ENOUGH = 60  # seconds: with less, no head dim is begun
+NO_TIME = "no time left"
 
 
-class Problem(NamedTuple):
-    """What is computed: kernel is "forward", "map" or "one_pass"."""
-
-    kernel: str
-    N: int
-    D: int
-
-    def __str__(self) -> str:
-        return f"{self.kernel} N={self.N} D={self.D}"
-
-
-PROBLEMS = tuple(
-    Problem(kernel, n, d)
-    for d in (64, 128)
-    for kernel, n in (("one_pass", 197), ("map", 1370), ("forward", 1370), ("map", 197), ("forward", 197))
-)
-
-
-def default(problem: Problem, target: Target) -> Config | None:
-    """The configuration that the backend would take; None where it would take the long way."""
-    itemsize = torch.bfloat16.itemsize
-    if problem.kernel == "one_pass":
-        return one_pass_config(problem.D, itemsize, problem.N, target)
-    choose = forward_config if problem.kernel == "forward" else map_config
-    return choose(problem.D, itemsize, problem.N, target)
-
-
-def candidates(problem: Problem, target: Target) -> list[Config]:
-    """The default first, then every combination."""
-    grid = itertools.product(*BLOCKS[problem.kernel], WARPS, STAGES[problem.kernel])
-    first = default(problem, target)
-    return [*([first] if first else []), *(c for c in (Config(*sizes) for sizes in grid) if c != first)]
-
-
-def build(problem: Problem, config: Config, target: Target, device: str) -> tuple[Launch, dict[str, Tensor]]:
-    """The launch with that configuration, and what it writes: NaN until it runs. On "meta" there are shapes only."""
-    batch, n = BATCH[problem.N], problem.N
-    if device != "meta":
-        torch.manual_seed(0)
-    qkv = torch.randn(batch, n, 3, HEADS, problem.D, dtype=torch.bfloat16, device=device).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)
-    out = torch.full((batch, n, HEADS, problem.D), torch.nan, dtype=q.dtype, device=device).transpose(1, 2)
-    lse = torch.full((batch, HEADS, n), torch.nan, device=device)
-    amap = torch.full((batch, n, n), torch.nan, device=device)
-    shared, values = shared_args(q, k, None, None, problem.D**-0.5, False), value_args(q, v, out)
-    rows = triton.cdiv(n, config.block_m) * batch
-    if problem.kernel == "forward":
-        launch = forward_launch(shared, values, lse, target)
-        return launch._replace(config=config, grid=(rows * HEADS,)), {"out": out, "lse": lse}
-    if problem.kernel == "one_pass":
-        launch = one_pass_launch(shared, values, lse, amap, 0, config)
-        return launch._replace(config=config, grid=(rows,)), {"out": out, "lse": lse, "map": amap}
-    if device != "meta":
-        torch.logsumexp(q.float() @ k.float().transpose(-2, -1) * problem.D**-0.5, -1, out=lse)
-    launch = map_launch(shared, lse, amap, 0, target)
-    return launch._replace(config=config, grid=(rows * triton.cdiv(n, config.block_n),)), {"map": amap}
-
-
-def compile_one(problem: Problem, config: Config, target: Target) -> dict[str, Any]:
+def compile_one(problem: Problem, candidate: Candidate, target: Target) -> dict[str, Any]:
     """Registers, spilled bytes and shared bytes of a candidate, or under "error" why it does not compile."""
-    launch, _ = build(problem, config, target, "meta")
     try:
-        found = offline.resources(problem.kernel, launch, target)
+        found = offline.resources(problem.kernel, build(problem, candidate, target, "meta").launch, target)
     except FileNotFoundError:  # it compiles, but there is no tool that reads machine code
         return {}
     except Exception as error:  # the compiler's errors have no common class
@@ -117,53 +52,34 @@ def compile_one(problem: Problem, config: Config, target: Target) -> dict[str, A
 
 def compile_all(target: Target, problems: tuple[Problem, ...], jobs: int) -> list[dict[str, Any]]:
     """A row for every candidate of every problem, the default first."""
-    pairs = [(problem, config) for problem in problems for config in candidates(problem, target)]
+    rows = [row for problem in problems for row in untried(problem, target)]
     # N is no constant of a kernel: the same machine code serves every length.
-    codes = list(dict.fromkeys((problem.kernel, problem.D, config) for problem, config in pairs))
-    longest = {code: max(p.N for p in problems if (p.kernel, p.D) == code[:2]) for code in codes}
-    found = _in_processes([(Problem(code[0], longest[code], code[1]), code[2], target) for code in codes], jobs)
-    by_code = dict(zip(codes, found, strict=True))
-    return [
-        {
-            **problem._asdict(),
-            "config": list(config),
-            "default": config == default(problem, target),
-            **by_code[problem.kernel, problem.D, config],
-        }
-        for problem, config in pairs
-    ]
+    codes: dict[tuple[Any, ...], Problem] = {}
+    for row in rows:
+        codes[_code(row)] = max(_problem(row), codes.get(_code(row), _problem(row)), key=lambda problem: problem.N)
+    tasks = [(problem, Candidate(*code[2:]), target) for code, problem in codes.items()]
+    found = offline.in_processes(compile_one, tasks, jobs)
+    by_code = {
+        code: {"error": _first_line(result)} if isinstance(result, BaseException) else result
+        for code, result in zip(codes, found, strict=True)
+    }
+    return [row | by_code[_code(row)] for row in rows]
 
 
-def _in_processes(tasks: list[tuple[Problem, Config, Target]], jobs: int) -> list[dict[str, Any]]:
-    """`compile_one` of each task. A compiler that crashes takes its process with it: what that broke is tried alone."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = [pool.submit(compile_one, *task) for task in tasks]
-    results = []
-    for task, future in zip(tasks, futures, strict=True):
-        if isinstance(future.exception(), BrokenProcessPool) and len(tasks) > 1:
-            results += _in_processes([task], 1)
-        elif future.exception() is not None:
-            results.append({"error": _first_line(future.exception())})
-        else:
-            results.append(future.result())
-    return results
-
-
-def time_all(rows: list[dict[str, Any]], target: Target, seconds: float) -> None:
-    """Adds ms and ratio to the default (or to the first that runs) to every row that compiled, until time is up."""
-    end = time.monotonic() + seconds
+def time_all(rows: list[dict[str, Any]], target: Target, end: float) -> None:
+    """Adds ms and ratio to the default (or to the first that runs) to every row that compiled, until `end` of the
+    monotonic clock."""
     groups = {problem: list(group) for problem, group in itertools.groupby(rows, _problem)}
     first: dict[Problem, tuple[dict[str, Tensor], float]] = {}
     # One candidate of every problem at a time, so that whatever time there is serves all of them.
     for row in (row for turn in itertools.zip_longest(*groups.values()) for row in turn if row is not None):
         problem = _problem(row)
         if time.monotonic() > end:
-            row.setdefault("error", "no time left")
+            row.setdefault("error", NO_TIME)
         if "error" in row or (row.get("spills", 0) > SPILLS and not row["default"]):
             continue
         try:
-            results, ms = _time(problem, Config(*row["config"]), target)
+            results, ms = _time(problem, Candidate(*row["config"]), target)
             reference, base = first.setdefault(problem, (results, ms))
             _compare(results, reference)
         except Exception as error:  # what doesn't run is a result, too
@@ -172,12 +88,12 @@ def time_all(rows: list[dict[str, Any]], target: Target, seconds: float) -> None
         row["ms"], row["ratio"] = round(ms, 5), round(ms / base, 3)
 
 
-def _time(problem: Problem, config: Config, target: Target) -> tuple[dict[str, Tensor], float]:
-    launch, results = build(problem, config, target, "cuda")
-    launch.run()
+def _time(problem: Problem, candidate: Candidate, target: Target) -> tuple[dict[str, Tensor], float]:
+    built = build(problem, candidate, target, "cuda")
+    built.run()
     torch.cuda.synchronize()
-    kept = {name: result.clone() for name, result in results.items()}
-    return kept, triton.testing.do_bench(launch.run, warmup=10, rep=50, return_mode="median")
+    kept = {name: result.clone() for name, result in built.results.items()}
+    return kept, triton.testing.do_bench(built.run, warmup=10, rep=50, return_mode="median")
 
 
 def _compare(results: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
@@ -195,18 +111,22 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     def order(row: dict[str, Any]) -> tuple[float, ...]:
         return (row.get("ms", 1e9), "error" in row, row.get("spills", 1 << 30), row.get("registers", 1 << 30))
 
-    yield f"{'blocks warps stages':>22} {'ms':>9} {'ratio':>6} {'regs':>5} {'spills':>7} {'shared':>7}"
+    yield f"{'blocks warps stages ...':>38} {'ms':>9} {'ratio':>6} {'regs':>5} {'spills':>7} {'shared':>7}"
     for problem, group in itertools.groupby(rows, _problem):
         yield f"\n{problem}"
         for row in sorted(group, key=order):
-            config = "{}x{} {} {}".format(*row["config"])
+            config = configuration(row["config"])
             cells = [row.get(name, "") for name in ("ms", "ratio", "registers", "spills", "shared")]
-            line = f"{config:>22} {cells[0]:>9} {cells[1]:>6} {cells[2]:>5} {cells[3]:>7} {cells[4]:>7}"
+            line = f"{config:>38} {cells[0]:>9} {cells[1]:>6} {cells[2]:>5} {cells[3]:>7} {cells[4]:>7}"
             yield line + "  default" * row["default"] + f"  {row.get('error', '')}"
 
 
 def _problem(row: dict[str, Any]) -> Problem:
-    return Problem(row["kernel"], row["N"], row["D"])
+    return Problem(*(row[name] for name in Problem._fields))
+
+
+def _code(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["kernel"], row["D"], *row["config"]
 
 
 def _first_line(error: BaseException | None) -> str:
@@ -214,9 +134,52 @@ def _first_line(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
+def sweep(problems: tuple[Problem, ...], target: Target, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compiles and, on a GPU, times one head dim after the other; stored as NAME-part unless all is done."""
+    start = time.monotonic()
+    whole = file_of(target, options)
+    part = part_of(whole)
+    rows: list[dict[str, Any]] = []
+    dims = list(dict.fromkeys(problem.D for problem in problems))
+    for i, head_dim in enumerate(dims):
+        left = options.limit - (time.monotonic() - start)
+        chosen = tuple(problem for problem in problems if head_dim == problem.D)
+        if left < ENOUGH and i > 0:
+            rows += [row | {"error": NO_TIME} for problem in chosen for row in untried(problem, target)]
+        else:
+            found = compile_all(target, chosen, options.jobs)
+            if not options.compile_only:
+                time_all(found, target, start + options.limit * (i + 2) / (len(dims) + 1))
+            rows += found
+        store(rows, target, part, options.compile_only)
+    if not any(row.get("error") == NO_TIME for row in rows):
+        part.replace(whole)
+    return rows
+
+
+def untried(problem: Problem, target: Target) -> Iterator[dict[str, Any]]:
+    """A row for every candidate, as yet without results."""
+    first = default(problem, target)
+    for config in candidates(problem, target):
+        yield {**problem._asdict(), "config": list(config), "default": config == first}
+
+
+def file_of(target: Target, options: argparse.Namespace) -> Path:
+    """sweep-NAME.json, named by the target if nothing runs, else by the GPU, as `benchmarks.run` does."""
+    stem = f"sm_{target.arch}-triton{triton.__version__}" if options.compile_only else file_stem("cuda")
+    return options.out / f"sweep-{stem}{'-quick' if options.quick else ''}.json"
+
+
+def store(rows: list[dict[str, Any]], target: Target, path: Path, compile_only: bool) -> None:
+    """Writes the rows and where they come from."""
+    about = environment("cpu" if compile_only else "cuda")
+    result = {**about, "target": f"sm_{target.arch}", "compiled_only": compile_only, "rows": rows}
+    write_atomically(path, json.dumps(result, indent=1))
+
+
 def _gpu() -> Target:
     major, minor = torch.cuda.get_device_capability()
-    return Target("cuda", 10 * major + minor)
+    return Target("cuda", 10 * major + minor, torch.cuda.get_device_properties(0).multi_processor_count)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,31 +190,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--arch", choices=["80", "90", "100"], default="90", help="to compile for; else the GPU at hand"
     )
-    parser.add_argument("--kernel", choices=list(BLOCKS), help="only this one")
+    parser.add_argument("--kernel", choices=KERNELS, help="only this one")
     parser.add_argument("--head-dim", type=int, choices=[64, 128], help="only this one")
-    parser.add_argument("--seconds", type=float, default=120, help="for the timings, after compilation")
-    parser.add_argument("--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)))
+    parser.add_argument("--limit", type=float, default=300, help="seconds, after which nothing more is timed")
+    parser.add_argument("--jobs", type=int, default=max(1, min(14, (os.cpu_count() or 1) - 2)))
+    parser.add_argument("--quick", action="store_true", help="one problem only: does it run?")
     options = parser.parse_args(argv)
     if not options.compile_only and not torch.cuda.is_available():
         parser.error("no CUDA device; --compile-only needs none")
     problems = tuple(p for p in PROBLEMS if options.kernel in (None, p.kernel) and options.head_dim in (None, p.D))
     if options.compile_only:  # the lengths share their machine code
-        problems = tuple({(p.kernel, p.D): p for p in reversed(problems)}.values())[::-1]
+        problems = tuple({(p.kernel, p.N if p.kernel == "one_pass" else 0, p.B, p.D): p for p in problems}.values())
     target = Target("cuda", int(options.arch)) if options.compile_only else _gpu()
-    rows = compile_all(target, problems, options.jobs)
-    if not options.compile_only:
-        time_all(rows, target, options.seconds)
-    store(rows, target, options.out, options.compile_only)
+    rows = sweep(problems[:1] if options.quick else problems, target, options)
     print("\n".join(table(rows)))
-    return 1 if any(row["default"] and "error" in row for row in rows) else 0
-
-
-def store(rows: list[dict[str, Any]], target: Target, out: Path, compile_only: bool) -> None:
-    """Writes sweep-NAME.json, named by the target if nothing ran, else by the GPU, as `benchmarks.run` does."""
-    about = environment("cpu" if compile_only else "cuda")
-    stem = f"sm_{target.arch}-triton{triton.__version__}" if compile_only else file_stem("cuda")
-    result = {**about, "target": f"sm_{target.arch}", "compiled_only": compile_only, "rows": rows}
-    write_atomically(out / f"sweep-{stem}.json", json.dumps(result, indent=1))
+    return 1 if any(row["default"] and row.get("error", NO_TIME) != NO_TIME for row in rows) else 0
 
 
 if __name__ == "__main__":

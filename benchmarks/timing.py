@@ -18,7 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.peers import NotRun
+
 Seconds = Callable[[], float]
+
+ROUND = 2e-3  # seconds that a round on a GPU takes at least, beside which the events' own resolution is nothing
 
 
 class Clock:
@@ -58,51 +62,106 @@ def graph_timer(call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]]) ->
 
     "stream" is for a call that can't be recorded: the same calls are launched one by one between the events.
     """
-    turns = [sets[i % len(sets)] for i in range(max(10, len(sets)))]
+    with torch.inference_mode():
+        call(*sets[0])  # compiles what is to be compiled
+        one = _between_events(lambda: call(*sets[0]))
+    turns = whole_turns(len(sets), one)
 
     def calls() -> None:
-        for args in turns:
-            call(*args)
+        for i in range(turns):
+            call(*sets[i % len(sets)])
 
+    run, how = _recorded(calls)
+
+    def once() -> float:
+        with torch.inference_mode():
+            return _between_events(run) / turns
+
+    return once, how
+
+
+def whole_turns(sets: int, seconds: float) -> int:
+    """How many calls make a round: every input set equally often, until `ROUND` is filled."""
+    return sets * max(1, min(-(-100 // sets), round(ROUND / (seconds * sets))))
+
+
+def _recorded(calls: Callable[[], None]) -> tuple[Callable[[], None], str]:
+    """The calls as a CUDA graph's replay; the calls themselves where they can't be recorded."""
     with torch.inference_mode():
         calls()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # A capture that fails may leave its own stream the current one: the outer context sets it back.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 calls()
-            run, how = graph.replay, "graph"
         except RuntimeError:
             torch.cuda.synchronize()
-            run, how = calls, "stream"
-
-    def once() -> float:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.inference_mode():
-            torch.cuda.synchronize()
-            start.record()
-            run()
-            stop.record()
-            torch.cuda.synchronize()
-        return start.elapsed_time(stop) / 1e3 / len(turns)
-
-    return once, how
+            return calls, "stream"
+    return graph.replay, "graph"
 
 
-def race(benchmark: Any, contestant: Seconds, floor: Seconds, quick: bool = False) -> None:
-    """Runs floor and contestant in turn; the contestant's rounds go to pytest-benchmark, the ratio to extra_info."""
+def _between_events(run: Callable[[], Any]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def race(
+    benchmark: Any, contestant: Seconds, floor: Seconds, seconds: float = 6.0, quick: bool = False
+) -> dict[str, float]:
+    """Runs floor and contestant in turn, 5 (slow ones 3) to 30 times as `seconds` allow; the row's times.
+
+    pytest-benchmark counts the contestant's rounds. median, min, max, iqr of a call and the floor's median and iqr are
+    in milliseconds.
+    """
     pair = _warm_up(contestant, floor, 0.0 if quick else 0.2)
-    rounds = 2 if quick else max(5, min(30, int(6 / pair)))
-    took: list[float] = []
+    rounds = 2 if quick else max(5 if pair < 0.5 or seconds > 5 else 3, min(30, int(seconds / pair)))
     floors: list[float] = []
 
     def target() -> None:
-        took.append(contestant())
-        CLOCK.now += took[-1]
+        CLOCK.now += contestant()
 
     benchmark.pedantic(target, setup=lambda: floors.append(floor()), rounds=rounds)
-    benchmark.extra_info["floor_ms"] = 1e3 * median(floors)
-    benchmark.extra_info["ratio_to_floor"] = median(took) / median(floors)
+    stats = benchmark.stats.stats
+    times = {f"{name}_ms": 1e3 * getattr(stats, name) for name in ("median", "min", "max", "iqr")}
+    return {
+        **times,
+        "rounds": rounds,
+        "floor_ms": 1e3 * median(floors),
+        "floor_iqr_ms": 1e3 * _quartile_range(floors),
+        "ratio_to_floor": stats.median / median(floors),
+    }
+
+
+def try_to(measure: Callable[[], dict[str, Any]], foreign: bool = False) -> dict[str, Any] | str:
+    """What it measured; or why it can't: no memory, `NotRun`, and of a foreign contestant whatever it raises.
+
+    The error itself is let go of: its traceback would hold on to the tensors that did not fit.
+    """
+    try:
+        return measure()
+    except torch.OutOfMemoryError as error:
+        return f"out of memory: {_first_line(error)}"
+    except NotRun as error:
+        return str(error)
+    except Exception as error:
+        if not foreign:
+            raise
+        return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def _quartile_range(values: list[float]) -> float:
+    low, high = sorted(values)[len(values) // 4], sorted(values)[-1 - len(values) // 4]
+    return high - low
 
 
 def _warm_up(contestant: Seconds, floor: Seconds, seconds: float) -> float:

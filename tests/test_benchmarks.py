@@ -2,11 +2,23 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# Only for these imports: the root on the path would make a bare `kernels` ours.
+sys.path.insert(0, str(ROOT))
+from benchmarks import exact, machine, peers, record, run, test_models, timing  # noqa: E402
+
+sys.path.remove(str(ROOT))
+
+ELSEWHERE = {"sdpa_cudnn", "flag_attention"}  # what a CPU doesn't run, or nobody has installed
 
 
 @pytest.fixture(scope="module")
@@ -18,19 +30,25 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     (path,) = out.iterdir()
+    assert path.name.endswith("-quick.json")
     return json.loads(path.read_text()), done.stdout
 
 
-def test_every_contestant_has_a_row(results: tuple[dict, str]) -> None:
-    contestants = {(row["suite"], row["shape"]): set() for row in results[0]["rows"]}
+def test_every_contestant_has_a_row_or_a_reason(results: tuple[dict, str]) -> None:
+    contestants: dict[tuple[str, str], set[str]] = {}
     for row in results[0]["rows"]:
-        contestants[row["suite"], row["shape"]].add(row["contestant"])
+        contestants.setdefault((row["suite"], row["shape"]), set()).add(row["contestant"])
+    not_run = results[0]["not_run"]
+    assert set(not_run) <= ELSEWHERE
+    assert all(not_run.values())
     assert contestants == {
-        ("op", "2x3x37x32"): {"sdpa", "attnx", "attnx_row", "hf_eager", "timm_eager"},
+        ("op", "2x3x37x32"): set(peers.ATTENTION) - set(not_run),
         ("models", "tiny b2"): {"plain", "attnx", "extractor", "hooks"},
         ("models", "hf_tiny b2"): {"plain", "attnx", "extractor", "output_attentions"},
     }
-    assert results[0]["failed"] == []
+    assert results[0]["failed"] == {}
+    assert results[0]["cut"] == []
+    assert results[0]["done"] is True
 
 
 def test_rows_carry_times_ratios_and_errors(results: tuple[dict, str]) -> None:
@@ -58,5 +76,214 @@ def test_result_says_where_it_comes_from_but_no_path(results: tuple[dict, str]) 
 
 def test_table_of_ratios_comes_last(results: tuple[dict, str]) -> None:
     lines = results[1].split("contestant  ")[-1].splitlines()
-    assert any(line.startswith("attnx_row") for line in lines)
-    assert lines[-1].endswith(".json: 13 rows")
+    assert any(line.startswith("vecmat") for line in lines)
+    assert lines[-1].endswith(f".json: {len(results[0]['rows'])} rows")
+
+
+# What follows puts suites of its own in the place of the real ones.
+
+
+@pytest.fixture
+def suites(monkeypatch: pytest.MonkeyPatch) -> dict[str, record.Found]:
+    found = {suite: record.Found([_row(suite)], {}, {}, []) for suite in run.SUITES}
+    monkeypatch.setattr(run, "run_suite", lambda suite, *args: found[suite])
+    monkeypatch.setattr(run, "add_memory", lambda rows, quick: {})
+    return found
+
+
+def _row(suite: str) -> dict[str, Any]:
+    row = dict(
+        suite=suite, shape="1x1x1x1", dtype="fp32", contestant="sdpa", timing="wall", peak_mb=None, max_error=0.0
+    )
+    return row | dict(median_ms=1.0, iqr_ms=0.1, ratio_to_floor=1.0)
+
+
+def test_only_a_whole_run_takes_the_name(tmp_path: Path, suites: dict[str, record.Found]) -> None:
+    stem = machine.file_stem("cpu")
+    assert run.run(tmp_path, "cpu")
+    (whole,) = tmp_path.iterdir()
+    assert whole.name == f"{stem}.json"
+    before = whole.read_text()
+    suites["models"].cut.append("test_rollout[the last]")
+    assert not run.run(tmp_path, "cpu")
+    suites["models"].cut.clear()
+    suites["op"].failed["test_attention[one]"] = "AssertionError"
+    assert not run.run(tmp_path, "cpu")
+    assert whole.read_text() == before
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}{end}.json" for end in ("", "-part", "-part-2")}
+    part = json.loads((tmp_path / f"{stem}-part.json").read_text())
+    assert part["cut"] == ["models: test_rollout[the last]"]
+    part = json.loads((tmp_path / f"{stem}-part-2.json").read_text())
+    assert part["failed"] == {"op: test_attention[one]": "AssertionError"}
+
+
+def test_what_a_broken_run_had_measured_is_kept(
+    tmp_path: Path, suites: dict[str, record.Found], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_suite(suite: str, *args: object) -> record.Found:
+        if suite == "models":
+            raise KeyboardInterrupt
+        return suites[suite]
+
+    monkeypatch.setattr(run, "run_suite", run_suite)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(tmp_path, "cpu")
+    (part,) = tmp_path.iterdir()
+    assert part.name.endswith("-part.json")
+    kept = json.loads(part.read_text())
+    assert kept["done"] is False
+    assert [row["suite"] for row in kept["rows"]] == ["op"]
+
+
+def test_a_suite_at_its_limit_says_what_it_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "found.jsonl"
+    lines = record.Record(path)
+    lines.add(planned=["a", "b", "c", "d"])
+    lines.add(row={"x": 1}, test="a")
+    lines.add(not_run="b", reason="no memory", test="b")
+    lines.add(failed="c", reason="wrong")
+    with path.open("a") as file:
+        file.write('{"row": {"x"')
+    assert record.read(path) == ([{"x": 1}], {"b": "no memory"}, {"c": "wrong"}, ["d"])
+    assert record.read(tmp_path / "none") == ([], {}, {}, [])
+
+
+def test_a_suite_that_never_began_is_cut() -> None:
+    found = run.run_suite("op", "cpu", quick=True, limit=0.0, keyword=None)
+    assert found == ([], {}, {}, ["all tests: stopped after 0 s"])
+
+
+def test_processes_end_at_their_limit() -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    code, in_time = run._run_until(sleep, 0.5)
+    assert not in_time
+    assert code != 0
+    assert run._run_until([sys.executable, "-c", ""], 30) == (0, True)
+
+
+def test_errors_that_are_answers() -> None:
+    def fails(error: Exception) -> Any:
+        def measure() -> dict[str, Any]:
+            raise error
+
+        return measure
+
+    assert timing.try_to(lambda: {"ms": 1}) == {"ms": 1}
+    assert timing.try_to(fails(torch.OutOfMemoryError("12 GB\nmore"))) == "out of memory: 12 GB"
+    assert timing.try_to(fails(peers.NotRun("no"))) == "no"
+    assert timing.try_to(fails(KeyError("x")), foreign=True) == "KeyError: 'x'"
+    with pytest.raises(KeyError):
+        timing.try_to(fails(KeyError("x")))
+
+
+@pytest.mark.parametrize(
+    ("sets", "seconds", "turns"), [(2, 1.0, 2), (2, 1e-4, 20), (3, 1e-7, 102), (160, 1e-5, 160), (4, 6e-4, 4)]
+)
+def test_rounds_of_graph_replays(sets: int, seconds: float, turns: int) -> None:
+    assert timing.whole_turns(sets, seconds) == turns
+
+
+class FakeEvent:
+    """Time passes when something is called."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, stop: "FakeEvent") -> float:
+        return stop.at - self.at
+
+
+class FakeGraph:
+    def replay(self) -> None:
+        FakeEvent.now += 6.0
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_rounds_are_replays_or_calls(monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
+    """On a device that is made up: what is called how often, and what a call is said to take."""
+    seen: list[int] = []
+
+    def call(i: torch.Tensor) -> None:
+        seen.append(int(i))
+        FakeEvent.now += 0.5  # milliseconds
+
+    @contextmanager
+    def graph(_: FakeGraph) -> Iterator[None]:
+        yield
+        if not recorded:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    fakes = dict(Event=FakeEvent, CUDAGraph=FakeGraph, graph=graph, stream=lambda s: nullcontext())
+    fakes |= dict(synchronize=lambda: None, current_stream=lambda: None)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    once, how = timing.graph_timer(call, [(torch.tensor(i),) for i in range(3)])
+    assert how == ("graph" if recorded else "stream")
+    # Once to compile, once between events, then three in a round: 2 ms are four of them, to the nearest whole turn.
+    assert seen == [0, 0, 0, 1, 2, 0, 1, 2]
+    assert once() == pytest.approx(2e-3 if recorded else 0.5e-3)
+    assert seen[8:] == ([] if recorded else [0, 1, 2])
+
+
+def test_a_sweep_without_time_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = pytest.importorskip("benchmarks.sweep")
+
+    def compile_all(target: Any, problems: Any, jobs: int) -> list[dict[str, Any]]:
+        return [row for problem in problems for row in sweep.untried(problem, target)]
+
+    monkeypatch.setattr(sweep, "compile_all", compile_all)
+    problems = sweep.PROBLEMS[0], sweep.PROBLEMS[0]._replace(D=128)
+    target = sweep.Target("cuda", 90)
+    options = Namespace(out=tmp_path, limit=0.0, jobs=1, compile_only=True, quick=False)
+    rows = sweep.sweep(problems, target, options)
+    (part,) = tmp_path.iterdir()
+    assert part.name.endswith("-part.json")
+    assert {(row["D"], row.get("error")) for row in rows} == {(64, None), (128, sweep.NO_TIME)}
+    assert [row["default"] for row in rows if row["D"] == 64].count(True) == 1
+    assert all(len(row["config"]) == len(sweep.Candidate._fields) for row in rows)
+    part.unlink()
+    options.limit = 1e6
+    sweep.sweep(problems, target, options)
+    (whole,) = tmp_path.iterdir()
+    assert not whole.stem.endswith("-part")
+    assert len(json.loads(whole.read_text())["rows"]) == len(rows)
+
+
+def test_nvidia_smi_may_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.nvidia_smi() == {"error": "nvidia-smi: FileNotFoundError"}
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '1.2, 345 MHz, 1980 MHz, 3201 MHz, 700 W, Enabled'\n")
+    smi.chmod(0o755)
+    assert machine.nvidia_smi()["clocks.max.sm"] == "1980 MHz"
+
+
+def test_exact_rollout_is_the_product_of_whole_matrices() -> None:
+    torch.manual_seed(0)
+    layers = [exact.Heard(*torch.randn(2, 2, 3, 10, 8), 0.5) for _ in range(3)]
+    product = torch.eye(10, dtype=torch.float64).expand(2, -1, -1)
+    for q, k, scale in layers:
+        weights = (q.double() @ k.double().mT * scale).softmax(-1).mean(1)
+        product = (weights + torch.eye(10)) / 2 @ product
+    torch.testing.assert_close(exact.rollout(layers), product[:, 0, 1:])
+    assert exact.weight_bytes(layers, torch.bfloat16) == 3 * 2 * 3 * 10 * 10 * 2
+
+
+def test_blocks_of_the_exact_product_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, r = torch.randn(2, 3, 11, 8), torch.randn(2, 3, 7, 8), torch.rand(2, 11)
+    whole = exact.vecmat(r, q, k)
+    monkeypatch.setattr(exact, "BLOCK", 2 * 3 * 7 * 4)
+    torch.testing.assert_close(exact.vecmat(r, q, k), whole)
+
+
+def test_what_no_memory_can_hold_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert test_models.too_large(1 << 60, "cpu") is None
+    properties = type("Properties", (), {"total_memory": 150 * 10**9})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert test_models.too_large(150 * 10**9, "cuda") is None
+    assert "154.6 GB of 150.0 GB" in test_models.too_large(12 * 2 * 12 * 16385**2 * 2, "cuda")

@@ -1,0 +1,52 @@
+"""Markdown for the report: tables, folded sections, numbers."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], align: str = "l") -> Iterator[str]:
+    """Lines of a Markdown table, without the columns that are empty.
+
+    Args:
+        align: l or r for each column, those beyond it to the right.
+    """
+    cells = [list(line) for line in lines]
+    used = [i for i in range(len(head)) if any(line[i] for line in cells)]
+    marks = {"l": "---", "r": "---:"}
+    sides = align.ljust(len(head), "r")
+    yield "| " + " | ".join(head[i] for i in used) + " |"
+    yield "|" + "|".join(marks[sides[i]] for i in used) + "|"
+    for line in cells:
+        yield "| " + " | ".join(line[i] for i in used) + " |"
+
+
+def details(summary: str, lines: Iterable[str]) -> Iterator[str]:
+    """The lines, folded away under a summary."""
+    yield f"<details><summary>{summary}</summary>"
+    yield from lines
+    yield "\n</details>\n"
+
+
+def configuration(sizes: Sequence[int]) -> str:
+    """A row's "config": blocks, warps, stages; of the one-pass kernel its tiles of keys and lag;
+    over how many programs the heads are split, if they are."""
+    block_m, block_n, warps, stages, *more = sizes
+    text = f"{block_m}x{block_n} {warps} {stages}"
+    if more:
+        parts, tail, lag, splits = more
+        text += f", {parts} tiles{f' + {tail}' if tail else ''}" if parts > 1 or tail else ""
+        text += ", lag" if lag else ""
+        text += f", heads / {splits}" if splits > 1 else ""
+    return text
+
+
+def ms(value: float) -> str:
+    """Milliseconds with three significant digits, and never an exponent."""
+    for limit, digits in ((0.01, 5), (0.1, 4), (1, 3), (10, 2), (100, 1)):
+        if value < limit:
+            return f"{value:.{digits}f}"
+    return f"{value:,.0f}"
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Three digits or so; empty where there is none."""
+    return "" if value is None else f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{unit}"

@@ -1,0 +1,103 @@
+"""What whole models are compared with.
+
+A function takes a model for itself and gives ``call(images) -> rollout [B, patches]``, or None.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import attnx
+
+Rollout = Callable[[Tensor], Tensor | None]
+
+
+def plain(model: nn.Module) -> Rollout:
+    """The model's own forward pass, which gives no rollout: the floor."""
+
+    def call(images: Tensor) -> None:
+        model(images)
+
+    return call
+
+
+def capture(model: nn.Module) -> Rollout:
+    """attnx: every layer's map by `attnx.capture`, then `attnx.rollout`."""
+
+    def call(images: Tensor) -> Tensor:
+        with attnx.capture(model) as trace:
+            model(images)
+        return attnx.rollout(trace).flatten(1)
+
+    return call
+
+
+def extractor(model: nn.Module) -> Rollout:
+    """attnx: `attnx.Extractor`, which keeps what is smaller and may leave out what the rollout does not need."""
+    extract = attnx.Extractor(model, "rollout", keep="auto")
+    return lambda images: extract(images).flatten(1)
+
+
+def hooks(model: nn.Module) -> Rollout:
+    """A timm model with fused attention off, hooks that keep every layer's weights, then `explain_rollout`."""
+    kept: list[Tensor] = []
+    blocks = [module for module in model.modules() if hasattr(module, "fused_attn") and hasattr(module, "attn_drop")]
+    if not blocks:
+        raise ValueError(f"hooks: expected timm attention modules; found none in {type(model).__name__}")
+    block: Any
+    for block in blocks:
+        block.fused_attn = False
+        block.attn_drop.register_forward_hook(lambda module, args, output: kept.append(output))
+
+    def call(images: Tensor) -> Tensor:
+        kept.clear()
+        try:
+            model(images)
+            return explain_rollout(kept)
+        finally:
+            kept.clear()
+
+    return call
+
+
+def output_attentions(model: nn.Module) -> Rollout:
+    """A Hugging Face model with eager attention and ``output_attentions=True``, then `explain_rollout`."""
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+
+    def call(images: Tensor) -> Tensor:
+        attentions = model(images, output_attentions=True).attentions
+        if not attentions:
+            raise RuntimeError("output_attentions: the model gave no attentions")
+        return explain_rollout(attentions)
+
+    return call
+
+
+CONTESTANTS: dict[str, Callable[[nn.Module], Rollout]] = {
+    "plain": plain,
+    "attnx": capture,
+    "extractor": extractor,
+    "hooks": hooks,
+    "output_attentions": output_attentions,
+}
+EAGER = ("hooks", "output_attentions")  # these keep every head's weights of every layer
+
+
+def explain_rollout(attentions: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """Rollout as vit-explain computes it, with mean fusion and nothing discarded: the product of whole matrices.
+
+    ``M = (F + I) / 2``, divided by its row sums, ``R = M_L ... M_1``; the class token's row over the patches,
+    [B, patches]. Rows are divided by their own sums, which lets it take batches; at B = 1 the result is vit-explain's,
+    since the rows of M sum to 1. The weights stay on their device: vit-explain copies each layer's to the CPU.
+
+    Reference:
+        https://github.com/jacobgil/vit-explain
+    """
+    identity = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
+    result = identity.expand(len(attentions[0]), -1, -1)
+    for weights in attentions:
+        mixed = (weights.mean(1, dtype=torch.float32) + identity) / 2
+        result = torch.matmul(mixed / mixed.sum(-1, keepdim=True), result)
+    return result[:, 0, 1:]

@@ -1,0 +1,99 @@
+"""What attnx is held to on a GPU, and whether stored rows say that it is so: met, missed, or not measured."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from benchmarks.stored import Row, Run
+
+LONG = "vit_base_patch16_2048"  # 16,385 tokens
+EAGER = ("hooks", "output_attentions")
+
+
+class Verdict(NamedTuple):
+    """One line of the table; `measured` lists every batch size."""
+
+    target: str
+    tokens: str
+    goal: str
+    measured: str
+    verdict: str
+
+
+class Target(NamedTuple):
+    """`value` of a row of attnx is to be at most (or at least) the bound that holds for its number of tokens."""
+
+    name: str
+    at_most: bool
+    bounds: dict[int, float]
+    value: Callable[[Run, Row], float | None]
+
+
+def _from(short: dict[int, float], long: float) -> dict[int, float]:
+    return {**short, **dict.fromkeys((577, 1370, 4097, 16385), long)}
+
+
+TARGETS = (
+    Target(
+        "`attention` with its map / SDPA", True, _from({197: 1.15, 257: 1.15}, 1.5), lambda run, r: r.ratio_to_floor
+    ),
+    Target("HF-style eager / `attention`", False, _from({197: 4}, 6), lambda run, r: run.faster_than(r, "hf_eager")),
+    Target(
+        "compiled eager / `attention`", False, _from({197: 2}, 3), lambda run, r: run.faster_than(r, "compiled_eager")
+    ),
+)
+
+
+def verdicts(run: Run | None) -> Iterator[Verdict]:
+    """A line for every target and number of tokens; None: nothing is measured."""
+    for target in TARGETS:
+        for tokens, bound in target.bounds.items():
+            yield _of_op(run, target, tokens, bound)
+    yield from _of_long_rollout(run)
+
+
+def _of_op(run: Run | None, target: Target, tokens: int, bound: float) -> Verdict:
+    found = []
+    for row in run.rows if run else ():
+        if row.suite == "op" and row.contestant == "attnx" and row.sizes[2] == tokens and row.dtype != "fp32":
+            value = target.value(run, row)  # type: ignore[arg-type]
+            if value is not None:
+                found.append((row.sizes[0], row.dtype, value))
+    goal = f"{'≤' if target.at_most else '≥'} {bound:g}"
+    held = [value <= bound if target.at_most else value >= bound for _, _, value in found]
+    measured = ", ".join(
+        f"{value:.2f} (b{batch}{'' if dtype == 'bf16' else ' ' + dtype})" for batch, dtype, value in found
+    )
+    return Verdict(target.name, f"{tokens:,}", goal, measured or "-", _verdict(held))
+
+
+def _of_long_rollout(run: Run | None) -> Iterator[Verdict]:
+    rows = [row for row in run.rows if row.suite == "models" and row.shape.startswith(LONG)] if run else []
+    ours = {row.shape.removeprefix(LONG + " "): row.ratio_to_floor for row in rows if row.contestant == "extractor"}
+    measured = ", ".join(f"{ratio:.2f} ({batch})" for batch, ratio in ours.items())
+    held = [ratio <= 1.6 for ratio in ours.values()]
+    name = "rollout of ViT-B/16 at 2048 px / its SDPA forward"
+    yield Verdict(name, "16,385", "≤ 1.6", measured or "-", _verdict(held))
+    ran = [(row.shape.removeprefix(LONG + " "), False) for row in rows if row.contestant in EAGER]
+    not_run = (run.about.get("not_run", {}) if run else {}).items()
+    ran += [
+        (name.removeprefix(f"{eager}, {LONG} "), True)
+        for name, reason in not_run
+        for eager in EAGER
+        if name.startswith(f"{eager}, {LONG} ") and reason.startswith("out of memory")
+    ]
+    measured = ", ".join(f"{'out of memory' if out else 'runs'} ({batch})" for batch, out in ran)
+    # One batch that attnx holds and eager does not is what is claimed; the others stand beside it.
+    held = [any(out and batch in ours for batch, out in ran)] if ran else []
+    yield Verdict("that rollout where eager can't hold it", "16,385", "runs", measured or "-", _verdict(held))
+
+
+def _verdict(held: list[bool]) -> str:
+    if not held:
+        return "not measured"
+    return (
+        "**met**"
+        if all(held)
+        else "**missed**"
+        if len(held) == 1
+        else f"**missed** in {held.count(False)} of {len(held)}"
+    )

@@ -1,0 +1,197 @@
+"""The page of benchmarks is what the stored results give; its generator, on results that are made up here."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Only for these imports: the root on the path would make a bare `kernels` ours.
+sys.path.insert(0, str(ROOT))
+from benchmarks import report, stored, targets  # noqa: E402
+from benchmarks.report_table import configuration, ms, number, table  # noqa: E402
+
+sys.path.remove(str(ROOT))
+
+GPU_FILE = "nvidia-h200-torch0-triton0.json"
+
+
+def op_row(batch: int, tokens: int, contestant: str, ratio: float, dtype: str = "bf16", **more: Any) -> dict[str, Any]:
+    times = dict(median_ms=ratio * 0.5, min_ms=ratio * 0.4, max_ms=ratio, iqr_ms=ratio * 0.01, rounds=30, floor_ms=0.5)
+    shape = f"{batch}x12x{tokens}x64"
+    row = dict(suite="op", shape=shape, dtype=dtype, contestant=contestant, timing="graph", **times)
+    return row | dict(ratio_to_floor=ratio, peak_mb=12.5, max_error=1e-3) | more
+
+
+def model_row(shape: str, contestant: str, ratio: float) -> dict[str, Any]:
+    row = op_row(1, 1, contestant, ratio)
+    return row | dict(suite="models", shape=shape, timing="wall", max_error=None if contestant == "plain" else 1e-2)
+
+
+@pytest.fixture
+def synthetic() -> dict[str, Any]:
+    """Looks like a result of a GPU. No GPU has given it."""
+    ratios = {"sdpa": 1.0, "attnx": 1.1, "attnx_row": 1.05, "vecmat": 1.3, "hf_eager": 7.0, "compiled_eager": 2.4}
+    rows = [op_row(batch, n, *item) for batch, n in ((64, 197), (16, 577), (1, 16385)) for item in ratios.items()]
+    rows[1]["errors"] = {"output": 2e-3, "map": 3e-7}
+    rows += [op_row(1, 197, "sdpa", 1.0), op_row(1, 197, "attnx", 1.4, timing="stream")]
+    rows += [op_row(64, 197, "sdpa", 1.0, "fp16"), op_row(64, 197, "attnx", 1.12, "fp16")]
+    rows += [
+        model_row("vit_base_patch16_2048 b1", name, x) for name, x in (("plain", 1), ("extractor", 1.5), ("hooks", 40))
+    ]
+    rows += [model_row("vit_base_patch16_2048 b2", name, x) for name, x in (("plain", 1), ("extractor", 1.55))]
+    smi = {"driver_version": "0", "clocks.max.sm": "1 MHz", "power.limit": "1 W"}
+    gpu = {"multiprocessors": 132, "l2_bytes": 60 << 20, "memory_bytes": 150 * 10**9, "nvidia_smi": smi}
+    return dict(
+        hardware="NVIDIA H200 (synthetic)",
+        device="cuda",
+        threads=16,
+        versions={"python": "3", "torch": "0", "triton": None},
+        commit="synthetic",
+        date="2026-01-01T00:00:00+00:00",
+        gpu=gpu,
+        quick=False,
+        done=True,
+        rows=rows,
+        not_run={
+            "flag_attention": "not <installed>",
+            "hooks, vit_base_patch16_2048 b2": "out of memory, not tried: 154 GB",
+        },
+        failed={"op: a test": "AssertionError: off | by"},
+        cut=["op: the last"],
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, synthetic: dict[str, Any]) -> Path:
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / GPU_FILE).write_text(json.dumps(synthetic))
+    cpu = {**synthetic, "device": "cpu", "hardware": "A processor", "date": "2026-02-01", "failed": ["old"]}
+    cpu["rows"] = [op_row(2, 197, name, x, "fp32", peak_mb=None) for name, x in (("sdpa", 1), ("attnx", 1.2))]
+    for name in ("gpu", "not_run", "cut", "done"):
+        del cpu[name]
+    (results / "a-processor.json").write_text(json.dumps(cpu))
+    (results / "quick.json").write_text(json.dumps({**cpu, "quick": True, "hardware": "Unseen"}))
+    return results
+
+
+def test_committed_page_is_what_the_results_give(tmp_path: Path) -> None:
+    """After a new result: make report."""
+    page = report.write(ROOT / "benchmarks" / "results", tmp_path)
+    assert page.read_text() == (ROOT / "benchmarks" / "README.md").read_text()
+    drawn = sorted(path.name for path in (tmp_path / "plots").glob("*.svg"))
+    assert drawn == sorted(path.name for path in (ROOT / "benchmarks" / "plots").glob("*.svg"))
+    assert all(f"(plots/{name})" in page.read_text() for name in drawn)
+
+
+def test_page_says_what_was_measured_where_and_what_was_not(folder: Path, tmp_path: Path) -> None:
+    page = report.write(folder, tmp_path / "out").read_text()
+    assert page.index("## NVIDIA H200 (synthetic)") < page.index("## A processor, 16 threads")
+    assert "Unseen" not in page
+    assert "132 multiprocessors, 150 GB, L2 63 MB; driver 0, at most 1 MHz, 1 W" in page
+    assert "| 64, 12, 197, 64 bf16 | 0.500 | 1.10x | 1.05x | 1.30x | 7.00x | 2.40x |" in page
+    # 4 x 16 x 12 x 577 x 577 x 64 flop at 790 TFLOP/s is more than 78 MB at 4.3 TB/s
+    assert "| attnx | 0.550 | 2 % | 1.10x | 6.36x | 2.18x | 0.0207 | 12 | 1e-03 |" in page
+    assert "| 2e-03, 3e-07 |" in page
+    assert "attnx (with launches)" in page
+    assert "- flag_attention: not &lt;installed&gt;" in page
+    assert "- op: a test: AssertionError: off / by" in page
+    assert "- op: the last" in page
+    assert "- old\n" in page
+
+
+def test_page_and_plots_are_the_same_bytes_again(folder: Path, tmp_path: Path) -> None:
+    def written(name: str) -> dict[str, bytes]:
+        report.write(folder, tmp_path / name)
+        return {p.name: p.read_bytes() for p in sorted((tmp_path / name).rglob("*")) if p.is_file()}
+
+    stale = tmp_path / "one" / "plots" / "gone.svg"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("<svg/>")
+    first = written("one")
+    assert first == written("two")
+    assert len(first) == 4  # the page, both plots of the GPU, the op's of the CPU
+    assert all(len(content) < 60_000 for content in first.values())
+    assert b"<dc:date>" not in first[GPU_FILE.replace(".json", "-op.svg")]
+
+
+def test_verdicts_come_from_rows_alone(folder: Path) -> None:
+    run = stored.load(folder).runs[0]
+    lines = {(v.target, v.tokens): v for v in targets.verdicts(run)}
+    short = lines["`attention` with its map / SDPA", "197"]
+    assert short.measured == "1.10 (b64), 1.40 (b1), 1.12 (b64 fp16)"
+    assert short.verdict == "**missed** in 1 of 3"
+    assert lines["`attention` with its map / SDPA", "577"].verdict == "**met**"
+    assert lines["`attention` with its map / SDPA", "1,370"].verdict == "not measured"
+    assert lines["HF-style eager / `attention`", "197"].verdict == "**met**"
+    assert lines["compiled eager / `attention`", "16,385"].verdict == "**missed**"
+    long = "rollout of ViT-B/16 at 2048 px / its SDPA forward"
+    assert lines[long, "16,385"].measured == "1.50 (b1), 1.55 (b2)"
+    held = lines["that rollout where eager can't hold it", "16,385"]
+    assert held.measured == "runs (b1), out of memory (b2)"
+    assert held.verdict == "**met**"
+
+
+def test_nothing_is_met_without_a_gpu(folder: Path) -> None:
+    assert {v.verdict for v in targets.verdicts(None)} == {"not measured"}
+    (folder / GPU_FILE).unlink()
+    page = report.page(stored.load(folder), {})
+    assert "No stored result comes from a GPU yet" in page
+    assert "**met**" not in page
+
+
+def test_estimates_are_never_called_speeds(folder: Path, tmp_path: Path) -> None:
+    ranked = dict(chip="h200", kernel="map", shape=[4, 12, 1370, 64], config=[128, 128, 8, 3], default=True)
+    ranked |= dict(us=50.0, limit="exp", resident=1, busy={"exp": 0.8}, spills=0)
+    whole = dict(
+        shape=[4, 12, 1370, 64], launches=["forward", "map"], us=90.0, forward_us=40.0, ratio=2.25, floor_us=29.0
+    )
+    content = dict(estimated=True, chip="h200", commit="synthetic", ranking=[[ranked]])
+    content["whole"] = [whole, dict(shape=[1, 1, 1, 1], error="does not compile")]
+    (folder / "estimate-h200.json").write_text(json.dumps(content))
+    page = report.page(stored.load(folder), {})
+    section = page[page.index("## Estimates: a model, not a measurement") :]
+    assert "| 4, 12, 1370, 64 | forward + map | 90.0 | 40.0 | 2.25x | 29.0 |" in section
+    assert "| map, 4, 12, 1370, 64 | 128x128 8 3 | 50.0 | exp | 0 | 128x128 8 3 | 50.0 | exp |" in section
+    assert "90.0" not in page[: page.index("## Estimates")]
+
+
+def test_sweeps_show_the_default_beside_the_best(folder: Path) -> None:
+    row = dict(kernel="map", N=1370, D=64, B=0, registers=168, spills=0, shared=100)
+    rows = [row | dict(config=[128, 128, 8, 3], default=True), row | dict(config=[64, 128, 4, 3], default=False)]
+    about = dict(target="sm_90", commit="synthetic")
+    (folder / "sweep-a.json").write_text(json.dumps({**about, "compiled_only": True, "rows": rows}))
+    timed = [rows[0] | dict(ms=0.2), rows[1] | dict(ms=0.1)]
+    (folder / "sweep-b.json").write_text(json.dumps({**about, "compiled_only": False, "rows": timed}))
+    page = report.page(stored.load(folder), {})
+    assert "| map, N 1370, D 64 | 128x128 8 3 | 0 | 168 | 100 | 2 |" in page
+    assert "| map, N 1370, D 64 | 128x128 8 3 | 0.200 | 64x128 4 3 | 0.100 | 2.00x | 2 of 2 |" in page
+
+
+def test_configurations() -> None:
+    assert configuration([128, 64, 4, 3]) == "128x64 4 3"
+    assert configuration([128, 64, 4, 3, 1, 0, 0, 1]) == "128x64 4 3"
+    assert configuration([128, 64, 4, 3, 1, 0, 0, 3]) == "128x64 4 3, heads / 3"
+    assert configuration([64, 128, 8, 2, 2, 16, 1, 1]) == "64x128 8 2, 2 tiles + 16, lag"
+
+
+def test_what_is_no_result_is_named(folder: Path) -> None:
+    (folder / "broken.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"broken\.json: expected a result"):
+        stored.load(folder)
+
+
+def test_numbers_and_tables() -> None:
+    assert [ms(x) for x in (0.001234, 0.01234, 0.1234, 1.234, 12.34, 1234.5)] == [
+        *("0.00123", "0.0123", "0.123", "1.23", "12.3", "1,234"),
+    ]
+    assert [number(x, "x") for x in (None, 1.005, 12.34, 123.4)] == ["", "1.00x", "12.3x", "123x"]
+    assert list(table(("", "full", "empty"), [("a", "1", ""), ("b", "", "")])) == [
+        "|  | full |",
+        "|---|---:|",
+        "| a | 1 |",
+        "| b |  |",
+    ]
