@@ -71,16 +71,14 @@ def split_d(head_dim: int) -> tuple[int, int]:
 def head_splits(programs: int, heads: int, target: Target) -> int:
     """Over how many programs the heads of a tile are split, so that a small batch does not leave processors idle.
 
-    Each has two heads or more, so the partial maps are fewer than the heads', and there is no more than one a processor.
+    Each has two heads or more, so the partial maps are fewer than the heads', and no more than one a processor.
     """
     splits = max(1, min(heads // 2, target.width // max(1, programs)))
     each = -(-heads // splits)
     return -(-heads // each)
 
 
-def forward_config(
-    head_dim: int, itemsize: int, rows: int, heads: int, target: Target, bias: bool = False
-) -> Config:
+def forward_config(head_dim: int, itemsize: int, rows: int, heads: int, target: Target, bias: bool = False) -> Config:
     """Output and lse, one head a program. head_dim: the larger of D and Dv; heads: B * H; bias: a tile of it too."""
     width = sum(split_d(head_dim)) * itemsize  # bytes a row of K or V takes
     stages = _stages(width, target)
@@ -88,10 +86,12 @@ def forward_config(
         return Config(16 if rows <= 16 else 32, 16, 4, 1)
     if rows <= 16:
         return Config(16, 64 if width <= 256 else 32, 4, min(stages, 2))
-    if itemsize == 4 or width == 512:
-        return Config(64, 64 if width <= 256 else 32, 8, min(stages, 2))
+    if itemsize == 4:
+        return Config(32, 32, 8, 1)
+    if width == 512:
+        return Config(64, 32, 8, min(stages, 2))
     if bias or (width > 128 and _is_turing(target)):
-        return Config(64, 32, 4, 1)
+        return Config(128, 32, 8, 1) if target.arch == 100 else Config(64, 32, 4, 1)
     if target.backend == "hip":
         return Config(128 if width <= 128 else 64, 64, 4, stages)
     if -(-rows // 128) * heads < target.width:
@@ -103,17 +103,21 @@ def map_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bo
     """A tile of the head-reduced map; the program loops over the heads."""
     width = sum(split_d(head_dim)) * itemsize
     stages = _stages(width, target)
-    if width > (512 if itemsize == 2 else 256):
+    if width > 512:
         return Config(16 if rows <= 16 else 32, 32, 4, 1)
+    if itemsize == 4:
+        return Config(16, 32, 4, 1) if rows <= 16 else Config(32, 32, 8, 1)
     if rows <= 16:
         return Config(16, 128 if width <= 256 else 32, 4, stages if width <= 256 else 1)
-    if itemsize == 4 or width == 512:
+    if width == 512:
         return Config(64, 64, 8, min(stages, 2))
     if bias:
-        return Config(64, 64, 4, 2) if target.arch == 100 and width > 128 else Config(64, 64, 8, 1)
+        if target.arch == 100 and width > 128:
+            return Config(64, 64, 4, 2)
+        return Config(64, 64, 4 if width <= 64 else 8, 1)
     if target.backend == "cuda" and width <= 128:
         return Config(128, 64, 4, min(stages, 2))  # two programs a processor: one's products hide the other's exp
-    return Config(128, 128 if stages > 1 or target.backend == "hip" else 64, 8, stages)
+    return Config(128, 64 if _is_small(target) else 128, 8, stages)
 
 
 def vecmat_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
@@ -125,9 +129,7 @@ def vecmat_config(head_dim: int, itemsize: int, rows: int, target: Target, bias:
     return Config(64, 64, 4, stages) if width <= 128 else Config(64, 128, 8, stages)
 
 
-def one_pass_config(
-    head_dim: int, itemsize: int, keys: int, target: Target, bias: bool = False
-) -> ShortRows | None:
+def one_pass_config(head_dim: int, itemsize: int, keys: int, target: Target, bias: bool = False) -> ShortRows | None:
     """Whole rows of keys on chip; None where they do not fit without spills and the long way is taken."""
     padded = max(16, 1 << (head_dim - 1).bit_length())
     width = padded * itemsize
@@ -159,19 +161,23 @@ def _plain_row(padded: int, itemsize: int, keys: int, target: Target, bias: bool
     if keys > SHORT_ROW or (bias and block_n > 128 and padded * itemsize > 128):
         return None
     if bias and itemsize < 4 and target.backend == "cuda":
-        rows = 64 * 64 // max(64, block_n) // (2 if padded * itemsize > 128 else 1)
+        rows = 64 * 64 // max(64, block_n) // (4 if padded * itemsize > 128 else 1)
         return ShortRows(Config(max(16, rows), block_n, 8, 1), padded)
     return ShortRows(Config(16, block_n, 8 if block_n > 64 and target.backend == "cuda" else 4, 1), padded)
 
 
 def _stages(width: int, target: Target) -> int:
-    """Loads in flight: what shared memory has room for. Consumer GPUs have 99 KB of it, Turing 64, CDNA 3 64."""
+    """Loads in flight: what shared memory has room for."""
     if target.backend == "hip":
         return 1
-    arch = int(target.arch)
-    if arch in (80, 87, 90) or 100 <= arch < 120:
+    if not _is_small(target):
         return 3 if width <= 128 else 2
-    return 2 if width < 256 and arch > 80 else 1
+    return 2 if width < 256 and not _is_turing(target) else 1
+
+
+def _is_small(target: Target) -> bool:
+    """Consumer GPUs have 99 KB of shared memory, Turing 64; data centers' 163 and more."""
+    return target.backend == "cuda" and not (target.arch in (80, 87, 90) or 100 <= int(target.arch) < 120)
 
 
 def _is_turing(target: Target) -> bool:

@@ -34,13 +34,11 @@ def attend(
     BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD: tl.constexpr, FAR: tl.constexpr, EDGE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Output so far ((tile,) or (tile, rest)), row maxima and sums, after the keys start..end in tiles of BLOCK_N."""
+    """Output so far ((tile,) or (tile, rest)), row maxima and sums, after keys start..end in tiles of BLOCK_N."""
     offs = tl.arange(0, BLOCK_N)
-    # The edge is a tile or two: pipelined, it would keep ptxas from overlapping the matrix units of either loop (C7515).
+    # The edge is a tile or two: pipelined, it would make ptxas issue every HGMMA of both loops alone (C7515).
     # A bias needs the registers that hoisted addresses would take.
-    for first in tl.range(
-        start, end, BLOCK_N, num_stages=1 if EDGE else None, disable_licm=BIAS != NO_BIAS
-    ):
+    for first in tl.range(start, end, BLOCK_N, num_stages=1 if EDGE else None, disable_licm=BIAS != NO_BIAS):
         mask_n = offs < N - first
         rows = tl.minimum(offs, N - 1 - first) if EDGE else offs
         k_tile = k_head + wide(first) * stride_kn

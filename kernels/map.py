@@ -75,10 +75,8 @@ def map_kernel(
     store_tile(map_tile, fused * map_share, offs_m, offs_n, mask_m, mask_n, N)
 
 
-def map_launch(
-    shared: dict[str, Any], lse: Tensor, maps: Tensor, heads: int, splits: int, config: Config
-) -> Launch:
-    """Writes the maps [B * splits, M, N] fp32, each of H / splits heads; lse: [B,H,M] fp32 of the same (chosen) rows."""
+def map_launch(shared: dict[str, Any], lse: Tensor, maps: Tensor, heads: int, splits: int, config: Config) -> Launch:
+    """Writes the maps [B * splits, M, N] fp32, each of H / splits heads; lse: [B,H,M] fp32 of the same rows."""
     q = shared["q_ptr"]
     args = {**shared, "lse_ptr": lse, "map_ptr": maps, "HEADS": heads, **split_args(q.shape[1], splits, heads)}
     tiles = triton.cdiv(shared["M"], config.block_m) * triton.cdiv(shared["N"], config.block_n)

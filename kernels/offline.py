@@ -109,7 +109,13 @@ def _launches(
             bias = torch.empty(1, 12, n, n, dtype=bias_dtype, device="meta").expand(2, -1, -1, -1)
         shared = shared_args(q, k, bias, rows, head_dim**-0.5, False)
         lse = torch.empty(2, 12, shared["M"], device="meta")
-        sizes = (head_dim, q.element_size(), n if name.startswith("one_pass") else shared["M"], target, bias is not None)
+        sizes = (
+            head_dim,
+            q.element_size(),
+            n if name.startswith("one_pass") else shared["M"],
+            target,
+            bias is not None,
+        )
         maps = torch.empty(2, shared["M"], n, device="meta")
         if name == "forward":
             yield name, forward_launch(shared, value_args(q, v, out), lse, target)

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnx.kernels.configs import Launch, ShortRows
 from attnx.kernels.arguments import split_args
+from attnx.kernels.configs import Launch, ShortRows
 from attnx.kernels.primitives import (
     MAX,
     MIN,

@@ -31,7 +31,7 @@ def vecmat_kernel(
     HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD: tl.constexpr, FAR: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N entries of r @ P of one head: its keys stay on chip, the queries pass by, one sum over rows at the end."""
+    """BLOCK_N entries of r @ P of one head: its keys stay on chip, the queries pass by; summed once, at the end."""
     pid = tl.program_id(0)
     blocks_n = tl.cdiv(N, BLOCK_N)
     first_n = (pid % blocks_n) * BLOCK_N

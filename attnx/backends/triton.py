@@ -113,9 +113,7 @@ def _one_pass(shared: dict[str, Any], values: dict[str, Any], heads: Heads, shor
     )
 
 
-def _fused(
-    shared: dict[str, Any], heads: Heads, tiles: int, launch: Callable[[Tensor, int], Launch]
-) -> Tensor:
+def _fused(shared: dict[str, Any], heads: Heads, tiles: int, launch: Callable[[Tensor, int], Launch]) -> Tensor:
     """The map of a launch that splits the heads over programs where the tiles are too few for the device."""
     q, count = shared["q_ptr"], shared["H"]
     B, M, N = q.shape[0], shared["M"], shared["N"]

@@ -1,0 +1,128 @@
+"""The kernels' own paths: each test proves that its path ran. What they compute is in test_ops.py."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import attnx
+from attnx import testing
+from attnx.backends import triton as backend
+from attnx.kernels.configs import (
+    LONGER_ROW,
+    Target,
+    forward_config,
+    head_splits,
+    map_config,
+    one_pass_config,
+    split_d,
+    vecmat_config,
+)
+from attnx.reducers import Heads
+
+TARGETS = [Target("cuda", arch) for arch in (75, 80, 86, 89, 90, 100, 120)] + [Target("hip", "gfx942")]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The launches that the backend makes, in order."""
+    done = []
+    run = backend._launch
+
+    def note(launch, q):
+        done.append(launch)
+        run(launch, q)
+
+    monkeypatch.setattr(backend, "_launch", note)
+    return done
+
+
+def names(launched):
+    return [launch.kernel.fn.__name__ for launch in launched]
+
+
+def on(monkeypatch, processors):
+    real = backend.target
+    monkeypatch.setattr(backend, "target", lambda device: real(device)._replace(processors=processors))
+
+
+@pytest.mark.parametrize("n", [20, 300])
+@pytest.mark.parametrize("heads", ["mean", "max", "min"])
+@pytest.mark.parametrize("count", [4, 5, 7])
+def test_triton_splits_heads_where_processors_would_be_idle(n, heads, count, launched, monkeypatch, device):
+    inputs = testing.random_inputs(testing.Case(B=1, H=count, M=20, N=n), device=device)
+    on(monkeypatch, processors=100)
+    out, amap = attnx.attention(*inputs[:3], heads=heads, backend="triton")
+    assert names(launched)[-1] == "fuse_kernel"
+    assert launched[-1].args["splits"] > 1
+    testing.assert_attention(out, amap, *inputs[:3], heads=heads)
+
+    launched.clear()
+    on(monkeypatch, processors=1)
+    whole = attnx.attention(*inputs[:3], heads=heads, backend="triton")[1]
+    assert "fuse_kernel" not in names(launched)
+    torch.testing.assert_close(amap, whole)
+
+
+@pytest.mark.parametrize(
+    ("n", "parts", "tail"), [(20, 1, 0), (70, 1, 16), (90, 1, 32), (128, 2, 0), (200, 3, 16), (256, 1, 0), (257, 1, 32)]
+)
+def test_triton_takes_short_rows_in_one_launch(n, parts, tail, launched, monkeypatch, device):
+    inputs = testing.random_inputs(testing.Case(B=2, H=2, M=17, N=n, dtype=torch.float16), device=device)
+    on(monkeypatch, processors=1)
+    out, amap = attnx.attention(*inputs[:3], backend="triton")
+    assert names(launched) == ["one_pass_kernel"]
+    if backend.target(device).arch == 90:
+        assert (launched[0].args["PARTS"], launched[0].args["TAIL"]) == (parts, tail)
+    testing.assert_attention(out, amap, *inputs[:3])
+
+
+@pytest.mark.parametrize("n", [20, 300])
+def test_triton_offsets_beyond_32_bits(n, launched, device):
+    """Tokens so far apart that offsets within a tile pass 2^31: only the pages that are used exist."""
+    far = 2**22
+    case = testing.Case(B=1, H=2, M=3, N=n, D=16, dtype=torch.float16)
+    q, k, v, _ = testing.random_inputs(case, device=device)
+    k_far = torch.empty(n * far, dtype=k.dtype, device=device).as_strided(k.shape, (0, 16, far, 1))
+    k_far.copy_(k)
+    out, amap = attnx.attention(q, k_far, v, backend="triton")
+    assert all(launch.args["FAR"] for launch in launched if "FAR" in launch.args)
+    testing.assert_attention(out, amap, q, k, v)
+
+
+def test_split_d_pads_as_little_as_two_tiles_can():
+    assert [split_d(d) for d in (8, 16, 24, 64, 72, 80, 88, 96, 104, 128, 192)] == [
+        (16, 0), (16, 0), (32, 0), (64, 0), (64, 16), (64, 16), (64, 32), (64, 32), (128, 0), (128, 0), (128, 64),
+    ]  # fmt: skip
+    for d in range(1, 257):
+        first, rest = split_d(d)
+        assert first + rest >= d
+        assert all(part & (part - 1) == 0 and (part == 0 or part >= 16) for part in (first, rest))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 7, 12, 16])
+def test_every_split_has_heads_and_no_map_is_of_one(heads):
+    for programs, processors in itertools.product((1, 4, 30, 131, 132, 500), (1, 84, 132, 304)):
+        splits = head_splits(programs, heads, Target("cuda", 90, processors))
+        each = -(-heads // splits)
+        assert (splits - 1) * each < heads <= splits * each
+        assert splits == 1 or (each > 1 and programs * splits <= processors)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: str(t.arch))
+def test_configurations_do_not_look_at_the_length(target):
+    """Beyond one row or many, few tiles or enough, and short rows or long ones."""
+    for d, itemsize, bias in itertools.product((32, 64, 80, 128, 256), (2, 4), (False, True)):
+        for config in (map_config, vecmat_config):
+            assert len({config(d, itemsize, rows, target, bias) for rows in range(17, 20000, 997)}) == 1
+        enough = {forward_config(d, itemsize, rows, 10**6, target, bias) for rows in range(17, 20000, 997)}
+        assert len(enough) == 1
+        assert one_pass_config(d, itemsize, LONGER_ROW + 1, target, bias) is None
+
+
+def test_triton_makes_each_head_without_partial_maps(launched, device):
+    inputs = testing.random_inputs(testing.Case(B=1, H=4, M=5, N=6), device=device)
+    backend.attention(*inputs[:3], None, False, 0.25, Heads.EACH)
+    assert names(launched) == ["one_pass_kernel"]
