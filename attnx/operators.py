@@ -4,13 +4,18 @@ Each has a fake kernel, which says the shapes and strides of its results, so tha
 it; those that give an output have a gradient too. Empty inputs are answered here, before any backend.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from attnx.backends import eager
 from attnx.reducers import Heads
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def implementation(backend: str) -> Any:
@@ -22,7 +27,22 @@ def implementation(backend: str) -> Any:
     return triton
 
 
+def _as_given(function: Callable[P, R]) -> Callable[P, R]:
+    """The function with autocast off: what is cast was cast before, and inside it would round the weights."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(t.device.type for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
 @torch.library.custom_op("attnx::attention", mutates_args=())
+@_as_given
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -63,6 +83,7 @@ def _attention_fake(
 
 
 @torch.library.custom_op("attnx::attention_map", mutates_args=())
+@_as_given
 def _map(
     q: Tensor,
     k: Tensor,
@@ -99,6 +120,7 @@ def _map_fake(
 
 
 @torch.library.custom_op("attnx::attention_lse", mutates_args=())
+@_as_given
 def _lse(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -117,6 +139,7 @@ def _lse_fake(
 
 
 @torch.library.custom_op("attnx::vecmat", mutates_args=())
+@_as_given
 def _vecmat(
     r: Tensor,
     q: Tensor,
@@ -147,6 +170,7 @@ def _vecmat_fake(
 
 
 @torch.library.custom_op("attnx::attention_backward", mutates_args=())
+@_as_given
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

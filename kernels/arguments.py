@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from attnx.kernels.configs import split_d
+from attnx.kernels.primitives import MEAN
 
-_TILE = 512  # rows or columns of a tile, at most
+_TILE = 512  # rows and columns of a tile together, at most
 
 
 def shared_args(
@@ -19,7 +20,7 @@ def shared_args(
         q_ptr=q,
         k_ptr=k,
         bias_ptr=q if bias is None else bias.view(torch.uint8) if bias.dtype == torch.bool else bias,
-        rows_ptr=q if rows is None else rows,
+        rows_ptr=q if rows is None else rows.contiguous(),
         **named_strides(q, "qb qh qm qd"),
         **named_strides(k, "kb kh kn kd"),
         **({f"stride_b{x}": 0 for x in "bhmn"} if bias is None else named_strides(bias, "bb bh bm bn")),
@@ -34,7 +35,8 @@ def shared_args(
         HAS_ROWS=rows is not None,
         BIAS=0 if bias is None else 2 if bias.dtype == torch.bool else 1,
         CAUSAL=is_causal,
-        FOLD=bias is None and scale > 0,
+        # A scale that is 0 in fp32 would make NaN of minus infinity.
+        FOLD=bias is None and scale >= 2**-126,
         FAR=_is_far(q) or _is_far(k),
         PRECISION=precision(q.dtype),
     )
@@ -59,7 +61,7 @@ def named_strides(tensor: Tensor, letters: str) -> dict[str, int]:
 
 def precision(dtype: torch.dtype) -> str:
     """fp32 products are exact unless the user allowed tf32 for torch's own, by either of its two settings."""
-    if dtype != torch.float32:
+    if dtype != torch.float32 or torch.version.hip:
         return "ieee"
     newer = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
     if newer != "none":
@@ -74,5 +76,5 @@ def _is_far(tensor: Tensor) -> bool:
 
 def split_args(count: int, splits: int, heads: int) -> dict[str, Any]:
     """How `count` heads are split over programs; a mean over all of them is divided where it is stored."""
-    whole = splits == 1 and heads == 0
+    whole = splits == 1 and heads == MEAN.value
     return dict(splits=splits, heads_each=-(-count // splits), map_share=1.0 / count if whole else 1.0)

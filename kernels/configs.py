@@ -6,7 +6,7 @@ SHORT_ROW = 256  # keys of a row that fits on chip beside its map, in one tile
 LONGER_ROW = 288  # and with a tail of 32 keys: 256 patches, a class token, registers
 
 # Streaming multiprocessors (compute units) of the usual part; the device's own number is taken where there is one.
-PROCESSORS = {75: 68, 80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, "gfx90a": 110, "gfx942": 304}
+PROCESSORS = {80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, "gfx90a": 110, "gfx942": 304}
 
 
 class Target(NamedTuple):
@@ -71,7 +71,7 @@ def split_d(head_dim: int) -> tuple[int, int]:
 def head_splits(programs: int, heads: int, target: Target) -> int:
     """Over how many programs the heads of a tile are split, so that a small batch does not leave processors idle.
 
-    Each has two heads or more, so the partial maps are fewer than the heads', and no more than one a processor.
+    All but the last have two heads or more, so the partial maps are fewer than the heads' and than the processors.
     """
     splits = max(1, min(heads // 2, target.width // max(1, programs)))
     each = -(-heads // splits)
@@ -90,8 +90,8 @@ def forward_config(head_dim: int, itemsize: int, rows: int, heads: int, target: 
         return Config(32, 32, 8, 1)
     if width == 512:
         return Config(64, 32, 8, min(stages, 2))
-    if bias or (width > 128 and _is_turing(target)):
-        return Config(128, 32, 8, 1) if target.arch == 100 else Config(64, 32, 4, 1)
+    if bias:
+        return Config(128, 32, 8, 1) if _is_blackwell(target) else Config(64, 32, 4, 1)
     if target.backend == "hip":
         return Config(128 if width <= 128 else 64, 64, 4, stages)
     if -(-rows // 128) * heads < target.width:
@@ -112,7 +112,7 @@ def map_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bo
     if width == 512:
         return Config(64, 64, 8, min(stages, 2))
     if bias:
-        if target.arch == 100 and width > 128:
+        if _is_blackwell(target) and width > 128:
             return Config(64, 64, 4, 2)
         return Config(64, 64, 4 if width <= 64 else 8, 1)
     if target.backend == "cuda" and width <= 128:
@@ -133,7 +133,7 @@ def one_pass_config(head_dim: int, itemsize: int, keys: int, target: Target, bia
     """Whole rows of keys on chip; None where they do not fit without spills and the long way is taken."""
     padded = max(16, 1 << (head_dim - 1).bit_length())
     width = padded * itemsize
-    if keys > LONGER_ROW or width > (128 if itemsize == 4 or _is_turing(target) else 256):
+    if keys > LONGER_ROW or width > (128 if itemsize == 4 else 256):
         return None
     if itemsize == 4 or bias or target.backend == "hip":
         return _plain_row(padded, itemsize, keys, target, bias)
@@ -172,13 +172,13 @@ def _stages(width: int, target: Target) -> int:
         return 1
     if not _is_small(target):
         return 3 if width <= 128 else 2
-    return 2 if width < 256 and not _is_turing(target) else 1
+    return 2 if width < 256 else 1
 
 
 def _is_small(target: Target) -> bool:
-    """Consumer GPUs have 99 KB of shared memory, Turing 64; data centers' 163 and more."""
-    return target.backend == "cuda" and not (target.arch in (80, 87, 90) or 100 <= int(target.arch) < 120)
+    """Consumer GPUs have 99 KB of shared memory, data centers' 163 and more."""
+    return target.backend == "cuda" and not (target.arch in (80, 87, 90) or _is_blackwell(target))
 
 
-def _is_turing(target: Target) -> bool:
-    return target.backend == "cuda" and int(target.arch) < 80
+def _is_blackwell(target: Target) -> bool:
+    return target.backend == "cuda" and 100 <= int(target.arch) < 120

@@ -9,6 +9,7 @@ from torch import Tensor
 from attnx.kernels.arguments import split_args
 from attnx.kernels.configs import Config, Launch
 from attnx.kernels.primitives import (
+    MEAN,
     NO_BIAS,
     fuse_heads,
     fused_start,
@@ -76,7 +77,7 @@ def map_kernel(
 
 
 def map_launch(shared: dict[str, Any], lse: Tensor, maps: Tensor, heads: int, splits: int, config: Config) -> Launch:
-    """Writes the maps [B * splits, M, N] fp32, each of H / splits heads; lse: [B,H,M] fp32 of the same rows."""
+    """Writes the maps [B * splits, M, N] fp32, each of some of the heads; lse: [B,H,M] fp32 of the same rows."""
     q = shared["q_ptr"]
     args = {**shared, "lse_ptr": lse, "map_ptr": maps, "HEADS": heads, **split_args(q.shape[1], splits, heads)}
     tiles = triton.cdiv(shared["M"], config.block_m) * triton.cdiv(shared["N"], config.block_n)
@@ -100,6 +101,11 @@ def fuse_launch(maps: Tensor, amap: Tensor, count: int, splits: int, heads: int)
     """Writes the map [B, M, N] fp32 of `count` heads from maps [B * splits, M, N] of some of them each."""
     size = amap.numel() // amap.shape[0]
     args = dict(
-        maps_ptr=maps, map_ptr=amap, size=size, splits=splits, share=1.0 / count if heads == 0 else 1.0, HEADS=heads
+        maps_ptr=maps,
+        map_ptr=amap,
+        size=size,
+        splits=splits,
+        share=1.0 / count if heads == MEAN.value else 1.0,
+        HEADS=heads,
     )
     return Launch(fuse_kernel, (triton.cdiv(size, 1024), amap.shape[0]), {**args, "BLOCK": 1024}, Config(0, 0, 4, 1))

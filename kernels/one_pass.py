@@ -9,6 +9,7 @@ from torch import Tensor
 from attnx.kernels.arguments import split_args
 from attnx.kernels.configs import Launch, ShortRows
 from attnx.kernels.primitives import (
+    EACH,
     MAX,
     MIN,
     dot,
@@ -44,7 +45,11 @@ def weigh_values(
             v = load_masked(v_tile, offs_v, offs_n < N - part * BLOCK_N, stride_vd, 0, BLOCK_DV, DV)
         else:
             v = load_tile(v_tile, offs_v, stride_vd, 0, BLOCK_DV, DV)
-        out = dot(p[part], v, out, PRECISION)
+        if PARTS == 1 and part == 1:
+            # Not into `out`: a product that feeds a product would again give every warp whole rows.
+            out += dot(p[part], v, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), PRECISION)
+        else:
+            out = dot(p[part], v, out, PRECISION)
     offs_d = tl.arange(0, BLOCK_DV)
     store_tile(out_tile, out * share[:, None], offs_m, offs_d, mask_m, offs_d < DV, stride_om)
 
@@ -95,7 +100,7 @@ def one_pass_kernel(
             before = wide(tl.maximum(turn - 1, first_head))
             weigh_values(
                 p, v_ptr + b * stride_vb + before // GROUP * stride_vh, out_batch + before * stride_oh, share,
-                offs_m, mask_m, N, stride_vn, stride_vd, stride_om,
+                offs_m, offs_m < tl.where(turn > first_head, M - first_m, 0), N, stride_vn, stride_vd, stride_om,
                 DV, BLOCK_DV, FAR, PRECISION, BLOCK_M, BLOCK_N, PARTS, TAIL,
             )  # fmt: skip
         # The turn after the last head repeats it: a maximum or minimum does not change, a sum counts it as nothing.
@@ -160,14 +165,16 @@ def one_pass_launch(
     splits: int,
     short: ShortRows,
 ) -> Launch:
-    """Writes out [B,H,M,Dv] (if values are given) and the maps [B * splits, M, N] fp32, each of H / splits heads."""
+    """Writes out [B,H,M,Dv] (if values are given) and the maps [B * splits, M, N] fp32, each of some of the heads."""
     q = shared["q_ptr"]
+    # Four warps have rows of their own without it, and a single head would pay for two.
+    lag = short.lag and values["HAS_V"] and not (heads == EACH.value and short.config.num_warps == 4)
     given = {name: value for name, value in {**shared, **values}.items() if name != "REST_DV"}
     args = {
         **given,
         **dict(map_ptr=maps, HEADS=heads, **split_args(q.shape[1], splits, heads)),
         **dict(BLOCK_D=short.padded, REST_D=0, BLOCK_DV=short.padded),
-        **dict(PARTS=short.parts, TAIL=short.tail, LAG=short.lag and values["HAS_V"]),
+        **dict(PARTS=short.parts, TAIL=short.tail, LAG=lag),
     }
     grid = (triton.cdiv(shared["M"], short.config.block_m) * q.shape[0] * splits,)
     return Launch(one_pass_kernel, grid, args, short.config)

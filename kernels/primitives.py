@@ -7,7 +7,7 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-HIDDEN: tl.constexpr = tl.constexpr(-1.0e30)  # attnx.reducers.HIDDEN
+HIDDEN: tl.constexpr = tl.constexpr(-1.0e30 * 1.4426950408889634)  # attnx.reducers.HIDDEN, in units of log 2
 
 # Triton's interpreter multiplies the bit patterns of bfloat16; widened to fp32 first, the products are the same.
 WIDEN: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")

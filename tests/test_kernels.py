@@ -22,7 +22,7 @@ from attnx.kernels.configs import (
 )
 from attnx.reducers import Heads
 
-TARGETS = [Target("cuda", arch) for arch in (75, 80, 86, 89, 90, 100, 120)] + [Target("hip", "gfx942")]
+TARGETS = [Target("cuda", arch) for arch in (80, 86, 89, 90, 100, 120)] + [Target("hip", "gfx942")]
 
 
 @pytest.fixture

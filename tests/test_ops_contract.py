@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 import attnx
+from attnx import testing
 from attnx.backends import eager
 from attnx.testing import Case, assert_attention, random_inputs
 
@@ -304,3 +305,46 @@ def test_tf32_by_torchs_newer_setting():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["tf32", "ieee"], done.stderr
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("n", [20, 300])
+def test_rows_of_any_strides(backend, n, device):
+    q, k, _, _ = testing.random_inputs(testing.Case(N=n, M=20), device=device)
+    whole = attnx.attention_map(q, k, backend=backend)
+    every = torch.arange(20, device=device)
+    for rows in (every[::4], every[3:4].expand(4), every.view(4, 5)[:, 1]):
+        torch.testing.assert_close(attnx.attention_map(q, k, rows=rows, backend=backend), whole[:, rows])
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_gradient_inside_autocast(backend, device):
+    """Nothing is rounded twice: as with inputs of that dtype outside."""
+    inputs = testing.random_inputs(testing.Case(), device=device)[:3]
+    grads = []
+    for inside in (True, False):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        with torch.autocast(device.type, torch.bfloat16, enabled=inside):
+            given = leaves if inside else [t.bfloat16() for t in leaves]
+            out, _ = attnx.attention(*given, backend=backend)
+            out.float().sum().backward()
+        grads.append([out.detach(), *(t.grad for t in leaves)])
+    for ours, expected in zip(*grads, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_triton_takes_a_scale_that_fp32_has_not(device):
+    q, k, v, _ = testing.random_inputs(testing.Case(N=20), device=device)
+    out, amap = attnx.attention(q, k, v, scale=1e-46, backend="triton")
+    testing.assert_attention(out, amap, q, k, v, scale=1e-46)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("n", [20, 300])
+def test_triton_and_eager_hide_below_the_same_bias(backend, n, device):
+    q, k, *_ = testing.random_inputs(testing.Case(N=n), device=device)
+    bias = torch.zeros(20, n, device=device)
+    bias[0], bias[1] = -9e29, -1.1e30
+    amap = attnx.attention_map(q, k, bias=bias, backend=backend)
+    assert (amap[:, 0].sum(-1) > 0.5).all()
+    assert not amap[:, 1].any()

@@ -29,6 +29,9 @@ def limits(q: Tensor, v: Tensor | None) -> list[str]:
         reasons.append(f"head dim {widest} is above {MAX_HEAD_DIM}")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {q.dtype} is not float16, bfloat16 or float32")
+    if q.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(q.device) < (8, 0):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(q.device)))
+        reasons.append(f"compute capability {capability} is below 8.0: Triton has no matrix units there")
     if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         reasons.append(f"tensors are on {q.device.type}; set TRITON_INTERPRET=1 before triton is imported to interpret")
     return reasons

@@ -55,8 +55,9 @@ def _on_cuda(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
         out, lse = flash(q, k, v, 0.0, is_causal, scale=scale)[:2]
     else:
         return None
-    # cuDNN's has a last dimension of 1.
-    return _rows_first(out), lse.reshape(q.shape[:3]).contiguous()
+    # cuDNN's has a last dimension of 1. Flash attention says plus infinity of a row with a NaN; none is without keys.
+    lse = lse.reshape(q.shape[:3]).contiguous()
+    return _rows_first(out), lse.masked_fill_(lse == torch.inf, torch.nan)
 
 
 def _on_cpu(
