@@ -161,7 +161,8 @@ def _plain_row(padded: int, itemsize: int, keys: int, target: Target, bias: bool
     if keys > SHORT_ROW or (bias and block_n > 128 and padded * itemsize > 128):
         return None
     if bias and itemsize < 4 and target.backend == "cuda":
-        rows = 64 * 64 // max(64, block_n) // (4 if padded * itemsize > 128 else 1)
+        fewer = 4 if padded * itemsize > 128 else 2 if _is_blackwell(target) else 1
+        rows = 64 * 64 // max(64, block_n) // fewer
         return ShortRows(Config(max(16, rows), block_n, 8, 1), padded)
     return ShortRows(Config(16, block_n, 8 if block_n > 64 and target.backend == "cuda" else 4, 1), padded)
 
