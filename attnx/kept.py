@@ -84,7 +84,11 @@ class KeptMap:
 
 @dataclass(frozen=True, eq=False)
 class KeptQK:
-    """A layer of which q, k and lse were kept: arguments as in `attnx.attention_map`, rows a tensor on q's device."""
+    """A layer of which q, k and lse were kept: arguments as in `attnx.attention_map`, rows a tensor on q's device.
+
+    What is kept is not copied where it is a tensor of its own. A model that writes to it afterwards spoils it: that
+    raises RuntimeError when it is read, except under inference_mode, whose tensors do not count their changes.
+    """
 
     q: Tensor
     k: Tensor
@@ -95,6 +99,7 @@ class KeptQK:
     heads: str = "mean"
     rows: Tensor | None = None
     backend: str = "auto"
+    versions: tuple[int | None, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,7 +119,10 @@ class KeptQK:
         return self._rows(self.rows)
 
     def row(self, i: int) -> Tensor:
-        i %= self.shape[-2]
+        count = self.shape[-2]
+        if not -count <= i < count:
+            raise IndexError(f"row: expected -{count}..{count - 1}; got {i}")
+        i %= count
         chosen = torch.arange(i, i + 1, device=self.q.device) if self.rows is None else self.rows[i : i + 1]
         return self._rows(chosen)[..., 0, :]
 
@@ -142,6 +150,8 @@ class KeptQK:
             return attention_map(self.q, self.k, **self._call(), heads=self.heads, rows=rows, lse=self.lse)
 
     def _call(self) -> dict[str, Any]:
+        if self.versions and _versions(self.q, self.k, self.bias) != self.versions:
+            raise RuntimeError("q, k or the mask of a layer was changed in place after it ran; capture with keep='map'")
         return dict(bias=self.bias, is_causal=self.is_causal, scale=self.scale, backend=self.backend)
 
 
@@ -173,7 +183,9 @@ def attend(
     with torch.set_grad_enabled(output and torch.is_grad_enabled()):
         out, lse = attention_lse(q, k, v, **call)
     call["bias"] = None if call["bias"] is None else call["bias"].detach()
-    return out if output else None, KeptQK(_own(q), _own(k), lse, heads=heads, rows=rows, **call)
+    q, k = _own(q), _own(k)
+    versions = _versions(q, k, call["bias"])
+    return out if output else None, KeptQK(q, k, lse, heads=heads, rows=rows, versions=versions, **call)
 
 
 def check_keep(keep: str) -> str:
@@ -193,6 +205,11 @@ def _qk_bytes(q: Tensor, k: Tensor, bias: Tensor | None) -> int:
 
 def _held(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.untyped_storage().nbytes()
+
+
+def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
+    """How often each was changed in place."""
+    return tuple(None if t is None or t.is_inference() else t._version for t in tensors)
 
 
 def _own(t: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-HIDDEN = -1e30
-"""A key whose biased score is below is not attended: minus infinity, and the finfo.min that masks are made of."""
+HIDDEN = -5e4
+"""A bias below hides its key: minus infinity, finfo.min of every dtype, -1e9. Beside one fp32 has no digits left."""
 
 
 class Heads(IntEnum):

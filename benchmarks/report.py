@@ -45,8 +45,9 @@ make report       this page
   `output_attentions` Hugging Face's, then both multiply whole matrices. Weights are random.
 - **Times** are medians. Contestant and floor run in turn in one process, and **/ floor** is the median of the one over
   the median of the other. On a GPU an op's round is one replay of a CUDA graph of many calls over inputs that together
-  are larger than the L2 cache, between two events; models are timed by the wall clock. **spread** is the interquartile
-  range over the median: smaller differences say nothing. The floor's own ratio, against itself, says the same.
+  are larger than the L2 cache, between two events; what can't be recorded is timed with its launches, as is its floor,
+  and compared with nothing else. Models are timed by the wall clock. **spread** is the interquartile range over the
+  median: smaller differences say nothing. The floor's own ratio, against itself, says the same.
 - **hf_eager / it** and **compiled / it**: how many times its time the other takes, both relative to their floors.
 - **least ms**: what the chip needs at least, by arithmetic (q kᵀ and P v once) or by bytes (inputs read, results
   written once), whichever is more.

@@ -86,10 +86,9 @@ def _whole(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _ranked(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     default: dict[str, Any] = next((row for row in rows if row["default"]), {})
-    name = f"{rows[0]['kernel']}, " + ", ".join(map(str, rows[0]["shape"]))
     best = rows[0] if "us" in rows[0] else {}
     first, second = ((_config(row), str(row.get("us", "")), row.get("limit", "")) for row in (default, best))
-    return name, *first, str(default.get("spills", "")), *second
+    return _problem(rows[0]), *first, str(default.get("spills", "")), *second
 
 
 def _config(row: dict[str, Any]) -> str:

@@ -35,6 +35,14 @@ SUITES = {"op": 0.6, "models": 1.0}  # and the share of the time that is left wh
 GRACE = 15  # seconds from an interrupt to a kill
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or SIGINT, during a suite; `found`: what the suite had found by then."""
+
+    def __init__(self, found: record.Found) -> None:
+        super().__init__()
+        self.found = found
+
+
 def run(out: Path, device: str, quick: bool = False, limit: float | None = None, keyword: str | None = None) -> bool:
     """Runs the suites and stores their results in a file in `out`; whether everything was measured or can't be here.
 
@@ -44,6 +52,9 @@ def run(out: Path, device: str, quick: bool = False, limit: float | None = None,
         quick: tiny shapes and models.
         limit: seconds for both suites; what they have measured by then is kept.
         keyword: pytest's -k.
+
+    Raises:
+        KeyboardInterrupt: once what there is so far is stored.
     """
     start = time.monotonic()
     result: dict[str, Any] = {**environment(device), "quick": quick}
@@ -52,11 +63,16 @@ def run(out: Path, device: str, quick: bool = False, limit: float | None = None,
     part = part_of(whole)
     for suite, share in SUITES.items():
         left = None if limit is None else share * (limit - (time.monotonic() - start))
-        found = run_suite(suite, device, quick, left, keyword)
-        if device == "cpu" and suite == "models":
-            found.failed.update(add_memory(found.rows, quick))
+        try:
+            found = run_suite(suite, device, quick, left, keyword)
+        except Interrupted as interrupt:
+            _merge(all_found, interrupt.found, suite)
+            _store(part, result, all_found, done=False)
+            raise
         _merge(all_found, found, suite)
         _store(part, result, all_found, done=False)
+        if device == "cpu" and suite == "models":
+            _merge(all_found, record.Found([], {}, add_memory(found.rows, quick), []), suite)
     _store(part, result, all_found, done=True)
     passed = not all_found.failed and not all_found.cut
     path = part.replace(whole) if passed and keyword is None else part
@@ -70,7 +86,11 @@ def run(out: Path, device: str, quick: bool = False, limit: float | None = None,
 
 
 def run_suite(suite: str, device: str, quick: bool, limit: float | None, keyword: str | None) -> record.Found:
-    """What one pytest-benchmark suite found; if it didn't come to its end, why, among what failed."""
+    """What one pytest-benchmark suite found; if it didn't come to its end, why, among what failed.
+
+    Raises:
+        Interrupted: by Ctrl-C, with what was found.
+    """
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "found.jsonl"
         command = [sys.executable, "-m", "pytest", f"benchmarks/test_{suite}.py", "--device", device]
@@ -78,7 +98,10 @@ def run_suite(suite: str, device: str, quick: bool, limit: float | None, keyword
         command += ["--benchmark-columns=median,iqr,rounds", "--benchmark-warmup=off", *(["--quick"] if quick else [])]
         command += ["-k", keyword] if keyword else []
         print(f"== {suite}", flush=True)
-        code, in_time = _run_until(command, limit)
+        try:
+            code, in_time = _run_until(command, limit)
+        except KeyboardInterrupt:
+            raise Interrupted(record.read(lines)) from None
         found = record.read(lines)
     if not in_time and not any(found):
         found.cut.append(f"all tests: stopped after {limit:.0f} s")
@@ -134,8 +157,28 @@ def _run_until(command: list[str], limit: float | None) -> tuple[int, bool]:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env)
     with process, _interrupted_after(process, limit) as interrupted:
-        code = process.wait()
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            _end(process)
+            raise
     return code, not interrupted
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Waits until it has ended. Ctrl-C reaches it, too; a signal to this process alone doesn't, and is passed on."""
+    # `timeout` sends its signal to a command and then to its group: the second must not end the wait.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for seconds, then in ((1, lambda: process.send_signal(signal.SIGINT)), (GRACE, process.kill)):
+            try:
+                process.wait(seconds)
+                return
+            except subprocess.TimeoutExpired:
+                then()
+        process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -160,7 +203,7 @@ def _interrupted_after(process: subprocess.Popen, limit: float | None) -> Iterat
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exits with 1 if anything failed or was cut; what passed is stored all the same."""
+    """Exits with 1 if anything failed or was cut, with 130 if interrupted; what passed is stored all the same."""
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds")
@@ -170,7 +213,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device")
-    return 0 if run(options.out, options.device, options.quick, options.limit, options.keyword) else 1
+    try:
+        return 0 if run(options.out, options.device, options.quick, options.limit, options.keyword) else 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -92,9 +92,14 @@ class Run:
         return self._by_key.get((row.suite, *row.group, contestant))
 
     def faster_than(self, row: Row, contestant: str) -> float | None:
-        """How many times the other's time is this row's; both relative to the floor that ran beside them."""
+        """How many times the other's time is this row's; both relative to the floor that ran beside them.
+
+        None where one is timed with its launches and the other without.
+        """
         other = self.find(row, contestant)
-        return None if other is None else other.ratio_to_floor / row.ratio_to_floor
+        if other is None or other.timing != row.timing:
+            return None
+        return other.ratio_to_floor / row.ratio_to_floor
 
     def groups(self, suite: str) -> dict[tuple[str, str], list[Row]]:
         """The suite's rows by shape and dtype; shapes in order of dtype, model or tokens, and batch."""
@@ -134,7 +139,7 @@ def load(folder: Path) -> Stored:
             content = json.loads(path.read_text())
             if path.name.startswith("estimate-"):
                 estimates[path.name] = content
-            elif path.stem.endswith("-quick") or content.get("quick"):
+            elif content.get("quick") or "-quick" in path.stem:
                 continue
             elif path.name.startswith("sweep-"):
                 sweeps[path.name] = content

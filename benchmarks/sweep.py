@@ -151,7 +151,7 @@ def sweep(problems: tuple[Problem, ...], target: Target, options: argparse.Names
             if not options.compile_only:
                 time_all(found, target, start + options.limit * (i + 2) / (len(dims) + 1))
             rows += found
-        store(rows, target, part, options.compile_only)
+        store(rows, target, part, options)
     if not any(row.get("error") == NO_TIME for row in rows):
         part.replace(whole)
     return rows
@@ -170,10 +170,11 @@ def file_of(target: Target, options: argparse.Namespace) -> Path:
     return options.out / f"sweep-{stem}{'-quick' if options.quick else ''}.json"
 
 
-def store(rows: list[dict[str, Any]], target: Target, path: Path, compile_only: bool) -> None:
+def store(rows: list[dict[str, Any]], target: Target, path: Path, options: argparse.Namespace) -> None:
     """Writes the rows and where they come from."""
-    about = environment("cpu" if compile_only else "cuda")
-    result = {**about, "target": f"sm_{target.arch}", "compiled_only": compile_only, "rows": rows}
+    about = environment("cpu" if options.compile_only else "cuda")
+    about |= {"target": f"sm_{target.arch}", "compiled_only": options.compile_only, "quick": options.quick}
+    result = {**about, "rows": rows}
     write_atomically(path, json.dumps(result, indent=1))
 
 

@@ -1,5 +1,6 @@
 """What attnx is held to on a GPU, and whether stored rows say that it is so: met, missed, or not measured."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -73,18 +74,32 @@ def _of_long_rollout(run: Run | None) -> Iterator[Verdict]:
     held = [ratio <= 1.6 for ratio in ours.values()]
     name = "rollout of ViT-B/16 at 2048 px / its SDPA forward"
     yield Verdict(name, "16,385", "≤ 1.6", measured or "-", _verdict(held))
-    ran = [(row.shape.removeprefix(LONG + " "), False) for row in rows if row.contestant in EAGER]
+    yield _where_eager_cannot(run, rows, set(ours))
+
+
+def _where_eager_cannot(run: Run | None, rows: list[Row], ours: set[str]) -> Verdict:
+    """One batch that attnx holds and eager, tried, does not is what is claimed; the others stand beside it."""
+    ran = [(row.shape.removeprefix(LONG + " "), "runs") for row in rows if row.contestant in EAGER]
     not_run = (run.about.get("not_run", {}) if run else {}).items()
     ran += [
-        (name.removeprefix(f"{eager}, {LONG} "), True)
+        (name.removeprefix(f"{eager}, {LONG} "), _why_not(reason))
         for name, reason in not_run
         for eager in EAGER
-        if name.startswith(f"{eager}, {LONG} ") and reason.startswith("out of memory")
+        if name.startswith(f"{eager}, {LONG} ") and reason.startswith(("out of memory", "not tried"))
     ]
-    measured = ", ".join(f"{'out of memory' if out else 'runs'} ({batch})" for batch, out in ran)
-    # One batch that attnx holds and eager does not is what is claimed; the others stand beside it.
-    held = [any(out and batch in ours for batch, out in ran)] if ran else []
-    yield Verdict("that rollout where eager can't hold it", "16,385", "runs", measured or "-", _verdict(held))
+    measured = ", ".join(f"{how} ({batch})" for batch, how in ran)
+    held = any(how == "out of memory" and batch in ours for batch, how in ran)
+    untried = any(how.startswith("not tried") for _, how in ran)
+    verdict = "not tried" if untried and not held else _verdict([held] if ran else [])
+    return Verdict("that rollout where eager can't hold it", "16,385", "runs", measured or "-", verdict)
+
+
+def _why_not(reason: str) -> str:
+    """The words "out of memory", or of what was never tried "not tried: N GB needed"."""
+    if "not tried" not in reason:
+        return "out of memory"
+    needed = re.search(r"[\d.]+ GB", reason)
+    return f"not tried: {needed[0]} needed" if needed else "not tried"
 
 
 def _verdict(held: list[bool]) -> str:

@@ -100,7 +100,7 @@ def too_large(needs: int, device: str) -> str | None:
     have = torch.cuda.get_device_properties(0).total_memory
     if needs <= have:
         return None
-    return f"out of memory, not tried: the weights of all layers alone are {needs / 1e9:.1f} GB of {have / 1e9:.1f} GB"
+    return f"not tried: {needs / 1e9:.1f} GB needed for the weights of all layers alone, of {have / 1e9:.1f} GB"
 
 
 def _checked_error(case: Case, name: str, device: str) -> float:

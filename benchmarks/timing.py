@@ -5,8 +5,9 @@ down, or a neighbour that comes and goes, slows both. The floor against itself g
 
 On a GPU an attention call takes less time than Python needs to launch it. Its calls are therefore recorded in a CUDA
 graph, over several input sets that together are larger than the L2 cache, and one round is one replay between two
-CUDA events: what the kernels take, without launches. Models are timed as their users call them: wall clock, from an
-idle device to an idle device.
+CUDA events: what the kernels take, without launches. Where a contestant can't be recorded, neither is its floor: both
+are timed with their launches. Models are timed as their users call them: wall clock, from an idle device to an idle
+device.
 """
 
 import itertools
@@ -57,10 +58,13 @@ def wall_timer(call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]]) -> 
     return once
 
 
-def graph_timer(call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]]) -> tuple[Seconds, str]:
+def graph_timer(
+    call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]], record: bool = True
+) -> tuple[Seconds, str]:
     """A function that gives the seconds of one call on the GPU, and how it is measured: "graph" or "stream".
 
-    "stream" is for a call that can't be recorded: the same calls are launched one by one between the events.
+    "stream" is for a call that can't be recorded, or is not to be: the same calls are launched one by one between the
+    events.
     """
     with torch.inference_mode():
         call(*sets[0])  # compiles what is to be compiled
@@ -71,7 +75,7 @@ def graph_timer(call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]]) ->
         for i in range(turns):
             call(*sets[i % len(sets)])
 
-    run, how = _recorded(calls)
+    run, how = _recorded(calls) if record else (calls, "stream")
 
     def once() -> float:
         with torch.inference_mode():
@@ -95,6 +99,8 @@ def _recorded(calls: Callable[[], None]) -> tuple[Callable[[], None], str]:
             # A capture that fails may leave its own stream the current one: the outer context sets it back.
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 calls()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             torch.cuda.synchronize()
             return calls, "stream"

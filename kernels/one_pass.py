@@ -47,11 +47,14 @@ def weigh_values(
             v = load_tile(v_tile, offs_v, stride_vd, 0, BLOCK_DV, DV)
         if PARTS == 1 and part == 1:
             # Not into `out`: a product that feeds a product would again give every warp whole rows.
-            out += dot(p[part], v, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), PRECISION)
+            tail = dot(p[part], v, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), PRECISION)
         else:
             out = dot(p[part], v, out, PRECISION)
+    out = out * share[:, None]
+    if PARTS == 1 and TAIL > 0:
+        out += tail * share[:, None]
     offs_d = tl.arange(0, BLOCK_DV)
-    store_tile(out_tile, out * share[:, None], offs_m, offs_d, mask_m, offs_d < DV, stride_om)
+    store_tile(out_tile, out, offs_m, offs_d, mask_m, offs_d < DV, stride_om)
 
 
 @triton.jit

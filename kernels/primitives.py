@@ -7,7 +7,7 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-HIDDEN: tl.constexpr = tl.constexpr(-1.0e30 * 1.4426950408889634)  # attnx.reducers.HIDDEN, in units of log 2
+HIDDEN: tl.constexpr = tl.constexpr(-5.0e4)  # attnx.reducers.HIDDEN
 
 # Triton's interpreter multiplies the bit patterns of bfloat16; widened to fp32 first, the products are the same.
 WIDEN: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -132,9 +132,8 @@ def masked_scores(
         ptrs = bias_ptr + rows[:, None] + offs_n[None, :].to(tl.int64) * stride_bn
         bias = tl.load(ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0)
         if BIAS == ADDITIVE:
-            s += bias.to(tl.float32) * LOG2E
-            # The lowest finite number is a usual mask; beside it a log-sum-exp would have no digits left.
-            s = tl.where(s < HIDDEN, float("-inf"), s)
+            bias = bias.to(tl.float32)
+            s = tl.where(bias < HIDDEN, float("-inf"), s + bias * LOG2E)
         else:
             s = tl.where(bias != 0, s, float("-inf"))
     if CAUSAL:

@@ -135,6 +135,37 @@ def test_what_a_broken_run_had_measured_is_kept(
     assert [row["suite"] for row in kept["rows"]] == ["op"]
 
 
+def test_an_interrupted_suite_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A signal to the parent alone, then another, as `timeout` sends them; the child waits for its own."""
+    child = """
+import json, os, signal, sys, time
+path = next(a for a in sys.argv if a.startswith("--record=")).removeprefix("--record=")
+row = json.loads(os.environ["ROW"])
+try:
+    with open(path, "a") as file:
+        file.write(json.dumps({"planned": ["a", "b"]}) + "\\n" + json.dumps({"row": row, "test": "a"}) + "\\n")
+    for _ in range(2):
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(0.4)
+    time.sleep(60)
+finally:
+    print("ended in peace")
+"""
+    monkeypatch.setenv("ROW", json.dumps(_row("op")))
+    run_until = run._run_until
+    monkeypatch.setattr(
+        run, "_run_until", lambda command, limit: run_until([sys.executable, "-c", child, *command], limit)
+    )
+    assert run.main(["--out", str(tmp_path), "--device", "cpu"]) == 130
+    (part,) = tmp_path.iterdir()
+    kept = json.loads(part.read_text())
+    assert part.name.endswith("-part.json")
+    assert (kept["done"], kept["rows"], kept["cut"]) == (False, [_row("op")], ["op: b"])
+    assert "ended in peace" in capfd.readouterr().out
+
+
 def test_a_suite_at_its_limit_says_what_it_left_out(tmp_path: Path) -> None:
     path = tmp_path / "found.jsonl"
     lines = record.Record(path)
@@ -203,8 +234,26 @@ class FakeGraph:
         FakeEvent.now += 6.0
 
 
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
+    """Fakes of torch.cuda; what is under "capture" is raised by a capture."""
+    fails: dict[str, Exception] = {}
+
+    @contextmanager
+    def graph(_: FakeGraph) -> Iterator[None]:
+        yield
+        if "capture" in fails:
+            raise fails["capture"]
+
+    fakes = dict(Event=FakeEvent, CUDAGraph=FakeGraph, graph=graph, stream=lambda s: nullcontext())
+    fakes |= dict(synchronize=lambda: None, current_stream=lambda: None)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return fails
+
+
 @pytest.mark.parametrize("recorded", [True, False])
-def test_rounds_are_replays_or_calls(monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
+def test_rounds_are_replays_or_calls(device: dict[str, Exception], recorded: bool) -> None:
     """On a device that is made up: what is called how often, and what a call is said to take."""
     seen: list[int] = []
 
@@ -212,22 +261,29 @@ def test_rounds_are_replays_or_calls(monkeypatch: pytest.MonkeyPatch, recorded: 
         seen.append(int(i))
         FakeEvent.now += 0.5  # milliseconds
 
-    @contextmanager
-    def graph(_: FakeGraph) -> Iterator[None]:
-        yield
-        if not recorded:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    fakes = dict(Event=FakeEvent, CUDAGraph=FakeGraph, graph=graph, stream=lambda s: nullcontext())
-    fakes |= dict(synchronize=lambda: None, current_stream=lambda: None)
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+    if not recorded:
+        device["capture"] = RuntimeError("operation not permitted when stream is capturing")
     once, how = timing.graph_timer(call, [(torch.tensor(i),) for i in range(3)])
     assert how == ("graph" if recorded else "stream")
     # Once to compile, once between events, then three in a round: 2 ms are four of them, to the nearest whole turn.
     assert seen == [0, 0, 0, 1, 2, 0, 1, 2]
     assert once() == pytest.approx(2e-3 if recorded else 0.5e-3)
     assert seen[8:] == ([] if recorded else [0, 1, 2])
+
+
+def test_what_is_not_to_be_recorded_is_called(device: dict[str, Exception]) -> None:
+    def call(_: torch.Tensor) -> None:
+        FakeEvent.now += 4.0
+
+    once, how = timing.graph_timer(call, [(torch.tensor(0),)], record=False)
+    assert how == "stream"
+    assert once() == pytest.approx(4e-3)
+
+
+def test_a_capture_without_memory_is_no_stream(device: dict[str, Exception]) -> None:
+    device["capture"] = torch.OutOfMemoryError("12 GB")
+    with pytest.raises(torch.OutOfMemoryError):
+        timing.graph_timer(lambda _: setattr(FakeEvent, "now", FakeEvent.now + 1), [(torch.tensor(0),)])
 
 
 def test_a_sweep_without_time_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +307,9 @@ def test_a_sweep_without_time_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     sweep.sweep(problems, target, options)
     (whole,) = tmp_path.iterdir()
     assert not whole.stem.endswith("-part")
-    assert len(json.loads(whole.read_text())["rows"]) == len(rows)
+    content = json.loads(whole.read_text())
+    assert len(content["rows"]) == len(rows)
+    assert content["quick"] is False
 
 
 def test_nvidia_smi_may_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -286,4 +344,5 @@ def test_what_no_memory_can_hold_is_not_tried(monkeypatch: pytest.MonkeyPatch) -
     properties = type("Properties", (), {"total_memory": 150 * 10**9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     assert test_models.too_large(150 * 10**9, "cuda") is None
-    assert "154.6 GB of 150.0 GB" in test_models.too_large(12 * 2 * 12 * 16385**2 * 2, "cuda")
+    reason = test_models.too_large(12 * 2 * 12 * 16385**2 * 2, "cuda")
+    assert reason == "not tried: 154.6 GB needed for the weights of all layers alone, of 150.0 GB"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import attnx
 from attnx import TokenLayout, Trace, kept
-from attnx.kept import KeptMap, KeptQK
+from attnx.kept import KeptMap, KeptQK, attend
 from attnx.testing import oracle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -415,3 +415,41 @@ def test_words_that_are_none(keep: object) -> None:
         attnx.patch(model, keep=keep)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         attnx.Extractor(model, keep=keep)  # type: ignore[arg-type]
+
+
+def test_what_was_kept_and_then_changed_raises():
+    q, k, v = torch.randn(3, 1, 2, 9, 16).unbind(0)
+    q, k, bias = q.clone(), k.clone(), torch.zeros(1, 1, 9, 9)
+    for changed in (q, k, bias):
+        _, kept = attend(
+            q, k, v, "qk", heads="mean", rows=None, bias=bias, is_causal=False, scale=None, backend="eager"
+        )
+        kept.map()
+        changed.add_(1)
+        with pytest.raises(RuntimeError, match="changed in place"):
+            kept.map()
+        with pytest.raises(RuntimeError, match="changed in place"):
+            kept.vecmat(torch.ones(1, 1, 9))
+
+
+def test_row_out_of_range():
+    q, k, v = torch.randn(3, 1, 2, 6, 16).unbind(0)
+    for keep in ("qk", "map"):
+        call = dict(heads="mean", rows=None, bias=None, is_causal=False, scale=None, backend="eager")
+        _, kept = attend(q, k, v, keep, **call)
+        for i in (6, -7):
+            with pytest.raises(IndexError):
+                kept.row(i)
+
+
+@pytest.mark.parametrize("lowest", [-1e9, -65504.0, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("n", [20, 300])
+def test_a_row_that_a_finite_mask_hides_is_empty_in_both_forms(n, lowest):
+    q, k, v = torch.randn(3, 1, 2, n, 16).unbind(0)
+    bias = torch.zeros(1, 1, n, n)
+    bias[..., 2, :] = lowest
+    call = dict(heads="mean", rows=None, bias=bias, is_causal=False, scale=None, backend="eager")
+    kinds = [attend(q, k, v, keep, **call)[1] for keep in ("map", "qk")]
+    for kept in kinds:
+        assert not kept.map()[:, 2].any()
+        torch.testing.assert_close(kept.row_sums(), kinds[0].map().sum(-1))

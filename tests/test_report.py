@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def synthetic() -> dict[str, Any]:
         rows=rows,
         not_run={
             "flag_attention": "not <installed>",
-            "hooks, vit_base_patch16_2048 b2": "out of memory, not tried: 154 GB",
+            "hooks, vit_base_patch16_2048 b2": "out of memory: CUDA out of memory.",
         },
         failed={"op: a test": "AssertionError: off | by"},
         cut=["op: the last"],
@@ -135,6 +136,35 @@ def test_verdicts_come_from_rows_alone(folder: Path) -> None:
     assert held.verdict == "**met**"
 
 
+@pytest.mark.parametrize("reason", ["not tried: 154.6 GB needed, of 150.0 GB", "out of memory, not tried: 154.6 GB"])
+def test_what_was_never_tried_is_not_met(folder: Path, synthetic: dict[str, Any], reason: str) -> None:
+    synthetic["not_run"] = {"hooks, vit_base_patch16_2048 b2": reason}
+    (folder / GPU_FILE).write_text(json.dumps(synthetic))
+    lines = {v.target: v for v in targets.verdicts(stored.load(folder).runs[0])}
+    held = lines["that rollout where eager can't hold it"]
+    assert held.measured == "runs (b1), not tried: 154.6 GB needed (b2)"
+    assert held.verdict == "not tried"
+
+
+def test_launches_of_others_are_no_win(folder: Path, synthetic: dict[str, Any]) -> None:
+    for row in synthetic["rows"]:
+        if row["contestant"] == "hf_eager" and row["shape"].startswith("64x12x197"):
+            row["timing"] = "stream"
+    (folder / GPU_FILE).write_text(json.dumps(synthetic))
+    run = stored.load(folder).runs[0]
+    lines = {(v.target, v.tokens): v.verdict for v in targets.verdicts(run)}
+    assert lines["HF-style eager / `attention`", "197"] == "not measured"
+    assert lines["HF-style eager / `attention`", "577"] == "**met**"
+
+
+def test_quick_runs_are_not_published(folder: Path) -> None:
+    about = dict(target="sm_90", commit="synthetic", compiled_only=True, rows=[])
+    (folder / "sweep-a-quick-part.json").write_text(json.dumps(about))
+    (folder / "sweep-b.json").write_text(json.dumps({**about, "quick": True}))
+    (folder / "sweep-c.json").write_text(json.dumps({**about, "quick": False}))
+    assert list(stored.load(folder).sweeps) == ["sweep-c.json"]
+
+
 def test_nothing_is_met_without_a_gpu(folder: Path) -> None:
     assert {v.verdict for v in targets.verdicts(None)} == {"not measured"}
     (folder / GPU_FILE).unlink()
@@ -144,10 +174,16 @@ def test_nothing_is_met_without_a_gpu(folder: Path) -> None:
 
 
 def test_estimates_are_never_called_speeds(folder: Path, tmp_path: Path) -> None:
-    ranked = dict(chip="h200", kernel="map", shape=[4, 12, 1370, 64], config=[128, 128, 8, 3], default=True)
-    ranked |= dict(us=50.0, limit="exp", resident=1, busy={"exp": 0.8}, spills=0)
+    ranked = dict(chip="h200", kernel="map", N=1370, D=64, B=4, config=[128, 128, 8, 3, 1, 0, 0, 1], default=True)
+    ranked |= dict(us=50.0, limit="exp", resident=1, waste=1.1, busy={"exp": 0.8}, registers=168, spills=0, shared=100)
     whole = dict(
-        shape=[4, 12, 1370, 64], launches=["forward", "map"], us=90.0, forward_us=40.0, ratio=2.25, floor_us=29.0
+        chip="h200",
+        shape=[4, 12, 1370, 64],
+        launches=["forward", "map"],
+        us=90.0,
+        forward_us=40.0,
+        ratio=2.25,
+        floor_us=29.0,
     )
     content = dict(estimated=True, chip="h200", commit="synthetic", ranking=[[ranked]])
     content["whole"] = [whole, dict(shape=[1, 1, 1, 1], error="does not compile")]
@@ -155,8 +191,32 @@ def test_estimates_are_never_called_speeds(folder: Path, tmp_path: Path) -> None
     page = report.page(stored.load(folder), {})
     section = page[page.index("## Estimates: a model, not a measurement") :]
     assert "| 4, 12, 1370, 64 | forward + map | 90.0 | 40.0 | 2.25x | 29.0 |" in section
-    assert "| map, 4, 12, 1370, 64 | 128x128 8 3 | 50.0 | exp | 0 | 128x128 8 3 | 50.0 | exp |" in section
+    assert "| map, B 4, N 1370, D 64 | 128x128 8 3 | 50.0 | exp | 0 | 128x128 8 3 | 50.0 | exp |" in section
     assert "90.0" not in page[: page.index("## Estimates")]
+
+
+def test_what_the_model_writes_is_what_the_page_reads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimate = pytest.importorskip("benchmarks.estimate")
+    problem, target = estimate._problem("map", estimate.Shape(4, 12, 1370, 64)), estimate.CHIPS["h200"].target
+    default, other = estimate.default(problem, target), estimate.Candidate(64, 64, 4, 2)
+    found = dict(limit="exp", resident=1, waste=1.0, busy={"exp": 0.8})
+    used = dict(registers=168, spills=0, shared=100)
+
+    def predict(key: Any, *args: Any) -> tuple[Any, ...]:
+        if key[1] != default:
+            raise ValueError("asks for too much")
+        return SimpleNamespace(**used), SimpleNamespace(**found), 50e-6
+
+    monkeypatch.setattr(estimate, "tried", lambda *args: [other, default])
+    monkeypatch.setattr(estimate, "predict", predict)
+    shape = [4, 12, 1370, 64]
+    content = dict(estimated=True, chip="h200", ranking=[estimate.ranking(problem, "h200", {})])
+    estimate._store({**content, "whole": [dict(shape=shape, error="no")]}, folder)
+    page = report.page(stored.load(folder), {})
+    assert "| map, B 4, N 1370, D 64 | " in page
+    assert "| 50.0 | exp | 0 | " in page
 
 
 def test_sweeps_show_the_default_beside_the_best(folder: Path) -> None:

@@ -72,8 +72,6 @@ def attention_lse(
     lse = torch.empty(B, H, M, dtype=torch.float32, device=q.device)
     v = v.to(compute)
     for block, h, s in _scores(q, k.to(compute), bias, is_causal, scale, None):
-        if bias is not None:
-            s.masked_fill_(s < HIDDEN, -torch.inf)
         top = s.amax(-1, keepdim=True)
         # A row without keys has no maximum to subtract: its weights are then exp(-inf) = 0, its lse log(0).
         p = s.sub_(top.masked_fill(top == -torch.inf, 0.0)).exp_()
@@ -177,7 +175,7 @@ def _weights(
     room = k.new_empty(k.shape[0] * _rows_in_a_block(q, k) * k.shape[2] if lse is None else 0)
     for block, h, s in _scores(q, k, bias, is_causal, scale, rows):
         # A row without keys: softmax gives NaN, and the answer is zero.
-        empty = (s < HIDDEN).all(-1, keepdim=True) if bias is not None else None
+        empty = (s == -torch.inf).all(-1, keepdim=True) if bias is not None else None
         if lse is None:
             p = torch.softmax(s, -1, out=room[: s.numel()].view(s.shape))
         else:
@@ -203,7 +201,9 @@ def _scores(
             torch.baddbmm(s, q_block, k[:, h // group].transpose(1, 2), beta=0, alpha=scale, out=s)
             if bias is not None:
                 tile = _bias_block(bias, h, block)
-                s.masked_fill_(~tile, -torch.inf) if bias.dtype == torch.bool else s.add_(tile)
+                if bias.dtype != torch.bool:
+                    s.add_(tile)
+                s.masked_fill_(~tile if bias.dtype == torch.bool else tile < HIDDEN, -torch.inf)
             if hidden is not None:
                 s.masked_fill_(hidden, -torch.inf)
             yield block, h, s
