@@ -421,25 +421,25 @@ def test_what_was_kept_and_then_changed_raises():
     q, k, v = torch.randn(3, 1, 2, 9, 16).unbind(0)
     q, k, bias = q.clone(), k.clone(), torch.zeros(1, 1, 9, 9)
     for changed in (q, k, bias):
-        _, kept = attend(
+        _, layer = attend(
             q, k, v, "qk", heads="mean", rows=None, bias=bias, is_causal=False, scale=None, backend="eager"
         )
-        kept.map()
+        layer.map()
         changed.add_(1)
         with pytest.raises(RuntimeError, match="changed in place"):
-            kept.map()
+            layer.map()
         with pytest.raises(RuntimeError, match="changed in place"):
-            kept.vecmat(torch.ones(1, 1, 9))
+            layer.vecmat(torch.ones(1, 1, 9))
 
 
 def test_row_out_of_range():
     q, k, v = torch.randn(3, 1, 2, 6, 16).unbind(0)
     for keep in ("qk", "map"):
         call = dict(heads="mean", rows=None, bias=None, is_causal=False, scale=None, backend="eager")
-        _, kept = attend(q, k, v, keep, **call)
+        _, layer = attend(q, k, v, keep, **call)
         for i in (6, -7):
             with pytest.raises(IndexError):
-                kept.row(i)
+                layer.row(i)
 
 
 @pytest.mark.parametrize("lowest", [-1e9, -65504.0, torch.finfo(torch.float32).min])
@@ -450,6 +450,6 @@ def test_a_row_that_a_finite_mask_hides_is_empty_in_both_forms(n, lowest):
     bias[..., 2, :] = lowest
     call = dict(heads="mean", rows=None, bias=bias, is_causal=False, scale=None, backend="eager")
     kinds = [attend(q, k, v, keep, **call)[1] for keep in ("map", "qk")]
-    for kept in kinds:
-        assert not kept.map()[:, 2].any()
-        torch.testing.assert_close(kept.row_sums(), kinds[0].map().sum(-1))
+    for layer in kinds:
+        assert not layer.map()[:, 2].any()
+        torch.testing.assert_close(layer.row_sums(), kinds[0].map().sum(-1))
