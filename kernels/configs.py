@@ -146,6 +146,8 @@ def one_pass_config(head_dim: int, itemsize: int, keys: int, target: Target, bia
         return ShortRows(Config(64, 64, 4, 1), padded, parts, tail)
     if keys <= SHORT_ROW:
         block_n = max(64, 1 << (keys - 1).bit_length())
+        if width <= 128 and int(target.arch) < 90:
+            return ShortRows(Config(32, 128, 4, 1), padded, 2)  # two programs a processor, as above
         rows = 32 if width > 128 and target.arch != 90 else 64
         return ShortRows(Config(rows, block_n, 8, 2 if target.arch == 90 and width <= 128 else 1), padded)
     if width > 128:
