@@ -24,8 +24,9 @@ app = typer.Typer(
 
     [bold]attnx demo[/bold] shows what it does, without a download. [bold]attnx show photo.jpg --model demo[/bold] draws
     the maps of one image, [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
-    those of a folder. [bold]attnx kernels[/bold] compiles the GPU kernels, without a GPU. Exit codes: 0 all is well,
-    1 some images could not be read, or some kernel spills, 2 a mistake in what was asked.""",
+    those of a folder. [bold]attnx kernels[/bold] compiles the GPU kernels, without a GPU.
+
+    Exit codes: 0 all is well, 1 some images could not be read, or some kernel spills, 2 a mistake in what was asked.""",
 )
 
 Model = Annotated[
