@@ -26,7 +26,7 @@ app = typer.Typer(
     the maps of one image, [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
     those of a folder. [bold]attnx kernels[/bold] compiles the GPU kernels, without a GPU.
 
-    Exit codes: 0 all is well, 1 some images could not be read, or some kernel spills, 2 a mistake in what was asked.""",
+    Exit codes: 0 all is well, 1 some images could not be read or a kernel spills, 2 a mistake in what was asked.""",
 )
 
 Model = Annotated[
