@@ -108,12 +108,14 @@ def map_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bo
     if itemsize == 4:
         return Config(16, 32, 4, 1) if rows <= 16 else Config(32, 32, 8, 1)
     if rows <= 16:
+        if bias:
+            return Config(16, 64 if width <= 256 else 32, 4, 1)
         return Config(16, 128 if width <= 256 else 32, 4, stages if width <= 256 else 1)
     if width == 512:
         return Config(64, 64, 8, min(stages, 2))
     if bias:
-        if _is_blackwell(target) and width > 128:
-            return Config(64, 64, 4, 2)
+        if _is_blackwell(target):
+            return Config(64, 32, 4, 1)
         return Config(64, 64, 4 if width <= 64 else 8, 1)
     if target.backend == "cuda" and width <= 128:
         return Config(128, 64, 4, min(stages, 2))  # two programs a processor: one's products hide the other's exp
