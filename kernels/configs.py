@@ -109,7 +109,7 @@ def map_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bo
         return Config(16, 32, 4, 1) if rows <= 16 else Config(32, 32, 8, 1)
     if rows <= 16:
         if bias:
-            return Config(16, 64 if width <= 256 else 32, 4, 1)
+            return Config(16, 64 if width <= 256 and not _is_blackwell(target) else 32, 4, 1)
         return Config(16, 128 if width <= 256 else 32, 4, stages if width <= 256 else 1)
     if width == 512:
         return Config(64, 64, 8, min(stages, 2))
