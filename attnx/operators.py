@@ -4,8 +4,10 @@ Each has a fake kernel, which says the shapes and strides of its results, so tha
 it; those that give an output have a gradient too. Empty inputs are answered here, before any backend.
 """
 
+import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
+from importlib import import_module
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -17,14 +19,36 @@ from attnx.reducers import Heads
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_OF_DEVICE = {"cuda": "triton", "cpu": "native"}
 
-def implementation(backend: str) -> Any:
-    """The backend's module; raises ImportError where Triton is not installed."""
-    if backend == "eager":
+
+def implementation(backend: str, q: Tensor, v: Tensor | None = None) -> Any:
+    """The module of `attnx.backends` that answers; for "auto" the device's own, or eager where that can't.
+
+    Raises:
+        NotImplementedError: a named backend can't take these inputs; says every reason.
+
+    Warns:
+        UserWarning: once, where the device's own backend is missing something it needs, such as a compiler.
+    """
+    name = _OF_DEVICE.get(q.device.type, "eager") if backend == "auto" else backend
+    if name == "eager":
         return eager
-    from attnx.backends import triton
+    try:
+        module = import_module(f"attnx.backends.{name}")
+        reasons = module.limits(q, v)
+    except ImportError as error:
+        reasons = [str(error)]
+        if backend == "auto":
+            _warn_once(f"attnx: plain torch answers in place of the {name} backend, more slowly: {error}")
+    if reasons and backend != "auto":
+        raise NotImplementedError(f"backend={backend!r} can't take these inputs: {'; '.join(reasons)}")
+    return eager if reasons else module
 
-    return triton
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def _as_given(function: Callable[P, R]) -> Callable[P, R]:
@@ -59,11 +83,7 @@ def _attention(
         out, amap = _attention_fake(q, k, v, bias, is_causal, scale, heads, rows, backend)
         return out.zero_(), amap.zero_()
     _check_range(rows, q.shape[2])
-    impl = implementation(backend)
-    if rows is None:
-        return impl.attention(q, k, v, bias, is_causal, scale, kind)
-    amap = impl.attention_map(q, k, bias, is_causal, scale, kind, rows, None)
-    return impl.attention_output(q, k, v, bias, is_causal, scale), amap
+    return implementation(backend, q, v).attention(q, k, v, bias, is_causal, scale, kind, rows)
 
 
 @_attention.register_fake
@@ -99,7 +119,7 @@ def _map(
     if 0 in q.shape or k.shape[2] == 0:
         return _map_fake(q, k, bias, is_causal, scale, heads, rows, lse, backend).zero_()
     _check_range(rows, q.shape[2])
-    return implementation(backend).attention_map(q, k, bias, is_causal, scale, kind, rows, lse)
+    return implementation(backend, q).attention_map(q, k, bias, is_causal, scale, kind, rows, lse)
 
 
 @_map.register_fake
@@ -127,7 +147,7 @@ def _lse(
     if 0 in q.shape or k.shape[2] == 0:
         out, lse = _lse_fake(q, k, v, bias, is_causal, scale, backend)
         return out.zero_(), lse.fill_(-torch.inf)
-    return implementation(backend).attention_lse(q, k, v, bias, is_causal, scale)
+    return implementation(backend, q, v).attention_lse(q, k, v, bias, is_causal, scale)
 
 
 @_lse.register_fake
@@ -152,7 +172,7 @@ def _vecmat(
 ) -> Tensor:
     if 0 in q.shape or k.shape[2] == 0:
         return _vecmat_fake(r, q, k, bias, is_causal, scale, lse, backend).zero_()
-    return implementation(backend).vecmat(r, q, k, bias, is_causal, scale, lse)
+    return implementation(backend, q).vecmat(r, q, k, bias, is_causal, scale, lse)
 
 
 @_vecmat.register_fake
@@ -189,13 +209,13 @@ def _attention_backward_fake(
     return dq, dk, dv, dbias
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, bias, ctx.is_causal, ctx.scale, *_ = inputs
     ctx.save_for_backward(q, k, v, bias, output[0])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     none = (None,) * len(ctx.needs_input_grad)
     if grad is None:
         return none

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnx.operators import implementation
+import attnx.operators  # noqa: F401  (registers torch.ops.attnx)
 from attnx.reducers import Heads
 
-BACKENDS = ("auto", "triton", "eager")
+BACKENDS = ("auto", "triton", "native", "eager")
 
 
 def attention(
@@ -33,7 +33,8 @@ def attention(
     v and bias; the map is detached.
 
     Args:
-        q: [B, H, M, D] float16, bfloat16, float32 (float64 on the eager backend), any strides.
+        q: [B, H, M, D] float16, bfloat16, float32 (float64 on the eager backend), any strides. (Native copies what has
+            a last stride other than 1, and takes no float16.)
         k: [B, Hk, N, D] of the same dtype and device; H is a multiple of Hk (grouped queries).
         v: [B, Hk, N, Dv] likewise.
         bias: broadcastable to [B, H, M, N]: a float tensor is added to the scores, a boolean one says True = attend.
@@ -43,8 +44,8 @@ def attention(
         scale: of the scores; ``D ** -0.5`` unless given.
         heads: "mean", "max", "min" over the heads, or "each".
         rows: indices in 0..M-1 of the query rows whose map is wanted; the others cost nothing. None: all.
-        backend: "triton", "eager" (plain torch, any device), or "auto": Triton on GPUs wherever it can take the
-            inputs, else eager. A named backend never falls back.
+        backend: "triton", "native" (a C++ kernel for CPUs), "eager" (plain torch, any device), or "auto": Triton on
+            GPUs and native on CPUs wherever they can take the inputs, else eager. A named backend never falls back.
 
     Returns:
         out [B, H, M, Dv] in q's dtype, and the map, float32: [B, M, N], [B, R, N] for R rows, [B, H, M, N] for each.
@@ -59,7 +60,7 @@ def attention(
     bias = _check(q, k, v, bias, is_causal, heads)
     index = _row_index(rows, q.shape[2], q.device)
     scale = _scale(scale, q)
-    out, amap = torch.ops.attnx.attention(q, k, v, bias, is_causal, scale, heads, index, _choose(backend, q, v))
+    out, amap = torch.ops.attnx.attention(q, k, v, bias, is_causal, scale, heads, index, _known(backend))
     return out, amap.detach()
 
 
@@ -85,7 +86,7 @@ def attention_map(
     bias = _check(q, k, v, bias, is_causal, heads)
     index = _row_index(rows, q.shape[2], q.device)
     _check_float32("lse", lse, q.shape[:3], q.device)
-    name = _choose(backend, q, v)
+    name = _known(backend)
     q, k = q.detach(), k.detach()
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
     return torch.ops.attnx.attention_map(q, k, bias, is_causal, _scale(scale, q), heads, index, lse, name)
@@ -112,7 +113,7 @@ def attention_lse(
     """
     q, k, v = cast_as_sdpa(q, k, v)
     bias = _check(q, k, v, bias, is_causal, "mean")
-    out, lse = torch.ops.attnx.attention_lse(q, k, v, bias, is_causal, _scale(scale, q), _choose(backend, q, v))
+    out, lse = torch.ops.attnx.attention_lse(q, k, v, bias, is_causal, _scale(scale, q), _known(backend))
     return out, lse.detach()
 
 
@@ -149,24 +150,16 @@ def vecmat(
     bias = _check(q, k, None, bias, is_causal, "mean")
     _check_float32("r", r, (q.shape[0], q.shape[2]), q.device)
     _check_float32("lse", lse, q.shape[:3], q.device)
-    name = _choose(backend, q, None)
+    name = _known(backend)
     r, q, k = r.detach(), q.detach(), k.detach()
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
     return torch.ops.attnx.vecmat(r, q, k, bias, is_causal, _scale(scale, q), lse, name)
 
 
-def _choose(backend: str, q: Tensor, v: Tensor | None) -> str:
+def _known(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "eager" or (backend == "auto" and q.device.type != "cuda"):
-        return "eager"
-    try:
-        reasons = implementation("triton").limits(q, v)
-    except ImportError as error:
-        reasons = [str(error)]
-    if reasons and backend == "triton":
-        raise NotImplementedError(f"backend='triton' can't take these inputs: {'; '.join(reasons)}")
-    return "eager" if reasons else "triton"
+    return backend
 
 
 def cast_as_sdpa(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -27,9 +27,19 @@ def interpreter_works():
     return True
 
 
-@pytest.fixture(scope="session")
-def device():
-    return torch.device("cuda" if HAS_CUDA else "cpu")
+@pytest.fixture
+def device(request):
+    """The GPU if there is one, but for tests of the backend that is for CPUs."""
+    native = hasattr(request.node, "callspec") and request.node.callspec.params.get("backend") == "native"
+    return torch.device("cuda" if HAS_CUDA and not native else "cpu")
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that torch.empty gives out is NaN, so that an element nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -11,12 +11,11 @@ from torch.library import opcheck
 
 import attnx
 from attnx import testing
-from attnx.backends import eager
+from attnx.backends import eager, native
 from attnx.testing import Case, assert_attention, random_inputs
+from on_backends import LONG, SHORT, TAKES, on_all
 
 ROOT = Path(__file__).resolve().parents[1]
-
-SHORT, LONG = 20, 300  # keys: the one-pass kernel takes the first, forward and map kernels the second
 
 
 @pytest.fixture
@@ -35,16 +34,18 @@ def launched(monkeypatch):
 
 
 @pytest.fixture
-def eager_calls(monkeypatch):
-    """The names of the eager backend's functions that were called, in order."""
+def on_cpu(monkeypatch):
+    """The backend and name of every function of the eager and native backends that was called, in order."""
     names = []
 
-    def spy_on(name):
-        call = getattr(eager, name)
-        monkeypatch.setattr(eager, name, lambda *args: (names.append(name), call(*args))[1])
+    def spy_on(module, name):
+        call = getattr(module, name)
+        said = f"{module.__name__.rpartition('.')[2]}.{name}"
+        monkeypatch.setattr(module, name, lambda *args: (names.append(said), call(*args))[1])
 
-    for name in ("attention", "attention_map", "attention_output"):
-        spy_on(name)
+    for module in (eager, native):
+        for name in ("attention", "attention_map", "attention_lse", "vecmat"):
+            spy_on(module, name)
     return names
 
 
@@ -52,39 +53,45 @@ def eager_calls(monkeypatch):
     ("N", "call", "options", "kernels"),
     [
         (SHORT, "attention", {}, ["one_pass"]),
-        (SHORT, "attention", {"rows": [1]}, ["one_pass", "forward"]),
+        (SHORT, "attention", {"rows": [1]}, ["forward", "map"]),
         (SHORT, "attention_map", {}, ["one_pass"]),
         (SHORT, "attention_map", {"lse": True}, ["map"]),
         (LONG, "attention", {}, ["forward", "map"]),
-        (LONG, "attention", {"rows": [1]}, ["forward", "map", "forward"]),
+        (LONG, "attention", {"rows": [1]}, ["forward", "map"]),
         (LONG, "attention_map", {}, ["forward", "map"]),
         (LONG, "attention_map", {"lse": True}, ["map"]),
     ],
 )
-def test_the_kernels_that_run(N, call, options, kernels, launched, eager_calls, device):
+def test_the_kernels_that_run(N, call, options, kernels, launched, on_cpu, device):
     q, k, v, _ = random_inputs(Case(N=N), device=device)
     if "lse" in options:
         options = {"lse": torch.zeros(q.shape[:3], device=device)}
     getattr(attnx, call)(*(q, k, v)[: 3 if call == "attention" else 2], backend="triton", **options)
     assert launched == kernels
-    assert not eager_calls
+    assert not on_cpu
 
 
 @pytest.mark.parametrize(
-    ("dtype", "D", "on_gpu"),
-    [(torch.float16, 16, "triton"), (torch.float64, 16, "eager"), (torch.float32, 320, "eager")],
+    ("dtype", "D", "gpu", "cpu"),
+    [
+        (torch.float16, 16, "triton", "eager"),
+        (torch.bfloat16, 16, "triton", "native"),
+        (torch.float64, 16, "eager", "eager"),
+        (torch.float32, 320, "eager", "native"),
+    ],
 )
-def test_auto_is_triton_on_a_gpu_wherever_it_can_and_else_eager(dtype, D, on_gpu, launched, eager_calls, device):
+def test_auto_is_the_devices_own_backend_wherever_it_can_and_else_eager(dtype, D, gpu, cpu, launched, on_cpu, device):
     q, k, v, _ = random_inputs(Case(D=D, dtype=dtype), device=device)
     attnx.attention(q, k, v)
     attnx.attention_map(q, k)
-    if device.type == "cuda" and on_gpu == "triton":
-        assert (launched, eager_calls) == (["one_pass", "one_pass"], [])
+    if device.type == "cuda" and gpu == "triton":
+        assert (launched, on_cpu) == (["one_pass", "one_pass"], [])
     else:
-        assert (launched, eager_calls) == ([], ["attention", "attention_map"])
+        expected = gpu if device.type == "cuda" else cpu
+        assert (launched, on_cpu) == ([], [f"{expected}.attention", f"{expected}.attention_map"])
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@on_all
 @pytest.mark.parametrize(
     ("B", "M", "N", "rows"), [(0, 4, 5, None), (2, 4, 0, None), (2, 0, 5, None), (0, 4, 5, [1]), (2, 4, 0, [3, 3])]
 )
@@ -161,7 +168,7 @@ def test_compiles_without_a_break(compiler, device):
         torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@on_all
 @pytest.mark.parametrize("rows", [None, (3, 0)])
 @pytest.mark.parametrize(
     "case",
@@ -307,7 +314,7 @@ def test_tf32_by_torchs_newer_setting():
     assert done.stdout.split() == ["tf32", "ieee"], done.stderr
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@on_all
 @pytest.mark.parametrize("n", [20, 300])
 def test_rows_of_any_strides(backend, n, device):
     q, k, _, _ = testing.random_inputs(testing.Case(N=n, M=20), device=device)
@@ -317,7 +324,7 @@ def test_rows_of_any_strides(backend, n, device):
         torch.testing.assert_close(attnx.attention_map(q, k, rows=rows, backend=backend), whole[:, rows])
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@on_all
 def test_gradient_inside_autocast(backend, device):
     """Nothing is rounded twice: as with inputs of that dtype outside."""
     inputs = testing.random_inputs(testing.Case(), device=device)[:3]
@@ -339,7 +346,7 @@ def test_triton_takes_a_scale_that_fp32_has_not(device):
     testing.assert_attention(out, amap, q, k, v, scale=1e-46)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@on_all
 @pytest.mark.parametrize("n", [20, 300])
 def test_triton_and_eager_hide_below_the_same_bias(backend, n, device):
     q, k, *_ = testing.random_inputs(testing.Case(N=n), device=device)

@@ -18,36 +18,13 @@ from attnx.testing import (
     random_inputs,
     random_vector,
 )
+from on_backends import LONG, SHORT, TAKES, of_both_lengths, on_all, pairs
 
-BACKENDS = ("eager", "triton")
-SHORT, LONG = 20, 300
 
 # What is asked of the heads and rows of a map is not asked here.
 CASES = tuple(dict.fromkeys(replace(case, heads="mean", rows=None) for case in TABLE))
 
 
-def pairs(cases):
-    return pytest.mark.parametrize(
-        ("case", "backend"),
-        [
-            pytest.param(case, backend, id=f"{backend}-{case}")
-            for case in cases
-            for backend in BACKENDS
-            if backend == "eager" or case.dtype != torch.float64
-        ],
-    )
-
-
-on_both = pytest.mark.parametrize("backend", BACKENDS)
-of_both_lengths = pytest.mark.parametrize("N", [SHORT, LONG])
-
-
-@pytest.fixture
-def poisoned():
-    """Memory that torch.empty gives out is NaN, so that an element nobody wrote is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -133,7 +110,7 @@ def test_the_cpus_output_and_lse_are_the_vendors(monkeypatch):
     assert torch.equal(lse, seen[0][1])
 
 
-@on_both
+@on_all
 @of_both_lengths
 def test_a_unit_vector_gives_a_row(backend, N, device):
     case = Case(N=N, is_causal=True, bias="1HMN")
@@ -146,7 +123,7 @@ def test_a_unit_vector_gives_a_row(backend, N, device):
         torch.testing.assert_close(row, amap[:, i], rtol=1e-5, atol=1e-8)
 
 
-@on_both
+@on_all
 @of_both_lengths
 def test_vecmat_is_linear_and_sums_to_the_rows_with_keys(backend, N, device):
     case = Case(N=N, mask="BHMN")
@@ -160,7 +137,7 @@ def test_vecmat_is_linear_and_sums_to_the_rows_with_keys(backend, N, device):
     torch.testing.assert_close(one.sum(-1), (a * sums).sum(-1))
 
 
-@on_both
+@on_all
 @of_both_lengths
 def test_the_lse_given_is_used(backend, N, device):
     case = Case(N=N)
@@ -173,7 +150,7 @@ def test_the_lse_given_is_used(backend, N, device):
     torch.testing.assert_close(halved, plain / 2)
 
 
-@on_both
+@on_all
 @pytest.mark.parametrize("mask", ["B1MN", "BHMN"])
 @of_both_lengths
 def test_rows_without_keys_may_have_either_infinity(backend, N, mask, device):
@@ -186,11 +163,11 @@ def test_rows_without_keys_may_have_either_infinity(backend, N, mask, device):
         assert_vecmat(attnx.vecmat(r, q, k, bias=bias, lse=filled, backend=backend), r, q, k, bias)
 
 
-@on_both
+@on_all
 @of_both_lengths
 @pytest.mark.parametrize("given", [True, False])
 def test_same_bits_every_time(backend, N, given, device):
-    case = Case(N=N, dtype=torch.float16, bias="1HMN")
+    case = Case(N=N, dtype=torch.bfloat16, bias="1HMN")
     q, k, v, bias = random_inputs(case, device=device)
     r = random_vector(case, device=device)
     first, second = (attnx.attention_lse(q, k, v, bias=bias, backend=backend) for _ in range(2))
@@ -200,7 +177,7 @@ def test_same_bits_every_time(backend, N, given, device):
     assert torch.equal(one, two)
 
 
-@on_both
+@on_all
 @of_both_lengths
 def test_a_row_of_nan_is_seen_unless_its_r_is_zero(backend, N, device):
     case = Case(N=N)
@@ -253,7 +230,7 @@ def test_a_cpu_computes_only_the_rows_that_count(monkeypatch):
         torch.testing.assert_close(known, passed)
 
 
-@on_both
+@on_all
 @of_both_lengths
 def test_strides_of_r_and_items_of_the_batch(backend, N, device):
     case = Case(B=3, N=N, mask="B1MN")
@@ -273,7 +250,7 @@ def test_strides_of_r_and_items_of_the_batch(backend, N, device):
     assert torch.equal(shuffled, passed[order])
 
 
-@on_both
+@on_all
 @pytest.mark.parametrize(("B", "M", "N"), [(0, 4, 5), (2, 4, 0), (2, 0, 5)])
 def test_nothing_in_zeros_out(B, M, N, backend, device):
     q, k, v, _ = random_inputs(Case(B=B, M=M, N=N, Dv=24), device=device)
@@ -323,7 +300,7 @@ def test_compiles_without_a_break(compiler, device):
         torch.testing.assert_close(ours, expected)
 
 
-@on_both
+@on_all
 @pytest.mark.parametrize(
     "case",
     [

@@ -17,9 +17,19 @@ _BLOCK_BYTES = 4 << 20  # of weights at a time
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float, heads: Heads
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    heads: Heads,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B,H,M,Dv] in q's dtype (rows before heads in memory, as blocks want it) and map, see `ops.attention`."""
+    if rows is not None:
+        amap = attention_map(q, k, bias, is_causal, scale, heads, rows, None)
+        return _output(q, k, v, bias, is_causal, scale), amap
     B, H, M, _ = q.shape
     out = q.new_empty(B, M, H, v.shape[3])
     v = v.to(_compute_dtype(q))
@@ -41,23 +51,6 @@ def attention_map(
     if rows is not None:
         q, bias, lse = _take_rows(q, bias, lse, rows)
     return _map(q, k, None, bias, is_causal, scale, heads, rows, lse, None)
-
-
-def attention_output(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    """Output [B,H,M,Dv] alone: the vendor's SDPA."""
-    if bias is not None and bias.dtype != torch.bool:
-        bias = bias.to(q.dtype).masked_fill(bias.float() < HIDDEN, -torch.inf)
-    # SDPA on CPUs hides before it scales: a scale of 0 or less would make NaN of minus infinity.
-    if is_causal and (bias is not None or scale <= 0):
-        hidden = _causal_mask(slice(0, q.shape[2]), None, k.shape[2], q.device)
-        if bias is None:
-            bias = ~hidden
-        else:
-            bias = bias & ~hidden if bias.dtype == torch.bool else bias.masked_fill(hidden, -torch.inf)
-        is_causal = False
-    gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=gqa)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def attention_lse(
@@ -130,6 +123,23 @@ def attention_backward(
     if bias is not None and dbias is not None:
         dbias = dbias.to(bias.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias
+
+
+def _output(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    """Output [B,H,M,Dv] alone: the vendor's SDPA."""
+    if bias is not None and bias.dtype != torch.bool:
+        bias = bias.to(q.dtype).masked_fill(bias.float() < HIDDEN, -torch.inf)
+    # SDPA on CPUs hides before it scales: a scale of 0 or less would make NaN of minus infinity.
+    if is_causal and (bias is not None or scale <= 0):
+        hidden = _causal_mask(slice(0, q.shape[2]), None, k.shape[2], q.device)
+        if bias is None:
+            bias = ~hidden
+        else:
+            bias = bias & ~hidden if bias.dtype == torch.bool else bias.masked_fill(hidden, -torch.inf)
+        is_causal = False
+    gqa = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _map(

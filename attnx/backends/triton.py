@@ -38,13 +38,20 @@ def limits(q: Tensor, v: Tensor | None) -> list[str]:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float, heads: Heads
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    heads: Heads,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B,H,M,Dv] in q's dtype (rows before heads in memory, as blocks want it) and map, see `ops.attention`."""
-    short = _short_rows(q, k, v, bias)
+    short = _short_rows(q, k, v, bias) if rows is None else None
     if short is None:
         out, lse = attention_lse(q, k, v, bias, is_causal, scale)
-        return out, attention_map(q, k, bias, is_causal, scale, heads, None, lse)
+        return out, attention_map(q, k, bias, is_causal, scale, heads, rows, lse)
     out = _output(q, v)
     shared = shared_args(q, k, _expand(bias, q, k), None, scale, is_causal)
     return out, _one_pass(shared, value_args(q, v, out), heads, short)
@@ -74,11 +81,6 @@ def attention_map(
     config = map_config(shared["D"], q.element_size(), shared["M"], on, bias is not None)
     tiles = cdiv(shared["M"], config.block_m) * cdiv(shared["N"], config.block_n)
     return _fused(shared, heads, tiles, lambda maps, splits: map_launch(shared, lse, maps, int(heads), splits, config))
-
-
-def attention_output(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    """Output [B,H,M,Dv] alone."""
-    return attention_lse(q, k, v, bias, is_causal, scale)[0]
 
 
 def attention_lse(

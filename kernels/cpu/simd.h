@@ -1,0 +1,114 @@
+// Vectors of the widest kind that the compiler was told of (-mavx512f, -mavx2), by GCC's and Clang's vector extensions:
+// the same code is AVX-512, AVX2, NEON or whatever four floats are elsewhere.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace attnx {
+
+#if defined(__AVX512F__)
+constexpr int W = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int W = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int W = 4, REGISTERS = 32;
+#else
+constexpr int W = 4, REGISTERS = 16;
+#endif
+
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef int32_t ivec __attribute__((vector_size(4 * W)));
+typedef uint32_t uvec __attribute__((vector_size(4 * W)));
+typedef uint16_t halves __attribute__((vector_size(2 * W)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+static inline vec splat(float x) { return x - vec{}; }
+
+static inline vec load(const float* p) {
+    vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline vec load(const bf16* p) {
+    halves h;
+    std::memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, uvec) << 16);
+}
+
+static inline float widen(float x) { return x; }
+
+static inline float widen(bf16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+
+// To nearest, ties to even; a NaN stays one.
+static inline void store(bf16* p, vec v) {
+    const uvec bits = (uvec)v;
+    const uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const halves h = __builtin_convertvector(v != v ? (bits >> 16) | 0x40 : rounded, halves);
+    std::memcpy(p, &h, sizeof h);
+}
+
+static inline float sum_of(vec v) {
+    float total = 0;
+    for (int i = 0; i < W; i++) total += v[i];
+    return total;
+}
+
+// 2^x to about an ulp for x < 128, 0 below -126; a NaN stays one. Of the fraction in [-1/2, 1/2] Cephes' polynomial
+// (exp2f), times a power of two whose exponent the rounded x is.
+static inline vec exp2(vec x) {
+    const float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23: added, its low bits are x rounded, and 127 the bias
+    const vec shifted = x + magic;
+    const vec f = x - (shifted - magic);
+    vec p = splat(1.535336188319500e-4f);
+    p = p * f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.0f;
+    const vec y = p * (vec)((ivec)shifted << 23);
+    return x < -126.0f ? vec{} : y;
+}
+
+// A loop of multiplications four at a time: its own counting takes slots of the units that multiply.
+#if defined(__clang__)
+#define ATTNX_UNROLL _Pragma("unroll 4")
+#define ATTNX_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ATTNX_UNROLL _Pragma("GCC unroll 4")
+#define ATTNX_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
+#endif
+
+template <int S, int... L>
+static inline void exchange(vec* r, std::integer_sequence<int, L...>) {
+    for (int i = 0; i < W; i++)
+        if (!(i & S)) {
+            const vec a = r[i], b = r[i + S];
+            r[i] = ATTNX_SHUFFLE(a, b, ((L & S) ? W + L - S : L)...);
+            r[i + S] = ATTNX_SHUFFLE(a, b, ((L & S) ? W + L : L + S)...);
+        }
+}
+
+// W vectors of W as a matrix, transposed in place.
+static inline __attribute__((always_inline)) void transpose(vec (&r)[W]) {
+    const auto lanes = std::make_integer_sequence<int, W>();
+    exchange<1>(r, lanes);
+    exchange<2>(r, lanes);
+    if constexpr (W > 4) exchange<4>(r, lanes);
+    if constexpr (W > 8) exchange<8>(r, lanes);
+}
+
+}  // namespace attnx
