@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from attnx.layers import Layers
 from attnx.layout import TokenLayout
 from attnx.listener import Listener
+from attnx.recorder import Recorder
 from attnx.trace import Trace
 
 
@@ -66,14 +68,18 @@ def capture(
     Warns:
         UserWarning: at the end, of attention blocks that were not heard while layers=None asked for every one that is.
     """
-    listener = Listener(model, layers, heads, rows, keep, layout, backend)
+    listener = Listener(model, layers, Recorder(model, heads, rows, keep, layout, backend))
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         stack.callback(listener.uninstall)
         listener.install()
         yield listener.trace
         listener.check()
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Compiled models run uncompiled inside the `with`."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def patch(
@@ -95,6 +101,6 @@ def patch(
     """
     if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
         raise ValueError("patch: expected a model that is not compiled; use attnx.capture, or patch model._orig_mod")
-    listener = Listener(model, layers, heads, rows, keep, layout, backend)
+    listener = Listener(model, layers, Recorder(model, heads, rows, keep, layout, backend))
     listener.install()
     return Handle(listener)

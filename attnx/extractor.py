@@ -1,15 +1,20 @@
-"""From images to maps: a model, a method, and how to run the one to answer the other."""
+"""From images to maps: a model, a method, and how little of the one answers the other."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnx.capture import capture
-from attnx.kept import check_keep
+from attnx.capture import uncompiled
+from attnx.graphs import Graphs
 from attnx.layers import Layers
-from attnx.layout import TokenLayout
+from attnx.layout import TokenLayout, declared_input
 from attnx.methods import cls_map, layer_maps, rollout
+from attnx.methods.rollout import last_needed
+from attnx.plan import Plan, Trial
+from attnx.recorder import Recorder
+from attnx.trace import Trace
 
 METHODS = ("rollout", "cls", "layers")
 
@@ -17,8 +22,13 @@ METHODS = ("rollout", "cls", "layers")
 class Extractor:
     """Images in, maps out: `Extractor(model, method="rollout")(images)`. The model is left as it was.
 
-    Only what the method reads is kept: whole maps of every layer for rollout, or where they are larger, q and k (the
-    memory is then linear in the tokens); the class token's row for the others.
+    Only what the method reads is computed. The first call tries the model on one image, sees which layers attend and
+    in which order, and makes a `plan`; from then on the model is left where the method needs no more of it: for rollout
+    and CLS maps after one query row and the keys of the last layer. Known blocks run with attnx's attention in place of
+    SDPA; of others the calls are heard, as in `attnx.capture`. The maps are those of `capture` and the method.
+
+    Kept are whole maps of every layer for rollout, or where they are larger, q and k (the memory is then linear in the
+    tokens); the class token's row for the others.
 
     Args:
         model: in eval mode.
@@ -29,6 +39,9 @@ class Extractor:
         keep: as in `attnx.capture`.
         layout: as in `attnx.capture`.
         dtype: run the model under autocast to this dtype; None: as it is.
+        channels_last: hand the images over in torch's channels-last memory format.
+        compile: record the whole way from images to maps as a CUDA graph, one for every shape of images: at small
+            batches a GPU otherwise waits for Python. The model's input must then be all that its pass depends on.
         backend: as in `attnx.attention`.
         model_kwargs: further arguments of every call of the model, such as interpolate_pos_encoding=True.
         options: further arguments of `attnx.rollout` (residual, discard, start, preset, rows).
@@ -47,6 +60,8 @@ class Extractor:
         keep: str = "auto",
         layout: TokenLayout | None = None,
         dtype: torch.dtype | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
         backend: str = "auto",
         model_kwargs: dict[str, Any] | None = None,
         **options: Any,
@@ -61,30 +76,106 @@ class Extractor:
             raise ValueError("model: expected eval mode; got training mode; call model.eval()")
         self.model = model
         self.method = method
+        self.layers: Layers = -1 if method == "cls" and layers is None else layers
         self.dtype = dtype
+        self.channels_last = channels_last
         self.model_kwargs = model_kwargs or {}
         self.options = options
-        self.listening = dict(
-            layers=-1 if method == "cls" and layers is None else layers,
-            heads=heads,
-            rows=None if method == "rollout" else [0],
-            keep=check_keep(keep),
-            layout=layout,
-            backend=backend,
-        )
+        self._recorder = Recorder(model, heads, None if method == "rollout" else [0], keep, layout, backend, reuse=True)
+        self._graphs = Graphs(self._maps) if compile else None
+        self._plan: Plan | None = None
 
+    @property
+    def plan(self) -> Plan:
+        """What runs and what is kept; `print(extractor.plan)` is a table.
+
+        Raises:
+            RuntimeError: it was not called yet, and the model doesn't say what images it takes.
+        """
+        if self._plan is None:
+            size = declared_input(self.model)
+            if size is None:
+                raise RuntimeError("plan: it is made on the first call, from its first image; call the extractor once")
+            weight = next(self.model.parameters())
+            self._try(torch.zeros(1, *size, dtype=weight.dtype, device=weight.device))
+        assert self._plan is not None
+        return self._plan
+
+    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """[B, 3, height, width] on the model's device -> float32 maps, see the class.
 
         Raises:
-            ValueError, RuntimeError: as `attnx.capture` and the method do.
+            ValueError, RuntimeError: as `attnx.capture` and the method do; RuntimeError if the layers that attend are
+                not those of the plan.
         """
-        autocast = torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None)
-        with torch.inference_mode(), capture(self.model, **self.listening) as trace, autocast:  # type: ignore[arg-type]
-            self.model(images, **self.model_kwargs)
-        with torch.inference_mode():
-            if self.method == "rollout":
-                return rollout(trace, **self.options)
-            if self.method == "cls":
-                return cls_map(trace)
-            return layer_maps(trace).maps
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self._plan is None:
+            tried = self._try(images[:1])
+            if len(images) == 1:
+                return tried
+        return self._graphs(images) if self._graphs is not None else self._maps(images)
+
+    def stream(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The maps of every batch. On a GPU the next batch is copied, from pinned memory, while one is computed.
+
+        Args:
+            batches: of images as in a call, but on the CPU (or the model's device already).
+        """
+        device = next(self.model.parameters()).device
+        if device.type != "cuda":
+            for images in batches:
+                yield self(images.to(device))
+            return
+        side = torch.cuda.Stream(device)
+        before: Tensor | None = None
+        for images in batches:
+            with torch.cuda.stream(side):
+                ahead = (images if images.is_cuda else images.pin_memory()).to(device, non_blocking=True)
+            if before is not None:
+                yield self(before)
+            torch.cuda.current_stream(device).wait_stream(side)
+            ahead.record_stream(torch.cuda.current_stream(device))
+            before = ahead
+        if before is not None:
+            yield self(before)
+
+    def _maps(self, images: Tensor) -> Tensor:
+        with uncompiled(), self._autocast(images):
+            assert self._plan is not None
+            self._plan.run(self._recorder, self.model, lambda: self.model(images, **self.model_kwargs))
+        # Nothing was kept of the layers before `start`.
+        answer = self._answer(self._recorder.trace, {k: v for k, v in self.options.items() if k != "start"})
+        self._recorder.clear()
+        return answer
+
+    def _answer(self, trace: Trace, options: dict[str, Any]) -> Tensor:
+        if self.method == "rollout":
+            return rollout(trace, **options)
+        return cls_map(trace) if self.method == "cls" else layer_maps(trace).maps
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        # A graph holds the addresses of weights that were cast: they may not be those of a cache.
+        return torch.autocast(
+            images.device.type,
+            dtype=self.dtype,
+            enabled=self.dtype is not None or torch.is_autocast_enabled(images.device.type),
+            cache_enabled=self._graphs is None,
+        )
+
+    @torch.inference_mode()
+    def _try(self, image: Tensor) -> Tensor:
+        """The map of one image, from a pass of the whole model, which gives the plan."""
+        trial = Trial(self.model, self.layers, self._recorder)
+        with uncompiled(), self._autocast(image), trial:
+            self.model(image, **self.model_kwargs)
+        trace = self._recorder.trace
+        answer = self._answer(trace, self.options)
+        names, row = list(trace), 0
+        if self.method == "rollout":
+            last, row = last_needed(trace, **self.options)
+            names = names[self.options.get("start", 0) : names.index(last) + 1]
+        with self._autocast(image):
+            self._plan = trial.plan(names[-1:] if self.method == "cls" else names, row)
+        return answer

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from attnx.ops import attention, attention_lse, attention_map, cast_as_sdpa, vecmat
+from attnx.ops import attention, attention_into, attention_lse, attention_map, cast_as_sdpa, vecmat
 from attnx.reducers import Heads, fuse_heads
 
 KEEP = ("map", "qk", "auto")
+SMALL_MAP = 64 << 20  # bytes up to which "auto" keeps a layer's maps: rollout reads them sooner than it makes them again
 
 
 class Kept(Protocol):
@@ -49,9 +50,10 @@ class Kept(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class KeptMap:
-    """A layer whose map was kept."""
+    """A layer whose map was kept; `stochastic` where its rows are known to sum to 1 (or NaN)."""
 
     amap: Tensor
+    stochastic: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,11 +77,54 @@ class KeptMap:
         return KeptMap(fuse_heads(self.amap, heads)) if self.amap.dim() == 4 else self
 
     def row_sums(self) -> Tensor:
-        return self.amap.sum(-1)
+        # All of a large map need not be read: a row is NaN as a whole.
+        first = self.amap[..., 0]
+        return torch.where(first.isnan(), first, 1.0) if self.stochastic else self.amap.sum(-1)
 
     def vecmat(self, r: Tensor) -> Tensor:
         with _no_autocast(r):
+            if r.device.type == "cpu" and r.shape[1] == 1:
+                # bmm takes twice as long for a single row.
+                return torch.stack([row @ amap for row, amap in zip(r, self.amap, strict=True)])
             return torch.bmm(r, self.amap)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRows:
+    """A layer of which some rows were kept, since the method reads no others; what needs the whole map raises."""
+
+    amap: Tensor  # [B, R, N], or [B, H, R, N]
+    rows: tuple[int, ...]
+    queries: int  # that the layer has
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.amap.shape[:-2], self.queries, self.amap.shape[-1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.amap.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.amap.nbytes
+
+    def map(self) -> Tensor:
+        raise RuntimeError(f"only rows {list(self.rows)} of the map were kept")
+
+    def row(self, i: int) -> Tensor:
+        if i not in self.rows:
+            raise IndexError(f"row: expected one of {list(self.rows)}, which were kept; got {i}")
+        return self.amap[..., self.rows.index(i), :]
+
+    def fused(self, heads: Heads) -> "KeptRows":
+        return replace(self, amap=fuse_heads(self.amap, heads)) if self.amap.dim() == 4 else self
+
+    def row_sums(self) -> Tensor:
+        return self.map()
+
+    def vecmat(self, r: Tensor) -> Tensor:
+        return self.map()
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,22 +209,30 @@ def attend(
     heads: str,
     rows: Tensor | None,
     output: bool = True,
+    room: Tensor | None = None,
     **call: Any,
 ) -> tuple[Tensor | None, Kept]:
     """Attention's output, and what is to be kept of the call.
 
     Args:
         q, k, v, heads, rows: as in `attnx.attention`; so is `call`: bias, is_causal, scale, backend.
-        keep: one of KEEP. "auto": q and k if they are smaller than the map and `vecmat` can stand for it, which is to
-            say whole mean maps.
+        keep: one of KEEP. "auto": q and k if the map is not small, they are smaller, and `vecmat` can stand for it,
+            which is to say whole mean maps.
         output: False: nobody wants the output, and None takes its place.
+        room: a map of an earlier call that nobody needs any more, to be written over if it fits.
     """
     q, k, v = cast_as_sdpa(q, k, v)
-    fits = heads == "mean" and rows is None and _qk_bytes(q, k, call["bias"]) < 4 * q.shape[0] * q.shape[2] * k.shape[2]
-    if keep == "map" or (keep == "auto" and not fits):
+    mean = heads == "mean" and rows is None
+    fits = max(SMALL_MAP, _qk_bytes(q, k, call["bias"])) < 4 * q.shape[0] * q.shape[2] * k.shape[2]
+    if keep == "map" or (keep == "auto" and not (mean and fits)):
         options = dict(heads=heads, rows=rows, **call)
-        out, amap = attention(q, k, v, **options) if output else (None, attention_map(q, k, **options))
-        return out, KeptMap(amap)
+        if not output:
+            out, amap = None, attention_map(q, k, **options)
+        elif room is None or rows is not None or torch.is_grad_enabled():
+            out, amap = attention(q, k, v, **options)
+        else:
+            out, amap = attention_into(room, q, k, v, heads=heads, **call)
+        return out, KeptMap(amap, stochastic=mean and call["bias"] is None and k.shape[2] > 0)
     with torch.set_grad_enabled(output and torch.is_grad_enabled()):
         out, lse = attention_lse(q, k, v, **call)
     call["bias"] = None if call["bias"] is None else call["bias"].detach()

@@ -70,6 +70,20 @@ def declared_prefix(model: nn.Module) -> tuple[int, bool] | None:
     return None
 
 
+def declared_input(model: nn.Module) -> tuple[int, int, int] | None:
+    """(channels, height, width) of the images that a timm or Hugging Face model says it was made for; else None."""
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    patches = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None:
+        return (size[0], *(patches if isinstance(patches, tuple) else size[1:]))
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    if isinstance(size, int):
+        return channels, size, size
+    return (channels, *size) if isinstance(size, (tuple, list)) and len(size) == 2 else None
+
+
 def patch_convolutions(model: nn.Module) -> list[nn.Conv2d]:
     """The convolutions that cut images into patches: those whose stride is their kernel, greater than 1."""
     return [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride != (1, 1)]

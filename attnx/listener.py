@@ -1,4 +1,4 @@
-"""Listens to a model's attention while it runs, and answers it with attention that keeps the map.
+"""Listens to a model's attention while it runs, and has it answered by attention that keeps the map.
 
 Two hooks a module tell the name of the layer at work; while one is, a `TorchFunctionMode` hears the calls of
 `F.scaled_dot_product_attention`. Nothing of the model is replaced, and nothing is left when the capture ends.
@@ -7,48 +7,30 @@ Two hooks a module tell the name of the layer at work; while one is, a `TorchFun
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from operator import index
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from attnx.adapters import open_ears
-from attnx.kept import attend, check_keep
 from attnx.layers import Layers, attention_layers, clean_name, matches, resolve
-from attnx.layout import TokenLayout, grid_of, patch_convolutions
-from attnx.reducers import Heads
-from attnx.trace import Trace
+from attnx.layout import grid_of, patch_convolutions
+from attnx.recorder import Recorder
 
 
 class Listener(TorchFunctionMode):
     """Hooks and mode of one capture: knows which module is at work, hears its SDPA calls, keeps what was asked for."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        heads: str,
-        rows: Sequence[int] | None,
-        keep: str,
-        layout: TokenLayout | None,
-        backend: str,
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Layers, recorder: Recorder) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
-        Heads.parse(heads)
-        try:
-            chosen = None if rows is None else tuple(index(row) for row in rows)
-        except TypeError as error:
-            raise ValueError(f"rows: expected a sequence of integers; got {rows!r}") from error
         self.model = model
-        self.keep = check_keep(keep)
-        self.backend = backend
-        self.trace = Trace(model, heads, chosen, layout)
+        self.recorder = recorder
+        self.trace = recorder.trace
         self.wanted = resolve(model, layers)
         self.heard: set[str] = set()
         self.undo: list[Callable[[], None]] = []
@@ -56,7 +38,6 @@ class Listener(TorchFunctionMode):
         self.local = _Local()
         self.called = False
         self.finished = True
-        self.rows: Tensor | None = None
 
     def install(self) -> None:
         """Two hooks a module: the first thing of a call, and, whatever happens, the last; nested captures nest."""
@@ -109,7 +90,7 @@ class Listener(TorchFunctionMode):
             if module is self.model:
                 if self.ears and kwargs.get("output_attentions"):
                     raise ValueError("output_attentions: expected False inside a capture; the trace has the maps")
-                self.trace.clear()
+                self.recorder.clear()
                 self.heard.clear()
                 self.finished = False
             self.called = True
@@ -145,57 +126,15 @@ class Listener(TorchFunctionMode):
         self.heard.add(name)
         if self.wanted is not None and not any(matches(w, name) for w in self.wanted):
             return func(*args, **kwargs)
-        return self._answer(name, func, *args, **kwargs)
-
-    def _answer(
-        self,
-        layer: str,
-        sdpa: Callable[..., Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Does what the layer asked SDPA for, and keeps the map."""
-        if dropout_p:
-            raise ValueError(f"{layer}: expected dropout_p = 0; got {dropout_p}; call model.eval()")
-        if query.dim() != 4:
-            raise NotImplementedError(f"{layer}: expected q of [B, H, M, D]; got {list(query.shape)}; leave it out")
-        batch = torch.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1])[0]
-        q, k, v = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
-        call: dict[str, Any] = dict(bias=attn_mask, is_causal=is_causal, scale=scale, backend=self.backend)
         # Another capture that listens to this call too must hear it: then its output is SDPA's.
         alone = all(other is self for other in _ACTIVE.listeners)
-        try:
-            rows = self._rows_of(q)
-            out, kept = attend(q, k, v, self.keep, heads=self.trace.heads, rows=rows, output=alone, **call)
-        except (ValueError, NotImplementedError) as error:
-            raise type(error)(f"{layer}: {error}") from error
-        if out is None:
-            out = sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        self.trace.add(self._key(layer), kept)
-        return out
+        whole = self.local.names[0] == ""
+        return self.recorder.answer(self.recorder.key(name) if whole else name, func, alone, *args, **kwargs)
 
-    def _rows_of(self, q: Tensor) -> Tensor | None:
-        """The chosen rows as a tensor on q's device, copied there once and not in every layer."""
-        rows = self.trace.rows
-        if rows is None:
-            return None
-        if not all(isinstance(row, int) and 0 <= row < q.shape[2] for row in rows):
-            raise ValueError(f"rows: expected integers in 0..{q.shape[2] - 1}; got {list(rows)}")
-        if self.rows is None or self.rows.device != q.device:
-            self.rows = torch.tensor(rows, dtype=torch.int64, device=q.device)
-        return self.rows
 
-    def _key(self, layer: str) -> str:
-        """The layer's name, numbered when it attends again in the same pass of the whole model."""
-        inside = len(self.local.names) > 0 and self.local.names[0] == ""
-        again = sum(name.partition("#")[0] == layer for name in self.trace) if inside else 0
-        return f"{layer}#{again + 1}" if again else layer
+def heard(module: nn.Module) -> bool:
+    """Whether a capture that is installed, in any thread, listens to the module."""
+    return any(module is other for listener in list(_LIVE) for other in listener.model.modules())
 
 
 class _Local(threading.local):

@@ -1,11 +1,13 @@
 """Attention rollout: a chain of vector products through the layers."""
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnx.kept import Kept, KeptMap
+from attnx.layout import TokenLayout
 from attnx.methods.maps import fusion
 from attnx.trace import Trace
 
@@ -58,40 +60,59 @@ def rollout(
         raise ValueError(f"start: expected a layer index in 0..{len(layers) - 1}; got {start}")
     mean = "mean" in (trace.heads, kind.name.lower())
     whole = rows == "all" or discard > 0 or not mean
-    result, row = _start(layers[-1], pool and pool.fused(kind), rows, layout.cls is True, layout.prefix)
-    for kept in reversed(layers[start:]):
+    result, row = _start(layers[-1][1], pool and pool[1].fused(kind), rows, layout)
+    for _, kept in reversed(layers[start:]):
         layer = kept.fused(kind)
+        if row is not None and preset is None and not discard:
+            # What starts from one row reads that row of the last layer, and nothing else of it.
+            passed, row = layer.row(row)[:, None], None
+            step = (1 - residual) * passed + residual * result
+            result = step * _inverse((1 - residual) * passed.sum(-1, keepdim=True) + residual)
+            continue
+        row = None
         if whole:
             layer = KeptMap(_discard(layer.map(), discard) if discard else layer.map())
-        sums = (1 - residual) * layer.row_sums() + residual
-        weight = torch.where(sums > 0, 1 / sums, 0.0)[:, None]  # a row without any weight passes nothing on
+        weight = _inverse((1 - residual) * layer.row_sums() + residual)[:, None]
         if preset is None:
             result = result * weight
-        # What starts from one row reads that row of the last layer, and nothing else of it.
-        passed = layer.vecmat(result) if row is None else layer.row(row)[:, None] * result[..., row, None]
-        step = (1 - residual) * passed + residual * result
-        result, row = step * weight if preset else step, None
+        step = (1 - residual) * layer.vecmat(result) + residual * result
+        result = step * weight if preset else step
     if rows == "all":
         return result
     patches = layout.patches(result[:, 0])
     return patches / patches.amax((-2, -1), keepdim=True) if preset else patches
 
 
-def _self_attention(trace: Trace) -> tuple[list[Kept], Kept | None]:
-    """The layers of [N, N] maps from first to last; and a final pooling layer's, [1, N]."""
+def last_needed(trace: Trace, *, rows: str | int | None = None, **options: Any) -> tuple[str, int | None]:
+    """The last layer that `rollout` with these options reads, and the only row that it reads of it; None: all."""
+    layers, pool = _self_attention(trace)
+    layout = trace.layout
+    if rows is None and layout.cls is not True and pool is not None:
+        return pool[0], None
+    row = _start(layers[-1][1], None, rows, layout)[1]
+    alone = options.get("preset") is None and not options.get("discard") and options.get("start", 0) < len(layers)
+    return layers[-1][0], row if alone else None
+
+
+def _inverse(sums: Tensor) -> Tensor:
+    return torch.where(sums > 0, 1 / sums, 0.0)  # a row without any weight passes nothing on
+
+
+def _self_attention(trace: Trace) -> tuple[list[tuple[str, Kept]], tuple[str, Kept] | None]:
+    """Names and layers of [N, N] maps from first to last; and a final pooling layer's, [1, N]."""
     if trace.rows is not None:
         raise ValueError(f"rollout needs whole maps: expected a capture with rows=None; got rows={list(trace.rows)}")
     n = trace.layout.tokens
-    layers: list[Kept] = []
-    pool: Kept | None = None
+    layers: list[tuple[str, Kept]] = []
+    pool: tuple[str, Kept] | None = None
     for name in trace:
         if "#" in name or re.search(r"\.attns\.\d", name):
             raise ValueError(f"rollout: expected layers in a row; {name} attends beside another; choose layers=")
         kept = trace.kept(name)
         if kept.shape[-2:] == (n, n) and pool is None:
-            layers.append(kept)
+            layers.append((name, kept))
         elif kept.shape[-2:] == (1, n) and pool is None:
-            pool = kept
+            pool = name, kept
         else:
             raise ValueError(
                 f"rollout: expected maps of {n} x {n} tokens; got {list(kept.shape[-2:])} from {name}; "
@@ -102,9 +123,10 @@ def _self_attention(trace: Trace) -> tuple[list[Kept], Kept | None]:
     return layers, pool
 
 
-def _start(last: Kept, pool: Kept | None, rows: str | int | None, cls: bool, prefix: int) -> tuple[Tensor, int | None]:
+def _start(last: Kept, pool: Kept | None, rows: str | int | None, layout: TokenLayout) -> tuple[Tensor, int | None]:
     """[B, R, N]: what the chain starts from at the output of the last layer; and the row it stands for, if one."""
     B, n, device = last.shape[0], last.shape[-1], last.device
+    cls, prefix = layout.cls is True, layout.prefix
     if rows is None and not cls and pool is not None:
         return pool.map(), None
     if rows == "all":

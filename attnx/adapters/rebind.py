@@ -1,0 +1,73 @@
+"""A block's own forward, run with another `scaled_dot_product_attention`: nobody needs to listen for the call."""
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SDPA = F.scaled_dot_product_attention
+
+
+def own_forward(module: nn.Module, sdpa: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that is the module's forward, but for the attention, which `sdpa` computes.
+
+    It is the same code, with other globals: the names by which it reaches `F.scaled_dot_product_attention`, or
+    transformers' table of attention functions, lead to `sdpa`. None where the code names neither, so that somebody
+    else may call it, or where the forward is no plain function of the class.
+    """
+    function = getattr(type(module), "forward", None)
+    if "forward" in vars(module) or not isinstance(function, FunctionType):
+        return None
+    return _with_sdpa(function, sdpa)
+
+
+def _with_sdpa(function: FunctionType, sdpa: Callable[..., Any]) -> FunctionType | None:
+    functional = _Instead(F, scaled_dot_product_attention=sdpa)
+    neural = _Instead(nn, functional=functional)
+    instead = {id(SDPA): sdpa, id(F): functional, id(nn): neural, id(torch): _Instead(torch, nn=neural)}
+    names = function.__code__.co_names
+    known = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    if "ALL_ATTENTION_FUNCTIONS" in known:
+        replaced = {"ALL_ATTENTION_FUNCTIONS": _Table(known["ALL_ATTENTION_FUNCTIONS"], sdpa)}
+    elif SDPA.__name__ in names:
+        replaced = {name: instead[id(value)] for name, value in known.items() if id(value) in instead}
+    else:
+        replaced = {}
+    if not replaced:
+        return None
+    clone = FunctionType(
+        function.__code__,
+        {**function.__globals__, **replaced},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    clone.__kwdefaults__ = function.__kwdefaults__
+    return clone
+
+
+class _Instead:
+    """A module, some of whose names are others."""
+
+    def __init__(self, module: Any, **names: Any) -> None:
+        self.__dict__.update(names, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class _Table:
+    """transformers' table of attention functions, whose "sdpa" ends in ours."""
+
+    def __init__(self, table: Any, sdpa: Callable[..., Any]) -> None:
+        self.table = table
+        self.ours = _with_sdpa(table["sdpa"], sdpa)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.ours if name == "sdpa" and self.ours else self.table[name]
+
+    def get_interface(self, name: str, default: Any) -> Any:
+        return self.ours if name == "sdpa" and self.ours else self.table.get_interface(name, default)
