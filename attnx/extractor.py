@@ -47,7 +47,8 @@ class Extractor:
         options: further arguments of `attnx.rollout` (residual, discard, start, preset, rows).
 
     Raises:
-        ValueError: an unknown method, options that the method doesn't have, a model in training mode.
+        ValueError: an unknown method, options that the method doesn't have, a model in training mode; compile of a
+            model that is not on a CUDA device.
     """
 
     def __init__(
@@ -74,6 +75,9 @@ class Extractor:
             raise ValueError(f"heads='each' is for method 'cls'; got method {method!r}")
         if model.training:
             raise ValueError("model: expected eval mode; got training mode; call model.eval()")
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if compile and device.type != "cuda":
+            raise ValueError(f"compile: expected a model on a CUDA device; got {device}")
         self.model = model
         self.method = method
         self.layers: Layers = -1 if method == "cls" and layers is None else layers
@@ -172,7 +176,8 @@ class Extractor:
             self.model(image, **self.model_kwargs)
         trace = self._recorder.trace
         answer = self._answer(trace, self.options)
-        names, row = list(trace), 0
+        names = list(trace)
+        row: int | None = 0
         if self.method == "rollout":
             last, row = last_needed(trace, **self.options)
             names = names[self.options.get("start", 0) : names.index(last) + 1]

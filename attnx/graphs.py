@@ -9,7 +9,7 @@ _WARM_UP = 3
 
 
 class Graphs:
-    """`function`, recorded on the first call with every shape and dtype. A graph holds its memory until this is dropped.
+    """`function`, recorded on the first call with every shape and dtype. Graphs keep their memory while this lives.
 
     Args:
         function: [...] -> tensor, on one CUDA device; does the same with every input of a shape, without waiting for

@@ -14,7 +14,9 @@ from attnx.ops import attention, attention_into, attention_lse, attention_map, c
 from attnx.reducers import Heads, fuse_heads
 
 KEEP = ("map", "qk", "auto")
-SMALL_MAP = 64 << 20  # bytes up to which "auto" keeps a layer's maps: rollout reads them sooner than it makes them again
+SMALL_MAP = (
+    64 << 20
+)  # bytes up to which "auto" keeps a layer's maps: rollout reads them sooner than it makes them again
 
 
 class Kept(Protocol):

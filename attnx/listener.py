@@ -8,6 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ from attnx.recorder import Recorder
 class Listener(TorchFunctionMode):
     """Hooks and mode of one capture: knows which module is at work, hears its SDPA calls, keeps what was asked for."""
 
-    def __init__(self, model: nn.Module, layers: Layers, recorder: Recorder) -> None:
+    def __init__(self, model: nn.Module, layers: Layers, recorder: Recorder, thread: int | None = None) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
         self.model = model
+        self.thread = thread  # the only one that is listened to; None: all
         self.recorder = recorder
         self.trace = recorder.trace
         self.wanted = resolve(model, layers)
@@ -84,6 +86,8 @@ class Listener(TorchFunctionMode):
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if self.thread not in (None, get_ident()):
+                return
             if torch.compiler.is_compiling():
                 # Dynamo answers an exception with a graph break: the hooks then run uncompiled, with real tensors.
                 raise RuntimeError("attnx: a patched model can't be compiled with fullgraph=True")
@@ -113,7 +117,7 @@ class Listener(TorchFunctionMode):
 
     def _note_grid(self, module: nn.Module, args: Any, output: Any) -> None:
         grid = grid_of(output)
-        if grid is not None:
+        if grid is not None and self.thread in (None, get_ident()):
             self.trace.add_grid(grid)
 
     def __torch_function__(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import attnx.operators  # noqa: F401  (registers torch.ops.attnx)
+import attnx.operators
 from attnx.reducers import Heads
 
 BACKENDS = ("auto", "triton", "native", "eager")
@@ -76,7 +76,7 @@ def attention_into(
     heads: str = "mean",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`attention` whose map is written into `room` if it has the map's shape, dtype and device: fresh memory costs time.
+    """`attention` whose map is written into `room`, if that has its shape, dtype and device: fresh memory costs time.
 
     No operator: without gradient, and not for compiled code. Arguments, result and errors as in `attention`.
     """

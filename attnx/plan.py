@@ -1,12 +1,13 @@
 """What of a model's forward pass a method needs: which layers, what is kept of each, where the model may stop."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from functools import partial
-from threading import get_ident
+from threading import RLock, get_ident
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from attnx.layout import grid_of, patch_convolutions
 from attnx.listener import Listener, heard
 from attnx.ops import cast_as_sdpa
 from attnx.recorder import Recorder, Stop
+
+# One pass at a time of every model, known by the first of its blocks: bound blocks are of one thread.
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Plan:
         heads: H, Hk, D of the last layer, where its projections can be split; else None.
         scale: of its scores, as the block gives it.
         bound: whether the blocks' own forwards are run with another attention. Else all of the model is listened to.
+        blocks: the modules that attend in the wanted layers, by name.
+        convolutions: those that cut images into patches.
     """
 
     steps: tuple[Step, ...]
@@ -53,6 +59,8 @@ class Plan:
     heads: tuple[int, int, int] | None
     scale: float | None
     bound: bool
+    blocks: dict[str, nn.Module] = field(repr=False)
+    convolutions: tuple[nn.Module, ...] = field(repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -76,58 +84,49 @@ class Plan:
         Raises:
             RuntimeError: the model took another way than when the plan was made.
         """
-        recorder.clear()
-        modules = {clean_name(name): module for name, module in model.named_modules()}
-        # Another capture of the model is to see all of its pass.
-        layers = list(dict.fromkeys(_module(name) for name in self.wanted))
-        alone = not any(heard(modules[name]) for name in layers)
-        recorder.last, recorder.last_row = (self.last, self.row) if alone else (None, None)
-        with ExitStack() as stack:
-            if alone and self.bound:
-                stack.enter_context(_bound(recorder, model, {name: modules[name] for name in layers}))
-            else:
-                listener = Listener(model, layers, recorder)
-                stack.callback(listener.uninstall)
-                listener.install()
-            if alone and self.heads is not None:
-                split = modules[self.last].register_forward_pre_hook(partial(self._split, recorder), with_kwargs=True)
-                stack.callback(split.remove)
-            try:
+        lock = _LOCKS.setdefault(next(iter(self.blocks.values())), RLock())
+        with lock, ExitStack() as stack:
+            self._prepare(recorder, model, stack)
+            with suppress(Stop):
                 call()
-            except Stop:
-                pass
         if tuple(recorder.trace) != self.wanted:
             raise RuntimeError(
                 f"{type(model).__name__} took another way than when the plan was made: expected attention in "
                 f"{', '.join(self.wanted)}; heard {', '.join(recorder.trace) or 'nothing'}; make a new Extractor"
             )
 
-    def _split(self, recorder: Recorder, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _prepare(self, recorder: Recorder, model: nn.Module, stack: ExitStack) -> None:
+        """Has the pass of this thread recorded as long as the stack is open."""
+        recorder.clear()
+        # Another capture of the model is to see all of its pass.
+        alone = not any(heard(block) for block in self.blocks.values())
+        recorder.last, recorder.last_row = (self.last, self.row) if alone else (None, None)
+        thread = get_ident()
+        forwards = {name: own_forward(block, _answer(recorder, name, thread)) for name, block in self.blocks.items()}
+        if alone and all(forwards.values()):
+            for name, block in self.blocks.items():
+                for undo in open_ears(block):
+                    stack.callback(undo)
+                # Not by setattr: nn.Module's takes longer than some layers.
+                vars(block)["forward"] = MethodType(forwards[name], block)  # type: ignore[arg-type]
+                stack.callback(vars(block).pop, "forward", None)
+            for convolution in self.convolutions:
+                hook = partial(_note_grid, recorder, thread)
+                stack.callback(convolution.register_forward_hook(hook).remove)
+        else:
+            listener = Listener(model, list(self.blocks), recorder, thread)
+            stack.callback(listener.uninstall)
+            listener.install()
+        if alone and self.heads is not None:
+            split = partial(self._split, recorder, thread)
+            stack.callback(self.blocks[self.last].register_forward_pre_hook(split, with_kwargs=True).remove)
+
+    def _split(self, recorder: Recorder, thread: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         x = _only_tensor(args, kwargs)
-        if x is not None and self.heads is not None:
+        if x is not None and self.heads is not None and get_ident() == thread:
             split = queries_and_keys(module, x, self.row or 0, self.heads)
             if split is not None:
                 recorder.keep_row(self.last, *cast_as_sdpa(*split), scale=self.scale, backend=recorder.backend)
-
-
-@contextmanager
-def _bound(recorder: Recorder, model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[None]:
-    """The blocks run their own forwards with attention that is recorded."""
-    undo: list[Callable[[], Any]] = list(open_ears(model))
-    try:
-        for name, module in blocks.items():
-            forward = own_forward(module, _answer_in_this_thread(recorder, name))
-            if forward is None:
-                raise RuntimeError(f"{name}: its forward was changed since the plan was made; make a new Extractor")
-            # Not by setattr: nn.Module's takes longer than some layers.
-            vars(module)["forward"] = MethodType(forward, module)
-            undo.append(partial(vars(module).pop, "forward", None))
-        for convolution in patch_convolutions(model):
-            undo.append(convolution.register_forward_hook(partial(_note_grid, recorder)).remove)
-        yield
-    finally:
-        while undo:
-            undo.pop()()
 
 
 def _only_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
@@ -136,9 +135,8 @@ def _only_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     return tensors[0] if len(tensors) == 1 else None
 
 
-def _answer_in_this_thread(recorder: Recorder, layer: str) -> Callable[..., Tensor]:
+def _answer(recorder: Recorder, layer: str, thread: int) -> Callable[..., Tensor]:
     """Attention that is recorded; in other threads, which may run the same model meanwhile, plain attention."""
-    thread = get_ident()
 
     def answer(*args: Any, **kwargs: Any) -> Tensor:
         if get_ident() != thread:
@@ -148,9 +146,9 @@ def _answer_in_this_thread(recorder: Recorder, layer: str) -> Callable[..., Tens
     return answer
 
 
-def _note_grid(recorder: Recorder, module: nn.Module, args: Any, output: Any) -> None:
+def _note_grid(recorder: Recorder, thread: int, module: nn.Module, args: Any, output: Any) -> None:
     grid = grid_of(output)
-    if grid is not None:
+    if grid is not None and get_ident() == thread:
         recorder.trace.add_grid(grid)
 
 
@@ -189,7 +187,7 @@ class Trial:
             self.inputs[name] = x
 
     def plan(self, wanted: Sequence[str], row: int | None) -> Plan:
-        """The plan that keeps what is wanted of some layers, and of the last of them no more than a row, if one is said.
+        """The plan that keeps what is wanted of some layers, and of the last no more than a row, if one is said.
 
         Args:
             wanted: names in the trace, in its order.
@@ -198,11 +196,12 @@ class Trial:
         trace, calls, last = self.recorder.trace, self.recorder.calls or {}, wanted[-1]
         self.recorder.calls = None
         modules = {clean_name(name): module for name, module in self.model.named_modules()}
-        blocks = [modules[_module(name)] for name in wanted]
+        blocks = {name.partition("#")[0]: modules[name.partition("#")[0]] for name in wanted}  # "x#2" is x again
         call, x = calls[last], self.inputs.get(last)
         heads = (call["q"].shape[1], call["k"].shape[1], call["q"].shape[3])
-        plain = row is not None and x is not None and call["bias"] is None and not call["is_causal"]
-        split = plain and _as_projected(modules[last], x, row, heads, call["q"], call["k"])
+        split = False
+        if row is not None and x is not None and call["bias"] is None and not call["is_causal"]:
+            split = _as_projected(blocks[last], x, row, heads, call["q"], call["k"])
         names = [name for name in attention_layers(self.model) if name not in trace]
         order = sorted([*trace, *names], key=list(modules).index) if set(trace) <= set(modules) else [*trace, *names]
         steps, stopped = [], False
@@ -228,7 +227,9 @@ class Trial:
             row=row,
             heads=heads if split else None,
             scale=call["scale"],
-            bound=all(own_forward(block, SDPA) is not None for block in blocks),
+            bound=all(own_forward(block, SDPA) is not None for block in blocks.values()),
+            blocks=blocks,
+            convolutions=tuple(patch_convolutions(self.model)),
         )
 
 
@@ -238,14 +239,7 @@ def _described(kept: Kept, rows: tuple[int, ...] | None) -> str:
     return "q, k" if isinstance(kept, KeptQK) else f"map {list(kept.shape[1:])}"
 
 
-def _module(name: str) -> str:
-    """Of a layer that attends again, the module."""
-    return name.partition("#")[0]
-
-
-def _as_projected(
-    module: nn.Module, x: Tensor, row: int, heads: tuple[int, int, int], q: Tensor, k: Tensor
-) -> bool:
+def _as_projected(module: nn.Module, x: Tensor, row: int, heads: tuple[int, int, int], q: Tensor, k: Tensor) -> bool:
     """Whether the block's projections alone give the queries and keys that it attended with."""
     try:
         split = queries_and_keys(module, x, row, heads)

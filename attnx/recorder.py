@@ -109,7 +109,7 @@ class Recorder:
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{layer}: {error}") from error
         self.trace.add(layer, kept)
-        if self.reuse and q.device.type == "cpu" and isinstance(kept, KeptMap) and rows is None:
+        if self.reuse and self.calls is None and q.device.type == "cpu" and isinstance(kept, KeptMap) and rows is None:
             self._rooms[layer] = kept.amap
         if layer == self.last:
             raise Stop

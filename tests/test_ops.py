@@ -17,9 +17,6 @@ from attnx.testing import (
 from on_backends import LONG, of_both_lengths, on_all, pairs
 
 
-
-
-
 def attend(inputs, backend, **options):
     q, k, v, bias = inputs
     return attnx.attention(q, k, v, bias=bias, backend=backend, **options)

@@ -13,7 +13,7 @@ import attnx
 from attnx import testing
 from attnx.backends import eager, native
 from attnx.testing import Case, assert_attention, random_inputs
-from on_backends import LONG, SHORT, TAKES, on_all
+from on_backends import LONG, SHORT, on_all
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -59,6 +59,14 @@ def test_wheel_contains_kernels_and_weights(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, source / name)
     code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(tmp_path)!r}))"
     names = zipfile.ZipFile(tmp_path / python(code, source).splitlines()[-1]).namelist()
-    for name in ("kernels/map.py", "kernels/cpu/build.py", "kernels/cpu/attention.cpp", "kernels/cpu/simd.h", "kernels.py", "demo/weights.safetensors", "backends/eager.py"):
+    for name in (
+        "kernels/map.py",
+        "kernels/cpu/build.py",
+        "kernels/cpu/attention.cpp",
+        "kernels/cpu/simd.h",
+        "kernels.py",
+        "demo/weights.safetensors",
+        "backends/eager.py",
+    ):
         assert f"attnx/{name}" in names
     assert not [name for name in names if name.startswith("kernels/")]

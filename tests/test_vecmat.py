@@ -18,13 +18,10 @@ from attnx.testing import (
     random_inputs,
     random_vector,
 )
-from on_backends import LONG, SHORT, TAKES, of_both_lengths, on_all, pairs
-
+from on_backends import LONG, of_both_lengths, on_all, pairs
 
 # What is asked of the heads and rows of a map is not asked here.
 CASES = tuple(dict.fromkeys(replace(case, heads="mean", rows=None) for case in TABLE))
-
-
 
 
 @pytest.fixture

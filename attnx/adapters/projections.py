@@ -13,7 +13,9 @@ def projects(module: nn.Module) -> bool:
     return any(all(hasattr(module, name) for name in names) for names in (("qkv",), *_SEPARATE))
 
 
-def queries_and_keys(module: nn.Module, x: Tensor, row: int, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:
+def queries_and_keys(
+    module: nn.Module, x: Tensor, row: int, heads: tuple[int, int, int]
+) -> tuple[Tensor, Tensor] | None:
     """q [B, H, 1, D] of one row, and k [B, Hk, N, D], as the block would project them; None where it can't be told.
 
     What a block does beside projecting and normalising (rotary embeddings, say) is not done here: whoever calls this
@@ -37,12 +39,12 @@ def queries_and_keys(module: nn.Module, x: Tensor, row: int, heads: tuple[int, i
 
 
 def _weights(module: nn.Module, queries: int, keys: int) -> list[tuple[Tensor, Tensor | None]] | None:
-    packed = getattr(module, "qkv", None)
+    packed: Any = getattr(module, "qkv", None)
     if _plain(packed) and packed.out_features >= queries + keys:
         parts = (slice(0, queries), slice(queries, queries + keys))
         return [(packed.weight[part], None if packed.bias is None else packed.bias[part]) for part in parts]
     for names in _SEPARATE:
-        pair = [getattr(module, name, None) for name in names]
+        pair: list[Any] = [getattr(module, name, None) for name in names]
         if all(_plain(linear) for linear in pair) and [linear.out_features for linear in pair] == [queries, keys]:
             return [(linear.weight, linear.bias) for linear in pair]
     return None

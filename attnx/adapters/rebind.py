@@ -30,12 +30,11 @@ def _with_sdpa(function: FunctionType, sdpa: Callable[..., Any]) -> FunctionType
     instead = {id(SDPA): sdpa, id(F): functional, id(nn): neural, id(torch): _Instead(torch, nn=neural)}
     names = function.__code__.co_names
     known = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    replaced: dict[str, Any] = {}
     if "ALL_ATTENTION_FUNCTIONS" in known:
         replaced = {"ALL_ATTENTION_FUNCTIONS": _Table(known["ALL_ATTENTION_FUNCTIONS"], sdpa)}
     elif SDPA.__name__ in names:
         replaced = {name: instead[id(value)] for name, value in known.items() if id(value) in instead}
-    else:
-        replaced = {}
     if not replaced:
         return None
     clone = FunctionType(

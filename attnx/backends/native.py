@@ -7,11 +7,12 @@ float32 nor boolean.
 import ctypes
 import threading
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from attnx.kernels.cpu.build import instructions, library
+from attnx.kernels.cpu.build import compiled, instructions
 from attnx.reducers import Heads
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -36,12 +37,18 @@ class _Call(ctypes.Structure):
 
 
 def limits(q: Tensor, v: Tensor | None) -> list[str]:
-    """Why this backend can't take these inputs; empty if it can."""
+    """Why this backend can't take these inputs; empty if it can.
+
+    Raises:
+        ImportError: it can take none here, see `kernel`.
+    """
     reasons = []
     if q.device.type != "cpu":
         reasons.append(f"tensors are on {q.device.type}; it is for CPUs")
     if q.dtype not in _DTYPES:
         reasons.append(f"dtype {q.dtype} is not float32 or bfloat16")
+    if not reasons:
+        kernel(instructions())
     return reasons
 
 
@@ -153,10 +160,10 @@ def _run(
         t = given[name.removesuffix("_stride")]
         if t is not None:
             setattr(call, name, (ctypes.c_int64 * length)(*t.stride()[:length]))
-    kernel = _kernel()
-    scratch = _scratch(kernel.attnx_scratch_floats(ctypes.byref(call)))
+    functions = kernel(instructions())
+    scratch = _scratch(functions.attnx_scratch_floats(ctypes.byref(call)))
     call.scratch = scratch.data_ptr()
-    kernel.attnx_run(ctypes.byref(call), _openmp())
+    functions.attnx_run(ctypes.byref(call), _openmp())
 
 
 def _rows_contiguous(t: Tensor) -> Tensor:
@@ -173,15 +180,28 @@ def _scratch(count: int) -> Tensor:
 
 
 @cache
-def _kernel() -> ctypes.CDLL:
-    kernel = library(instructions())
-    kernel.attnx_call_size.restype = ctypes.c_int64
-    kernel.attnx_scratch_floats.restype = ctypes.c_int64
-    kernel.attnx_run.restype = None
-    kernel.attnx_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    if kernel.attnx_call_size() != ctypes.sizeof(_Call):
+def kernel(level: str) -> ctypes.CDLL:
+    """The compiled kernel for a key of `build.INSTRUCTIONS`.
+
+    Raises:
+        ImportError: it can't be compiled or loaded; says what is missing.
+    """
+    return loaded(compiled(level))
+
+
+def loaded(path: Path) -> ctypes.CDLL:
+    """The functions of a compiled kernel."""
+    try:
+        functions = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(f"the compiled CPU kernel can't be loaded: {error}") from error
+    functions.attnx_call_size.restype = ctypes.c_int64
+    functions.attnx_scratch_floats.restype = ctypes.c_int64
+    functions.attnx_run.restype = None
+    functions.attnx_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    if functions.attnx_call_size() != ctypes.sizeof(_Call):
         raise ImportError("the compiled CPU kernel is of another version")
-    return kernel
+    return functions
 
 
 @cache

@@ -227,19 +227,17 @@ static void score_tile(const Scores& to, const float* qt, const float* k, int64_
     for (int v = 0; v < V; v++) top[v] = load(to.top + i + v * W);
     for (int t = 0; t < T; t++)
         for (int v = 0; v < V; v++) {
-            vec score = acc[t][v] * to.unit;
             const int lane = i + v * W;
-            if (to.bias) {
-                const vec bias = load(to.bias + t * ROWS + lane);
-                score = bias == -INF ? bias : score + bias;
-            }
+            // One expression, with or without a bias, so that it is fused alike in tiles of every size.
+            const vec bias = to.bias ? load(to.bias + t * ROWS + lane) : vec{};
+            vec score = acc[t][v] * to.unit + bias;
+            score = bias == -INF ? bias : score;
             if (to.c.causal && first + t > to.block.lowest) {
                 ivec rows;
                 std::memcpy(&rows, to.block.number + lane, sizeof rows);
                 score = rows < int32_t(first + t) ? splat(-INF) : score;
             }
-            const int64_t at = t * to.block.width + lane;
-            store(s + at, score);
+            store(s + t * to.block.width + lane, score);
             top[v] = score > top[v] ? score : top[v];
         }
     for (int v = 0; v < V; v++) store(to.top + i + v * W, top[v]);
@@ -322,8 +320,8 @@ static void exponentiate(const Block& block, float* s, int64_t count, const floa
 }
 
 // One more head into the block's map [key][width]: exponentials times each row's own factor.
-template <int HEADS>
-static void fuse(const Block& block, bool begin, const float* p, const float* factor, float* map) {
+template <int HEADS, bool BEGIN>
+static void fuse(const Block& block, const float* p, const float* factor, float* map) {
     by_vectors(block, [&](auto V, int i) {
         vec f[V];
         for (int v = 0; v < V; v++) f[v] = load(factor + i + v * W);
@@ -331,15 +329,15 @@ static void fuse(const Block& block, bool begin, const float* p, const float* fa
         float* to = map + i;
         for (int64_t j = 0; j < block.limit; j++, from += block.width, to += block.width)
             for (int v = 0; v < V; v++) {
-                vec weight = load(from + v * W) * f[v];
-                if (!begin) {
-                    const vec before = load(to + v * W);
-                    if (HEADS == MEAN) weight += before;
-                    if (HEADS == MAX) weight = weight < before ? before : weight;
-                    if (HEADS == MIN) weight = weight > before ? before : weight;
-                    if (HEADS != MEAN) weight = before != before ? before : weight;
+                const vec weight = load(from + v * W) * f[v], before = BEGIN ? vec{} : load(to + v * W);
+                if (BEGIN)
+                    store(to + v * W, weight);
+                else if (HEADS == MEAN)
+                    store(to + v * W, before + weight);
+                else {
+                    const ivec kept = HEADS == MAX ? weight < before : weight > before;
+                    store(to + v * W, (kept | (before != before)) ? before : weight);
                 }
-                store(to + v * W, weight);
             }
     });
 }
@@ -413,12 +411,12 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
         }
         if (c.out) store_out<T>(c, block, h, room.o, factor);
         if (!c.map) continue;
-        if (c.heads == MEAN) {
+        if (c.heads == MEAN)
             for (float& x : fused) x /= float(c.H);
-            fuse<MEAN>(block, h == 0, room.s, fused, room.map);
-        }
-        if (c.heads == MAX) fuse<MAX>(block, h == 0, room.s, fused, room.map);
-        if (c.heads == MIN) fuse<MIN>(block, h == 0, room.s, fused, room.map);
+        if (c.heads != EACH && h == 0) fuse<MEAN, true>(block, room.s, fused, room.map);
+        if (c.heads == MEAN && h > 0) fuse<MEAN, false>(block, room.s, fused, room.map);
+        if (c.heads == MAX && h > 0) fuse<MAX, false>(block, room.s, fused, room.map);
+        if (c.heads == MIN && h > 0) fuse<MIN, false>(block, room.s, fused, room.map);
         if (c.heads == EACH)
             store_map(c, block, room.s, fused, c.map + ((block.b * c.H + h) * c.R + block.first) * c.N);
     }
@@ -478,7 +476,8 @@ struct Work {
     std::atomic<int64_t> next{0}, thread{0};
 
     explicit Work(const Call& c) : c(c), kv(c, c.scratch), scratch(c.scratch + kv.size) {
-        rows = c.N > LONG || c.B * c.R < 4 * ROWS * c.threads ? LONG_ROWS : ROWS;
+        rows = c.N > LONG ? LONG_ROWS : ROWS;
+        while (rows > 16 && c.B * ((c.R + rows - 1) / rows) < 2 * c.threads) rows -= 16;
     }
 
     void begin(bool pack) {
@@ -539,6 +538,9 @@ extern "C" {
 
 // Size of Call, so that its twin in Python can be compared.
 int64_t attnx_call_size() { return sizeof(attnx::Call); }
+
+// Floats in a vector.
+int64_t attnx_width() { return attnx::W; }
 
 // What a call needs of scratch.
 int64_t attnx_scratch_floats(const attnx::Call* call) {

@@ -1,11 +1,10 @@
 """Compiles the CPU kernel when it is first wanted, for this processor, and keeps it, as Triton does its kernels.
 
-Compiled at first use rather than at install: a wheel stays pure Python, `pip install` needs no compiler, every machine of
-a cluster gets its own instruction set out of one cache, and nothing depends on torch's ABI, since the kernel knows
-nothing of torch. It takes about three seconds, once.
+Compiled at first use rather than at install: a wheel stays pure Python, `pip install` needs no compiler, every machine
+of a cluster gets its own instruction set out of one cache, and nothing depends on torch's ABI, since the kernel knows
+nothing of torch. It takes four seconds, once.
 """
 
-import ctypes
 import hashlib
 import os
 import platform
@@ -27,6 +26,7 @@ INSTRUCTIONS = {
 }
 
 
+@cache
 def instructions() -> str:
     """The key of INSTRUCTIONS that this processor can run; torch's own choice, so ATEN_CPU_CAPABILITY lowers it."""
     known = torch.backends.cpu.get_cpu_capability()
@@ -39,19 +39,6 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnx"
 
 
-@cache
-def library(level: str) -> ctypes.CDLL:
-    """The kernel compiled for a key of INSTRUCTIONS, from the cache if it is there.
-
-    Raises:
-        ImportError: no compiler, or it failed; says what is missing.
-    """
-    try:
-        return ctypes.CDLL(str(compiled(level)))
-    except OSError as error:
-        raise ImportError(f"the compiled CPU kernel can't be loaded: {error}") from error
-
-
 def compiled(level: str, extra: tuple[str, ...] = ()) -> Path:
     """The path of the shared library; it appears whole or not at all, whoever else compiles it.
 
@@ -60,7 +47,7 @@ def compiled(level: str, extra: tuple[str, ...] = ()) -> Path:
         extra: further flags, such as a sanitizer's.
 
     Raises:
-        ImportError: as in `library`.
+        ImportError: no compiler, or it failed; says what is missing.
     """
     compiler = _compiler()
     flags = (*FLAGS, *INSTRUCTIONS[level], *extra)

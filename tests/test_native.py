@@ -1,0 +1,284 @@
+"""The native CPU kernel beyond the table of `test_ops.py`: instruction sets, sanitizers, threads, how it is built."""
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import attnx
+from attnx import operators
+from attnx.backends import native
+from attnx.kernels.cpu import build
+from attnx.testing import (
+    TABLE,
+    Case,
+    assert_attention,
+    assert_attention_lse,
+    assert_vecmat,
+    random_inputs,
+    random_vector,
+)
+from on_backends import TAKES
+
+LEVELS = list(build.INSTRUCTIONS)[list(build.INSTRUCTIONS).index(build.instructions()) :]  # that run here
+CASES = [case for case in TABLE if case.dtype in TAKES["native"]]
+# Where tiles end: one below, at and above every size that a register tile or a block has.
+EDGES = [
+    Case(B=1, H=2, M=M, N=N, D=D, Dv=Dv, is_causal=causal)
+    for M, N, D, Dv in (
+        (1, 1, 1, 1),
+        (47, 11, 3, 31),
+        (48, 12, 15, 32),
+        (49, 13, 17, 33),
+        (63, 49, 4, 8),
+        (65, 47, 8, 9),
+    )
+    for causal in (False, True)
+]
+
+
+@pytest.fixture
+def level(request, monkeypatch):
+    """The kernel of one instruction set in place of this machine's."""
+    kernel = native.kernel(request.param)
+    monkeypatch.setattr(native, "kernel", lambda *_: kernel)
+
+
+def check(case):
+    q, k, v, bias = random_inputs(case)
+    given = dict(bias=bias, is_causal=case.is_causal, scale=case.scale)
+    out, amap = attnx.attention(q, k, v, bias=bias, backend="native", **case.options)
+    assert_attention(out, amap, q, k, v, bias, **case.options)
+    out, lse = attnx.attention_lse(q, k, v, backend="native", **given)
+    assert_attention_lse(out, lse, q, k, v, **given)
+    amap = attnx.attention_map(q, k, bias=bias, lse=lse, backend="native", **case.options)
+    assert_attention(None, amap, q, k, v, bias, **case.options)
+    r = random_vector(case)
+    assert_vecmat(attnx.vecmat(r, q, k, lse=lse, backend="native", **given), r, q, k, **given)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("level", LEVELS[1:], indirect=True)
+def test_other_instruction_sets(level, case, poisoned):
+    check(case)
+
+
+@pytest.mark.parametrize("case", EDGES, ids=str)
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
+def test_edges_of_tiles(level, case, poisoned):
+    check(case)
+
+
+def test_the_instruction_sets_are_three():
+    widths = [native.kernel(level).attnx_width() for level in LEVELS]
+    assert widths == [{"AVX512": 16, "AVX2": 8, "DEFAULT": 4}[level] for level in LEVELS]
+
+
+SANITIZED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_native import *
+path = build.compiled({level!r}, ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"))
+kernel = native.loaded(path)
+native.kernel = lambda *_: kernel
+native._KEPT_SCRATCH = 0  # else what lies behind a small call's scratch is a larger one's
+torch.set_num_threads(2)
+for case in {cases}:
+    check(case)
+print("clean", len({cases}))
+"""
+
+
+def sanitizer() -> str | None:
+    """The path of the compiler's libasan, which has to be loaded before anything else; None where there is none."""
+    if sys.platform != "linux":
+        return None
+    run = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True)
+    return run.stdout.strip() if run.returncode == 0 and Path(run.stdout.strip()).is_file() else None
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("part", range(2))
+def test_sanitizers_find_nothing(level, part):
+    library = sanitizer()
+    if library is None:
+        pytest.skip("needs GCC's libasan")
+    code = SANITIZED.format(tests=str(Path(__file__).parent), level=level, cases=f"(EDGES + CASES)[{part}::2]")
+    environment = dict(
+        os.environ,
+        LD_PRELOAD=library,
+        # Python itself leaks by design; torch's memory is its own.
+        ASAN_OPTIONS="detect_leaks=0:handle_segv=0:protect_shadow_gap=0",
+        UBSAN_OPTIONS="print_stacktrace=1",
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.startswith("clean")
+
+
+def test_a_sanitizer_would_find_something(tmp_path, monkeypatch):
+    """The same build with an index that is one too large: what the test above would say."""
+    library = sanitizer()
+    if library is None:
+        pytest.skip("needs GCC's libasan")
+    source = Path(build.__file__).with_name("attention.cpp").read_text()
+    broken = source.replace(
+        "for (int64_t j = block.limit; j < c.N; j++) row[j]", "for (int64_t j = block.limit; j <= c.N; j++) row[j]"
+    )
+    assert broken != source
+    (tmp_path / "attention.cpp").write_text(broken)
+    (tmp_path / "simd.h").write_text(Path(build.__file__).with_name("simd.h").read_text())
+    code = SANITIZED.format(tests=str(Path(__file__).parent), level="DEFAULT", cases="EDGES[:1]")
+    code = code.replace("path = ", f"build.__file__ = {str(tmp_path / 'build.py')!r}; path = ")
+    environment = dict(os.environ, LD_PRELOAD=library, ASAN_OPTIONS="detect_leaks=0", ATTNX_CACHE_DIR=str(tmp_path))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode != 0
+    assert "heap-buffer-overflow" in run.stderr
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_the_same_bits_in_any_number_of_threads(openmp, monkeypatch):
+    """Also without torch's OpenMP, in threads of the kernel's own."""
+    if not openmp:
+        monkeypatch.setattr(native, "_openmp", lambda: None)
+    before, results = torch.get_num_threads(), []
+    for case in (Case(B=3, M=150, N=150), Case(B=1, M=300, N=70, is_causal=True, bias="1HMN")):
+        q, k, v, bias = random_inputs(case)
+        r = random_vector(case)
+        try:
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                out, amap = attnx.attention(q, k, v, bias=bias, is_causal=case.is_causal, backend="native")
+                passed = attnx.vecmat(r, q, k, bias=bias, is_causal=case.is_causal, backend="native")
+                results.append((out, amap, passed))
+        finally:
+            torch.set_num_threads(before)
+        for result in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+        results.clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP runtime elsewhere")
+def test_torchs_own_threads_are_used():
+    code = (
+        "import os, torch, attnx\n"
+        "torch.set_num_threads(2)\n"
+        "q = torch.randn(4, 3, 150, 16); torch.randn(400, 400) @ torch.randn(400, 400); torch.rand(999_999).exp()\n"
+        "threads = lambda: len(os.listdir('/proc/self/task'))\n"
+        "before = threads(); attnx.attention(q, q, q, backend='native'); print(threads() - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "0", run.stdout + run.stderr
+
+
+def test_calls_in_several_python_threads():
+    cases = [replace(case, B=1) for case in CASES[:24]]
+    failed = []
+
+    def run(case):
+        try:
+            check(case)
+        except BaseException as error:
+            failed.append((case, error))
+
+    threads = [threading.Thread(target=run, args=(case,)) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_large_scratch_is_given_back_and_small_scratch_is_kept(monkeypatch):
+    monkeypatch.setattr(native, "_KEPT_SCRATCH", 100_000)
+    small, large = (random_inputs(Case(B=1, M=N, N=N))[:3] for N in (40, 3000))
+    attnx.attention(*small, backend="native")
+    room = native._LOCAL.room
+    attnx.attention(*small, backend="native")
+    assert native._LOCAL.room is room
+    attnx.attention(*large, backend="native")
+    assert native._LOCAL.room is None
+
+
+def test_no_copy_of_all_heads(monkeypatch):
+    """What is allocated beside the results: K and V in float, and two tables of a block of rows for every thread."""
+    B, H, N, D = 1, 8, 1024, 32
+    q, k, v, _ = random_inputs(Case(B=B, H=H, M=N, N=N, D=D))
+    asked = []
+    real = native._scratch
+    monkeypatch.setattr(native, "_scratch", lambda count: (asked.append(4 * count), real(count))[1])
+    attnx.attention(q, k, v, backend="native")
+    block = 4 * 64 * N
+    assert asked[0] <= 2 * k.nbytes + torch.get_num_threads() * (2 * block + 4 * 64 * (3 * D + 64))
+    assert asked[0] < B * H * N * N * 4 / 4
+
+
+# How it is built
+
+
+def in_a_new_cache(tmp_path, code, **environment):
+    environment = {**os.environ, "ATTNX_CACHE_DIR": str(tmp_path / "cache"), **environment}
+    return subprocess.run(
+        [sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, env=environment
+    )
+
+
+CALL = "import torch, attnx; q = torch.ones(1, 1, 4, 8); print(attnx.attention(q, q, q{})[1].sum())"
+
+
+def test_without_a_compiler_torch_answers_and_one_warning_says_what_is_missing(tmp_path):
+    twice = CALL.format("") + "; attnx.attention_map(q, q); attnx.vecmat(torch.ones(1, 4), q, q)"
+    run = in_a_new_cache(tmp_path, twice, CXX="no-such-compiler")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "tensor(4.)"
+    warned = [line for line in run.stderr.splitlines() if "UserWarning" in line]
+    assert len(warned) == 1
+    assert "plain torch answers" in warned[0]
+    assert "C++ compiler: expected no-such-compiler" in warned[0]
+
+
+def test_named_it_says_what_is_missing(tmp_path):
+    run = in_a_new_cache(tmp_path, CALL.format(", backend='native'"), CXX="no-such-compiler")
+    assert run.returncode == 1
+    assert "NotImplementedError: backend='native' can't take these inputs: the native CPU kernel needs" in run.stderr
+
+
+def test_a_compiler_that_fails_says_so(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho broken >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    run = in_a_new_cache(tmp_path, CALL.format(", backend='native'"), CXX=str(compiler))
+    assert f"{compiler} can't compile the CPU kernel: broken" in run.stderr
+
+
+def test_it_is_compiled_once_and_then_found(tmp_path):
+    assert in_a_new_cache(tmp_path, CALL.format(", backend='native'")).stdout.strip() == "tensor(4.)"
+    (made,) = (tmp_path / "cache").iterdir()
+    before = made.stat().st_mtime_ns
+    assert in_a_new_cache(tmp_path, CALL.format(", backend='native'")).stdout.strip() == "tensor(4.)"
+    assert [made] == list((tmp_path / "cache").iterdir())
+    assert made.stat().st_mtime_ns == before
+
+
+def test_a_cache_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    run = in_a_new_cache(tmp_path, CALL.format(", backend='native'"))
+    assert "the CPU kernel can't be compiled in" in run.stderr
+
+
+def test_it_is_missing_only_where_it_is_asked_for(monkeypatch):
+    def none(level):
+        raise ImportError("no compiler")
+
+    monkeypatch.setattr(native, "kernel", none)
+    monkeypatch.setattr(operators, "_warn_once", lambda message: None)
+    q = torch.randn(1, 2, 5, 8)
+    attnx.attention(q, q, q)
+    attnx.attention(q.half(), q.half(), q.half())
+    with pytest.raises(NotImplementedError, match="no compiler"):
+        attnx.attention(q, q, q, backend="native")
