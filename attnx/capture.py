@@ -1,6 +1,7 @@
 """The maps of a model's own forward pass: for the length of a `with` (`capture`), or until removed (`patch`)."""
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -78,8 +79,34 @@ def capture(
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Compiled models run uncompiled inside the `with`."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    """Compiled models run uncompiled inside the `with`, in whatever threads and order such `with`s end."""
+    return _uncompiled() if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    # The stance is one of the process: the first sets it, and the last sets it back.
+    with _STANCE.lock:
+        if not _STANCE.users:
+            _STANCE.before = torch.compiler.set_stance("force_eager")
+        _STANCE.users += 1
+    try:
+        yield
+    finally:
+        with _STANCE.lock:
+            _STANCE.users -= 1
+            if not _STANCE.users:
+                _STANCE.before.__exit__(None, None, None)
+
+
+class _Stance:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.before: Any = None
+
+
+_STANCE = _Stance()
 
 
 def patch(

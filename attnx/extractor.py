@@ -1,7 +1,10 @@
 """From images to maps: a model, a method, and how little of the one answers the other."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from threading import Lock, RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +15,17 @@ from attnx.layers import Layers
 from attnx.layout import TokenLayout, declared_input
 from attnx.methods import cls_map, layer_maps, rollout
 from attnx.methods.rollout import last_needed
-from attnx.plan import Plan, Trial
+from attnx.plan import OtherWay, Plan
 from attnx.recorder import Recorder
 from attnx.trace import Trace
+from attnx.trial import Trial
 
 METHODS = ("rollout", "cls", "layers")
+_ROLLOUT = ("residual", "discard", "start", "preset", "rows")
+
+# One extraction at a time of every model: its blocks are bound by one thread.
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_NEW_LOCK = Lock()
 
 
 class Extractor:
@@ -69,8 +78,13 @@ class Extractor:
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
-        if options and method != "rollout":
-            raise ValueError(f"method {method!r} takes no options; got {', '.join(options)}")
+        known = _ROLLOUT if method == "rollout" else ()
+        if not set(options) <= set(known):
+            raise ValueError(
+                f"options of method {method!r}: expected {', '.join(known) or 'none'}; got {', '.join(options)}"
+            )
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
         if heads == "each" and method != "cls":
             raise ValueError(f"heads='each' is for method 'cls'; got method {method!r}")
         if model.training:
@@ -101,25 +115,32 @@ class Extractor:
             if size is None:
                 raise RuntimeError("plan: it is made on the first call, from its first image; call the extractor once")
             weight = next(self.model.parameters())
-            self._try(torch.zeros(1, *size, dtype=weight.dtype, device=weight.device))
+            with self._alone():
+                self._try(torch.zeros(1, *size, dtype=weight.dtype, device=weight.device))
         assert self._plan is not None
         return self._plan
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """[B, 3, height, width] on the model's device -> float32 maps, see the class.
+        """[B, 3, height, width] on the model's device -> float32 maps, see the class; they are inference tensors.
 
         Raises:
             ValueError, RuntimeError: as `attnx.capture` and the method do; RuntimeError if the layers that attend are
                 not those of the plan.
         """
+        if not isinstance(images, Tensor) or images.dim() != 4 or not len(images):
+            came = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images: expected a tensor [B, channels, height, width] with B >= 1; got {came}")
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        if self._plan is None:
-            tried = self._try(images[:1])
-            if len(images) == 1:
-                return tried
-        return self._graphs(images) if self._graphs is not None else self._maps(images)
+        with self._alone():
+            if self._plan is None:
+                # Other tensors that the model is given may be one for every image.
+                whole = any(isinstance(value, Tensor) for value in self.model_kwargs.values())
+                tried = self._try(images if whole else images[:1])
+                if len(tried) == len(images):
+                    return tried
+            return self._graphs(images) if self._graphs is not None else self._maps(images)
 
     def stream(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """The maps of every batch. On a GPU the next batch is copied, from pinned memory, while one is computed.
@@ -129,8 +150,7 @@ class Extractor:
         """
         device = next(self.model.parameters()).device
         if device.type != "cuda":
-            for images in batches:
-                yield self(images.to(device))
+            yield from (self(images.to(device)) for images in batches)
             return
         side = torch.cuda.Stream(device)
         before: Tensor | None = None
@@ -145,10 +165,21 @@ class Extractor:
         if before is not None:
             yield self(before)
 
+    def _alone(self) -> Any:
+        with _NEW_LOCK:
+            return _LOCKS.setdefault(self.model, RLock())
+
     def _maps(self, images: Tensor) -> Tensor:
+        assert self._plan is not None
         with uncompiled(), self._autocast(images):
-            assert self._plan is not None
-            self._plan.run(self._recorder, self.model, lambda: self.model(images, **self.model_kwargs))
+            try:
+                self._plan.run(self._recorder, self.model, lambda: self.model(images, **self.model_kwargs))
+            except OtherWay:
+                if not self._plan.bound:
+                    raise
+                # Code that names SDPA need not be the code that calls it.
+                self._plan = replace(self._plan, bound=False)
+                self._plan.run(self._recorder, self.model, lambda: self.model(images, **self.model_kwargs))
         # Nothing was kept of the layers before `start`.
         answer = self._answer(self._recorder.trace, {k: v for k, v in self.options.items() if k != "start"})
         self._recorder.clear()
@@ -181,6 +212,10 @@ class Extractor:
         if self.method == "rollout":
             last, row = last_needed(trace, **self.options)
             names = names[self.options.get("start", 0) : names.index(last) + 1]
+        elif self.method == "cls":
+            block = names[-1].partition("#")[0]
+            names = [name for name in names if name.partition("#")[0] == block]
         with self._autocast(image):
-            self._plan = trial.plan(names[-1:] if self.method == "cls" else names, row)
+            self._plan = trial.plan(names, row)
+        self._recorder.clear()
         return answer

@@ -30,11 +30,13 @@ class Graphs:
             raise ValueError(f"compile: expected images on a CUDA device; got {x.device}")
         key = (x.shape, x.dtype, x.stride(), x.device)
         if key not in self.recorded:
-            self.recorded[key] = self._record(x)
+            with torch.cuda.device(x.device):
+                self.recorded[key] = self._record(x)
         graph, given, result = self.recorded[key]
-        given.copy_(x)
-        graph.replay()
-        return result.clone()
+        with torch.cuda.device(x.device):
+            given.copy_(x)
+            graph.replay()
+            return result.clone()
 
     def _record(self, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         given = x.clone()

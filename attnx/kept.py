@@ -14,9 +14,7 @@ from attnx.ops import attention, attention_into, attention_lse, attention_map, c
 from attnx.reducers import Heads, fuse_heads
 
 KEEP = ("map", "qk", "auto")
-SMALL_MAP = (
-    64 << 20
-)  # bytes up to which "auto" keeps a layer's maps: rollout reads them sooner than it makes them again
+SMALL_MAP = 64 << 20  # bytes of a layer's maps that "auto" keeps in any case: reading them is faster than vecmat
 
 
 class Kept(Protocol):
@@ -85,7 +83,7 @@ class KeptMap:
 
     def vecmat(self, r: Tensor) -> Tensor:
         with _no_autocast(r):
-            if r.device.type == "cpu" and r.shape[1] == 1:
+            if r.device.type == "cpu" and r.shape[1] == 1 and len(r):
                 # bmm takes twice as long for a single row.
                 return torch.stack([row @ amap for row, amap in zip(r, self.amap, strict=True)])
             return torch.bmm(r, self.amap)
@@ -225,7 +223,7 @@ def attend(
     """
     q, k, v = cast_as_sdpa(q, k, v)
     mean = heads == "mean" and rows is None
-    fits = max(SMALL_MAP, _qk_bytes(q, k, call["bias"])) < 4 * q.shape[0] * q.shape[2] * k.shape[2]
+    fits = max(SMALL_MAP, qk_bytes(q, k, call["bias"])) < 4 * q.shape[0] * q.shape[2] * k.shape[2]
     if keep == "map" or (keep == "auto" and not (mean and fits)):
         options = dict(heads=heads, rows=rows, **call)
         if not output:
@@ -254,7 +252,8 @@ def check_keep(keep: str) -> str:
     return keep
 
 
-def _qk_bytes(q: Tensor, k: Tensor, bias: Tensor | None) -> int:
+def qk_bytes(q: Tensor, k: Tensor, bias: Tensor | None) -> int:
+    """What q, k, the log-sum-exp and the bias take in memory."""
     return q.nbytes + k.nbytes + 4 * q.shape[:3].numel() + _held(bias)
 
 

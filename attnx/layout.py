@@ -72,16 +72,15 @@ def declared_prefix(model: nn.Module) -> tuple[int, bool] | None:
 
 def declared_input(model: nn.Module) -> tuple[int, int, int] | None:
     """(channels, height, width) of the images that a timm or Hugging Face model says it was made for; else None."""
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    patches = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is not None:
-        return (size[0], *(patches if isinstance(patches, tuple) else size[1:]))
+    convolutions = patch_convolutions(model)
+    if not convolutions:
+        return None
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (0,))[1:]
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
     config = getattr(model, "config", None)
-    config = getattr(config, "vision_config", config)
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
-    if isinstance(size, int):
-        return channels, size, size
-    return (channels, *size) if isinstance(size, (tuple, list)) and len(size) == 2 else None
+    size = size or getattr(getattr(config, "vision_config", config), "image_size", None)
+    height, width = (size, size) if isinstance(size, int) else size if size and len(size) == 2 else (0, 0)
+    return (convolutions[0].in_channels, height, width) if height else None
 
 
 def patch_convolutions(model: nn.Module) -> list[nn.Conv2d]:

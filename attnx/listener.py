@@ -54,13 +54,16 @@ class Listener(TorchFunctionMode):
 
     def uninstall(self) -> None:
         """Undoes everything; another patch of the same blocks keeps them open."""
+        if self.local.names:
+            # A KeyboardInterrupt, after which torch calls no hooks.
+            self.local.names.clear()
+            self._unhear()
         while self.undo:
             self.undo.pop()()
         while self.ears:
             self.ears.pop()()
         _LIVE.discard(self)
-        for other in list(_LIVE):
-            other.ears += open_ears(other.model)
+        reopen_ears()
 
     def check(self) -> None:
         """Raises RuntimeError unless everything that was asked for was heard."""
@@ -112,8 +115,11 @@ class Listener(TorchFunctionMode):
         if module is self.model:
             self.finished = output is not None
         if not self.local.names:
-            self.__exit__(None, None, None)
-            _ACTIVE.listeners.remove(self)
+            self._unhear()
+
+    def _unhear(self) -> None:
+        self.__exit__(None, None, None)
+        _ACTIVE.listeners.remove(self)
 
     def _note_grid(self, module: nn.Module, args: Any, output: Any) -> None:
         grid = grid_of(output)
@@ -134,6 +140,12 @@ class Listener(TorchFunctionMode):
         alone = all(other is self for other in _ACTIVE.listeners)
         whole = self.local.names[0] == ""
         return self.recorder.answer(self.recorder.key(name) if whole else name, func, alone, *args, **kwargs)
+
+
+def reopen_ears() -> None:
+    """For captures that go on when another one of the same blocks has ended."""
+    for listener in list(_LIVE):
+        listener.ears += open_ears(listener.model)
 
 
 def heard(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ it; those that give an output have a gradient too. Empty inputs are answered her
 
 import warnings
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from importlib import import_module
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,6 +19,7 @@ from attnx.reducers import Heads
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_MISSING: set[str] = set()  # backends of which was said that they are
 _OF_DEVICE = {"cuda": "triton", "cpu": "native"}
 
 
@@ -40,15 +41,16 @@ def implementation(backend: str, q: Tensor, v: Tensor | None = None) -> Any:
     except ImportError as error:
         reasons = [str(error)]
         if backend == "auto":
-            _warn_once(f"attnx: plain torch answers in place of the {name} backend, more slowly: {error}")
+            _warn_once(name, str(error))
     if reasons and backend != "auto":
         raise NotImplementedError(f"backend={backend!r} can't take these inputs: {'; '.join(reasons)}")
     return eager if reasons else module
 
 
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+def _warn_once(backend: str, why: str) -> None:
+    if backend not in _MISSING:
+        _MISSING.add(backend)
+        warnings.warn(f"attnx: plain torch answers in place of the {backend} backend, more slowly: {why}", stacklevel=3)
 
 
 def _as_given(function: Callable[P, R]) -> Callable[P, R]:
@@ -118,7 +120,7 @@ def attention_into(
     module = implementation(backend, q, v)
     shape = (*(q.shape[:2] if heads is Heads.EACH else q.shape[:1]), q.shape[2], k.shape[2])
     fits = room.shape == shape and room.dtype == torch.float32 and room.device == q.device and room.is_contiguous()
-    if fits and room.numel() and hasattr(module, "attention_into"):
+    if fits and 0 not in (*q.shape, k.shape[2]) and hasattr(module, "attention_into"):
         return module.attention_into(room, q, k, v, bias, is_causal, scale, heads)
     return torch.ops.attnx.attention(q, k, v, bias, is_causal, scale, heads.name.lower(), None, backend)
 

@@ -21,10 +21,13 @@ class Stop(Exception):  # noqa: N818  (no error: it leaves a model's forward whe
 class Recorder:
     """What is asked of every layer of one model, and the trace of its last pass.
 
-    Args:
-        model, heads, rows, keep, layout, backend: as in `attnx.capture`.
+    Attributes:
         last: the layer after which nothing is wanted: its output is not computed, and `Stop` is raised in its place.
         last_row: the only query row of it that is wanted; None: as in the other layers.
+        calls: if a dict, it is given what every layer attended with: q, k, bias, is_causal, scale, backend.
+
+    Args:
+        model, heads, rows, keep, layout, backend: as in `attnx.capture`.
         reuse: on CPUs, write whole maps where those of the pass before were. Nobody else may hold them then.
 
     Raises:
@@ -39,8 +42,6 @@ class Recorder:
         keep: str,
         layout: TokenLayout | None,
         backend: str,
-        last: str | None = None,
-        last_row: int | None = None,
         reuse: bool = False,
     ) -> None:
         Heads.parse(heads)
@@ -51,11 +52,11 @@ class Recorder:
         self.trace = Trace(model, heads, chosen, layout)
         self.keep = check_keep(keep)
         self.backend = backend
-        self.last = last
-        self.last_row = last_row
+        self.last: str | None = None
+        self.last_row: int | None = None
         self.reuse = reuse
         self._rooms: dict[str, Tensor] = {}
-        self.calls: dict[str, dict[str, Any]] | None = None  # if a dict: what the layers attended with
+        self.calls: dict[str, dict[str, Any]] | None = None
         self._rows: dict[tuple[Any, ...], Tensor] = {}
 
     def clear(self) -> None:
@@ -100,9 +101,9 @@ class Recorder:
         call: dict[str, Any] = dict(bias=attn_mask, is_causal=is_causal, scale=scale, backend=self.backend)
         if self.calls is not None:
             self.calls[layer] = dict(call, q=q, k=k)
+        if layer == self.last and self.last_row is not None:
+            self.keep_row(layer, *cast_as_sdpa(q, k), rows=self._index((self.last_row,), q), **call)
         try:
-            if layer == self.last and self.last_row is not None:
-                self.keep_row(layer, *cast_as_sdpa(q, k), rows=self._index((self.last_row,), q), **call)
             rows = None if self.trace.rows is None else self._index(self.trace.rows, q)
             options = dict(heads=self.trace.heads, rows=rows, room=self._rooms.get(layer), **call)
             out, kept = attend(q, k, v, self.keep, output=alone and layer != self.last, **options)
@@ -126,7 +127,10 @@ class Recorder:
         Raises:
             Stop: always.
         """
-        amap = attention_map(q, k, heads=self.trace.heads, **call)
+        try:
+            amap = attention_map(q, k, heads=self.trace.heads, **call)
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"{layer}: {error}") from error
         whole = self.trace.rows is None  # else the trace is of this row anyway
         self.trace.add(layer, KeptRows(amap, (self.last_row or 0,), k.shape[2]) if whole else amap)
         raise Stop

@@ -109,7 +109,7 @@ def test_the_maps_are_those_of_capture_and_method(method: str, options: dict, ke
     assert extract.plan.bound
     one_row = method != "rollout" or (not options.keys() & {"discard", "preset"} and options.get("rows") in (None, 4))
     assert (extract.plan.row is not None) == one_row
-    assert (extract.plan.heads is not None) == one_row
+    assert (extract.plan.split is not None) == one_row
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_hugging_face(family: str, implementation: str, split: bool) -> None:
     model = hugging_face(family, implementation)
     extract = check(model, pictures())
     assert extract.plan.bound
-    assert (extract.plan.heads is not None) == split
+    assert (extract.plan.split is not None) == split
     if family != "SiglipVision":
         check(model, pictures(), "cls")
 
@@ -160,10 +160,11 @@ def test_nothing_runs_that_the_answer_does_not_need() -> None:
         assert "blocks.2.mlp" in names
         assert "blocks.3.norm1" in names
         # (The hooks on the projection keep it from being split.)
-        after = ("blocks.3.attn.proj", "blocks.3.norm2", "blocks.3.mlp", "norm", "head")
-        assert not [name for name in names if name in ("", "blocks.3.attn") or name.startswith(after)]
+        after = {"", "blocks.3.attn", "blocks.3.attn.proj", "blocks.3.norm2", "blocks.3.mlp", "norm", "head"}
+        assert not after & set(names)
     # A depth in the middle: nothing above it.
-    names = ran(model, extract := Extractor(model, "cls", layers=1), images)
+    extract = Extractor(model, "cls", layers=1)
+    extract(images)
     names = ran(model, extract, images)
     assert "blocks.0.mlp" in names
     assert not [n for n in names if n.startswith(("blocks.2", "blocks.3"))]
@@ -244,7 +245,7 @@ def test_unknown_blocks_are_listened_to_and_left_as_early() -> None:
     extract = check(model, images)
     assert not extract.plan.bound
     assert "listening to the whole model" in str(extract.plan)
-    assert extract.plan.heads == (3, 3, 16)  # its projection can be split all the same
+    assert extract.plan.split is None  # who knows what its projections mean
     assert not {"head", "blocks.2"} & set(ran(model, extract, images))
 
 
@@ -262,8 +263,15 @@ def test_a_projection_that_does_more_is_not_split() -> None:
     for block in (Scaled, Hooked):
         torch.manual_seed(0)
         extract = check(Stack(block(), block()).eval(), pictures())
-        assert extract.plan.heads is None
+        assert extract.plan.split is None
         assert extract.plan.row == 0
+    # One that is known, with something put around its linear map after the plan was made.
+    model = vit()
+    extract = check(model, pictures())
+    assert extract.plan.split is not None
+    own = model.blocks[-1].attn.qkv.forward
+    model.blocks[-1].attn.qkv.forward = lambda x: 2 * own(x)
+    torch.testing.assert_close(extract(pictures()), by_capture(model, pictures()), rtol=1e-4, atol=1e-7)
 
 
 def test_the_plan_is_a_table() -> None:
@@ -347,6 +355,85 @@ def test_an_error_in_the_model_leaves_nothing_behind() -> None:
     torch.testing.assert_close(extract(images), want)
 
 
+class Twice(nn.Module):
+    """Attends twice; and one of its calls is where its code does not show it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(48, 144)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 16)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v) + hidden_attention(k, q, v)
+        return x + y.transpose(1, 2).flatten(2)
+
+
+def test_blocks_that_attend_twice_and_calls_that_binding_misses() -> None:
+    torch.manual_seed(0)
+    model, images = Stack(Twice(), Twice()).eval(), pictures()
+    extract = check(model, images, "cls", layers="blocks.1")
+    assert extract.plan.last == "blocks.1#2"
+    assert not extract.plan.bound  # found out on the way
+    check(model, images, "layers")
+
+
+def test_an_interrupt_leaves_nothing_that_hears() -> None:
+    model, images = vit(), pictures()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for extract in (Extractor(model), Extractor(model, discard=0.1)):
+        for _ in range(2):  # in the trial, and later
+            hook = model.blocks[2].mlp.register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                extract(images)
+            hook.remove()
+            assert not torch.overrides._get_current_function_mode_stack()
+            want = by_capture(model, images, **extract.options)
+            torch.testing.assert_close(extract(images), want, rtol=1e-4, atol=1e-7)
+    hook = model.blocks[2].mlp.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), attnx.capture(model):
+        model(images)
+    hook.remove()
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_one_extractor_in_two_threads() -> None:
+    model = vit()
+    extract = Extractor(model)
+    batches = [pictures(2) + i for i in range(4)]
+    want = [by_capture(model, images) for images in batches]
+    wrong: list[object] = []
+
+    def work(index: int) -> None:
+        try:
+            for _ in range(10):
+                torch.testing.assert_close(extract(batches[index]), want[index], rtol=1e-4, atol=1e-6)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_further_tensors_of_every_image() -> None:
+    torch.manual_seed(0)
+    model = transformers.ViTModel(hugging_face("ViT").config, use_mask_token=True)
+    model = stirred(model)
+    images = pictures(3)
+    masked = torch.zeros(3, 9, dtype=torch.bool)
+    extract = Extractor(model, model_kwargs={"bool_masked_pos": masked})
+    want = by_capture(model, images)
+    for _ in range(2):
+        torch.testing.assert_close(extract(images), want, rtol=1e-4, atol=1e-7)
+    assert extract.plan.nbytes == Extractor(model).plan.nbytes  # of one image
+
+
 def test_a_model_that_changed_since_the_plan() -> None:
     model, images = vit(), pictures()
     extract = Extractor(model)
@@ -420,7 +507,7 @@ def test_autocast_and_channels_last() -> None:
         outside = Extractor(model)(images)
     torch.testing.assert_close(half(images), want, rtol=2e-2, atol=1e-4)
     torch.testing.assert_close(outside, want, rtol=2e-2, atol=1e-4)
-    assert half.plan.heads is not None
+    assert half.plan.split is not None
 
 
 def test_stream() -> None:
@@ -430,6 +517,33 @@ def test_stream() -> None:
     for maps, images in zip(given, batches, strict=True):
         assert torch.equal(maps, extract(images))
     assert list(extract.stream([])) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: Extractor(vit(), foo=1),
+            "options of method 'rollout': expected residual, discard, start, preset, rows; got foo",
+        ),
+        (lambda: Extractor(vit(), "cls", start=1), "options of method 'cls': expected none; got start"),
+        (lambda: Extractor("vit"), "model: expected a torch.nn.Module; got str"),
+        (lambda: Extractor(vit().train()), "expected eval mode"),
+        (
+            lambda: Extractor(vit())(pictures()[0]),
+            r"images: expected a tensor \[B, channels, height, width\] with B >= 1; got \[3,",
+        ),
+        (lambda: Extractor(vit())(pictures()[:0]), r"with B >= 1; got \[0, 3, 48, 48\]"),
+        (lambda: Extractor(vit())([1]), "images: expected a tensor .*; got list"),
+    ],
+)
+def test_what_does_not_fit_is_said(call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_plan_of_a_model_for_grey_images() -> None:
+    assert Extractor(vit(in_chans=1)).plan.last == "blocks.3.attn"
 
 
 def test_compile_needs_a_gpu() -> None:

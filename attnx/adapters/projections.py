@@ -1,46 +1,56 @@
 """Queries of chosen rows and all keys, from an attention block's own projections: neither values nor other queries."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as registry
 
-_SEPARATE = (("q_proj", "k_proj"), ("query", "key"), ("q", "k"))
+# Blocks whose queries and keys are linear maps of their input, normalised at most: no rotation, no scale of their own.
+_TIMM = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
+_TRANSFORMERS = ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "ViTMSN", "ViTMAE", "CLIP", "IJepa", "AST", "Yolos")
+_SEPARATE = (("q_proj", "k_proj"), ("query", "key"))
+
+
+class Heads(NamedTuple):
+    """Numbers of heads of queries and keys, and their dimension."""
+
+    H: int
+    Hk: int
+    D: int
 
 
 def projects(module: nn.Module) -> bool:
-    """Whether it has linears for queries and keys by a known name."""
-    return any(all(hasattr(module, name) for name in names) for names in (("qkv",), *_SEPARATE))
+    """Whether it is a block whose projections are known."""
+    kind = type(module)
+    name = kind.__name__.removesuffix("SelfAttention").removesuffix("Attention")
+    is_transformers = kind.__module__.startswith("transformers.models.") and name in _TRANSFORMERS
+    return is_transformers or f"{kind.__module__}.{kind.__name__}" in _TIMM
 
 
-def queries_and_keys(
-    module: nn.Module, x: Tensor, row: int, heads: tuple[int, int, int]
-) -> tuple[Tensor, Tensor] | None:
-    """q [B, H, 1, D] of one row, and k [B, Hk, N, D], as the block would project them; None where it can't be told.
-
-    What a block does beside projecting and normalising (rotary embeddings, say) is not done here: whoever calls this
-    compares it with what the block itself gives, once.
+def queries_and_keys(module: nn.Module, x: Tensor, row: int, heads: Heads) -> tuple[Tensor, Tensor] | None:
+    """q [B, H, 1, D] of one row, and k [B, Hk, N, D], as the block would project them; None where it is not known to.
 
     Args:
         module: with one packed linear `qkv`, or linears for queries and keys by a known name.
         x: [B, N, C], what the block is called with.
         row: the query's.
-        heads: H, Hk, D.
+        heads: of the attention.
     """
-    H, Hk, D = heads
-    weights = _weights(module, H * D, Hk * D)
-    if weights is None or x.dim() != 3:
+    weights = _weights(module, heads) if projects(module) and x.dim() == 3 else None
+    if weights is None:
         return None
     (wq, bq), (wk, bk) = weights
-    q = F.linear(x[:, row : row + 1], wq, bq).unflatten(-1, (H, D)).transpose(1, 2)
-    k = F.linear(x, wk, bk).unflatten(-1, (Hk, D)).transpose(1, 2)
+    q = F.linear(x[:, row : row + 1], wq, bq).unflatten(-1, (heads.H, heads.D)).transpose(1, 2)
+    k = F.linear(x, wk, bk).unflatten(-1, (heads.Hk, heads.D)).transpose(1, 2)
     norms: list[Any] = [getattr(module, name, None) or nn.Identity() for name in ("q_norm", "k_norm")]
     return norms[0](q), norms[1](k)
 
 
-def _weights(module: nn.Module, queries: int, keys: int) -> list[tuple[Tensor, Tensor | None]] | None:
+def _weights(module: nn.Module, heads: Heads) -> list[tuple[Tensor, Tensor | None]] | None:
+    queries, keys = heads.H * heads.D, heads.Hk * heads.D
     packed: Any = getattr(module, "qkv", None)
-    if _plain(packed) and packed.out_features >= queries + keys:
+    if _plain(packed) and packed.out_features == queries + 2 * keys:
         parts = (slice(0, queries), slice(queries, queries + keys))
         return [(packed.weight[part], None if packed.bias is None else packed.bias[part]) for part in parts]
     for names in _SEPARATE:
@@ -51,5 +61,8 @@ def _weights(module: nn.Module, queries: int, keys: int) -> list[tuple[Tensor, T
 
 
 def _plain(linear: Any) -> bool:
-    """A linear map and nothing more: no adapter, no hook, no parametrization."""
-    return type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
+    """A linear map and nothing more: no adapter, no hook, no forward of its own."""
+    if type(linear) is not nn.Linear or "forward" in vars(linear):
+        return False
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks)
+    return not any((*hooks, registry._global_forward_hooks, registry._global_forward_pre_hooks))

@@ -1,7 +1,9 @@
 """A block's own forward, run with another `scaled_dot_product_attention`: nobody needs to listen for the call."""
 
+import dis
 from collections.abc import Callable
-from types import FunctionType
+from functools import cache
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -19,9 +21,15 @@ def own_forward(module: nn.Module, sdpa: Callable[..., Any]) -> Callable[..., An
     else may call it, or where the forward is no plain function of the class.
     """
     function = getattr(type(module), "forward", None)
-    if "forward" in vars(module) or not isinstance(function, FunctionType):
+    if "forward" in vars(module) or not isinstance(function, FunctionType) or _writes_globals(function.__code__):
         return None
     return _with_sdpa(function, sdpa)
+
+
+@cache
+def _writes_globals(code: CodeType) -> bool:
+    """The clone's globals are its own: what it wrote there nobody else would see."""
+    return any(step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for step in dis.get_instructions(code))
 
 
 def _with_sdpa(function: FunctionType, sdpa: Callable[..., Any]) -> FunctionType | None:

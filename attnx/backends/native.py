@@ -112,8 +112,9 @@ def vecmat(
 ) -> Tensor:
     """[B,N]: r times the mean map, see `ops.vecmat`."""
     if lse is None:
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        _run(q, k, None, bias, is_causal, scale, lse_out=lse)
+        lse = q.new_zeros(q.shape[:3], dtype=torch.float32)
+        used = (r != 0).any(0).nonzero()[:, 0]
+        _run(q, k, None, bias, is_causal, scale, rows=used, lse_out=lse)
     passed = q.new_empty((q.shape[0], k.shape[2]), dtype=torch.float32)
     _run(q, k, None, bias, is_causal, scale, r=r.contiguous(), lse=lse.contiguous(), passed=passed)
     return passed
@@ -144,7 +145,10 @@ def _run(
     q, k = _rows_contiguous(q), _rows_contiguous(k)
     v = None if v is None else _rows_contiguous(v)
     if bias is not None:
-        bias = bias if bias.dtype in (torch.float32, torch.bool) else bias.float()
+        if bias.dtype not in (torch.float32, torch.bool):
+            # Only what is there once: an expanded bias may be as large as all the weights.
+            once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride())
+            bias = bias[once].float()
         bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     (B, H, M, D), (_, Hk, N, _) = q.shape, k.shape
     call = _Call(B=B, H=H, Hk=Hk, M=M, N=N, D=D, Dv=0 if v is None else v.shape[3])
@@ -153,6 +157,7 @@ def _run(
     call.bias_kind = 0 if bias is None else 2 if bias.dtype == torch.bool else 1
     call.threads = torch.get_num_threads()
     given = dict(tensors, q=q, k=k, v=v, bias=bias, rows=rows)
+    assert given.keys() <= set(_POINTERS), given.keys()
     for name, t in given.items():
         if t is not None:
             setattr(call, name, t.data_ptr())
@@ -171,22 +176,38 @@ def _rows_contiguous(t: Tensor) -> Tensor:
 
 
 def _scratch(count: int) -> Tensor:
-    """[>= count] float32, this thread's own and the same every time unless it is large: fresh pages cost time."""
+    """[>= count] float32, this thread's own and the same every time unless much is wanted: fresh pages cost time."""
     room: Tensor | None = getattr(_LOCAL, "room", None)
     if room is None or len(room) < count:
-        room = torch.empty(count, dtype=torch.float32)
-        _LOCAL.room = room if count <= _KEPT_SCRATCH else None
+        room = torch.empty(count, dtype=torch.float32, device="cpu")
+        if count <= _KEPT_SCRATCH:
+            _LOCAL.room = room
     return room
 
 
-@cache
 def kernel(level: str) -> ctypes.CDLL:
     """The compiled kernel for a key of `build.INSTRUCTIONS`.
 
     Raises:
-        ImportError: it can't be compiled or loaded; says what is missing.
+        ImportError: it can't be compiled or loaded; says what is missing. It is tried once.
     """
-    return loaded(compiled(level))
+    found = _tried(level)
+    if isinstance(found, str):
+        raise ImportError(found)
+    return found
+
+
+@cache
+def _tried(level: str) -> ctypes.CDLL | str:
+    try:
+        path = compiled(level)
+        try:
+            return loaded(path)
+        except ImportError:
+            path.unlink(missing_ok=True)  # it was damaged, or made for another machine
+            return loaded(compiled(level))
+    except ImportError as error:
+        return str(error)
 
 
 def loaded(path: Path) -> ctypes.CDLL:
@@ -209,5 +230,5 @@ def _openmp() -> ctypes.c_void_p | None:
     """GOMP_parallel of the OpenMP runtime that torch has loaded; None where it has another kind."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):
         return None

@@ -2,11 +2,12 @@
 //
 // A block of query rows at a time, and one head after another: the scores of all its keys, softmax, into the block's
 // map, times V. What a block needs stays in cache. Scores stand transposed, [keys][rows], a vector being W rows of one
-// key: so K is read as it lies, and a row's maximum and sum need nothing from other lanes. K and V are first copied to
-// rows that follow one another, in float: those of a packed qkv lie in pages of their own, and no hardware foresees them.
+// key: so a row's maximum and sum need nothing from other lanes. K and V are first copied to rows that follow one
+// another, in float: those of a packed qkv lie in pages of their own, and no hardware foresees them.
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -28,7 +29,9 @@ constexpr int OUT_ROWS = REGISTERS == 32 ? 8 : 4;  // rows in a register tile of
 constexpr int CHUNK = 48;                        // keys between two visits of the output's accumulators
 constexpr int PASSED_KEYS = 192;                 // of one piece of vecmat's work
 constexpr int64_t PACKED = 4 << 20;              // floats of K and V that are copied at a time, if an item has no more
-constexpr float LOG2E = 1.44269504088896341f, HIDDEN = -5e4f;
+constexpr double LOG2E = 1.44269504088896341;
+constexpr float HIDDEN = -5e4f;  // as attnx.reducers.HIDDEN
+constexpr float LARGEST = std::numeric_limits<float>::max();
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 enum Heads : int64_t { MEAN, MAX, MIN, EACH };
@@ -57,16 +60,19 @@ static int64_t value_stride(const Call& c) { return c.v ? round_up(c.Dv, 2 * W) 
 
 // K and V of some items: [item][Hk][N][key_stride] and [item][Hk][N][value_stride].
 struct Packed {
-    float *k, *v;
-    int64_t first, items, size;  // which items, and the floats of all
+    float *k = nullptr, *v = nullptr;
+    int64_t first = 0, items, size;  // which items, and the floats of all
 
-    Packed(const Call& c, float* base) : k(base), first(0) {
+    explicit Packed(const Call& c) {
         const int64_t keys = c.Hk * c.N * key_stride(c), values = c.Hk * c.N * value_stride(c);
         items = PACKED / (keys + values + 1);
         items = items < 1 ? 1 : items > c.B ? c.B : items;
-        v = base + items * keys;
         size = items * (keys + values);
+        if (c.scratch) k = c.scratch, v = c.scratch + items * keys;
     }
+
+    // The first row of an item's keys and values for a head of queries.
+    int64_t row(const Call& c, int64_t b, int64_t h) const { return ((b - first) * c.Hk + h / (c.H / c.Hk)) * c.N; }
 };
 
 // The parts of one thread's scratch.
@@ -74,10 +80,10 @@ struct Scratch {
     float *s, *map, *qt, *o, *bias;
     int64_t size;
 
-    Scratch(const Call& c, float* base) {
+    explicit Scratch(const Call& c, float* base = nullptr) {
         int64_t at = 0;
         auto take = [&](int64_t n) {
-            float* p = base + at;
+            float* p = base ? base + at : nullptr;
             at += round_up(n, 16);
             return p;
         };
@@ -90,25 +96,31 @@ struct Scratch {
     }
 };
 
-// [n] elements at p as floats; the rest of the stride is zero.
+// [n] elements at p as floats; the rest of the stride is zero. Whether all are finite.
 template <class T>
-static void widen_row(const T* p, int64_t n, float* to, int64_t stride) {
+static bool widen_row(const T* p, int64_t n, float* to, int64_t stride) {
     int64_t d = 0;
     for (; d + W <= n; d += W) store(to + d, load(p + d));
     for (; d < n; d++) to[d] = widen(p[d]);
     for (; d < stride; d++) to[d] = 0;
+    float strange = 0;
+    for (d = 0; d < n; d++) strange += to[d] * 0;  // NaN of an infinity or a NaN
+    return strange == 0;
 }
 
-// K and V of one head of one item.
+// K and V of one head of one item. Whether all values are finite, if that matters.
 template <class T>
-static void pack(const Call& c, const Packed& to, int64_t item, int64_t head) {
+static bool pack(const Call& c, const Packed& to, int64_t item, int64_t head) {
     const int64_t b = to.first + item, plane = (item * c.Hk + head) * c.N;
     const T* k = (const T*)c.k + b * c.k_stride[0] + head * c.k_stride[1];
     const T* v = (const T*)c.v + b * c.v_stride[0] + head * c.v_stride[1];
+    bool finite = true;
     for (int64_t j = 0; j < c.N; j++) {
         widen_row(k + j * c.k_stride[2], c.D, to.k + (plane + j) * key_stride(c), key_stride(c));
-        if (c.v) widen_row(v + j * c.v_stride[2], c.Dv, to.v + (plane + j) * value_stride(c), value_stride(c));
+        if (c.v && !widen_row(v + j * c.v_stride[2], c.Dv, to.v + (plane + j) * value_stride(c), value_stride(c)))
+            finite = false;
     }
+    return finite;
 }
 
 // One block of query rows: which they are, and what is known of them.
@@ -119,7 +131,7 @@ struct Block {
     int32_t number[ROWS];     // the same, for comparisons
     int64_t lowest, limit;    // the first of them, and the keys that any of them may see
 
-    Block(const Call& c, int64_t b, int64_t first, int64_t count) : b(b), first(first), count(count), lowest(c.M), limit(c.N) {
+    Block(const Call& c, int64_t b, int64_t first, int64_t count, bool all_keys = false) : b(b), first(first), count(count), lowest(c.M), limit(c.N) {
         width = int(round_up(count, W > OUT_ROWS ? W : OUT_ROWS));
         vectors = width / W;
         int64_t last = 0;
@@ -130,7 +142,7 @@ struct Block {
             last = row[i] > last ? row[i] : last;
             lowest = row[i] < lowest ? row[i] : lowest;
         }
-        if (c.causal && last + 1 < limit) limit = last + 1;
+        if (c.causal && !all_keys && last + 1 < limit) limit = last + 1;
     }
 };
 
@@ -176,6 +188,12 @@ static inline __attribute__((always_inline)) void dot_tile(const float* qt, cons
     }
 }
 
+// A finite number times log2(e), finite as well.
+static float in_base_2(float x) {
+    const float y = float(x * LOG2E);
+    return std::isinf(y) && !std::isinf(x) ? std::copysign(LARGEST, x) : y;
+}
+
 // The bias of T keys from `first` on, times log2(e), as [T][ROWS]; minus infinity hides.
 static void load_bias(const Call& c, const Block& block, int64_t h, int64_t first, int T, float* tile) {
     const int64_t *stride = c.bias_stride, at = block.b * stride[0] + h * stride[1];
@@ -190,7 +208,7 @@ static void load_bias(const Call& c, const Block& block, int64_t h, int64_t firs
             if (c.bias_kind == BOOL)
                 to[i] = bytes[from] ? 0 : -INF;
             else
-                to[i] = floats[from] < HIDDEN ? -INF : floats[from] * LOG2E;
+                to[i] = floats[from] < HIDDEN ? -INF : in_base_2(floats[from]);
         }
         for (int i = lanes; i < block.width; i++) to[i] = to[0];
     }
@@ -200,18 +218,20 @@ static void load_bias(const Call& c, const Block& block, int64_t h, int64_t firs
 template <class F>
 static inline void by_vectors(const Block& block, F f) {
     for (int v = 0; v < block.vectors;) {
-        const int left = block.vectors - v, i = v * W;
-        if (left >= 4 && VECS >= 4) f(std::integral_constant<int, VECS < 4 ? 1 : 4>(), i), v += 4;
-        else if (left == 3 && VECS >= 4) f(std::integral_constant<int, VECS < 4 ? 1 : 3>(), i), v += 3;
-        else if (left >= 2) f(std::integral_constant<int, 2>(), i), v += 2;
-        else f(std::integral_constant<int, 1>(), i), v += 1;
+        const int left = block.vectors - v, i = v * W, taken = left < VECS ? left : VECS;
+        if constexpr (VECS == 4) {
+            if (taken == 4) f(std::integral_constant<int, 4>(), i);
+            if (taken == 3) f(std::integral_constant<int, 3>(), i);
+        }
+        if (taken == 2) f(std::integral_constant<int, 2>(), i);
+        if (taken == 1) f(std::integral_constant<int, 1>(), i);
+        v += taken;
     }
 }
 
 struct Scores {
     const Call& c;
     const Block& block;
-    int64_t h;
     float* bias;  // room for a tile
     float unit;   // scale * log2(e)
     float* top;   // [ROWS] running maxima
@@ -254,8 +274,8 @@ static void score_keys(const Scores& to, int count, const float* qt, const float
 // Scores of the keys first..last-1 and head h into room.s [key - first][width], and their maxima into top.
 static void scores(const Call& c, const Block& block, const Packed& kv, int64_t h, int64_t first, int64_t last,
                    const Scratch& room, float* top) {
-    const Scores to{c, block, h, c.bias_kind ? room.bias : nullptr, float(c.scale * 1.44269504088896341), top};
-    const float* k = kv.k + ((block.b - kv.first) * c.Hk + h / (c.H / c.Hk)) * c.N * key_stride(c);
+    const Scores to{c, block, c.bias_kind ? room.bias : nullptr, float(c.scale * LOG2E), top};
+    const float* k = kv.k + kv.row(c, block.b, h) * key_stride(c);
     const int most = block.vectors < VECS ? TILE / block.vectors : TILE / VECS, keys = most < KEYS ? most : KEYS;
     const int64_t tiles = (last - first + keys - 1) / keys;
     for (int64_t tile = 0; tile < tiles; tile++) {
@@ -293,7 +313,7 @@ static inline void weigh_tile(const float* p, int64_t width, const float* v, int
 static void weigh(const Call& c, const Block& block, const Packed& kv, int64_t h, int64_t first, int64_t count,
                   const Scratch& room) {
     const int64_t dv = value_stride(c);
-    const float* v = kv.v + (((block.b - kv.first) * c.Hk + h / (c.H / c.Hk)) * c.N + first) * dv;
+    const float* v = kv.v + (kv.row(c, block.b, h) + first) * dv;
     const float* p = room.s + first * block.width;
     if (first + count < block.limit) prefetch(v + count * dv, count * dv);
     for (int64_t i = 0; i < block.count; i += OUT_ROWS) {
@@ -329,7 +349,8 @@ static void fuse(const Block& block, const float* p, const float* factor, float*
         float* to = map + i;
         for (int64_t j = 0; j < block.limit; j++, from += block.width, to += block.width)
             for (int v = 0; v < V; v++) {
-                const vec weight = load(from + v * W) * f[v], before = BEGIN ? vec{} : load(to + v * W);
+                const vec p = load(from + v * W);
+                const vec weight = f[v] == 0.0f ? vec{} : p * f[v], before = BEGIN ? vec{} : load(to + v * W);
                 if (BEGIN)
                     store(to + v * W, weight);
                 else if (HEADS == MEAN)
@@ -391,7 +412,7 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
         scores(c, block, kv, h, 0, block.limit, room, shift);
         const int64_t head = (block.b * c.H + h) * c.M;
         for (int i = 0; i < ROWS; i++) {
-            if (c.lse) shift[i] = c.lse[head + block.row[i]] * LOG2E;
+            if (c.lse) shift[i] = float(c.lse[head + block.row[i]] * LOG2E);
             total[i] = 0;
             fused[i] = std::isinf(shift[i]) ? 0 : 1;
             if (shift[i] == -INF || (c.lse && shift[i] == INF)) shift[i] = 0;
@@ -403,11 +424,12 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
             if (c.out) weigh(c, block, kv, h, j, count, room);
         }
         for (int i = 0; i < ROWS; i++) {
-            factor[i] = total[i] == 0 ? 0 : 1 / total[i];
+            // Only a bias leaves a row without keys; scores that are all -inf make it NaN, as softmax does.
+            factor[i] = c.bias_kind && total[i] == 0 ? 0 : 1 / total[i];
             if (!c.lse) fused[i] = factor[i];
             if (c.lse_out && i < block.count)
                 c.lse_out[head + block.row[i]] =
-                    total[i] == 0 ? -INF : float((shift[i] + std::log2(double(total[i]))) * 0.693147180559945309);
+                    total[i] == 0 ? -INF : float((shift[i] + std::log2(double(total[i]))) / LOG2E);
         }
         if (c.out) store_out<T>(c, block, h, room.o, factor);
         if (!c.map) continue;
@@ -441,12 +463,18 @@ static void pass_on(const Call& c, int64_t b, int64_t first, int64_t last, const
             any = any || r[i] != 0;
         }
         if (!any) continue;
-        for (int64_t h = 0; h < c.H && first < stop; h++) {
+        for (int64_t h = 0; h < c.H; h++) {
+            // Beyond the block's limit a row passes nothing on; but all of a row is NaN if anything is.
+            const float* lse = c.lse + (b * c.H + h) * c.M;
+            for (int i = 0; i < block.count; i++)
+                if (r[i] != 0 && (r[i] != r[i] || lse[block.row[i]] != lse[block.row[i]]))
+                    for (int64_t j = stop < first ? first : stop; j < last; j++) sums[(j - first) * W] = NAN;
+            if (first >= stop) continue;
             load_queries<T>(c, block, h, room.qt);
             scores(c, block, kv, h, first, stop, room, top);
             float weight[ROWS];
             for (int i = 0; i < ROWS; i++) {
-                shift[i] = c.lse[(b * c.H + h) * c.M + block.row[i]] * LOG2E;
+                shift[i] = float(lse[block.row[i]] * LOG2E);
                 weight[i] = std::isinf(shift[i]) ? 0 : r[i];
                 if (std::isinf(shift[i])) shift[i] = 0;
             }
@@ -474,8 +502,9 @@ struct Work {
     bool packing;    // K and V, which comes first
     int64_t pieces;  // of every item
     std::atomic<int64_t> next{0}, thread{0};
+    std::atomic<bool> all_keys{false};  // a value that is not finite: times a weight of zero it is NaN
 
-    explicit Work(const Call& c) : c(c), kv(c, c.scratch), scratch(c.scratch + kv.size) {
+    explicit Work(const Call& c) : c(c), kv(c), scratch(c.scratch ? c.scratch + kv.size : nullptr) {
         rows = c.N > LONG ? LONG_ROWS : ROWS;
         while (rows > 16 && c.B * ((c.R + rows - 1) / rows) < 2 * c.threads) rows -= 16;
     }
@@ -488,20 +517,26 @@ struct Work {
 
     template <class T>
     void run() {
-        const Scratch room(c, scratch + thread++ * Scratch(c, nullptr).size);
+        const Scratch room(c, scratch + thread++ * Scratch(c).size);
         for (int64_t piece; (piece = next++) < kv.items * pieces;) {
             const int64_t item = piece / pieces, b = kv.first + item, at = piece % pieces;
             if (b >= c.B) break;
             if (packing) {
-                pack<T>(c, kv, item, at);
+                if (!pack<T>(c, kv, item, at)) all_keys = true;
             } else if (c.passed) {
                 const int64_t last = (at + 1) * PASSED_KEYS;
                 pass_on<T>(c, b, at * PASSED_KEYS, last < c.N ? last : c.N, kv, room);
             } else {
                 const int64_t left = c.R - at * rows;
-                attend<T>(c, Block(c, b, at * rows, left < rows ? left : rows), kv, room);
+                attend<T>(c, Block(c, b, at * rows, left < rows ? left : rows, all_keys), kv, room);
             }
         }
+    }
+
+    // How many threads there is work for.
+    int64_t threads() const {
+        const int64_t all = kv.items * pieces;
+        return all < c.threads ? all : c.threads;
     }
 
     static void enter(void* self) {
@@ -522,12 +557,16 @@ static void huge_pages([[maybe_unused]] float* map, [[maybe_unused]] int64_t cou
 typedef void Parallel(void (*)(void*), void*, unsigned, unsigned);
 
 static void in_threads(Work& work, Parallel* parallel) {
-    const int64_t pieces = work.kv.items * work.pieces;
-    const unsigned threads = unsigned(pieces < work.c.threads ? pieces : work.c.threads);
+    const unsigned threads = unsigned(work.threads());
     if (threads <= 1) return Work::enter(&work);
     if (parallel) return parallel(Work::enter, &work, threads, 0);
     std::vector<std::thread> others;
-    for (unsigned i = 1; i < threads; i++) others.emplace_back(Work::enter, &work);
+    others.reserve(threads);
+    try {
+        for (unsigned i = 1; i < threads; i++) others.emplace_back(Work::enter, &work);
+    } catch (const std::system_error&) {
+        // No more threads to be had: those that there are do all of the work.
+    }
     Work::enter(&work);
     for (auto& other : others) other.join();
 }
@@ -544,7 +583,13 @@ int64_t attnx_width() { return attnx::W; }
 
 // What a call needs of scratch.
 int64_t attnx_scratch_floats(const attnx::Call* call) {
-    return attnx::Packed(*call, nullptr).size + call->threads * attnx::Scratch(*call, nullptr).size;
+    attnx::Work work(*call);
+    int64_t threads = 0;
+    for (const bool pack : {true, false}) {
+        work.begin(pack);
+        if (work.threads() > threads) threads = work.threads();
+    }
+    return work.kv.size + threads * attnx::Scratch(*call).size;
 }
 
 // With `parallel` of the OpenMP runtime that torch uses: its threads are there already, and a second pool beside them

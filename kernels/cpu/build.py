@@ -8,6 +8,7 @@ nothing of torch. It takes four seconds, once.
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +25,7 @@ INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma"),
     "DEFAULT": (),
 }
+_TIMEOUT = 300  # seconds
 
 
 @cache
@@ -36,11 +38,14 @@ def instructions() -> str:
 def cache_folder() -> Path:
     """Where compiled kernels are kept: $ATTNX_CACHE_DIR, else attnx in $XDG_CACHE_HOME or ~/.cache."""
     chosen = os.environ.get("ATTNX_CACHE_DIR")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnx"
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(chosen) if chosen else Path(home) / "attnx").expanduser().absolute()
 
 
 def compiled(level: str, extra: tuple[str, ...] = ()) -> Path:
     """The path of the shared library; it appears whole or not at all, whoever else compiles it.
+
+    One that is there is taken without asking for a compiler: a cache that was filled on one machine serves others.
 
     Args:
         level: a key of INSTRUCTIONS.
@@ -49,44 +54,51 @@ def compiled(level: str, extra: tuple[str, ...] = ()) -> Path:
     Raises:
         ImportError: no compiler, or it failed; says what is missing.
     """
-    compiler = _compiler()
     flags = (*FLAGS, *INSTRUCTIONS[level], *extra)
     folder = Path(__file__).parent
-    text = "".join((folder / name).read_text() for name in SOURCES)
-    identity = "\0".join((text, compiler, _version(compiler), platform.machine(), *flags))
-    target = cache_folder() / f"cpu-{level.lower()}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
+    text = "".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
+    identity = "\0".join((text, os.environ.get("CXX", ""), platform.system(), platform.machine(), *flags))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as room:
-            made = Path(room) / target.name
-            run = subprocess.run(
-                [compiler, *flags, str(folder / SOURCES[0]), "-o", str(made)], capture_output=True, text=True
-            )
-            if run.returncode:
-                raise ImportError(f"{compiler} can't compile the CPU kernel: {run.stderr.strip()[-2000:]}")
-            os.replace(made, target)
-    except OSError as error:
-        raise ImportError(f"the CPU kernel can't be compiled in {target.parent}: {error}") from error
+        target = cache_folder() / f"cpu-{level.lower()}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+        if not target.exists():
+            _compile(_compiler(), flags, folder / SOURCES[0], target)
+        _check_owner(target)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        raise ImportError(f"the CPU kernel can't be compiled into its cache: {error}; set ATTNX_CACHE_DIR") from error
     return target
 
 
-def _compiler() -> str:
-    chosen = os.environ.get("CXX")
-    for name in (chosen,) if chosen else COMPILERS:
-        found = shutil.which(name)
-        if found:
-            return found
+def _compile(compiler: list[str], flags: tuple[str, ...], source: Path, target: Path) -> None:
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as room:
+        made = Path(room) / target.name
+        command = [*compiler, *flags, str(source), "-o", str(made)]
+        try:
+            run = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, timeout=_TIMEOUT
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ImportError(f"{shlex.join(compiler)} did not compile the CPU kernel in {_TIMEOUT} s") from error
+        if run.returncode:
+            raise ImportError(f"{shlex.join(compiler)} can't compile the CPU kernel: {run.stderr.strip()[-2000:]}")
+        with made.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(made, target)
+
+
+def _check_owner(target: Path) -> None:
+    """Code is loaded from there: nobody else may have put it."""
+    if hasattr(os, "getuid") and target.stat().st_uid not in (os.getuid(), 0):
+        raise PermissionError(f"{target} belongs to another user")
+
+
+def _compiler() -> list[str]:
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for command in [chosen] if chosen else [[name] for name in COMPILERS]:
+        if shutil.which(command[0]):
+            return command
+    expected = shlex.join(chosen) or " or ".join(COMPILERS)
     raise ImportError(
-        f"the native CPU kernel needs a C++ compiler: expected {chosen or ' or '.join(COMPILERS)} on PATH; found none "
+        f"the native CPU kernel needs a C++ compiler: expected {expected} on PATH; found none "
         "(install g++ or clang, or set CXX)"
     )
-
-
-@cache
-def _version(compiler: str) -> str:
-    try:
-        return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ImportError(f"{compiler} --version failed: {error}") from error

@@ -66,9 +66,10 @@ static inline float sum_of(vec v) {
     return total;
 }
 
-// 2^x to about an ulp for x < 128, 0 below -126; a NaN stays one. Of the fraction in [-1/2, 1/2] Cephes' polynomial
+// 2^x to about an ulp, 0 below -126 and infinity from 127.5; a NaN stays one. Of the fraction in [-1/2, 1/2] Cephes' polynomial
 // (exp2f), times a power of two whose exponent the rounded x is.
 static inline vec exp2(vec x) {
+    x = x > 128.0f ? splat(128.0f) : x;
     const float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23: added, its low bits are x rounded, and 127 the bias
     const vec shifted = x + magic;
     const vec f = x - (shifted - magic);
