@@ -46,6 +46,13 @@ def rollout(layers: Sequence[Heard]) -> Tensor:
     return r[:, 1:]
 
 
+def cls_row(layer: Heard) -> Tensor:
+    """[B, N - 1] float64: the class token's row of mean_h P in one layer, over the patches."""
+    first = torch.zeros(layer.q.shape[0], layer.q.shape[2], dtype=torch.float64, device=layer.q.device)
+    first[:, 0] = 1
+    return vecmat(first, *layer)[:, 1:]
+
+
 def listen(model: nn.Module, images: Tensor) -> list[Heard]:
     """What every call of `F.scaled_dot_product_attention` was given in one forward pass."""
     heard: list[Heard] = []

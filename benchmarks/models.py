@@ -1,6 +1,7 @@
 """The models that whole-model benchmarks run: random weights, no download."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -60,11 +61,19 @@ def _hugging_face(**options: Any) -> nn.Module:
 
 
 _PROJECTIONS = {"qkv", "query", "key", "q_proj", "k_proj"}
-_TIMM = ("plain", "attnx", "extractor", "hooks")
-_HF = ("plain", "attnx", "extractor", "output_attentions")
+_TIMM = ("plain", "attnx", "extractor", "cls", "hooks")
+_HF = ("plain", "attnx", "extractor", "cls", "output_attentions")
+_GROWING = (*_TIMM, "extractor_qk")
+GROWTH = (224, 384, 512, 768, 1024)  # pixels of a ViT-Ti/16: how time and memory grow with the tokens
 
 SPECS = {
     "vit_base_patch16_224": Spec(lambda: _timm("vit_base_patch16_224"), 224, _TIMM),
+    "vit_base_patch16_384": Spec(lambda: _timm("vit_base_patch16_384"), 384, _TIMM),
+    "vit_base_patch14_518": Spec(lambda: _timm("vit_base_patch14_dinov2", init_values=1.0), 518, _TIMM),
+    **{
+        f"vit_tiny_patch16_{size}": Spec(partial(_timm, "vit_tiny_patch16_224", img_size=size), size, _GROWING)
+        for size in GROWTH
+    },
     "vit_base_patch16_2048": Spec(lambda: _timm("vit_base_patch16_224", img_size=2048), 2048, _TIMM),
     # As it begins its training, this one's layers add almost nothing to their inputs: here they do.
     "vit_large_patch14_518": Spec(lambda: _timm("vit_large_patch14_dinov2", init_values=1.0), 518, _TIMM),
@@ -82,7 +91,14 @@ SPECS = {
 # The most important first: where time runs out, the last are missing.
 RUNS = {
     "quick": (Run("tiny", 2), Run("hf_tiny", 2)),
-    "cpu": (Run("vit_base_patch16_224", 8), Run("vit_small_patch8_480", 1), Run("hf_vit_base_224", 4)),
+    "cpu": (
+        Run("vit_base_patch16_224", 8),
+        Run("vit_base_patch16_384", 2),
+        Run("vit_small_patch8_480", 1),
+        Run("vit_base_patch14_518", 1),
+        Run("vit_tiny_patch16_224", 1),
+        Run("hf_vit_base_224", 4),
+    ),
     "cuda": (
         Run("vit_base_patch16_224", 64),
         Run("vit_base_patch16_2048", 1),

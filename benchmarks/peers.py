@@ -47,6 +47,12 @@ def attnx_map(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
     return Answer(_tokens(out), amap)
 
 
+def attnx_eager(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
+    """attnx with the whole mean map in plain torch, by blocks: what answers where no kernel can."""
+    out, amap = attnx.attention(q, k, v, backend="eager")
+    return Answer(_tokens(out), amap)
+
+
 def attnx_row(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
     """attnx with the class token's row of the mean map."""
     out, amap = attnx.attention(q, k, v, rows=_first_row(q.device))
@@ -151,6 +157,7 @@ def compiled(call: Attention) -> Callable[[bool], Attention]:
 ATTENTION: dict[str, Callable[[bool], Attention]] = {
     "sdpa": lambda quick: sdpa,
     "attnx": lambda quick: attnx_map,
+    "attnx_eager": lambda quick: attnx_eager,
     "attnx_row": lambda quick: attnx_row,
     "vecmat": lambda quick: vecmat,
     "hf_eager": lambda quick: hf_eager,
@@ -161,7 +168,7 @@ ATTENTION: dict[str, Callable[[bool], Attention]] = {
     "flex_map": compiled(flex_map),
     "flex_vecmat": compiled(flex_vecmat),
 }
-ATTNX = ("attnx", "attnx_row", "vecmat")
+ATTNX = ("attnx", "attnx_eager", "attnx_row", "vecmat")
 
 
 def _tokens(out: Tensor) -> Tensor:

@@ -5,13 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.growth import by_contestant, power
 from benchmarks.stored import Row, Run
 
 COLORS = {
     "attnx": "#0b6e4f",
+    "attnx_eager": "#95d5b2",
     "attnx_row": "#74c69d",
     "vecmat": "#3a86ff",
     "extractor": "#3a86ff",
+    "extractor_qk": "#8338ec",
+    "cls": "#74c69d",
+    "plain": "#333333",
     "hf_eager": "#d1495b",
     "hooks": "#d1495b",
     "output_attentions": "#d1495b",
@@ -97,11 +102,38 @@ def models_plot(run: Run, path: Path) -> bool:
     return True
 
 
+def growth_plot(run: Run, path: Path) -> bool:
+    """Time and peak memory of whole rollouts against tokens, both axes logarithmic, with the fitted powers."""
+    lines = by_contestant(run.about.get("growth", ()))
+    if not lines:
+        return False
+    figure, pair = _figure(9.6, 4.0, columns=2)
+    for axes, field, unit in zip(pair, ("ms", "mb"), ("milliseconds", "peak megabytes above the model"), strict=True):
+        ends = []
+        for name, points in lines.items():
+            values = [(point.tokens, getattr(point, field)) for point in points]
+            color = COLORS.get(name, "#666666")
+            axes.plot(*zip(*values, strict=True), color=color, marker="o", markersize=4, linewidth=1.8)
+            ends.append((f"{name}: N^{power(values):.1f}", values[-1], color))
+        ticks = sorted({point.tokens for points in lines.values() for point in points})
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(unit)
+        _label_ends(axes, ends)
+    pair[0].set_title(f"Rollout of a ViT-Ti/16, one image, {run.about['hardware']}", loc="left", color="#222222")
+    figure.subplots_adjust(wspace=0.75)
+    _save(figure, path)
+    return True
+
+
 def _lines(run: Run) -> dict[str, list[tuple[int, float]]]:
     """contestant -> (tokens, ratio); of several batch sizes the one with most contestants, then the largest."""
     best: dict[int, Sequence[Row]] = {}
     for (_, dtype), rows in run.groups("op").items():
-        if dtype == "fp16":
+        if dtype == "fp16" or (dtype == "bf16" and not run.cuda):
             continue
         tokens = rows[0].sizes[2]
         if tokens not in best or len(rows) >= len(best[tokens]):
@@ -127,7 +159,7 @@ def _label_ends(axes: Any, ends: list[tuple[str, tuple[int, float], str]]) -> No
         axes.annotate(name, (1.02, taken), xycoords="axes fraction", va="center", color=color, annotation_clip=False)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("svg")
@@ -135,7 +167,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
     pyplot.rcdefaults()
     pyplot.rcParams.update(STYLE)
-    figure, axes = pyplot.subplots(figsize=(width, height), facecolor="white")
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), facecolor="white")
     return figure, axes
 
 

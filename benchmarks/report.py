@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
+from benchmarks.growth import by_contestant, power
 from benchmarks.machine import ROOT, write_atomically
 from benchmarks.report_more import estimate_section, sweep_section
 from benchmarks.report_table import details, ms, number, table
 from benchmarks.stored import Row, Run, Stored, load
-from benchmarks.targets import verdicts
+from benchmarks.targets import cpu_verdicts, verdicts
 
 RESULTS = ROOT / "benchmarks" / "results"
+_PLOTS = {
+    "op": "One attention call, time over the floor's",
+    "models": "Whole models, time over the floor's",
+    "growth": "Time and memory against tokens",
+}
 INTRO = """\
 # Benchmarks
 
@@ -35,14 +41,16 @@ make report       this page
 
 - **One attention call** (`test_op.py`): q, k, v are views of a packed projection as in a ViT, bf16 on a GPU and fp32
   on a CPU. The floor is `F.scaled_dot_product_attention` without a map. `attnx` is `attnx.attention` with the whole
-  mean map, `attnx_row` with the class token's row of it; `vecmat` gives `r @ map` for a dense r and makes no map.
-  `hf_eager` and `timm_eager` are what Hugging Face and timm compute when asked for weights, then the mean over heads;
-  `compiled_eager` is the former by `torch.compile`. `flex_map` and `flex_vecmat` are the map and `r @ map` by torch's
-  compiled `flex_attention`, `flag_attention` is FlagAttention's total attention (`r @ map` for r of ones), and
-  `sdpa_cudnn` is the floor by cuDNN's kernel. Compiled ones are measured on a few shapes only.
+  mean map, `attnx_eager` the same in plain torch, `attnx_row` with the class token's row of it; `vecmat` gives
+  `r @ map` for a dense r and makes no map. `hf_eager` and `timm_eager` are what Hugging Face and timm compute when
+  asked for weights, then the mean over heads; `compiled_eager` is the former by `torch.compile`. `flex_map` and
+  `flex_vecmat` are the map and `r @ map` by torch's compiled `flex_attention`, `flag_attention` is FlagAttention's
+  total attention (`r @ map` for r of ones), and `sdpa_cudnn` is the floor by cuDNN's kernel. Compiled ones are
+  measured on a few shapes only.
 - **Whole models** (`test_models.py`): images to an all-layer rollout. The floor is the model's plain forward pass.
-  `attnx` is `capture` and `rollout`, `extractor` is `Extractor`; `hooks` keeps timm's eager weights and
-  `output_attentions` Hugging Face's, then both multiply whole matrices. Weights are random.
+  `attnx` is `capture` and `rollout`, `extractor` is `Extractor`, and `cls` its map of the class token in the last
+  layer; `hooks` keeps timm's eager weights and `output_attentions` Hugging Face's, then both multiply whole matrices.
+  Weights are random.
 - **Times** are medians. Contestant and floor run in turn in one process, and **/ floor** is the median of the one over
   the median of the other. On a GPU an op's round is one replay of a CUDA graph of many calls over inputs that together
   are larger than the L2 cache, between two events; what can't be recorded is timed with its launches, as is its floor,
@@ -59,7 +67,7 @@ make report       this page
 
 def page(stored: Stored, plot_files: dict[str, list[str]]) -> str:
     """The whole page; plot_files: the names of the plots of a run's file."""
-    parts = [INTRO, "\n".join(target_section(stored.runs))]
+    parts = [INTRO, "\n".join(target_section(stored.runs)), "\n".join(cpu_target_section(stored.runs))]
     for run in stored.runs:
         parts.append("\n".join(run_section(run, plot_files.get(run.file, []))))
     if stored.sweeps:
@@ -82,13 +90,25 @@ def target_section(runs: list[Run]) -> Iterator[str]:
         yield ""
 
 
+def cpu_target_section(runs: list[Run]) -> Iterator[str]:
+    """The targets for CPUs, held against every run that has whole models of them."""
+    for run in runs:
+        lines = [] if run.cuda else list(cpu_verdicts(run))
+        if any(line.measured != "-" for line in lines):
+            yield f"## Targets on a CPU: {run.about['hardware']}, {run.about['threads']} threads\n"
+            yield f"[`{run.file}`](results/{run.file})\n"
+            yield from table(("", "", "goal", "measured", ""), lines, "llrrl")
+            yield ""
+
+
 def run_section(run: Run, files: list[str]) -> Iterator[str]:
     """One result file: where it comes from, plots, tables, and what is not in them."""
     about = run.about
     yield f"## {about['hardware']}{'' if run.cuda else ', ' + str(about['threads']) + ' threads'}\n"
     yield f"[`{run.file}`](results/{run.file}): " + "; ".join(_origin(run)) + ".\n"
     for file in files:
-        yield f"![{'One attention call' if '-op' in file else 'Whole models'}, time over the floor's](plots/{file})\n"
+        kind = file.removesuffix(".svg").rpartition("-")[2]
+        yield f"![{_PLOTS[kind]}](plots/{file})\n"
     groups = run.groups("op")
     if groups:
         yield "### One attention call\n"
@@ -98,6 +118,9 @@ def run_section(run: Run, files: list[str]) -> Iterator[str]:
     if groups:
         yield "### Whole models: a rollout through all layers\n"
         yield from _model_table(run, groups)
+    if run.about.get("growth"):
+        yield "### How it grows with the tokens\n"
+        yield from _growth_table(run)
     yield from _left_out(about)
 
 
@@ -168,6 +191,22 @@ def _model_table(run: Run, groups: dict[tuple[str, str], list[Row]]) -> Iterator
     yield ""
 
 
+def _growth_table(run: Run) -> Iterator[str]:
+    lines = by_contestant(run.about["growth"])
+    tokens = sorted({point.tokens for points in lines.values() for point in points})
+    yield "A ViT-Ti/16, one image, each in a process of its own: ms, and peak MB above the loaded model. The power is"
+    yield "that of N in a fit of the three longest.\n"
+    cells = []
+    for name, points in lines.items():
+        found = {point.tokens: f"{ms(point.ms)} ms, {point.mb:,.0f} MB" for point in points}
+        powers = [
+            power([(point.tokens, value(point)) for point in points]) for value in (lambda p: p.ms, lambda p: p.mb)
+        ]
+        cells.append((name, *(found.get(n, "") for n in tokens), f"{powers[0]:.2f}, {powers[1]:.2f}"))
+    yield from table(("", *(f"{n:,} tokens" for n in tokens), "powers"), cells)
+    yield ""
+
+
 def _left_out(about: dict[str, Any]) -> Iterator[str]:
     """What was not measured, and why; what failed; what the time was too short for."""
     failed = about.get("failed") or {}
@@ -208,7 +247,7 @@ def write(results: Path, out: Path) -> Path:
     stored = load(results)
     files: dict[str, list[str]] = {}
     for run in stored.runs:
-        for kind, draw in (("op", plots.op_plot), ("models", plots.models_plot)):
+        for kind, draw in (("op", plots.op_plot), ("models", plots.models_plot), ("growth", plots.growth_plot)):
             name = f"{run.file.removesuffix('.json')}-{kind}.svg"
             if draw(run, out / "plots" / name):
                 files.setdefault(run.file, []).append(name)

@@ -1,6 +1,6 @@
 """What whole models are compared with.
 
-A function takes a model for itself and gives ``call(images) -> rollout [B, patches]``, or None.
+A function takes a model for itself and gives ``call(images) -> rollout [B, patches]``, or None; `cls` gives a CLS map.
 """
 
 from collections.abc import Callable
@@ -37,6 +37,18 @@ def capture(model: nn.Module) -> Rollout:
 def extractor(model: nn.Module) -> Rollout:
     """attnx: `attnx.Extractor`, which keeps what is smaller and may leave out what the rollout does not need."""
     extract = attnx.Extractor(model, "rollout", keep="auto")
+    return lambda images: extract(images).flatten(1)
+
+
+def extractor_qk(model: nn.Module) -> Rollout:
+    """attnx: `attnx.Extractor` in memory linear in the tokens: of every layer q and k are kept, and no map."""
+    extract = attnx.Extractor(model, "rollout", keep="qk")
+    return lambda images: extract(images).flatten(1)
+
+
+def cls(model: nn.Module) -> Rollout:
+    """attnx: the class token's map of the last layer, by `attnx.Extractor`, which stops there. No rollout."""
+    extract = attnx.Extractor(model, "cls")
     return lambda images: extract(images).flatten(1)
 
 
@@ -79,6 +91,8 @@ CONTESTANTS: dict[str, Callable[[nn.Module], Rollout]] = {
     "plain": plain,
     "attnx": capture,
     "extractor": extractor,
+    "extractor_qk": extractor_qk,
+    "cls": cls,
     "hooks": hooks,
     "output_attentions": output_attentions,
 }

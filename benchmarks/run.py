@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory, record
+from benchmarks import growth, memory, record
 from benchmarks.machine import ROOT, environment, file_stem, part_of, write_atomically
 
 SUITES = {"op": 0.6, "models": 1.0}  # and the share of the time that is left which each may take
@@ -73,6 +73,9 @@ def run(out: Path, device: str, quick: bool = False, limit: float | None = None,
         _store(part, result, all_found, done=False)
         if device == "cpu" and suite == "models":
             _merge(all_found, record.Found([], {}, add_memory(found.rows, quick), []), suite)
+            _store(part, result, all_found, done=False)
+            if keyword is None and not quick:
+                result["growth"] = list(growth.measure())
     _store(part, result, all_found, done=True)
     passed = not all_found.failed and not all_found.cut
     path = part.replace(whole) if passed and keyword is None else part

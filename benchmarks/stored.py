@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 # What a contestant gives beside the output; it must be written, so it belongs to the floor.
 GIVES = {
-    **dict.fromkeys(("attnx", "hf_eager", "timm_eager", "compiled_eager", "flex_map"), "map"),
+    **dict.fromkeys(("attnx", "attnx_eager", "hf_eager", "timm_eager", "compiled_eager", "flex_map"), "map"),
     **dict.fromkeys(("vecmat", "flex_vecmat", "flag_attention", "attnx_row"), "row"),
 }
 
@@ -46,6 +46,7 @@ class Row:
     max_error: float | None
     kernel: str | None = None
     errors: dict[str, float] | None = None
+    tokens: int | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -122,9 +123,9 @@ class Stored:
 
 
 def _row(content: dict[str, Any]) -> Row:
-    later = ("kernel", "errors")  # older files lack them
+    later = ("kernel", "errors", "tokens")  # older files lack them
     fields: dict[str, Any] = {name: content[name] for name in Row.__dataclass_fields__ if name not in later}
-    return Row(**fields, kernel=content.get("kernel"), errors=content.get("errors"))
+    return Row(**fields, **{name: content.get(name) for name in later})
 
 
 def load(folder: Path) -> Stored:

@@ -1,4 +1,4 @@
-"""What attnx is held to on a GPU, and whether stored rows say that it is so: met, missed, or not measured."""
+"""What attnx is held to, and whether stored rows say that it is so: met, missed, or not measured."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -50,6 +50,36 @@ def verdicts(run: Run | None) -> Iterator[Verdict]:
         for tokens, bound in target.bounds.items():
             yield _of_op(run, target, tokens, bound)
     yield from _of_long_rollout(run)
+
+
+CPU_MODELS = {"vit_base_patch16_224 b8": 8, "vit_base_patch16_384 b2": 2, "vit_small_patch8_480 b1": 1}  # and batches
+LAYERS = 12
+
+
+def cpu_verdicts(run: Run) -> Iterator[Verdict]:
+    """The same for a CPU: fp32, two threads."""
+    for row in run.rows:
+        if row.suite == "op" and row.contestant == "attnx" and row.dtype == "fp32":
+            yield _held("`attention` with its map / SDPA", row.shape.replace("x", ", "), 1.10, row.ratio_to_floor)
+    for name, bound in (("extractor", 1.0), ("cls", 0.97)):
+        for model in CPU_MODELS:
+            found = [row for row in run.rows if row.shape == model and row.contestant == name]
+            what = "rollout" if name == "extractor" else "CLS map"
+            yield _held(f"{what} / plain forward", model, bound, found[0].ratio_to_floor if found else None)
+    for model, batch in CPU_MODELS.items():
+        rows = {row.contestant: row for row in run.rows if row.shape == model}
+        ours, plain = (rows[name].peak_mb if name in rows else None for name in ("extractor", "plain"))
+        if ours is None or plain is None or (tokens := rows["extractor"].tokens) is None:
+            yield _held("rollout's memory / the plain forward's", model, None, None)
+        else:
+            maps = LAYERS * batch * 4 * tokens**2 / 1e6
+            yield _held("rollout's memory / the plain forward's", model, 1.05 * (plain + maps) / plain, ours / plain)
+
+
+def _held(target: str, shape: str, bound: float | None, value: float | None) -> Verdict:
+    held = [] if value is None or bound is None else [value <= bound]
+    goal = "-" if bound is None else f"≤ {bound:.2f}"
+    return Verdict(target, shape, goal, "-" if value is None else f"{value:.2f}", _verdict(held))
 
 
 def _of_op(run: Run | None, target: Target, tokens: int, bound: float) -> Verdict:

@@ -35,6 +35,7 @@ def _vit(batch: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Shape:
 
 
 PLAIN = ("sdpa", "attnx", "attnx_row", "vecmat", "hf_eager", "timm_eager")
+FEW = ("sdpa", "attnx", "attnx_eager", "hf_eager")
 OTHERS = ("sdpa_cudnn", "flag_attention", "flex_map", "flex_vecmat")  # theirs to run or not
 MAIN = tuple(_vit(*size) for size in ((64, 197), (16, 577), (4, 1370), (1, 4097), (1, 16385), (64, 257)))
 SMALL = tuple(_vit(1, n) for n in (197, 577, 1370))
@@ -46,10 +47,14 @@ HALF = tuple(_vit(*size, torch.float16) for size in ((64, 197), (4, 1370)))
 PLANS: dict[str, list[tuple[Shape, tuple[str, ...]]]] = {
     "quick": [(Shape(2, 3, 37, 32, torch.float32), tuple(peers.ATTENTION))],
     "cpu": [
-        (Shape(8, 12, 197, 64, torch.float32), (*PLAIN, "compiled_eager")),
-        (Shape(2, 12, 577, 64, torch.float32), PLAIN),
-        (Shape(1, 16, 1370, 64, torch.float32), PLAIN),
-        (Shape(1, 6, 3601, 64, torch.float32), PLAIN),
+        (Shape(8, 12, 197, 64, torch.float32), (*PLAIN, "attnx_eager", "compiled_eager")),
+        (Shape(8, 12, 257, 64, torch.float32), FEW),
+        (Shape(2, 12, 577, 64, torch.float32), (*PLAIN, "attnx_eager", "compiled_eager")),
+        (Shape(1, 16, 1370, 64, torch.float32), (*PLAIN, "attnx_eager", "compiled_eager")),
+        (Shape(1, 6, 3601, 64, torch.float32), (*PLAIN, "attnx_eager")),
+        *((_vit(batch, 197, torch.float32), FEW) for batch in (1, 2, 32)),
+        *((_vit(batch, 577, torch.float32), FEW) for batch in (1, 8)),
+        *((_vit(*size), FEW) for size in ((8, 197), (2, 577))),
     ],
     "cuda": [
         *((shape, PLAIN) for shape in MAIN),
@@ -153,7 +158,7 @@ def _measure(
     with torch.inference_mode():
         errors = case.check(name, call(*case.sets[0]))
     contestant, how = _timer(call, case.sets)
-    times = race(benchmark, contestant, case.floor(how), 6.0 if device == "cpu" else 1.5, quick)
+    times = race(benchmark, contestant, case.floor(how), 5.0 if device == "cpu" else 1.5, quick)
     peak = cuda_peak_mb(call, case.sets[0])
     kernel = sdpa_kernel_name(*case.sets[0][:3]) if name == "sdpa" else None
     about = dict(max_error=max(errors.values()), errors=errors, checked_rows=len(case.rows), kernel=kernel)

@@ -43,8 +43,8 @@ def test_every_contestant_has_a_row_or_a_reason(results: tuple[dict, str]) -> No
     assert all(not_run.values())
     assert contestants == {
         ("op", "2x3x37x32"): set(peers.ATTENTION) - set(not_run),
-        ("models", "tiny b2"): {"plain", "attnx", "extractor", "hooks"},
-        ("models", "hf_tiny b2"): {"plain", "attnx", "extractor", "output_attentions"},
+        ("models", "tiny b2"): {"plain", "attnx", "extractor", "cls", "hooks"},
+        ("models", "hf_tiny b2"): {"plain", "attnx", "extractor", "cls", "output_attentions"},
     }
     assert results[0]["failed"] == {}
     assert results[0]["cut"] == []
@@ -88,6 +88,7 @@ def suites(monkeypatch: pytest.MonkeyPatch) -> dict[str, record.Found]:
     found = {suite: record.Found([_row(suite)], {}, {}, []) for suite in run.SUITES}
     monkeypatch.setattr(run, "run_suite", lambda suite, *args: found[suite])
     monkeypatch.setattr(run, "add_memory", lambda rows, quick: {})
+    monkeypatch.setattr(run.growth, "measure", lambda: iter(()))
     return found
 
 

@@ -124,5 +124,5 @@ def test_configurations_do_not_look_at_the_length(target):
 
 def test_triton_makes_each_head_without_partial_maps(launched, device):
     inputs = testing.random_inputs(testing.Case(B=1, H=4, M=5, N=6), device=device)
-    backend.attention(*inputs[:3], None, False, 0.25, Heads.EACH)
+    backend.attention(*inputs[:3], None, False, 0.25, Heads.EACH, None)
     assert names(launched) == ["one_pass_kernel"]

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Only for these imports: the root on the path would make a bare `kernels` ours.
 sys.path.insert(0, str(ROOT))
-from benchmarks import report, stored, targets  # noqa: E402
+from benchmarks import growth, report, stored, targets  # noqa: E402
 from benchmarks.report_table import configuration, ms, number, table  # noqa: E402
 
 sys.path.remove(str(ROOT))
@@ -255,3 +255,43 @@ def test_numbers_and_tables() -> None:
         "| a | 1 |",
         "| b |  |",
     ]
+
+
+def test_growth_is_fitted_and_told(tmp_path: Path, folder: Path) -> None:
+    rows = [
+        dict(contestant=name, tokens=n, ms=c * n**p, peak_mb=n**q)
+        for name, c, p, q in (("plain", 0.1, 1.0, 1.0), ("hooks", 0.01, 2.5, 2.0))
+        for n in (197, 577, 1025, 4097)
+    ]
+    path = folder / "a-processor.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "growth": rows}))
+    page = report.write(folder, tmp_path / "out").read_text()
+    assert "| 197 tokens | 577 tokens | 1,025 tokens | 4,097 tokens | powers |" in page
+    assert "1.00, 1.00 |" in page
+    assert "2.50, 2.00 |" in page
+    assert "N^2.5" in (tmp_path / "out" / "plots" / "a-processor-growth.svg").read_text()
+    assert "a-processor-growth.svg" in page
+
+
+def test_a_power_is_that_of_the_longest() -> None:
+    assert growth.power([(1, 100.0), (10, 10.0), (100, 100.0), (1000, 1000.0)]) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="at least two points"):
+        growth.power([(1, 1.0)])
+
+
+def test_targets_on_a_cpu(tmp_path: Path, folder: Path) -> None:
+    path = folder / "a-processor.json"
+    content = json.loads(path.read_text())
+    shape = "vit_base_patch16_224 b8"
+    content["rows"] += [model_row(shape, name, x) | dict(peak_mb=mb, tokens=197) for name, x, mb in (
+        ("plain", 1.0, 100.0), ("extractor", 0.95, 115.0), ("cls", 0.99, 101.0)
+    )]  # fmt: skip
+    path.write_text(json.dumps(content))
+    page = report.write(folder, tmp_path / "out").read_text()
+    assert "## Targets on a CPU: A processor" in page
+    assert f"| rollout / plain forward | {shape} | ≤ 1.00 | 0.95 | **met** |" in page
+    assert f"| CLS map / plain forward | {shape} | ≤ 0.97 | 0.99 | **missed** |" in page
+    # The forward's 100 MB, 12 maps of 8 images of 197 tokens, and 5 %.
+    assert f"| rollout's memory / the plain forward's | {shape} | ≤ 1.21 | 1.15 | **met** |" in page
+    assert "| `attention` with its map / SDPA | 2, 12, 197, 64 | ≤ 1.10 | 1.20 | **missed** |" in page
+    assert "not measured" in page
