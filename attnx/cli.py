@@ -1,5 +1,6 @@
 """The command line: attnx demo | show | extract | kernels."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -148,6 +149,10 @@ def extract(
     image_size: ImageSize = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 16,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 / float16 by autocast.")] = "float32",
+    keep: Annotated[
+        str, typer.Option(help="Of every layer, for rollout: map, qk (memory linear in the tokens), or auto.")
+    ] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Record CUDA graphs: for small batches.")] = False,
     device: Device = None,
     residual: Residual = 0.5,
     discard: Discard = 0.0,
@@ -180,6 +185,8 @@ def extract(
         layers=_layers(layer),
         heads=heads,
         dtype=None if dtype == "float32" else getattr(torch, dtype),
+        keep=keep,
+        compile=compile,
         model_kwargs=loaded.model_kwargs,
         **(rolling if method == "rollout" else {}),
     )
@@ -197,6 +204,7 @@ def extract(
         "layers": layer,
         "heads": heads,
         "dtype": dtype,
+        "keep": keep,
         "torch": torch.__version__,
         **(rolling if method == "rollout" else {}),
     }
@@ -233,10 +241,8 @@ def kernels(
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET is 1: the interpreter compiles nothing; unset it")
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError("triton is not installed, so nothing can be compiled: pip install triton") from error
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("triton is not installed, so nothing can be compiled: pip install triton")
     import json
 
     import torch

@@ -248,6 +248,19 @@ def test_what_is_not_finite_is_where_the_oracle_has_it():
     assert attnx.attention_map(q, k, backend="native")[0].isnan().all(1).tolist() == [False, False, True, False, False]
 
 
+def test_long_rows_lose_no_digits():
+    """4,000 keys in one chain of additions would be beyond the budget."""
+    q, k, v, _ = random_inputs(Case(B=1, H=2, M=64, N=4000, D=64))
+    q *= 2
+    out, amap = attnx.attention(q, k, v, backend="native")
+    assert_attention(out, amap, q, k, v)
+    out, lse = attnx.attention_lse(q, k, v, backend="native")
+    assert_attention_lse(out, lse, q, k, v)
+    q, k, _, _ = random_inputs(Case(B=1, H=12, M=1500, N=40, D=16))
+    r = torch.rand(1, 1500)
+    assert_vecmat(attnx.vecmat(r, q, k, backend="native"), r, q, k)
+
+
 def test_a_log_sum_exp_that_does_not_fit_gives_no_nonsense():
     q, k = torch.full((1, 1, 3, 4), 10.0), torch.full((1, 1, 5, 4), 10.0)
     assert attnx.attention_map(q, k, lse=torch.zeros(1, 1, 3), backend="native").isinf().all()

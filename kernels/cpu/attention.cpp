@@ -293,9 +293,10 @@ static void scores(const Call& c, const Block& block, const Packed& kv, int64_t 
 // o [OUT_ROWS][V * W] += p^T v for `count` keys: p [key] of stride `width`, v [key] and o [row] of stride dv.
 template <int V>
 static inline void weigh_tile(const float* p, int64_t width, const float* v, int64_t dv, int64_t count, float* o) {
+    // From zero, and added to the sum of all keys at the end: a chain of thousands of additions loses digits.
     vec acc[OUT_ROWS][V];
     for (int i = 0; i < OUT_ROWS; i++)
-        for (int d = 0; d < V; d++) acc[i][d] = load(o + i * dv + d * W);
+        for (int d = 0; d < V; d++) acc[i][d] = vec{};
     ATTNX_UNROLL for (int64_t j = 0; j < count; j++, p += width, v += dv) {
         vec value[V];
         for (int d = 0; d < V; d++) value[d] = load(v + d * W);
@@ -305,7 +306,7 @@ static inline void weigh_tile(const float* p, int64_t width, const float* v, int
         }
     }
     for (int i = 0; i < OUT_ROWS; i++)
-        for (int d = 0; d < V; d++) store(o + i * dv + d * W, acc[i][d]);
+        for (int d = 0; d < V; d++) store(o + i * dv + d * W, load(o + i * dv + d * W) + acc[i][d]);
 }
 
 // The weights of `count` keys from `first` on times their values, added to the block's output.
@@ -479,13 +480,13 @@ static void pass_on(const Call& c, int64_t b, int64_t first, int64_t last, const
             }
             exponentiate(block, room.s, stop - first, shift, total);
             for (int64_t j = 0; j < stop - first; j++) {
-                vec sum = load(sums + j * W);
+                vec sum = vec{};
                 for (int i = 0; i < block.width; i += W) {
                     const vec factor = load(weight + i);
                     const vec p = load(room.s + j * block.width + i) * factor;
                     sum += factor == 0.0f ? vec{} : p;  // zero times NaN is NaN
                 }
-                store(sums + j * W, sum);
+                store(sums + j * W, load(sums + j * W) + sum);
             }
         }
     }
