@@ -26,7 +26,7 @@ constexpr int VECS = REGISTERS == 32 ? 4 : 2;    // vectors of rows in a registe
 constexpr int TILE = REGISTERS == 32 ? 24 : 12;  // accumulators of a register tile of scores
 constexpr int KEYS = REGISTERS == 32 ? 12 : 6;   // keys of one at most
 constexpr int OUT_ROWS = REGISTERS == 32 ? 8 : 4;  // rows in a register tile of the output, of two vectors
-constexpr int CHUNK = 48;                        // keys between two visits of the output's accumulators
+constexpr int CHUNK = 64;                        // keys between two visits of the output's accumulators
 constexpr int PASSED_KEYS = 192;                 // of one piece of vecmat's work
 constexpr int64_t PACKED = 4 << 20;              // floats of K and V that are copied at a time, if an item has no more
 constexpr double LOG2E = 1.44269504088896341;
