@@ -131,6 +131,8 @@ class Extractor:
         if not isinstance(images, Tensor) or images.dim() != 4 or not len(images):
             came = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images: expected a tensor [B, channels, height, width] with B >= 1; got {came}")
+        if self.model.training:
+            raise ValueError("model: expected eval mode; got training mode; call model.eval()")
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with self._alone():

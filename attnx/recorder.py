@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnx.kept import KeptMap, KeptRows, attend, check_keep
+from attnx.kept import KeptMap, KeptRows, attend, check_keep, qk_bytes
 from attnx.layout import TokenLayout
 from attnx.ops import attention_map, cast_as_sdpa
 from attnx.reducers import Heads
@@ -24,7 +24,8 @@ class Recorder:
     Attributes:
         last: the layer after which nothing is wanted: its output is not computed, and `Stop` is raised in its place.
         last_row: the only query row of it that is wanted; None: as in the other layers.
-        calls: if a dict, it is given what every layer attended with: q, k, bias, is_causal, scale, backend.
+        calls: if a dict, it is given what every layer attended with: bias, is_causal, scale, backend, nbytes (of q, k
+            and what else would be kept with them), and of the last one q and k.
 
     Args:
         model, heads, rows, keep, layout, backend: as in `attnx.capture`.
@@ -100,7 +101,10 @@ class Recorder:
         q, k, v = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
         call: dict[str, Any] = dict(bias=attn_mask, is_causal=is_causal, scale=scale, backend=self.backend)
         if self.calls is not None:
-            self.calls[layer] = dict(call, q=q, k=k)
+            # q and k of one layer at a time: they are views of a qkv that would be kept whole.
+            for earlier in self.calls.values():
+                earlier.pop("q", None), earlier.pop("k", None)
+            self.calls[layer] = dict(call, q=q, k=k, nbytes=qk_bytes(q, k, attn_mask))
         if layer == self.last and self.last_row is not None:
             self.keep_row(layer, *cast_as_sdpa(q, k), rows=self._index((self.last_row,), q), **call)
         try:

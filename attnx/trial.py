@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from attnx.adapters.projections import Heads, projects, queries_and_keys
 from attnx.adapters.rebind import SDPA, own_forward
-from attnx.kept import Kept, KeptMap, KeptQK, qk_bytes
-from attnx.layers import Layers, attention_layers, clean_name
+from attnx.kept import Kept, KeptMap, KeptQK
+from attnx.layers import Layers, attention_layers, clean_name, matches
 from attnx.layout import patch_convolutions
 from attnx.listener import Listener
 from attnx.plan import Plan, Split, Step, sole_input
@@ -54,9 +54,10 @@ class Trial:
             self.listener.check()
 
     def _note(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        x = sole_input(args, kwargs)
-        if x is not None and get_ident() == self.thread:
-            self.inputs[name] = x
+        wanted = self.listener.wanted
+        if get_ident() == self.thread and (wanted is None or any(matches(w, name) for w in wanted)):
+            x = sole_input(args, kwargs)
+            self.inputs = {} if x is None else {name: x}  # of one layer at a time
 
     def plan(self, wanted: Sequence[str], row: int | None) -> Plan:
         """The plan that keeps what is wanted of some layers, and of the last no more than a row, if one is said.
@@ -83,7 +84,14 @@ class Trial:
     def _split(self, last: str, block: nn.Module | None, row: int | None) -> Split | None:
         """How the last layer's projections can be split, if they give the queries and keys that it attended with."""
         call, x = self.calls[last], self.inputs.get(last)
-        if block is None or row is None or x is None or call["bias"] is not None or call["is_causal"]:
+        if (
+            block is None
+            or row is None
+            or x is None
+            or call["bias"] is not None
+            or call["is_causal"]
+            or "q" not in call
+        ):
             return None
         q, k = call["q"], call["k"]
         heads = Heads(q.shape[1], k.shape[1], q.shape[3])
@@ -123,8 +131,7 @@ class Trial:
             return "row " + ", ".join(map(str, self.recorder.trace.rows))
         if isinstance(kept, KeptQK):
             return "q, k"
-        call = self.calls[name]
-        smaller = qk_bytes(call["q"], call["k"], call["bias"]) < kept.nbytes and self.recorder.trace.heads == "mean"
+        smaller = self.calls[name]["nbytes"] < kept.nbytes and self.recorder.trace.heads == "mean"
         later = " (of large batches q, k)" if self.recorder.keep == "auto" and smaller else ""
         return f"map {list(kept.shape[1:])}{later}" if isinstance(kept, KeptMap) else "rows"
 

@@ -6,6 +6,7 @@ else's kernel, predicted as our own forward), of one of `benchmarks.sweep` every
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -58,7 +59,7 @@ def check_files(paths: Sequence[Path], jobs: int) -> Iterator[str]:
         some = True
         compiled = compile_keys(_keys(measured, chip), jobs)
         yield f"{path.name}: {result['hardware']}"
-        yield from compare(measured, lambda case, c=chip, k=compiled: _predict(case, c, k))  # type: ignore[misc]
+        yield from compare(measured, partial(_predict, chip=chip, compiled=compiled))
     if not some:
         yield NOTHING
 

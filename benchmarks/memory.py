@@ -70,17 +70,17 @@ def in_own_process(contestant: str, model: str, batch: int, device: str, runs: i
 
 def claim(device: str, runs: int = 3) -> bool:
     """Whether the rollout of all twelve layers of a ViT-S/8 at 480 pixels needs, above the loaded model, at most the
-    plain forward's memory and its twelve fp32 maps and 10 %, and at most 2.5 times the forward's time."""
-    results = {name: in_own_process(name, CLAIM_MODEL, 1, device, runs) for name in ("plain", "attnx", "hooks")}
+    plain forward's memory and its twelve fp32 maps and 5 %, and no more than the forward's time."""
+    results = {name: in_own_process(name, CLAIM_MODEL, 1, device, runs) for name in ("plain", "extractor", "hooks")}
     plain, ours, eager = results.values()
     maps = 12 * ours["tokens"] ** 2 * 4 / 1e6
-    limit = 1.1 * (plain["peak_mb"] + maps)
+    limit = 1.05 * (plain["peak_mb"] + maps)
     slower = {name: result["seconds"] / plain["seconds"] for name, result in results.items()}
     print(f"plain forward      {plain['peak_mb']:8.0f} MB  {plain['seconds']:6.2f} s")
-    print(f"attnx              {ours['peak_mb']:8.0f} MB  {slower['attnx']:6.2f} x   (maps alone {maps:.0f} MB)")
+    print(f"extractor          {ours['peak_mb']:8.0f} MB  {slower['extractor']:6.2f} x   (maps alone {maps:.0f} MB)")
     print(f"hooks on eager     {eager['peak_mb']:8.0f} MB  {slower['hooks']:6.2f} x")
-    print(f"at most            {limit:8.0f} MB  {2.5:6.2f} x")
-    return ours["peak_mb"] <= limit and slower["attnx"] <= 2.5
+    print(f"at most            {limit:8.0f} MB  {1.0:6.2f} x")
+    return ours["peak_mb"] <= limit and slower["extractor"] <= 1.0
 
 
 def _prepare(contestant: str, model: str, batch: int, device: str) -> tuple[rollouts.Rollout, torch.Tensor]:

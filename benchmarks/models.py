@@ -16,6 +16,13 @@ class Spec(NamedTuple):
     contestants: tuple[str, ...]
 
 
+def contestants(run: "Run", device: str) -> tuple[str, ...]:
+    """Those of the run's model; graphs only where a GPU waits for Python, and what only grows not at all."""
+    alone = device == "cuda" and run.batch == 1
+    left_out = {"extractor_qk"} if alone else {"extractor_qk", "extractor_graph"}
+    return tuple(name for name in SPECS[run.model].contestants if name not in left_out)
+
+
 class Run(NamedTuple):
     """A model and how many images it gets at a time."""
 
@@ -61,7 +68,7 @@ def _hugging_face(**options: Any) -> nn.Module:
 
 
 _PROJECTIONS = {"qkv", "query", "key", "q_proj", "k_proj"}
-_TIMM = ("plain", "attnx", "extractor", "cls", "hooks")
+_TIMM = ("plain", "attnx", "extractor", "extractor_graph", "cls", "hooks")
 _HF = ("plain", "attnx", "extractor", "cls", "output_attentions")
 _GROWING = (*_TIMM, "extractor_qk")
 GROWTH = (224, 384, 512, 768, 1024)  # pixels of a ViT-Ti/16: how time and memory grow with the tokens
@@ -107,5 +114,8 @@ RUNS = {
         Run("hf_vit_base_224", 64),
         Run("vit_base_patch16_2048", 2),
         Run("vit_base_patch16_224", 1),
+        Run("vit_base_patch16_384", 64),
+        Run("vit_base_patch14_518", 64),
+        Run("vit_base_patch16_224", 256),
     ),
 }

@@ -15,6 +15,7 @@ COLORS = {
     "vecmat": "#3a86ff",
     "extractor": "#3a86ff",
     "extractor_qk": "#8338ec",
+    "extractor_graph": "#5e60ce",
     "cls": "#74c69d",
     "plain": "#333333",
     "hf_eager": "#d1495b",

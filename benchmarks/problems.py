@@ -138,8 +138,9 @@ def _candidates(problem: Problem, first: Candidate | None) -> Iterable[Candidate
 def _one_pass(problem: Problem, first: Candidate | None) -> Iterator[Candidate]:
     rows = BLOCKS["one_pass"][0]
     if problem.B == 1:
-        for block_m, splits in itertools.product(rows, SPLITS if first else ()):
-            yield first._replace(block_m=block_m, splits=splits)  # type: ignore[union-attr]
+        if first is not None:
+            for block_m, splits in itertools.product(rows, SPLITS):
+                yield first._replace(block_m=block_m, splits=splits)
         return
     rows = rows[1:] if problem.D == 64 else rows[:-1]
     for block_m, layout, warps, stages in itertools.product(rows, LAYOUTS[problem.N], WARPS, STAGES["one_pass"]):

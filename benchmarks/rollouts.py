@@ -46,6 +46,12 @@ def extractor_qk(model: nn.Module) -> Rollout:
     return lambda images: extract(images).flatten(1)
 
 
+def extractor_graph(model: nn.Module) -> Rollout:
+    """attnx: `attnx.Extractor` recorded as a CUDA graph, for single images."""
+    extract = attnx.Extractor(model, "rollout", compile=True)
+    return lambda images: extract(images).flatten(1)
+
+
 def cls(model: nn.Module) -> Rollout:
     """attnx: the class token's map of the last layer, by `attnx.Extractor`, which stops there. No rollout."""
     extract = attnx.Extractor(model, "cls")
@@ -92,6 +98,7 @@ CONTESTANTS: dict[str, Callable[[nn.Module], Rollout]] = {
     "attnx": capture,
     "extractor": extractor,
     "extractor_qk": extractor_qk,
+    "extractor_graph": extractor_graph,
     "cls": cls,
     "hooks": hooks,
     "output_attentions": output_attentions,

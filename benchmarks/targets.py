@@ -49,10 +49,21 @@ def verdicts(run: Run | None) -> Iterator[Verdict]:
     for target in TARGETS:
         for tokens, bound in target.bounds.items():
             yield _of_op(run, target, tokens, bound)
+    for (model, contestant), bound in GPU_MODELS.items():
+        found = [row for row in run.rows if row.shape == model and row.contestant == contestant] if run else []
+        yield _held(f"{contestant} / plain forward, {model}", "", bound, found[0].ratio_to_floor if found else None)
     yield from _of_long_rollout(run)
 
 
-CPU_MODELS = {"vit_base_patch16_224 b8": 8, "vit_base_patch16_384 b2": 2, "vit_small_patch8_480 b1": 1}  # and batches
+GPU_MODELS = {
+    ("vit_base_patch16_224 b64", "extractor"): 1.0,
+    ("vit_base_patch16_224 b256", "extractor"): 1.0,
+    ("vit_base_patch16_384 b64", "extractor"): 1.1,
+    ("vit_base_patch14_518 b64", "extractor"): 1.1,
+    ("vit_base_patch16_224 b1", "extractor_graph"): 1.0,
+}
+# Names of models and batches.
+CPU_MODELS = {"vit_base_patch16_224 b8": 8, "vit_base_patch16_384 b2": 2, "vit_small_patch8_480 b1": 1}
 LAYERS = 12
 
 

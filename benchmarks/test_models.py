@@ -20,7 +20,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device, quick = metafunc.config.getoption("--device"), metafunc.config.getoption("--quick")
     runs = models.RUNS["quick" if quick else device]
     dtype = "bf16" if device == "cuda" else "fp32"
-    pairs = [(run, name) for run in runs for name in models.SPECS[run.model].contestants]
+    pairs = [(run, name) for run in runs for name in models.contestants(run, device)]
     metafunc.parametrize(("run", "name"), pairs, ids=[f"{run} {dtype} {name}" for run, name in pairs])
 
 

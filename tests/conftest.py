@@ -1,9 +1,13 @@
 """Where the tests run: on the GPU if there is one, else on CPU tensors with Triton's interpreter."""
 
 import os
+import signal
 
 import pytest
 import torch
+
+# A shell's background job is born with SIGINT ignored; tests send it to see what an interrupt does.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:

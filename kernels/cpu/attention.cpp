@@ -46,7 +46,7 @@ struct Call {
     const float* r;                  // [B, M] of vecmat
     void* out;                       // [B, H, M, Dv], rows before heads
     float *map, *lse_out, *passed;   // [B, R, N] or [B, H, R, N]; [B, H, M]; [B, N]
-    float* scratch;                  // `scratch_floats` for every thread
+    float* scratch;                  // as many as `attnx_scratch_floats` says
     int64_t B, H, Hk, M, N, D, Dv, R;
     int64_t q_stride[3], k_stride[3], v_stride[3], bias_stride[4];
     int64_t half, heads, bias_kind, causal, threads;
@@ -130,7 +130,8 @@ struct Block {
     int32_t number[ROWS];     // the same, for comparisons
     int64_t lowest, limit;    // the first of them, and the keys that any of them may see
 
-    Block(const Call& c, int64_t b, int64_t first, int64_t count, bool all_keys = false) : b(b), first(first), count(count), lowest(c.M), limit(c.N) {
+    Block(const Call& c, int64_t b, int64_t first, int64_t count, bool all_keys = false)
+        : b(b), first(first), count(count), lowest(c.M), limit(c.N) {
         width = int(round_up(count, W > OUT_ROWS ? W : OUT_ROWS));
         vectors = width / W;
         int64_t last = 0;
@@ -370,7 +371,10 @@ static void store_map(const Call& c, const Block& block, const float* from, cons
         const vec f = load(factor + i);
         for (int64_t j = 0; j < block.limit; j += W) {
             vec tile[W];
-            for (int t = 0; t < W; t++) tile[t] = j + t < block.limit ? load(from + (j + t) * block.width + i) * f : vec{};
+            for (int t = 0; t < W; t++) {
+                const vec p = j + t < block.limit ? load(from + (j + t) * block.width + i) : vec{};
+                tile[t] = f == 0.0f ? vec{} : p * f;
+            }
             transpose(tile);
             const int64_t keys = block.limit - j < W ? block.limit - j : W;
             for (int64_t t = 0; t < count; t++) {
