@@ -57,8 +57,9 @@ def capture(
         rows: indices of the queries whose map is wanted ([0] is the class token's); None: all.
         keep: "map" keeps the layers' maps. "qk" keeps q, k and the log-sum-exp of the rows instead, memory linear in
             the tokens: `rollout` needs no more, and a map is made when it is read. q and k are copied where they are
-            views of a larger tensor (a packed qkv, which v would keep alive); a bias is kept as it is. "auto": of each
-            layer whichever is smaller, but maps for chosen rows and for heads other than "mean".
+            views of a larger tensor (a packed qkv, which v would keep alive); a bias is kept as it is. "auto": q and
+            k of a layer whose maps take more than 64 MB and more than they; maps otherwise, for chosen rows, and for
+            heads other than "mean".
         layout: the tokens of the maps, where the model can't tell.
         backend: as in `attnx.attention`.
 

@@ -36,8 +36,8 @@ class Extractor:
     and CLS maps after one query row and the keys of the last layer. Known blocks run with attnx's attention in place of
     SDPA; of others the calls are heard, as in `attnx.capture`. The maps are those of `capture` and the method.
 
-    Kept are whole maps of every layer for rollout, or where they are larger, q and k (the memory is then linear in the
-    tokens); the class token's row for the others.
+    Kept are whole maps of every layer for rollout, or of large ones q and k (see `keep` of `attnx.capture`); the class
+    token's row for the others. On CPUs the memory of whole maps is held from one call to the next, and used again.
 
     Args:
         model: in eval mode.
