@@ -20,8 +20,6 @@
 namespace attnx {
 
 constexpr int ROWS = 64;                         // of a block at most
-constexpr int LONG_ROWS = 48;                    // of a block over so many keys that its two tables crowd L2:
-constexpr int64_t LONG = 2048;
 constexpr int VECS = REGISTERS == 32 ? 4 : 2;    // vectors of rows in a register tile at most
 constexpr int TILE = REGISTERS == 32 ? 24 : 12;  // accumulators of a register tile of scores
 constexpr int KEYS = REGISTERS == 32 ? 12 : 6;   // keys of one at most
@@ -229,9 +227,15 @@ static inline void by_vectors(const Block& block, F f) {
     }
 }
 
+// Exponentials times a factor, which is zero for rows without keys.
+static inline vec weighted(vec p, vec factor) { return factor == 0.0f ? vec{} : p * factor; }
+
 struct Scores {
     const Call& c;
     const Block& block;
+    float* map;           // [key][width], or null: to it go the exponentials of the head before, times `factor`, when
+    const float* factor;  // scores take their place: they are in cache then, and the units that multiply have time
+    bool begin;           // nothing is in the map yet
     float* bias;  // room for a tile
     float unit;   // scale * log2(e)
     float* top;   // [ROWS] running maxima
@@ -257,7 +261,13 @@ static void score_tile(const Scores& to, const float* qt, const float* k, int64_
                 std::memcpy(&rows, to.block.number + lane, sizeof rows);
                 score = rows < int32_t(first + t) ? splat(-INF) : score;
             }
-            store(s + t * to.block.width + lane, score);
+            float* at = s + t * to.block.width + lane;
+            if (to.map) {
+                float* sum = to.map + (first + t) * to.block.width + lane;
+                const vec weight = weighted(load(at), load(to.factor + lane));
+                store(sum, to.begin ? weight : load(sum) + weight);
+            }
+            store(at, score);
             top[v] = score > top[v] ? score : top[v];
         }
     for (int v = 0; v < V; v++) store(to.top + i + v * W, top[v]);
@@ -271,10 +281,11 @@ static void score_keys(const Scores& to, int count, const float* qt, const float
     score_tile<T, V>(to, qt, k, stride, first, i, s);
 }
 
-// Scores of the keys first..last-1 and head h into room.s [key - first][width], and their maxima into top.
+// Scores of the keys first..last-1 and head h into room.s [key - first][width], and their maxima into top. With the
+// factors of the head before, its exponentials go into room.map first.
 static void scores(const Call& c, const Block& block, const Packed& kv, int64_t h, int64_t first, int64_t last,
-                   const Scratch& room, float* top) {
-    const Scores to{c, block, c.bias_kind ? room.bias : nullptr, float(c.scale * LOG2E), top};
+                   const Scratch& room, float* top, const float* factor = nullptr) {
+    const Scores to{c, block, factor ? room.map : nullptr, factor, h == 1, c.bias_kind ? room.bias : nullptr, float(c.scale * LOG2E), top};
     const float* k = kv.k + kv.row(c, block.b, h) * key_stride(c);
     const int most = block.vectors < VECS ? TILE / block.vectors : TILE / VECS, keys = most < KEYS ? most : KEYS;
     const int64_t tiles = (last - first + keys - 1) / keys;
@@ -350,8 +361,7 @@ static void fuse(const Block& block, const float* p, const float* factor, float*
         float* to = map + i;
         for (int64_t j = 0; j < block.limit; j++, from += block.width, to += block.width)
             for (int v = 0; v < V; v++) {
-                const vec p = load(from + v * W);
-                const vec weight = f[v] == 0.0f ? vec{} : p * f[v], before = BEGIN ? vec{} : load(to + v * W);
+                const vec weight = weighted(load(from + v * W), f[v]), before = BEGIN ? vec{} : load(to + v * W);
                 if (BEGIN)
                     store(to + v * W, weight);
                 else if (HEADS == MEAN)
@@ -373,7 +383,7 @@ static void store_map(const Call& c, const Block& block, const float* from, cons
             vec tile[W];
             for (int t = 0; t < W; t++) {
                 const vec p = j + t < block.limit ? load(from + (j + t) * block.width + i) : vec{};
-                tile[t] = f == 0.0f ? vec{} : p * f;
+                tile[t] = weighted(p, f);
             }
             transpose(tile);
             const int64_t keys = block.limit - j < W ? block.limit - j : W;
@@ -413,7 +423,7 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
     for (int64_t h = 0; h < c.H; h++) {
         load_queries<T>(c, block, h, room.qt);
         for (float& x : shift) x = -INF;
-        scores(c, block, kv, h, 0, block.limit, room, shift);
+        scores(c, block, kv, h, 0, block.limit, room, shift, c.map && c.heads == MEAN && h > 0 ? fused : nullptr);
         const int64_t head = (block.b * c.H + h) * c.M;
         for (int i = 0; i < ROWS; i++) {
             if (c.lse) shift[i] = float(c.lse[head + block.row[i]] * LOG2E);
@@ -439,12 +449,18 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
         if (!c.map) continue;
         if (c.heads == MEAN)
             for (float& x : fused) x /= float(c.H);
-        if (c.heads != EACH && h == 0) fuse<MEAN, true>(block, room.s, fused, room.map);
-        if (c.heads == MEAN && h > 0) fuse<MEAN, false>(block, room.s, fused, room.map);
-        if (c.heads == MAX && h > 0) fuse<MAX, false>(block, room.s, fused, room.map);
-        if (c.heads == MIN && h > 0) fuse<MIN, false>(block, room.s, fused, room.map);
         if (c.heads == EACH)
             store_map(c, block, room.s, fused, c.map + ((block.b * c.H + h) * c.R + block.first) * c.N);
+        else if (c.heads == MEAN && h + 1 < c.H)
+            continue;  // the next head's scores see to it
+        else if (h == 0)
+            fuse<MEAN, true>(block, room.s, fused, room.map);
+        else if (c.heads == MEAN)
+            fuse<MEAN, false>(block, room.s, fused, room.map);
+        else if (c.heads == MAX)
+            fuse<MAX, false>(block, room.s, fused, room.map);
+        else
+            fuse<MIN, false>(block, room.s, fused, room.map);
     }
     if (c.map && c.heads != EACH) {
         for (float& x : fused) x = 1;
@@ -509,7 +525,7 @@ struct Work {
     std::atomic<bool> all_keys{false};  // a value that is not finite: times a weight of zero it is NaN
 
     explicit Work(const Call& c) : c(c), kv(c), scratch(c.scratch ? c.scratch + kv.size : nullptr) {
-        rows = c.N > LONG ? LONG_ROWS : ROWS;
+        rows = ROWS;
         while (rows > 16 && c.B * ((c.R + rows - 1) / rows) < 2 * c.threads) rows -= 16;
     }
 
