@@ -15,7 +15,7 @@ from attnx.layers import Layers
 from attnx.layout import TokenLayout, declared_input
 from attnx.methods import cls_map, layer_maps, rollout
 from attnx.methods.rollout import last_needed
-from attnx.plan import OtherWay, Plan
+from attnx.plan import OtherWayError, Plan
 from attnx.recorder import Recorder
 from attnx.trace import Trace
 from attnx.trial import Trial
@@ -176,7 +176,7 @@ class Extractor:
         with uncompiled(), self._autocast(images):
             try:
                 self._plan.run(self._recorder, self.model, lambda: self.model(images, **self.model_kwargs))
-            except OtherWay:
+            except OtherWayError:
                 if not self._plan.bound:
                     raise
                 # Code that names SDPA need not be the code that calls it.

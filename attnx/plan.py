@@ -80,7 +80,7 @@ class Plan:
         """Runs the model as far as the plan needs; the trace is in the recorder.
 
         Raises:
-            OtherWay: the model took another way than when the plan was made.
+            OtherWayError: the model took another way than when the plan was made.
         """
         with ExitStack() as stack:
             self._prepare(recorder, model, stack)
@@ -89,8 +89,8 @@ class Plan:
         if tuple(recorder.trace) != self.wanted:
             raise self._other_way(model, recorder)
 
-    def _other_way(self, model: nn.Module, recorder: Recorder) -> "OtherWay":
-        return OtherWay(
+    def _other_way(self, model: nn.Module, recorder: Recorder) -> "OtherWayError":
+        return OtherWayError(
             f"{type(model).__name__} took another way than when the plan was made: expected attention in "
             f"{', '.join(self.wanted)}; heard {', '.join(recorder.trace) or 'nothing'}; make a new Extractor"
         )
@@ -103,14 +103,17 @@ class Plan:
         recorder.last, recorder.last_row = (self.last, self.row) if alone else (None, None)
         stack.callback(setattr, recorder, "last", None)
         thread = get_ident()
-        forwards = {name: own_forward(block, _answer(recorder, name, thread)) for name, block in self.blocks.items()}
-        if alone and self.bound and all(forwards.values()):
+        forwards = {}
+        if alone and self.bound:
+            found = {name: own_forward(block, _answer(recorder, name, thread)) for name, block in self.blocks.items()}
+            forwards = {name: forward for name, forward in found.items() if forward is not None}
+        if len(forwards) == len(self.blocks):
             stack.callback(reopen_ears)
             for name, block in self.blocks.items():
                 for undo in open_ears(block):
                     stack.callback(undo)
                 # Not by setattr: nn.Module's takes longer than some layers.
-                vars(block)["forward"] = MethodType(forwards[name], block)  # type: ignore[arg-type]
+                vars(block)["forward"] = MethodType(forwards[name], block)
                 stack.callback(vars(block).pop, "forward", None)
             for convolution in self.convolutions:
                 hook = partial(_note_grid, recorder, thread)
@@ -134,7 +137,7 @@ class Plan:
                 recorder.keep_row(self.last, q, k, scale=self.split.scale, backend=recorder.backend)
 
 
-class OtherWay(RuntimeError):  # noqa: N818  (as Stop)
+class OtherWayError(RuntimeError):
     """A model's pass was not the one that its plan was made for."""
 
 

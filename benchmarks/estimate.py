@@ -219,7 +219,7 @@ def _spelled(candidate: Candidate) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints rankings and the whole operator, or the check of stored results. Exits with 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(prog="benchmarks.estimate", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="benchmarks.estimate", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--chip", action="append", choices=list(CHIPS), help="repeatable; h200 unless given")
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="repeatable; all unless given")
     parser.add_argument("--head-dim", action="append", type=int, help="repeatable; 64 unless given")

@@ -169,7 +169,7 @@ def _resident() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints one line of JSON; with --claim a table, and exits with 1 if the claim doesn't hold."""
-    parser = argparse.ArgumentParser(prog="benchmarks.memory", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="benchmarks.memory", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("contestant", nargs="?", choices=list(rollouts.CONTESTANTS))
     parser.add_argument("--model", choices=list(models.SPECS), default=CLAIM_MODEL)
     parser.add_argument("--batch", type=int, default=1)

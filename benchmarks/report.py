@@ -265,7 +265,7 @@ def _remove_others(folder: Path, names: Iterable[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Writes the page and prints its path."""
-    parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="benchmarks.report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     options = parser.parse_args(argv)

@@ -207,7 +207,7 @@ def _interrupted_after(process: subprocess.Popen, limit: float | None) -> Iterat
 
 def main(argv: list[str] | None = None) -> int:
     """Exits with 1 if anything failed or was cut, with 130 if interrupted; what passed is stored all the same."""
-    parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="benchmarks.run", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
