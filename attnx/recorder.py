@@ -113,6 +113,8 @@ class Recorder:
             out, kept = attend(q, k, v, self.keep, output=alone and layer != self.last, **options)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{layer}: {error}") from error
+        if isinstance(kept, KeptMap) and not self.reuse:
+            kept = KeptMap(kept.amap)  # who captured it may write to it: its rows need not sum to 1 for long
         self.trace.add(layer, kept)
         if self.reuse and self.calls is None and q.device.type == "cpu" and isinstance(kept, KeptMap) and rows is None:
             self._rooms[layer] = kept.amap

@@ -458,3 +458,11 @@ def test_a_row_that_a_finite_mask_hides_is_empty_in_both_forms(n, lowest):
     for layer in kinds:
         assert not layer.map()[:, 2].any()
         torch.testing.assert_close(layer.row_sums(), kinds[0].map().sum(-1))
+
+
+def test_a_captured_map_that_is_written_to_is_what_rollout_reads() -> None:
+    trace = run(*tiny(), keep="map")
+    for name in trace:
+        trace[name][..., 1:4] = 0
+    want = exact_rollout([trace[name].double() for name in trace])[:, 0, 1:]
+    torch.testing.assert_close(attnx.rollout(trace).flatten(1).double(), want, rtol=1e-5, atol=1e-8)
