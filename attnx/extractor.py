@@ -37,7 +37,7 @@ class Extractor:
     SDPA; of others the calls are heard, as in `attnx.capture`. The maps are those of `capture` and the method.
 
     Kept are whole maps of every layer for rollout, or of large ones q and k (see `keep` of `attnx.capture`); the class
-    token's row for the others. On CPUs the memory of whole maps is held from one call to the next, and used again.
+    token's row for the others.
 
     Args:
         model: in eval mode.
@@ -99,7 +99,9 @@ class Extractor:
         self.channels_last = channels_last
         self.model_kwargs = model_kwargs or {}
         self.options = options
-        self._recorder = Recorder(model, heads, None if method == "rollout" else [0], keep, layout, backend, reuse=True)
+        self._recorder = Recorder(
+            model, heads, None if method == "rollout" else [0], keep, layout, backend, private=True
+        )
         self._graphs = Graphs(self._maps) if compile else None
         self._plan: Plan | None = None
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from attnx.ops import attention, attention_into, attention_lse, attention_map, cast_as_sdpa, vecmat
+from attnx.ops import attention, attention_lse, attention_map, cast_as_sdpa, vecmat
 from attnx.reducers import Heads, fuse_heads
 
 KEEP = ("map", "qk", "auto")
@@ -209,7 +209,6 @@ def attend(
     heads: str,
     rows: Tensor | None,
     output: bool = True,
-    room: Tensor | None = None,
     **call: Any,
 ) -> tuple[Tensor | None, Kept]:
     """Attention's output, and what is to be kept of the call.
@@ -219,7 +218,6 @@ def attend(
         keep: one of KEEP. "auto": q and k if the map is not small, they are smaller, and `vecmat` can stand for it,
             which is to say whole mean maps.
         output: False: nobody wants the output, and None takes its place.
-        room: a map of an earlier call that nobody needs any more, to be written over if it fits.
     """
     q, k, v = cast_as_sdpa(q, k, v)
     mean = heads == "mean" and rows is None
@@ -228,10 +226,8 @@ def attend(
         options = dict(heads=heads, rows=rows, **call)
         if not output:
             out, amap = None, attention_map(q, k, **options)
-        elif room is None or rows is not None or torch.is_grad_enabled():
-            out, amap = attention(q, k, v, **options)
         else:
-            out, amap = attention_into(room, q, k, v, heads=heads, **call)
+            out, amap = attention(q, k, v, **options)
         return out, KeptMap(amap, stochastic=mean and call["bias"] is None and k.shape[2] > 0)
     with torch.set_grad_enabled(output and torch.is_grad_enabled()):
         out, lse = attention_lse(q, k, v, **call)

@@ -104,27 +104,6 @@ def _attention_fake(
     return out, _map_fake(q, k, bias, is_causal, scale, heads, rows, None, backend)
 
 
-@_as_given
-def attention_into(
-    room: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    heads: Heads,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Output and map, see `ops.attention_into`; for backends that write maps where they are told to."""
-    module = implementation(backend, q, v)
-    shape = (*(q.shape[:2] if heads is Heads.EACH else q.shape[:1]), q.shape[2], k.shape[2])
-    fits = room.shape == shape and room.dtype == torch.float32 and room.device == q.device and room.is_contiguous()
-    if fits and 0 not in (*q.shape, k.shape[2]) and hasattr(module, "attention_into"):
-        return module.attention_into(room, q, k, v, bias, is_causal, scale, heads)
-    return torch.ops.attnx.attention(q, k, v, bias, is_causal, scale, heads.name.lower(), None, backend)
-
-
 @torch.library.custom_op("attnx::attention_map", mutates_args=())
 @_as_given
 def _map(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import attnx.operators
+import attnx.operators  # noqa: F401  (registers them)
 from attnx.reducers import Heads
 
 BACKENDS = ("auto", "triton", "native", "eager")
@@ -62,29 +62,6 @@ def attention(
     scale = _scale(scale, q)
     out, amap = torch.ops.attnx.attention(q, k, v, bias, is_causal, scale, heads, index, _known(backend))
     return out, amap.detach()
-
-
-def attention_into(
-    room: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    bias: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    heads: str = "mean",
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`attention` whose map is written into `room`, if that has its shape, dtype and device: fresh memory costs time.
-
-    No operator: without gradient, and not for compiled code. Arguments, result and errors as in `attention`.
-    """
-    q, k, v = cast_as_sdpa(q, k, v)
-    bias = _check(q, k, v, bias, is_causal, heads)
-    return attnx.operators.attention_into(
-        room, q, k, v, bias, is_causal, _scale(scale, q), Heads.parse(heads), _known(backend)
-    )
 
 
 def attention_map(

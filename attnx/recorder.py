@@ -29,7 +29,7 @@ class Recorder:
 
     Args:
         model, heads, rows, keep, layout, backend: as in `attnx.capture`.
-        reuse: on CPUs, write whole maps where those of the pass before were. Nobody else may hold them then.
+        private: nobody but this package's methods is given the maps, so that nobody writes to them.
 
     Raises:
         ValueError: an unknown `keep` or `heads`, rows that are no integers.
@@ -43,7 +43,7 @@ class Recorder:
         keep: str,
         layout: TokenLayout | None,
         backend: str,
-        reuse: bool = False,
+        private: bool = False,
     ) -> None:
         Heads.parse(heads)
         try:
@@ -55,8 +55,7 @@ class Recorder:
         self.backend = backend
         self.last: str | None = None
         self.last_row: int | None = None
-        self.reuse = reuse
-        self._rooms: dict[str, Tensor] = {}
+        self.private = private
         self.calls: dict[str, dict[str, Any]] | None = None
         self._rows: dict[tuple[Any, ...], Tensor] = {}
 
@@ -109,15 +108,13 @@ class Recorder:
             self.keep_row(layer, *cast_as_sdpa(q, k), rows=self._index((self.last_row,), q), **call)
         try:
             rows = None if self.trace.rows is None else self._index(self.trace.rows, q)
-            options = dict(heads=self.trace.heads, rows=rows, room=self._rooms.get(layer), **call)
+            options = dict(heads=self.trace.heads, rows=rows, **call)
             out, kept = attend(q, k, v, self.keep, output=alone and layer != self.last, **options)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{layer}: {error}") from error
-        if isinstance(kept, KeptMap) and not self.reuse:
+        if isinstance(kept, KeptMap) and not self.private:
             kept = KeptMap(kept.amap)  # who captured it may write to it: its rows need not sum to 1 for long
         self.trace.add(layer, kept)
-        if self.reuse and self.calls is None and q.device.type == "cpu" and isinstance(kept, KeptMap) and rows is None:
-            self._rooms[layer] = kept.amap
         if layer == self.last:
             raise Stop
         if out is None:

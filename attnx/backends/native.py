@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attnx.backends import pages
 from attnx.kernels.cpu.build import compiled, instructions
 from attnx.reducers import Heads
 
@@ -63,21 +64,14 @@ def attention(
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B,H,M,Dv] in q's dtype (rows before heads in memory, as blocks want it) and map, see `ops.attention`."""
-    if rows is None:
-        return attention_into(_empty_map(q, k, heads, q.shape[2]), q, k, v, bias, is_causal, scale, heads)
     out = _output(q, v)
+    if rows is None:
+        amap = _empty_map(q, k, heads, q.shape[2])
+        _run(q, k, v, bias, is_causal, scale, heads=heads, map=amap, out=out)
+        return out, amap
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     _run(q, k, v, bias, is_causal, scale, out=out, lse_out=lse)
     return out, attention_map(q, k, bias, is_causal, scale, heads, rows, lse)
-
-
-def attention_into(
-    amap: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float, heads: Heads
-) -> tuple[Tensor, Tensor]:
-    """`attention` into a contiguous map of the right shape; gives output and map."""
-    out = _output(q, v)
-    _run(q, k, v, bias, is_causal, scale, heads=heads, map=amap, out=out)
-    return out, amap
 
 
 def attention_map(
@@ -126,7 +120,7 @@ def _output(q: Tensor, v: Tensor) -> Tensor:
 
 def _empty_map(q: Tensor, k: Tensor, heads: Heads, rows: int) -> Tensor:
     planes = q.shape[:2] if heads is Heads.EACH else q.shape[:1]
-    return q.new_empty((*planes, rows, k.shape[2]), dtype=torch.float32)
+    return pages.empty((*planes, rows, k.shape[2]))
 
 
 def _run(

@@ -11,10 +11,6 @@
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "simd.h"
 
 namespace attnx {
@@ -565,14 +561,6 @@ struct Work {
     }
 };
 
-// A large map is new memory whose pages the kernel gives out as they are written: of 2 MB instead of 4 KB, where it may.
-static void huge_pages([[maybe_unused]] float* map, [[maybe_unused]] int64_t count) {
-#if defined(MADV_HUGEPAGE)
-    const uintptr_t huge = 2 << 20, first = (uintptr_t(map) + huge - 1) / huge * huge, last = uintptr_t(map + count);
-    if (last > first + huge) madvise((void*)first, last - first, MADV_HUGEPAGE);
-#endif
-}
-
 // GOMP_parallel of an OpenMP runtime: calls a function in so many threads, this one included.
 typedef void Parallel(void (*)(void*), void*, unsigned, unsigned);
 
@@ -616,7 +604,6 @@ int64_t attnx_scratch_floats(const attnx::Call* call) {
 // would fight for the cores. Null where there is none: then threads of our own.
 void attnx_run(const attnx::Call* call, attnx::Parallel* parallel) {
     using namespace attnx;
-    if (call->map) huge_pages(call->map, call->B * (call->heads == EACH ? call->H : 1) * call->R * call->N);
     Work work(*call);
     for (; work.kv.first < call->B; work.kv.first += work.kv.items)
         for (const bool pack : {true, false}) {

@@ -1,0 +1,117 @@
+"""Memory of large maps: what one leaves serves the next, nobody's map is written over, the system may have it back."""
+
+import gc
+import mmap
+import threading
+
+import pytest
+import torch
+
+import attnx
+from attnx.backends import pages
+
+SIDE = 600  # a map of 1.4 MB
+pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="needs MADV_FREE")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(monkeypatch):
+    monkeypatch.setattr(pages, "_left", [])
+
+
+def test_what_a_map_leaves_serves_the_next_one():
+    first = pages.empty((1, SIDE, SIDE))
+    first.fill_(7)
+    address, row = first.data_ptr(), first[0, 0]
+    del first
+    assert pages.empty((1, SIDE, SIDE)).data_ptr() != address  # a view of it lives
+    del row
+    again = pages.empty((SIDE, SIDE))
+    assert again.data_ptr() == address
+    assert again.shape == (SIDE, SIDE)
+    assert again.is_contiguous()
+    assert pages.empty((SIDE, SIDE)).data_ptr() != address
+    del again
+    assert pages.empty((SIDE, SIDE - 1)).data_ptr() == address
+    assert pages.empty((SIDE, SIDE // 2)).data_ptr() != address  # half of it would lie idle
+
+
+def test_small_maps_are_torchs():
+    before = pages.empty((3, 5))
+    del before
+    assert not pages._left
+    assert pages.empty((0, SIDE)).shape == (0, SIDE)
+
+
+def test_no_more_is_kept_than_is_said(monkeypatch):
+    monkeypatch.setattr(pages, "KEPT", 3 * 4 * SIDE * SIDE)
+    maps = [pages.empty((SIDE, SIDE)) for _ in range(5)]
+    newest = [amap.data_ptr() for amap in maps[2:]]
+    for i in range(5):
+        maps[i] = None
+    assert len(pages._left) == 3
+    maps = [pages.empty((SIDE, SIDE)) for _ in range(3)]
+    assert [amap.data_ptr() for amap in maps] == newest[::-1]
+
+
+def test_what_there_is_no_memory_for_is_torchs_error():
+    with pytest.raises(RuntimeError, match=r"alloc|Storage size"):
+        pages.empty((1 << 31, 1 << 31))
+
+
+def test_a_system_that_marks_no_pages_keeps_none(monkeypatch):
+    class Refuses(mmap.mmap):
+        def madvise(self, *args):
+            raise OSError("invalid argument")
+
+    monkeypatch.setattr(pages.mmap, "mmap", Refuses)
+    amap = pages.empty((2 * SIDE, 2 * SIDE))
+    amap.fill_(1)
+    del amap
+    assert not pages._left
+
+
+def test_maps_that_live_are_never_written_over():
+    q = torch.randn(1, 2, SIDE, 16)
+    held, sums = [], []
+    for i in range(12):
+        amap = attnx.attention(q + i, q, q, backend="native")[1]
+        if i % 3 == 0:
+            held.append(amap)
+            sums.append(amap.clone())
+    del amap
+    gc.collect()
+    assert len({amap.data_ptr() for amap in held}) == 4
+    assert all(torch.equal(amap, before) for amap, before in zip(held, sums, strict=True))
+    assert len(pages._left) <= 2  # the eight others took turns
+
+
+def test_what_was_there_before_is_not_seen():
+    q, k = torch.randn(2, 3, SIDE, 16), torch.randn(2, 3, SIDE, 16)
+    for heads in ("mean", "max", "each"):
+        spoilt = pages.empty((2, 3, SIDE, SIDE) if heads == "each" else (2, SIDE, SIDE))
+        address = spoilt.fill_(torch.nan).data_ptr()
+        del spoilt
+        amap = attnx.attention_map(q, k, is_causal=True, heads=heads, backend="native")
+        assert amap.data_ptr() == address
+        want = attnx.attention_map(q, k, is_causal=True, heads=heads, backend="eager")
+        torch.testing.assert_close(amap, want, rtol=1e-4, atol=1e-7)
+
+
+def test_many_threads_take_and_leave():
+    failed = []
+
+    def work(number):
+        for i in range(200):
+            amap = pages.empty((SIDE, SIDE))
+            amap[:3] = mark = 1000 * number + i
+            if not (amap[:3] == mark).all():
+                failed.append((number, i))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert len(pages._left) <= 2 * len(threads)  # the next map is made while the last one lives
