@@ -6,7 +6,9 @@
 // another, in float: those of a packed qkv lie in pages of their own, and no hardware foresees them.
 #include <atomic>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <queue>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -21,6 +23,7 @@ constexpr int TILE = REGISTERS == 32 ? 24 : 12;  // accumulators of a register t
 constexpr int KEYS = REGISTERS == 32 ? 12 : 6;   // keys of one at most
 constexpr int OUT_ROWS = REGISTERS == 32 ? 8 : 4;  // rows in a register tile of the output, of two vectors
 constexpr int CHUNK = 64;                        // keys between two visits of the output's accumulators
+constexpr int BLOCK_COST = 3;                    // of a block beside its rows, as if they were so many more
 constexpr int PASSED_KEYS = 192;                 // of one piece of vecmat's work
 constexpr int64_t PACKED = 4 << 20;              // floats of K and V that are copied at a time, if an item has no more
 constexpr double LOG2E = 1.44269504088896341;
@@ -509,21 +512,45 @@ static void pass_on(const Call& c, int64_t b, int64_t first, int64_t last, const
     for (int64_t j = 0; j < last - first; j++) c.passed[b * c.N + first + j] = sum_of(load(sums + j * W)) / float(c.H);
 }
 
+// How long c.threads take for blocks of so many rows, if each takes the next block when it is done with one; in rows.
+static int64_t duration(const Call& c, int64_t rows) {
+    std::priority_queue<int64_t, std::vector<int64_t>, std::greater<int64_t>> done;
+    for (int64_t i = 0; i < c.threads; i++) done.push(0);
+    int64_t last = 0;
+    for (int64_t b = 0; b < c.B; b++)
+        for (int64_t first = 0; first < c.R; first += rows) {
+            const int64_t left = c.R - first, at = done.top() + round_up(left < rows ? left : rows, 16) + BLOCK_COST;
+            done.pop();
+            done.push(at);
+            if (at > last) last = at;
+        }
+    return last;
+}
+
+// Rows of a block: as many as can be, but where blocks are few, so many that no thread is long alone with the last one.
+static int64_t best_rows(const Call& c) {
+    int64_t best = ROWS;
+    if (c.threads == 1 || c.B * c.R >= 4 * ROWS * c.threads) return best;
+    int64_t least = duration(c, best);
+    for (int64_t rows = ROWS - 16; rows > 0; rows -= 16) {
+        const int64_t time = duration(c, rows);
+        if (time < least) best = rows, least = time;
+    }
+    return best;
+}
+
 // The work in pieces that don't depend on one another; a row's result doesn't depend on how they are cut.
 struct Work {
     const Call& c;
     Packed kv;
     float* scratch;
-    int64_t rows;    // of a block
+    int64_t rows;    // of a block, see `best_rows`
     bool packing;    // K and V, which comes first
     int64_t pieces;  // of every item
     std::atomic<int64_t> next{0}, thread{0};
     std::atomic<bool> all_keys{false};  // a value that is not finite: times a weight of zero it is NaN
 
-    explicit Work(const Call& c) : c(c), kv(c), scratch(c.scratch ? c.scratch + kv.size : nullptr) {
-        rows = ROWS;
-        while (rows > 16 && c.B * ((c.R + rows - 1) / rows) < 2 * c.threads) rows -= 16;
-    }
+    explicit Work(const Call& c) : c(c), kv(c), scratch(c.scratch ? c.scratch + kv.size : nullptr), rows(best_rows(c)) {}
 
     void begin(bool pack) {
         packing = pack;
