@@ -32,6 +32,10 @@ class Kept(Protocol):
     def nbytes(self) -> int:
         """What is held in memory."""
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether the map's rows are known to sum to 1; one that is NaN is so as a whole."""
+
     def map(self) -> Tensor:
         """The map itself, float32; made on demand and not cached if it was not kept."""
 
@@ -50,7 +54,7 @@ class Kept(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class KeptMap:
-    """A layer whose map was kept; `stochastic` where its rows are known to sum to 1 (or NaN)."""
+    """A layer whose map was kept."""
 
     amap: Tensor
     stochastic: bool = False
@@ -77,9 +81,7 @@ class KeptMap:
         return KeptMap(fuse_heads(self.amap, heads)) if self.amap.dim() == 4 else self
 
     def row_sums(self) -> Tensor:
-        # All of a large map need not be read: a row is NaN as a whole.
-        first = self.amap[..., 0]
-        return torch.where(first.isnan(), first, 1.0) if self.stochastic else self.amap.sum(-1)
+        return self.amap.sum(-1)
 
     def vecmat(self, r: Tensor) -> Tensor:
         with _no_autocast(r):
@@ -96,6 +98,7 @@ class KeptRows:
     amap: Tensor  # [B, R, N], or [B, H, R, N]
     rows: tuple[int, ...]
     queries: int  # that the layer has
+    stochastic: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -160,6 +163,10 @@ class KeptQK:
     def nbytes(self) -> int:
         return self.q.nbytes + self.k.nbytes + self.lse.nbytes + _held(self.bias)
 
+    @property
+    def stochastic(self) -> bool:
+        return self._whole_mean() and self.bias is None and self.k.shape[2] > 0
+
     def map(self) -> Tensor:
         return self._rows(self.rows)
 
@@ -177,7 +184,7 @@ class KeptQK:
     def row_sums(self) -> Tensor:
         if not self._whole_mean():
             return self.map().sum(-1)
-        # A row of softmax sums to 1, and to 0 in a head where it has no keys.
+        # A row of softmax sums to 0 in a head where it has no keys.
         return (~self.lse.isinf()).float().mean(1)
 
     def vecmat(self, r: Tensor) -> Tensor:

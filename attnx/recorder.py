@@ -96,8 +96,10 @@ class Recorder:
             raise ValueError(f"{layer}: expected dropout_p = 0; got {dropout_p}; call model.eval()")
         if query.dim() != 4:
             raise NotImplementedError(f"{layer}: expected q of [B, H, M, D]; got {list(query.shape)}; leave it out")
-        batch = torch.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1])[0]
-        q, k, v = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
+        q, k, v = query, key, value
+        if not len(q) == len(k) == len(v):
+            batch = torch.broadcast_shapes(q.shape[:1], k.shape[:1], v.shape[:1])[0]
+            q, k, v = (t.expand(batch, -1, -1, -1) for t in (q, k, v))
         call: dict[str, Any] = dict(bias=attn_mask, is_causal=is_causal, scale=scale, backend=self.backend)
         if self.calls is not None:
             # q and k of one layer at a time: they are views of a qkv that would be kept whole.

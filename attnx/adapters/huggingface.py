@@ -14,7 +14,7 @@ def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
         return []
     undo: list[Callable[[], None]] = []
     for module in model.modules():
-        config: Any = getattr(module, "config", None)
+        config: Any = vars(module).get("config", getattr(type(module), "config", None))
         before = getattr(config, "_attn_implementation_internal", None)
         if before not in (None, "sdpa"):
             # The public setter would also set every configuration below this one.

@@ -10,7 +10,8 @@ def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
     """Sets `fused_attn` where it is off; gives the functions that set it back."""
     undo: list[Callable[[], None]] = []
     for module in model.modules():
-        if getattr(module, "fused_attn", True) is False:
+        # Not by getattr: nn.Module's takes microseconds to find that there is none.
+        if vars(module).get("fused_attn", getattr(type(module), "fused_attn", True)) is False:
             setattr(module, "fused_attn", True)  # noqa: B010  (a plain flag, which nn.Module is not typed to have)
             undo.append(partial(setattr, module, "fused_attn", False))
     return undo

@@ -71,7 +71,12 @@ def rollout(
             continue
         row = None
         if whole:
-            layer = KeptMap(_discard(layer.map(), discard) if discard else layer.map())
+            layer = KeptMap(
+                _discard(layer.map(), discard) if discard else layer.map(), layer.stochastic and not discard
+            )
+        if layer.stochastic:
+            result = torch.lerp(result, layer.vecmat(result), 1 - residual)
+            continue
         weight = _inverse((1 - residual) * layer.row_sums() + residual)[:, None]
         if preset is None:
             result = result * weight
