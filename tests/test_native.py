@@ -133,13 +133,12 @@ def test_a_sanitizer_would_find_something(tmp_path, monkeypatch):
     library = sanitizer()
     if library is None:
         pytest.skip("needs GCC's libasan")
-    source = Path(build.__file__).with_name("attention.cpp").read_text()
-    broken = source.replace(
-        "for (int64_t j = block.limit; j < c.N; j++) row[j]", "for (int64_t j = block.limit; j <= c.N; j++) row[j]"
-    )
-    assert broken != source
-    (tmp_path / "attention.cpp").write_text(broken)
-    (tmp_path / "simd.h").write_text(Path(build.__file__).with_name("simd.h").read_text())
+    sources = {name: Path(build.__file__).with_name(name).read_text() for name in build.SOURCES}
+    right = "for (int64_t j = block.limit; j < c.N; j++) row[j]"
+    assert right in sources["weights.h"]
+    sources["weights.h"] = sources["weights.h"].replace(right, right.replace("j < c.N", "j <= c.N"))
+    for name, text in sources.items():
+        (tmp_path / name).write_text(text)
     code = SANITIZED.format(tests=str(Path(__file__).parent), level="DEFAULT", cases="EDGES[:1]")
     code = code.replace("path = ", f"build.__file__ = {str(tmp_path / 'build.py')!r}; path = ")
     environment = dict(os.environ, LD_PRELOAD=library, ASAN_OPTIONS="detect_leaks=0", ATTNX_CACHE_DIR=str(tmp_path))
@@ -295,7 +294,7 @@ def test_an_expanded_bias_is_not_made_whole(monkeypatch):
 
 
 def test_constants_are_those_of_python():
-    source = Path(build.__file__).with_name("attention.cpp").read_text()
+    source = Path(build.__file__).with_name("call.h").read_text()
     assert float(re.search(r"HIDDEN = (-[0-9e]+)f", source)[1]) == HIDDEN
     kinds = re.search(r"enum Heads : int64_t { (.*) }", source)[1].split(", ")
     assert kinds == [member.name for member in sorted(Heads)]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from attnx.kernels.cpu.build import SOURCES
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -62,8 +64,7 @@ def test_wheel_contains_kernels_and_weights(tmp_path: Path) -> None:
     for name in (
         "kernels/map.py",
         "kernels/cpu/build.py",
-        "kernels/cpu/attention.cpp",
-        "kernels/cpu/simd.h",
+        *(f"kernels/cpu/{source}" for source in SOURCES),
         "kernels.py",
         "demo/weights.safetensors",
         "backends/eager.py",

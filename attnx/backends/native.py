@@ -26,7 +26,7 @@ _LOCAL = threading.local()
 
 
 class _Call(ctypes.Structure):
-    """The `Call` of attention.cpp, field by field."""
+    """The `Call` of call.h, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("attention.cpp", "simd.h")
+SOURCES = ("attention.cpp", "weights.h", "scores.h", "call.h", "simd.h")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=fast")
 INSTRUCTIONS = {

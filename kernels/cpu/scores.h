@@ -1,0 +1,166 @@
+// Scores of a block of query rows: one head's queries times its keys, with bias, mask and maxima.
+#pragma once
+
+#include "call.h"
+
+namespace attnx {
+
+// The block's queries of head h as [D][ROWS].
+template <class T>
+static void load_queries(const Call& c, const Block& block, int64_t h, float* qt) {
+    const T* q = (const T*)c.q + block.b * c.q_stride[0] + h * c.q_stride[1];
+    for (int i = 0; i < block.width; i += W) {
+        int64_t d = 0;
+        for (; d + W <= c.D; d += W) {
+            vec tile[W];
+            for (int t = 0; t < W; t++) tile[t] = load(q + block.row[i + t] * c.q_stride[2] + d);
+            transpose(tile);
+            for (int t = 0; t < W; t++) store(qt + (d + t) * ROWS + i, tile[t]);
+        }
+        for (; d < c.D; d++)
+            for (int t = 0; t < W; t++) qt[d * ROWS + i + t] = widen(q[block.row[i + t] * c.q_stride[2] + d]);
+    }
+}
+
+// Asks for floats that are wanted next.
+static inline void prefetch(const float* p, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i);
+}
+
+// acc[t][v] = the dot products of key t with vector v of rows. The keys are reached from every third one, so that
+// their addresses fit the registers.
+template <int T, int V>
+static inline __attribute__((always_inline)) void dot_tile(const float* qt, const float* k, int64_t stride, int64_t D,
+                                                           vec (&acc)[T][V]) {
+    const float* base[(T + 2) / 3];
+    for (int t = 0; t < T; t += 3) base[t / 3] = k + t * stride;
+    for (int t = 0; t < T; t++)
+        for (int v = 0; v < V; v++) acc[t][v] = vec{};
+    ATTNX_UNROLL for (int64_t d = 0; d < D; d++, qt += ROWS) {
+        vec q[V];
+        for (int v = 0; v < V; v++) q[v] = load(qt + v * W);
+        for (int t = 0; t < T; t++) {
+            const vec key = splat(base[t / 3][(t % 3) * stride]);
+            for (int v = 0; v < V; v++) acc[t][v] += key * q[v];
+        }
+        for (auto& p : base) p++;
+    }
+}
+
+// A finite number times log2(e), finite as well.
+static float in_base_2(float x) {
+    const float y = float(x * LOG2E);
+    return std::isinf(y) && !std::isinf(x) ? std::copysign(LARGEST, x) : y;
+}
+
+// The bias of T keys from `first` on, times log2(e), as [T][ROWS]; minus infinity hides.
+static void load_bias(const Call& c, const Block& block, int64_t h, int64_t first, int T, float* tile) {
+    const int64_t *stride = c.bias_stride, at = block.b * stride[0] + h * stride[1];
+    const auto* bytes = (const uint8_t*)c.bias + at;
+    const auto* floats = (const float*)c.bias + at;
+    for (int t = 0; t < T; t++) {
+        const int64_t j = (first + t) * stride[3];
+        const int lanes = stride[2] ? block.width : 1;
+        float* to = tile + t * ROWS;
+        for (int i = 0; i < lanes; i++) {
+            const int64_t from = block.row[i] * stride[2] + j;
+            if (c.bias_kind == BOOL)
+                to[i] = bytes[from] ? 0 : -INF;
+            else
+                to[i] = floats[from] < HIDDEN ? -INF : in_base_2(floats[from]);
+        }
+        for (int i = lanes; i < block.width; i++) to[i] = to[0];
+    }
+}
+
+// f(V, i) for all vectors of a block's rows, in groups of V (a constant) from row i on.
+template <class F>
+static inline void by_vectors(const Block& block, F f) {
+    for (int v = 0; v < block.vectors;) {
+        const int left = block.vectors - v, i = v * W, taken = left < VECS ? left : VECS;
+        if constexpr (VECS == 4) {
+            if (taken == 4) f(std::integral_constant<int, 4>(), i);
+            if (taken == 3) f(std::integral_constant<int, 3>(), i);
+        }
+        if (taken == 2) f(std::integral_constant<int, 2>(), i);
+        if (taken == 1) f(std::integral_constant<int, 1>(), i);
+        v += taken;
+    }
+}
+
+// Exponentials times a factor, which is zero for rows without keys.
+static inline vec weighted(vec p, vec factor) { return factor == 0.0f ? vec{} : p * factor; }
+
+struct Scores {
+    const Call& c;
+    const Block& block;
+    float* map;           // [key][width], or null: to it go the exponentials of the head before, times `factor`, when
+    const float* factor;  // scores take their place: they are in cache then, and the units that multiply have time
+    bool begin;           // nothing is in the map yet
+    float* bias;  // room for a tile
+    float unit;   // scale * log2(e)
+    float* top;   // [ROWS] running maxima
+};
+
+// Scores of T keys from `first` on and V vectors of rows from lane i on, times log2(e), into s [key][width].
+template <int T, int V>
+static void score_tile(const Scores& to, const float* qt, const float* k, int64_t stride, int64_t first, int i,
+                       float* s) {
+    vec acc[T][V];
+    dot_tile<T, V>(qt + i, k, stride, to.c.D, acc);
+    vec top[V];
+    for (int v = 0; v < V; v++) top[v] = load(to.top + i + v * W);
+    for (int t = 0; t < T; t++)
+        for (int v = 0; v < V; v++) {
+            const int lane = i + v * W;
+            // One expression, with or without a bias, so that it is fused alike in tiles of every size.
+            const vec bias = to.bias ? load(to.bias + t * ROWS + lane) : vec{};
+            vec score = acc[t][v] * to.unit + bias;
+            score = bias == -INF ? bias : score;
+            if (to.c.causal && first + t > to.block.lowest) {
+                ivec rows;
+                std::memcpy(&rows, to.block.number + lane, sizeof rows);
+                score = rows < int32_t(first + t) ? splat(-INF) : score;
+            }
+            float* at = s + t * to.block.width + lane;
+            if (to.map) {
+                float* sum = to.map + (first + t) * to.block.width + lane;
+                const vec weight = weighted(load(at), load(to.factor + lane));
+                store(sum, to.begin ? weight : load(sum) + weight);
+            }
+            store(at, score);
+            top[v] = score > top[v] ? score : top[v];
+        }
+    for (int v = 0; v < V; v++) store(to.top + i + v * W, top[v]);
+}
+
+template <int T, int V>
+static void score_keys(const Scores& to, int count, const float* qt, const float* k, int64_t stride, int64_t first,
+                       int i, float* s) {
+    if constexpr (T > 1)
+        if (count < T) return score_keys<T - 1, V>(to, count, qt, k, stride, first, i, s);
+    score_tile<T, V>(to, qt, k, stride, first, i, s);
+}
+
+// Scores of the keys first..last-1 and head h into room.s [key - first][width], and their maxima into top. With the
+// factors of the head before, its exponentials go into room.map first.
+static void scores(const Call& c, const Block& block, const Packed& kv, int64_t h, int64_t first, int64_t last,
+                   const Scratch& room, float* top, const float* factor = nullptr) {
+    const Scores to{c, block, factor ? room.map : nullptr, factor, h == 1, c.bias_kind ? room.bias : nullptr, float(c.scale * LOG2E), top};
+    const float* k = kv.k + kv.row(c, block.b, h) * key_stride(c);
+    const int most = block.vectors < VECS ? TILE / block.vectors : TILE / VECS, keys = most < KEYS ? most : KEYS;
+    const int64_t tiles = (last - first + keys - 1) / keys;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        // As even as can be: a tile of few keys takes as long as a full one.
+        const int64_t from = first + (last - first) * tile / tiles, till = first + (last - first) * (tile + 1) / tiles;
+        if (till < last) prefetch(k + till * key_stride(c), (till - from) * key_stride(c));
+        if (to.bias) load_bias(c, block, h, from, int(till - from), to.bias);
+        by_vectors(block, [&](auto V, int i) {
+            constexpr int T = TILE / V < KEYS ? TILE / V : KEYS;
+            score_keys<T, V>(to, int(till - from), room.qt, k + from * key_stride(c), key_stride(c), from, i,
+                             room.s + (from - first) * block.width);
+        });
+    }
+}
+
+}  // namespace attnx

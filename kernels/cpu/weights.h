@@ -1,0 +1,122 @@
+// What becomes of a block's scores: exponentials, which go into its map, and times V into its output.
+#pragma once
+
+#include "scores.h"
+
+namespace attnx {
+
+// o [OUT_ROWS][V * W] += p^T v for `count` keys: p [key] of stride `width`, v [key] and o [row] of stride dv.
+template <int V>
+static inline void weigh_tile(const float* p, int64_t width, const float* v, int64_t dv, int64_t count, float* o) {
+    // From zero, and added to the sum of all keys at the end: a chain of thousands of additions loses digits.
+    vec acc[OUT_ROWS][V];
+    for (int i = 0; i < OUT_ROWS; i++)
+        for (int d = 0; d < V; d++) acc[i][d] = vec{};
+    ATTNX_UNROLL for (int64_t j = 0; j < count; j++, p += width, v += dv) {
+        vec value[V];
+        for (int d = 0; d < V; d++) value[d] = load(v + d * W);
+        for (int i = 0; i < OUT_ROWS; i++) {
+            const vec weight = splat(p[i]);
+            for (int d = 0; d < V; d++) acc[i][d] += weight * value[d];
+        }
+    }
+    for (int i = 0; i < OUT_ROWS; i++)
+        for (int d = 0; d < V; d++) store(o + i * dv + d * W, load(o + i * dv + d * W) + acc[i][d]);
+}
+
+// The weights of `count` keys from `first` on times their values, added to the block's output.
+static void weigh(const Call& c, const Block& block, const Packed& kv, int64_t h, int64_t first, int64_t count,
+                  const Scratch& room) {
+    const int64_t dv = value_stride(c);
+    const float* v = kv.v + (kv.row(c, block.b, h) + first) * dv;
+    const float* p = room.s + first * block.width;
+    if (first + count < block.limit) prefetch(v + count * dv, count * dv);
+    for (int64_t i = 0; i < block.count; i += OUT_ROWS) {
+        int64_t d = 0;
+        for (; d + 2 * W <= c.Dv; d += 2 * W) weigh_tile<2>(p + i, block.width, v + d, dv, count, room.o + i * dv + d);
+        for (; d < c.Dv; d += W) weigh_tile<1>(p + i, block.width, v + d, dv, count, room.o + i * dv + d);
+    }
+}
+
+// s of `count` keys becomes exp2(s - shift); adds the sums to `total`.
+static void exponentiate(const Block& block, float* s, int64_t count, const float* shift, float* total) {
+    by_vectors(block, [&](auto V, int i) {
+        vec minus[V], sum[V];
+        for (int v = 0; v < V; v++) minus[v] = load(shift + i + v * W), sum[v] = vec{};
+        float* at = s + i;
+        for (int64_t j = 0; j < count; j++, at += block.width)
+            for (int v = 0; v < V; v++) {
+                const vec p = exp2(load(at + v * W) - minus[v]);
+                store(at + v * W, p);
+                sum[v] += p;
+            }
+        for (int v = 0; v < V; v++) store(total + i + v * W, load(total + i + v * W) + sum[v]);
+    });
+}
+
+// One more head into the block's map [key][width]: exponentials times each row's own factor.
+template <int HEADS, bool BEGIN>
+static void fuse(const Block& block, const float* p, const float* factor, float* map) {
+    by_vectors(block, [&](auto V, int i) {
+        vec f[V];
+        for (int v = 0; v < V; v++) f[v] = load(factor + i + v * W);
+        const float* from = p + i;
+        float* to = map + i;
+        for (int64_t j = 0; j < block.limit; j++, from += block.width, to += block.width)
+            for (int v = 0; v < V; v++) {
+                const vec weight = weighted(load(from + v * W), f[v]), before = BEGIN ? vec{} : load(to + v * W);
+                if (BEGIN)
+                    store(to + v * W, weight);
+                else if (HEADS == MEAN)
+                    store(to + v * W, before + weight);
+                else {
+                    const ivec kept = HEADS == MAX ? weight < before : weight > before;
+                    store(to + v * W, (kept | (before != before)) ? before : weight);
+                }
+            }
+    });
+}
+
+// [key][width] times each row's factor to the rows of a map; beyond the block's limit zero, or NaN where the row is.
+static void store_map(const Call& c, const Block& block, const float* from, const float* factor, float* to) {
+    for (int i = 0; i < block.count; i += W) {
+        const int64_t count = block.count - i < W ? block.count - i : W;
+        const vec f = load(factor + i);
+        for (int64_t j = 0; j < block.limit; j += W) {
+            vec tile[W];
+            for (int t = 0; t < W; t++) {
+                const vec p = j + t < block.limit ? load(from + (j + t) * block.width + i) : vec{};
+                tile[t] = weighted(p, f);
+            }
+            transpose(tile);
+            const int64_t keys = block.limit - j < W ? block.limit - j : W;
+            for (int64_t t = 0; t < count; t++) {
+                float* at = to + (i + t) * c.N + j;
+                if (keys == W)
+                    store(at, tile[t]);
+                else
+                    std::memcpy(at, &tile[t], keys * sizeof(float));
+            }
+        }
+        for (int64_t t = 0; t < count; t++) {
+            float* row = to + (i + t) * c.N;
+            const float beyond = row[0] != row[0] ? row[0] : 0;
+            for (int64_t j = block.limit; j < c.N; j++) row[j] = beyond;
+        }
+    }
+}
+
+template <class T>
+static void store_out(const Call& c, const Block& block, int64_t h, const float* o, const float* factor) {
+    const int64_t dv = value_stride(c);
+    for (int64_t i = 0; i < block.count; i++) {
+        T* to = (T*)c.out + ((block.b * c.M + block.row[i]) * c.H + h) * c.Dv;
+        int64_t d = 0;
+        for (; d + W <= c.Dv; d += W) store(to + d, load(o + i * dv + d) * factor[i]);
+        T rest[W];
+        store(rest, d < c.Dv ? load(o + i * dv + d) * factor[i] : vec{});
+        std::memcpy(to + d, rest, (c.Dv - d) * sizeof(T));
+    }
+}
+
+}  // namespace attnx
