@@ -31,7 +31,8 @@ LEVELS = list(build.INSTRUCTIONS)[list(build.INSTRUCTIONS).index(build.instructi
 CASES = [case for case in TABLE if case.dtype in TAKES["native"]]
 # Where tiles end: one below, at and above every size that a register tile or a block has.
 EDGES = [
-    Case(B=1, H=2, M=M, N=N, D=D, Dv=Dv, is_causal=causal)
+    Case(B=1, H=2, M=M, N=N, D=D, Dv=Dv, is_causal=causal, dtype=dtype)
+    for dtype in TAKES["native"]
     for M, N, D, Dv in (
         (1, 1, 1, 1),
         (47, 11, 3, 31),
@@ -76,9 +77,9 @@ def test_edges_of_tiles(level, case, poisoned):
     check(case)
 
 
-def test_the_instruction_sets_are_three():
+def test_the_instruction_sets_have_their_widths():
     widths = [native.kernel(level).attnx_width() for level in LEVELS]
-    assert widths == [{"AVX512": 16, "AVX2": 8, "DEFAULT": 4}[level] for level in LEVELS]
+    assert widths == [{"AVX512BF16": 16, "AVX512": 16, "AVX2": 8, "DEFAULT": 4}[level] for level in LEVELS]
 
 
 SANITIZED = """
@@ -341,7 +342,36 @@ def test_a_compiler_that_fails_says_so(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert f"{compiler} can't compile the CPU kernel: broken" in run.stderr
-    assert len((tmp_path / "tried").read_text().splitlines()) == 1
+    tries = 1 + (build.instructions() in build.WITHOUT)
+    assert len((tmp_path / "tried").read_text().splitlines()) == tries
+
+
+@pytest.mark.skipif(build.instructions() not in build.WITHOUT, reason="needs AVX512-BF16 and no AMX")
+def test_a_compiler_that_is_too_old_for_bf16_makes_what_it_can(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *avx512bf16*) echo unknown option >&2; exit 1;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    run = in_a_new_cache(tmp_path, CALL.format(", backend='native'"), CXX=str(compiler))
+    assert run.stdout.strip() == "tensor(4.)", run.stderr
+    (made,) = (tmp_path / "cache").iterdir()
+    assert made.name.startswith("cpu-avx512-")
+
+
+def test_bf16_is_multiplied_in_pairs_where_the_processor_does():
+    """Weights are rounded for the product with V, as in SDPA, but not in the map; of odd sizes half a pair is empty."""
+    if build.instructions() != "AVX512BF16":
+        pytest.skip("needs AVX512-BF16 and no AMX")
+    q, k, v = (t.bfloat16() for t in torch.randn(3, 2, 3, 67, 37))
+    out, amap = attnx.attention(q, k, v, backend="native")
+    wide = attnx.attention(q.float(), k.float(), v.float(), backend="native")
+    torch.testing.assert_close(amap, wide[1], rtol=1e-5, atol=1e-9)
+    assert not torch.equal(out, wide[0].bfloat16())
+    torch.testing.assert_close(out.float(), wide[0], rtol=0.02, atol=0.01)
+    v[0, 0, 66, 36] = torch.inf  # the last half of a pair, the last element
+    out = attnx.attention(q, k, v, is_causal=True, backend="native")[0]
+    want = attnx.attention(q, k, v, is_causal=True, backend="eager")[0]
+    assert torch.equal(out.isnan(), want.isnan())
+    assert torch.equal(out.isinf(), want.isinf())
 
 
 def test_it_is_compiled_once_and_then_found(tmp_path):

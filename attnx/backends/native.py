@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnx.backends import pages
-from attnx.kernels.cpu.build import compiled, instructions
+from attnx.kernels.cpu.build import WITHOUT, compiled, instructions
 from attnx.reducers import Heads
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -201,7 +201,7 @@ def _tried(level: str) -> ctypes.CDLL | str:
             path.unlink(missing_ok=True)  # it was damaged, or made for another machine
             return loaded(compiled(level))
     except ImportError as error:
-        return str(error)
+        return _tried(WITHOUT[level]) if level in WITHOUT else str(error)
 
 
 def loaded(path: Path) -> ctypes.CDLL:

@@ -24,7 +24,7 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
     for (int64_t h = 0; h < c.H; h++) {
         load_queries<T>(c, block, h, room.qt);
         for (float& x : shift) x = -INF;
-        scores(c, block, kv, h, 0, block.limit, room, shift, c.map && c.heads == MEAN && h > 0 ? fused : nullptr);
+        scores<T>(c, block, kv, h, 0, block.limit, room, shift, c.map && c.heads == MEAN && h > 0 ? fused : nullptr);
         const int64_t head = (block.b * c.H + h) * c.M;
         for (int i = 0; i < ROWS; i++) {
             if (c.lse) shift[i] = float(c.lse[head + block.row[i]] * LOG2E);
@@ -36,7 +36,7 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
         for (int64_t j = 0; j < block.limit; j += CHUNK) {
             const int64_t count = block.limit - j < CHUNK ? block.limit - j : CHUNK;
             exponentiate(block, room.s + j * block.width, count, shift, total);
-            if (c.out) weigh(c, block, kv, h, j, count, room);
+            if (c.out) weigh<T>(c, block, kv, h, j, count, room);
         }
         for (int i = 0; i < ROWS; i++) {
             // Only a bias leaves a row without keys; scores that are all -inf make it NaN, as softmax does.
@@ -92,7 +92,7 @@ static void pass_on(const Call& c, int64_t b, int64_t first, int64_t last, const
                     for (int64_t j = stop < first ? first : stop; j < last; j++) sums[(j - first) * W] = NAN;
             if (first >= stop) continue;
             load_queries<T>(c, block, h, room.qt);
-            scores(c, block, kv, h, first, stop, room, top);
+            scores<T>(c, block, kv, h, first, stop, room, top);
             float weight[ROWS];
             for (int i = 0; i < ROWS; i++) {
                 shift[i] = float(lse[block.row[i]] * LOG2E);

@@ -20,19 +20,33 @@ import torch
 SOURCES = ("attention.cpp", "weights.h", "scores.h", "call.h", "simd.h")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=fast")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512")
 INSTRUCTIONS = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+    "AVX512BF16": (*_AVX512, "-mavx512bf16"),
+    "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma"),
     "DEFAULT": (),
 }
+WITHOUT = {"AVX512BF16": "AVX512"}  # what serves where the compiler is too old for a level
 _TIMEOUT = 300  # seconds
 
 
 @cache
 def instructions() -> str:
-    """The key of INSTRUCTIONS that this processor can run; torch's own choice, so ATEN_CPU_CAPABILITY lowers it."""
+    """The key of INSTRUCTIONS that this processor can run; torch's own choice, so ATEN_CPU_CAPABILITY lowers it.
+
+    AVX512BF16 only where there is no AMX: what has both multiplies bf16 in its matrix unit, and nobody has measured
+    there whether its vectors of them are faster than floats.
+    """
     known = torch.backends.cpu.get_cpu_capability()
-    return known if known in INSTRUCTIONS and platform.machine().lower() in ("x86_64", "amd64") else "DEFAULT"
+    if known not in INSTRUCTIONS or platform.machine().lower() not in ("x86_64", "amd64"):
+        return "DEFAULT"
+    return "AVX512BF16" if known == "AVX512" and _has("avx512_bf16") and not _has("amx_tile") else known
+
+
+def _has(feature: str) -> bool:
+    """Whether torch knows that the processor has it."""
+    return bool(getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)())
 
 
 def cache_folder() -> Path:

@@ -42,29 +42,36 @@ struct Call {
 
 static int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-static int64_t key_stride(const Call& c) { return round_up(c.D, 16); }
+// The words of n elements.
+static int64_t in_words(const Call& c, int64_t n) { return c.half ? (n + PAIR - 1) / PAIR : n; }
+
+static int64_t key_stride(const Call& c) { return round_up(in_words(c, c.D), 16); }
 static int64_t value_stride(const Call& c) { return c.v ? round_up(c.Dv, 2 * W) : 0; }
 
-// K and V of some items: [item][Hk][N][key_stride] and [item][Hk][N][value_stride].
+// K and V of some items, in words: [item][Hk][N][key_stride], and [item][Hk][N][value_stride]; of V, a word of two is
+// of two keys, and there are half as many rows.
 struct Packed {
     float *k = nullptr, *v = nullptr;
-    int64_t first = 0, items, size;  // which items, and the floats of all
+    int64_t first = 0, items, size;    // which items, and the words of all
+    int64_t keys_size, values_size;    // words of a head
+    int64_t Hk, group;                 // heads of keys, and of queries for each
 
-    explicit Packed(const Call& c) {
-        const int64_t keys = c.Hk * c.N * key_stride(c), values = c.Hk * c.N * value_stride(c);
-        items = PACKED / (keys + values + 1);
+    explicit Packed(const Call& c)
+        : keys_size(c.N * key_stride(c)), values_size(in_words(c, c.N) * value_stride(c)), Hk(c.Hk), group(c.H / c.Hk) {
+        items = PACKED / (Hk * (keys_size + values_size) + 1);
         items = items < 1 ? 1 : items > c.B ? c.B : items;
-        size = items * (keys + values);
-        if (c.scratch) k = c.scratch, v = c.scratch + items * keys;
+        size = items * Hk * (keys_size + values_size);
+        if (c.scratch) k = c.scratch, v = c.scratch + items * Hk * keys_size;
     }
 
-    // The first row of an item's keys and values for a head of queries.
-    int64_t row(const Call& c, int64_t b, int64_t h) const { return ((b - first) * c.Hk + h / (c.H / c.Hk)) * c.N; }
+    // An item's keys and values for a head of queries.
+    float* keys(int64_t b, int64_t h) const { return k + ((b - first) * Hk + h / group) * keys_size; }
+    float* values(int64_t b, int64_t h) const { return v + ((b - first) * Hk + h / group) * values_size; }
 };
 
 // The parts of one thread's scratch.
 struct Scratch {
-    float *s, *map, *qt, *o, *bias;
+    float *s, *map, *qt, *o, *pairs, *bias;
     int64_t size;
 
     explicit Scratch(const Call& c, float* base = nullptr) {
@@ -76,35 +83,55 @@ struct Scratch {
         };
         s = take(c.passed ? PASSED_KEYS * (ROWS + W) : c.N * ROWS);
         map = take(c.map && c.heads != EACH ? c.N * ROWS : 0);
-        qt = take(c.D * ROWS);
+        qt = take(in_words(c, c.D) * ROWS);
         o = take(ROWS * value_stride(c));
+        pairs = take(c.out && c.half && PAIR == 2 ? CHUNK / 2 * ROWS : 0);
         bias = take(KEYS * ROWS);
         size = at;
     }
 };
 
-// [n] elements at p as floats; the rest of the stride is zero.
+// [n] elements at p as words; the rest of the stride is zero.
 template <class T>
-static void widen_row(const T* p, int64_t n, float* to, int64_t stride) {
+static void copy_row(const T* p, int64_t n, float* to, int64_t stride) {
+    constexpr int E = IN_WORD<T>;
+    float* const end = to + stride;
+    for (; n >= E * W; n -= E * W, p += E * W, to += W) store(to, words(p));
+    for (; n > 0; n -= E, p += E) *to++ = word(p, n);
+    while (to < end) *to++ = 0;
+}
+
+// Two rows of [n] elements as one of words; the rest of the stride is zero, and so is a second row that is null.
+static inline void join_rows(const bf16* first, const bf16* second, int64_t n, float* to, int64_t stride) {
     int64_t d = 0;
-    for (; d + W <= n; d += W) store(to + d, load(p + d));
-    for (; d < n; d++) to[d] = widen(p[d]);
+    for (; d + W <= n; d += W) store(to + d, joined(load(first + d), second ? load(second + d) : vec{}));
+    for (; d < n; d++) to[d] = word_of(uint32_t(second ? second[d].bits : 0) << 16 | first[d].bits);
     for (; d < stride; d++) to[d] = 0;
 }
 
 // K and V of one head of one item. Whether all values are finite, if that matters.
 template <class T>
 static bool pack(const Call& c, const Packed& to, int64_t item, int64_t head) {
-    const int64_t b = to.first + item, plane = (item * c.Hk + head) * c.N;
+    constexpr int E = IN_WORD<T>;
+    const int64_t b = to.first + item;
     const T* k = (const T*)c.k + b * c.k_stride[0] + head * c.k_stride[1];
     const T* v = (const T*)c.v + b * c.v_stride[0] + head * c.v_stride[1];
+    float *keys = to.keys(b, head * to.group), *values = to.values(b, head * to.group);
     vec strange = vec{};
     for (int64_t j = 0; j < c.N; j++) {
-        widen_row(k + j * c.k_stride[2], c.D, to.k + (plane + j) * key_stride(c), key_stride(c));
-        if (!c.v) continue;
-        float* values = to.v + (plane + j) * value_stride(c);
-        widen_row(v + j * c.v_stride[2], c.Dv, values, value_stride(c));
-        for (int64_t d = 0; c.causal && d < value_stride(c); d += W) strange += load(values + d) * 0.0f;
+        copy_row(k + j * c.k_stride[2], c.D, keys + j * key_stride(c), key_stride(c));
+        if (!c.v || j % E) continue;
+        const T* row = v + j * c.v_stride[2];
+        if constexpr (E == 1)
+            copy_row(row, c.Dv, values, value_stride(c));
+        else
+            join_rows(row, j + 1 < c.N ? row + c.v_stride[2] : nullptr, c.Dv, values, value_stride(c));
+        for (int64_t d = 0; c.causal && d < value_stride(c); d += W) {
+            const vec value = load(values + d);
+            if (E == 2) strange += (vec)((uvec)value << 16) * 0.0f;
+            strange += value * 0.0f;  // of two bf16 the second one, since it has the exponent
+        }
+        values += value_stride(c);
     }
     return sum_of(strange) == 0;  // NaN of an infinity or a NaN
 }

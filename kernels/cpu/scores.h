@@ -5,20 +5,22 @@
 
 namespace attnx {
 
-// The block's queries of head h as [D][ROWS].
+// The block's queries of head h as [words of D][ROWS].
 template <class T>
 static void load_queries(const Call& c, const Block& block, int64_t h, float* qt) {
+    constexpr int E = IN_WORD<T>;
     const T* q = (const T*)c.q + block.b * c.q_stride[0] + h * c.q_stride[1];
     for (int i = 0; i < block.width; i += W) {
         int64_t d = 0;
-        for (; d + W <= c.D; d += W) {
+        float* to = qt + i;
+        for (; d + E * W <= c.D; d += E * W) {
             vec tile[W];
-            for (int t = 0; t < W; t++) tile[t] = load(q + block.row[i + t] * c.q_stride[2] + d);
+            for (int t = 0; t < W; t++) tile[t] = words(q + block.row[i + t] * c.q_stride[2] + d);
             transpose(tile);
-            for (int t = 0; t < W; t++) store(qt + (d + t) * ROWS + i, tile[t]);
+            for (int t = 0; t < W; t++, to += ROWS) store(to, tile[t]);
         }
-        for (; d < c.D; d++)
-            for (int t = 0; t < W; t++) qt[d * ROWS + i + t] = widen(q[block.row[i + t] * c.q_stride[2] + d]);
+        for (; d < c.D; d += E, to += ROWS)
+            for (int t = 0; t < W; t++) to[t] = word(q + block.row[i + t] * c.q_stride[2] + d, c.D - d);
     }
 }
 
@@ -29,19 +31,19 @@ static inline void prefetch(const float* p, int64_t count) {
 
 // acc[t][v] = the dot products of key t with vector v of rows. The keys are reached from every third one, so that
 // their addresses fit the registers.
-template <int T, int V>
-static inline __attribute__((always_inline)) void dot_tile(const float* qt, const float* k, int64_t stride, int64_t D,
-                                                           vec (&acc)[T][V]) {
+template <int E, int T, int V>
+static inline __attribute__((always_inline)) void dot_tile(const float* qt, const float* k, int64_t stride,
+                                                           int64_t words, vec (&acc)[T][V]) {
     const float* base[(T + 2) / 3];
     for (int t = 0; t < T; t += 3) base[t / 3] = k + t * stride;
     for (int t = 0; t < T; t++)
         for (int v = 0; v < V; v++) acc[t][v] = vec{};
-    ATTNX_UNROLL for (int64_t d = 0; d < D; d++, qt += ROWS) {
+    ATTNX_UNROLL for (int64_t d = 0; d < words; d++, qt += ROWS) {
         vec q[V];
         for (int v = 0; v < V; v++) q[v] = load(qt + v * W);
         for (int t = 0; t < T; t++) {
             const vec key = splat(base[t / 3][(t % 3) * stride]);
-            for (int v = 0; v < V; v++) acc[t][v] += key * q[v];
+            for (int v = 0; v < V; v++) acc[t][v] = multiply_add<E>(key, q[v], acc[t][v]);
         }
         for (auto& p : base) p++;
     }
@@ -94,6 +96,7 @@ static inline vec weighted(vec p, vec factor) { return factor == 0.0f ? vec{} : 
 struct Scores {
     const Call& c;
     const Block& block;
+    int64_t words;        // of a key
     float* map;           // [key][width], or null: to it go the exponentials of the head before, times `factor`, when
     const float* factor;  // scores take their place: they are in cache then, and the units that multiply have time
     bool begin;           // nothing is in the map yet
@@ -103,11 +106,11 @@ struct Scores {
 };
 
 // Scores of T keys from `first` on and V vectors of rows from lane i on, times log2(e), into s [key][width].
-template <int T, int V>
+template <int E, int T, int V>
 static void score_tile(const Scores& to, const float* qt, const float* k, int64_t stride, int64_t first, int i,
                        float* s) {
     vec acc[T][V];
-    dot_tile<T, V>(qt + i, k, stride, to.c.D, acc);
+    dot_tile<E>(qt + i, k, stride, to.words, acc);
     vec top[V];
     for (int v = 0; v < V; v++) top[v] = load(to.top + i + v * W);
     for (int t = 0; t < T; t++)
@@ -134,20 +137,21 @@ static void score_tile(const Scores& to, const float* qt, const float* k, int64_
     for (int v = 0; v < V; v++) store(to.top + i + v * W, top[v]);
 }
 
-template <int T, int V>
+template <int E, int T, int V>
 static void score_keys(const Scores& to, int count, const float* qt, const float* k, int64_t stride, int64_t first,
                        int i, float* s) {
     if constexpr (T > 1)
-        if (count < T) return score_keys<T - 1, V>(to, count, qt, k, stride, first, i, s);
-    score_tile<T, V>(to, qt, k, stride, first, i, s);
+        if (count < T) return score_keys<E, T - 1, V>(to, count, qt, k, stride, first, i, s);
+    score_tile<E, T, V>(to, qt, k, stride, first, i, s);
 }
 
 // Scores of the keys first..last-1 and head h into room.s [key - first][width], and their maxima into top. With the
 // factors of the head before, its exponentials go into room.map first.
+template <class T>
 static void scores(const Call& c, const Block& block, const Packed& kv, int64_t h, int64_t first, int64_t last,
                    const Scratch& room, float* top, const float* factor = nullptr) {
-    const Scores to{c, block, factor ? room.map : nullptr, factor, h == 1, c.bias_kind ? room.bias : nullptr, float(c.scale * LOG2E), top};
-    const float* k = kv.k + kv.row(c, block.b, h) * key_stride(c);
+    const Scores to{c, block, in_words(c, c.D), factor ? room.map : nullptr, factor, h == 1, c.bias_kind ? room.bias : nullptr, float(c.scale * LOG2E), top};
+    const float* k = kv.keys(block.b, h);
     const int most = block.vectors < VECS ? TILE / block.vectors : TILE / VECS, keys = most < KEYS ? most : KEYS;
     const int64_t tiles = (last - first + keys - 1) / keys;
     for (int64_t tile = 0; tile < tiles; tile++) {
@@ -156,8 +160,8 @@ static void scores(const Call& c, const Block& block, const Packed& kv, int64_t 
         if (till < last) prefetch(k + till * key_stride(c), (till - from) * key_stride(c));
         if (to.bias) load_bias(c, block, h, from, int(till - from), to.bias);
         by_vectors(block, [&](auto V, int i) {
-            constexpr int T = TILE / V < KEYS ? TILE / V : KEYS;
-            score_keys<T, V>(to, int(till - from), room.qt, k + from * key_stride(c), key_stride(c), from, i,
+            constexpr int MOST = TILE / V < KEYS ? TILE / V : KEYS;
+            score_keys<IN_WORD<T>, MOST, V>(to, int(till - from), room.qt, k + from * key_stride(c), key_stride(c), from, i,
                              room.s + (from - first) * block.width);
         });
     }

@@ -6,6 +6,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace attnx {
 
 #if defined(__AVX512F__)
@@ -58,6 +62,63 @@ static inline void store(bf16* p, vec v) {
     const uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const halves h = __builtin_convertvector(v != v ? (bits >> 16) | 0x40 : rounded, halves);
     std::memcpy(p, &h, sizeof h);
+}
+
+// Products are made of words of 32 bits: a float, or where the processor multiplies them, two bf16.
+#if defined(__AVX512BF16__)
+constexpr int PAIR = 2;
+
+static inline vec dot_pairs(vec a, vec b, vec acc) { return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+
+// Words of two floats each, rounded to bf16.
+static inline vec rounded_pairs(vec low, vec high) {
+    alignas(64) static constexpr uint16_t order[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    return (vec)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)both);
+}
+#else
+constexpr int PAIR = 1;
+
+vec dot_pairs(vec, vec, vec);  // never called
+vec rounded_pairs(vec, vec);
+#endif
+
+// How many elements are in a word.
+template <class T>
+constexpr int IN_WORD = sizeof(T) == 2 ? PAIR : 1;
+
+static inline float word_of(uint32_t bits) {
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+// The first word of `left` elements.
+static inline float word(const float* p, int64_t) { return *p; }
+
+static inline float word(const bf16* p, int64_t left) {
+    const uint32_t second = PAIR == 2 && left > 1 ? p[1].bits : 0;
+    return word_of(PAIR == 2 ? second << 16 | p->bits : uint32_t(p->bits) << 16);
+}
+
+// The next W words.
+template <class T>
+static inline vec words(const T* p) {
+    if constexpr (IN_WORD<T> == 1) return load(p);
+    vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// Words of two floats each that are bf16 already.
+static inline vec joined(vec low, vec high) { return (vec)((uvec)low >> 16 | (uvec)high); }
+
+// acc + a * b for words of E elements.
+template <int E>
+static inline vec multiply_add(vec a, vec b, vec acc) {
+    if constexpr (E == 2) return dot_pairs(a, b, acc);
+    return acc + a * b;
 }
 
 static inline float sum_of(vec v) {

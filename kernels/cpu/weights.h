@@ -5,8 +5,8 @@
 
 namespace attnx {
 
-// o [OUT_ROWS][V * W] += p^T v for `count` keys: p [key] of stride `width`, v [key] and o [row] of stride dv.
-template <int V>
+// o [OUT_ROWS][V * W] += p^T v for `count` words of E keys: p [word] of stride `width`, v [word] and o [row] of stride dv.
+template <int E, int V>
 static inline void weigh_tile(const float* p, int64_t width, const float* v, int64_t dv, int64_t count, float* o) {
     // From zero, and added to the sum of all keys at the end: a chain of thousands of additions loses digits.
     vec acc[OUT_ROWS][V];
@@ -17,24 +17,39 @@ static inline void weigh_tile(const float* p, int64_t width, const float* v, int
         for (int d = 0; d < V; d++) value[d] = load(v + d * W);
         for (int i = 0; i < OUT_ROWS; i++) {
             const vec weight = splat(p[i]);
-            for (int d = 0; d < V; d++) acc[i][d] += weight * value[d];
+            for (int d = 0; d < V; d++) acc[i][d] = multiply_add<E>(weight, value[d], acc[i][d]);
         }
     }
     for (int i = 0; i < OUT_ROWS; i++)
         for (int d = 0; d < V; d++) store(o + i * dv + d * W, load(o + i * dv + d * W) + acc[i][d]);
 }
 
-// The weights of `count` keys from `first` on times their values, added to the block's output.
+// `count` weights of every row in pairs that follow one another, rounded to bf16; the last may be one and zero.
+static inline void pair_weights(const Block& block, const float* s, int64_t count, float* pairs) {
+    for (int64_t j = 0; j < count; j += 2, pairs += block.width)
+        for (int i = 0; i < block.width; i += W) {
+            const float* at = s + j * block.width + i;
+            store(pairs + i, rounded_pairs(load(at), j + 1 < count ? load(at + block.width) : vec{}));
+        }
+}
+
+// The weights of `count` keys from `first` on, a multiple of CHUNK, times their values, added to the block's output.
+template <class T>
 static void weigh(const Call& c, const Block& block, const Packed& kv, int64_t h, int64_t first, int64_t count,
                   const Scratch& room) {
-    const int64_t dv = value_stride(c);
-    const float* v = kv.v + (kv.row(c, block.b, h) + first) * dv;
+    constexpr int E = IN_WORD<T>;
+    const int64_t dv = value_stride(c), words = (count + E - 1) / E;
+    const float* v = kv.values(block.b, h) + first / E * dv;
     const float* p = room.s + first * block.width;
-    if (first + count < block.limit) prefetch(v + count * dv, count * dv);
+    if constexpr (E == 2) {
+        pair_weights(block, p, count, room.pairs);
+        p = room.pairs;
+    }
+    if (first + count < block.limit) prefetch(v + words * dv, words * dv);
     for (int64_t i = 0; i < block.count; i += OUT_ROWS) {
         int64_t d = 0;
-        for (; d + 2 * W <= c.Dv; d += 2 * W) weigh_tile<2>(p + i, block.width, v + d, dv, count, room.o + i * dv + d);
-        for (; d < c.Dv; d += W) weigh_tile<1>(p + i, block.width, v + d, dv, count, room.o + i * dv + d);
+        for (; d + 2 * W <= c.Dv; d += 2 * W) weigh_tile<E, 2>(p + i, block.width, v + d, dv, words, room.o + i * dv + d);
+        for (; d < c.Dv; d += W) weigh_tile<E, 1>(p + i, block.width, v + d, dv, words, room.o + i * dv + d);
     }
 }
 
