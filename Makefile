@@ -18,7 +18,7 @@ test-gpu:
 	pytest -m gpu
 
 bench:
-	python -m benchmarks.run --out $(OUT)
+	python -m benchmarks.run --out $(OUT) $(MKL)
 
 bench-gpu:
 	OUT=$(OUT) benchmarks/gpu.sh

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import mkl
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "timm", "transformers", "pytest-benchmark", "numpy")
 _SMI = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "persistence_mode")
@@ -66,12 +68,13 @@ def file_stem(device: str) -> str:
 
 
 def hardware(device: str) -> str:
-    """The name of the GPU, or of the CPU."""
+    """The name of the GPU, or of the CPU and what MKL takes it for, if it was told."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
-    return named.group(1) if named else platform.processor() or platform.machine()
+    name = named.group(1) if named else platform.processor() or platform.machine()
+    return f"{name} ({os.environ[mkl.VARIABLE]})" if mkl.VARIABLE in os.environ else name
 
 
 def commit() -> str | None:

@@ -33,6 +33,7 @@ and what is expected of them, is in [`NOTES.md`](NOTES.md).
 
 ```
 make bench        every benchmark on this machine's CPU, some minutes: a file in benchmarks/results
+make bench MKL=--mkl-as-on-intel    the same on an AMD processor, with the faster of torch's own products
 make bench-gpu    the CUDA tests, every benchmark and a sweep of block sizes, in less than ten minutes
 make report       this page
 ```
@@ -56,6 +57,9 @@ make report       this page
   are larger than the L2 cache, between two events; what can't be recorded is timed with its launches, as is its floor,
   and compared with nothing else. Models are timed by the wall clock. **spread** is the interquartile range over the
   median: smaller differences say nothing. The floor's own ratio, against itself, says the same.
+- **MKL as on Intel**: on other makers' processors MKL, which torch multiplies with, reaches half of what they can do,
+  and whatever multiplies without it looks fast. There a second file is of runs in which it takes the processor for an
+  Intel ([`mkl.py`](mkl.py)): the harder comparison, and the one to go by.
 - **hf_eager / it** and **compiled / it**: how many times its time the other takes, both relative to their floors.
 - **least ms**: what the chip needs at least, by arithmetic (q kᵀ and P v once) or by bytes (inputs read, results
   written once), whichever is more.

@@ -2,6 +2,7 @@
 
     python -m benchmarks.run                      into benchmarks/results, minutes
     python -m benchmarks.run --quick --out DIR    tiny shapes: does it run?
+    python -m benchmarks.run --mkl-as-on-intel    on other makers' CPUs, with the faster of torch's own products
 
 A row is one contestant on one shape: milliseconds (of the op: one call; of models: one batch), the ratio of its median
 to that of the floor (`sdpa`, `plain`) that ran between its rounds, peak megabytes (10^6 bytes) above inputs or loaded
@@ -21,14 +22,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Timer
 from typing import Any
 
 import torch
 
-from benchmarks import growth, memory, record
+from benchmarks import growth, memory, mkl, record
 from benchmarks.machine import ROOT, environment, file_stem, part_of, write_atomically
 
 SUITES = {"op": 0.6, "models": 1.0}  # and the share of the time that is left which each may take
@@ -212,12 +213,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=float, help="seconds for both suites; what is measured by then is kept")
+    parser.add_argument("--mkl-as-on-intel", action="store_true", help="see benchmarks/mkl.py")
     parser.add_argument("-k", dest="keyword", help="only what pytest's -k chooses")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device")
     try:
-        return 0 if run(options.out, options.device, options.quick, options.limit, options.keyword) else 1
+        with mkl.as_on_intel() if options.mkl_as_on_intel else nullcontext():
+            return 0 if run(options.out, options.device, options.quick, options.limit, options.keyword) else 1
     except KeyboardInterrupt:
         return 130
 

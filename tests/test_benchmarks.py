@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -14,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 # Only for these imports: the root on the path would make a bare `kernels` ours.
 sys.path.insert(0, str(ROOT))
-from benchmarks import exact, machine, peers, record, run, test_models, timing  # noqa: E402
+from benchmarks import exact, machine, mkl, peers, record, run, test_models, timing  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -72,6 +73,18 @@ def test_result_says_where_it_comes_from_but_no_path(results: tuple[dict, str]) 
     assert result["versions"]["python"].count(".") == 2
     assert {"hardware", "threads", "commit", "date"} <= set(result)
     assert str(ROOT) not in json.dumps(result)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a C compiler")
+def test_mkl_takes_the_processor_for_intels_and_the_result_says_so() -> None:
+    code = (
+        "import ctypes, torch; from benchmarks import machine\n"
+        "print(ctypes.CDLL(None).mkl_serv_intel_cpu_true(), machine.hardware('cpu'))"
+    )
+    with mkl.as_on_intel():
+        said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+    assert said == f"1 {machine.hardware('cpu')} (MKL as on Intel)\n"
+    assert mkl.VARIABLE not in os.environ
 
 
 def test_table_of_ratios_comes_last(results: tuple[dict, str]) -> None:
