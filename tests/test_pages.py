@@ -15,8 +15,9 @@ pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="needs MA
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(monkeypatch):
+def nothing_left(monkeypatch):  # and a map of SIDE is large
     monkeypatch.setattr(pages, "_left", [])
+    monkeypatch.setattr(pages, "LARGE", 1 << 20)
 
 
 def test_what_a_map_leaves_serves_the_next_one():
