@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from statistics import median
 from threading import Timer
 from typing import Any
 
@@ -116,7 +117,10 @@ def run_suite(suite: str, device: str, quick: bool, limit: float | None, keyword
 
 
 def add_memory(rows: list[dict[str, Any]], quick: bool) -> dict[str, str]:
-    """Sets peak_mb of model rows (if quick, of one), each measured by a process of its own; what failed, and why."""
+    """Sets peak_mb of model rows (if quick, of one), the median of three processes each; what failed, and why.
+
+    One run says little: where malloc happens to lay the first activations, half as much again may stay unused.
+    """
     failed = {}
     for row in rows:
         (model, batch), contestant = row["shape"].split(" b"), row["contestant"]
@@ -124,7 +128,8 @@ def add_memory(rows: list[dict[str, Any]], quick: bool) -> dict[str, str]:
             continue
         print(f"== memory: {contestant} on {model}", flush=True)
         try:
-            row["peak_mb"] = memory.in_own_process(contestant, model, int(batch), "cpu")["peak_mb"]
+            runs = [memory.in_own_process(contestant, model, int(batch), "cpu")["peak_mb"] for _ in range(3)]
+            row["peak_mb"] = median(runs)
         except subprocess.CalledProcessError as error:
             failed[f"memory of {contestant} on {model}"] = f"exited with {error.returncode}"
     return failed

@@ -170,6 +170,30 @@ def test_the_same_bits_in_any_number_of_threads(openmp, monkeypatch):
         results.clear()
 
 
+@pytest.mark.parametrize("openmp", [True, False])
+def test_items_wait_for_their_keys_and_for_those_before_them(openmp, monkeypatch):
+    """Copies of K and V take turns in a few slots: more threads than processors, and items that differ."""
+    if not openmp:
+        monkeypatch.setattr(native, "_openmp", lambda: None)
+    before = torch.get_num_threads()
+    for dtype in TAKES["native"]:
+        q, k, v = (t.to(dtype) for t in torch.randn(3, 23, 4, 33, 16))
+        v[7, 1, 32, 3] = torch.inf  # whose zero weights make NaN in the rows before, of this item alone
+        want = attnx.attention(q, k, v, is_causal=True, backend="eager")
+        assert want[0].isnan().any()
+        try:
+            torch.set_num_threads(1)
+            alone = attnx.attention(q, k, v, is_causal=True, backend="native")
+            torch.set_num_threads(9)
+            for _ in range(40):
+                together = attnx.attention(q, k, v, is_causal=True, backend="native")
+                assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(together, alone, strict=True))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(alone[0].isnan(), want[0].isnan())
+        torch.testing.assert_close(alone[1], want[1], rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP runtime elsewhere")
 def test_torchs_own_threads_are_used():
     code = (

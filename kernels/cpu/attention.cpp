@@ -4,6 +4,7 @@
 // map, times V. What a block needs stays in cache. Scores stand transposed, [keys][rows], a vector being W rows of one
 // key: so a row's maximum and sum need nothing from other lanes. K and V are first copied to rows that follow one
 // another, in float: those of a packed qkv lie in pages of their own, and no hardware foresees them.
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <queue>
@@ -141,47 +142,64 @@ static int64_t best_rows(const Call& c) {
     return best;
 }
 
-// The work in pieces that don't depend on one another; a row's result doesn't depend on how they are cut.
+// Where K and V of one item after another are copied to, and how far that is. An item is due in its turn.
+struct alignas(64) Slot {
+    std::atomic<int64_t> packed{0}, done{0};  // heads that were copied and pieces that are done, of all turns
+    std::atomic<int64_t> strange{-1};         // the last turn with a value that is not finite
+};
+
+// The work in pieces: of one item after another, first the heads of K and V, which are copied, then blocks of rows (of
+// vecmat: parts of the keys). Threads take them in this order, so that what a piece waits for is being done: copies for
+// those of all heads, and the first of a slot's next item for the blocks of the last. A row's result doesn't depend on
+// how rows are cut.
 struct Work {
     const Call& c;
+    int64_t rows;     // of a block, see `best_rows`
+    int64_t pieces;   // of an item, beside its copies
+    int64_t threads;  // that there is work for
     Packed kv;
-    float* scratch;
-    int64_t rows;    // of a block, see `best_rows`
-    bool packing;    // K and V, which comes first
-    int64_t pieces;  // of every item
+    std::vector<Slot> slots;
     std::atomic<int64_t> next{0}, thread{0};
-    std::atomic<bool> all_keys{false};  // a value that is not finite: times a weight of zero it is NaN
 
-    explicit Work(const Call& c) : c(c), kv(c), scratch(c.scratch ? c.scratch + kv.size : nullptr), rows(best_rows(c)) {}
+    explicit Work(const Call& c)
+        : c(c), rows(best_rows(c)), pieces(c.passed ? (c.N + PASSED_KEYS - 1) / PASSED_KEYS : (c.R + rows - 1) / rows),
+          threads(std::min(c.threads, c.B * std::max(pieces, c.Hk))),
+          // Those that are worked on, and one to be copied to meanwhile: few, to be in cache still when they are read.
+          kv(c, std::min(c.B, 2 + threads / std::max<int64_t>(pieces, 1))), slots(kv.slots) {}
 
-    void begin(bool pack) {
-        packing = pack;
-        pieces = pack ? c.Hk : c.passed ? (c.N + PASSED_KEYS - 1) / PASSED_KEYS : (c.R + rows - 1) / rows;
-        next = thread = 0;
+    int64_t scratch_floats() const { return kv.size + threads * Scratch(c).size; }
+
+    static void wait(const std::atomic<int64_t>& counter, int64_t count) {
+        while (counter.load(std::memory_order_acquire) < count) std::this_thread::yield();
     }
 
     template <class T>
     void run() {
-        const Scratch room(c, scratch + thread++ * Scratch(c).size);
-        for (int64_t piece; (piece = next++) < kv.items * pieces;) {
-            const int64_t item = piece / pieces, b = kv.first + item, at = piece % pieces;
-            if (b >= c.B) break;
-            if (packing) {
-                if (!pack<T>(c, kv, item, at)) all_keys = true;
-            } else if (c.passed) {
-                const int64_t last = (at + 1) * PASSED_KEYS;
-                pass_on<T>(c, b, at * PASSED_KEYS, last < c.N ? last : c.N, kv, room);
+        const Scratch room(c, c.scratch + kv.size + thread++ * Scratch(c).size);
+        for (int64_t piece; (piece = next++) < c.B * (c.Hk + pieces);) {
+            const int64_t b = piece / (c.Hk + pieces), at = piece % (c.Hk + pieces), turn = b / kv.slots;
+            Slot& slot = slots[b % kv.slots];
+            if (at < c.Hk) {
+                wait(slot.done, turn * pieces);
+                if (!pack<T>(c, kv, b, at)) slot.strange = turn;
+                slot.packed.fetch_add(1, std::memory_order_release);
             } else {
-                const int64_t left = c.R - at * rows;
-                attend<T>(c, Block(c, b, at * rows, left < rows ? left : rows, all_keys), kv, room);
+                wait(slot.packed, (turn + 1) * c.Hk);
+                piece_of<T>(b, at - c.Hk, slot.strange == turn, room);
+                slot.done.fetch_add(1, std::memory_order_release);
             }
         }
     }
 
-    // How many threads there is work for.
-    int64_t threads() const {
-        const int64_t all = kv.items * pieces;
-        return all < c.threads ? all : c.threads;
+    // One piece of an item whose keys and values are there; strange: not all of those are finite.
+    template <class T>
+    void piece_of(int64_t b, int64_t at, bool strange, const Scratch& room) {
+        if (c.passed) {
+            pass_on<T>(c, b, at * PASSED_KEYS, std::min(c.N, (at + 1) * PASSED_KEYS), kv, room);
+        } else {
+            // Zero times a value that is not finite is NaN, so that keys which a row doesn't see matter.
+            attend<T>(c, Block(c, b, at * rows, std::min(rows, c.R - at * rows), strange), kv, room);
+        }
     }
 
     static void enter(void* self) {
@@ -194,7 +212,7 @@ struct Work {
 typedef void Parallel(void (*)(void*), void*, unsigned, unsigned);
 
 static void in_threads(Work& work, Parallel* parallel) {
-    const unsigned threads = unsigned(work.threads());
+    const unsigned threads = unsigned(work.threads);
     if (threads <= 1) return Work::enter(&work);
     if (parallel) return parallel(Work::enter, &work, threads, 0);
     std::vector<std::thread> others;
@@ -219,25 +237,12 @@ int64_t attnx_call_size() { return sizeof(attnx::Call); }
 int64_t attnx_width() { return attnx::W; }
 
 // What a call needs of scratch.
-int64_t attnx_scratch_floats(const attnx::Call* call) {
-    attnx::Work work(*call);
-    int64_t threads = 0;
-    for (const bool pack : {true, false}) {
-        work.begin(pack);
-        if (work.threads() > threads) threads = work.threads();
-    }
-    return work.kv.size + threads * attnx::Scratch(*call).size;
-}
+int64_t attnx_scratch_floats(const attnx::Call* call) { return attnx::Work(*call).scratch_floats(); }
 
 // With `parallel` of the OpenMP runtime that torch uses: its threads are there already, and a second pool beside them
 // would fight for the cores. Null where there is none: then threads of our own.
 void attnx_run(const attnx::Call* call, attnx::Parallel* parallel) {
-    using namespace attnx;
-    Work work(*call);
-    for (; work.kv.first < call->B; work.kv.first += work.kv.items)
-        for (const bool pack : {true, false}) {
-            work.begin(pack);
-            in_threads(work, parallel);
-        }
+    attnx::Work work(*call);
+    attnx::in_threads(work, parallel);
 }
 }

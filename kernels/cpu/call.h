@@ -15,7 +15,6 @@ constexpr int KEYS = REGISTERS == 32 ? 12 : 6;   // keys of one at most
 constexpr int OUT_ROWS = REGISTERS == 32 ? 8 : 4;  // rows in a register tile of the output, of two vectors
 constexpr int CHUNK = 64;                        // keys between two visits of the output's accumulators
 constexpr int PASSED_KEYS = 192;                 // of one piece of vecmat's work
-constexpr int64_t PACKED = 4 << 20;              // floats of K and V that are copied at a time, if an item has no more
 constexpr double LOG2E = 1.44269504088896341;
 constexpr float HIDDEN = -5e4f;  // as attnx.reducers.HIDDEN
 constexpr float LARGEST = std::numeric_limits<float>::max();
@@ -48,25 +47,24 @@ static int64_t in_words(const Call& c, int64_t n) { return c.half ? (n + PAIR - 
 static int64_t key_stride(const Call& c) { return round_up(in_words(c, c.D), 16); }
 static int64_t value_stride(const Call& c) { return c.v ? round_up(c.Dv, 2 * W) : 0; }
 
-// K and V of some items, in words: [item][Hk][N][key_stride], and [item][Hk][N][value_stride]; of V, a word of two is
-// of two keys, and there are half as many rows.
+// K and V of as many items as there are slots, in words: [slot][Hk][N][key_stride], and [slot][Hk][N][value_stride]; of
+// V, a word of two is of two keys, and there are half as many rows.
 struct Packed {
     float *k = nullptr, *v = nullptr;
-    int64_t first = 0, items, size;    // which items, and the words of all
-    int64_t keys_size, values_size;    // words of a head
-    int64_t Hk, group;                 // heads of keys, and of queries for each
+    int64_t slots, size;             // and the words of all
+    int64_t keys_size, values_size;  // words of a head
+    int64_t Hk, group;               // heads of keys, and of queries for each
 
-    explicit Packed(const Call& c)
-        : keys_size(c.N * key_stride(c)), values_size(in_words(c, c.N) * value_stride(c)), Hk(c.Hk), group(c.H / c.Hk) {
-        items = PACKED / (Hk * (keys_size + values_size) + 1);
-        items = items < 1 ? 1 : items > c.B ? c.B : items;
-        size = items * Hk * (keys_size + values_size);
-        if (c.scratch) k = c.scratch, v = c.scratch + items * Hk * keys_size;
+    Packed(const Call& c, int64_t slots)
+        : slots(slots), keys_size(c.N * key_stride(c)), values_size(in_words(c, c.N) * value_stride(c)), Hk(c.Hk),
+          group(c.H / c.Hk) {
+        size = slots * Hk * (keys_size + values_size);
+        if (c.scratch) k = c.scratch, v = c.scratch + slots * Hk * keys_size;
     }
 
     // An item's keys and values for a head of queries.
-    float* keys(int64_t b, int64_t h) const { return k + ((b - first) * Hk + h / group) * keys_size; }
-    float* values(int64_t b, int64_t h) const { return v + ((b - first) * Hk + h / group) * values_size; }
+    float* keys(int64_t b, int64_t h) const { return k + (b % slots * Hk + h / group) * keys_size; }
+    float* values(int64_t b, int64_t h) const { return v + (b % slots * Hk + h / group) * values_size; }
 };
 
 // The parts of one thread's scratch.
@@ -111,9 +109,8 @@ static inline void join_rows(const bf16* first, const bf16* second, int64_t n, f
 
 // K and V of one head of one item. Whether all values are finite, if that matters.
 template <class T>
-static bool pack(const Call& c, const Packed& to, int64_t item, int64_t head) {
+static bool pack(const Call& c, const Packed& to, int64_t b, int64_t head) {
     constexpr int E = IN_WORD<T>;
-    const int64_t b = to.first + item;
     const T* k = (const T*)c.k + b * c.k_stride[0] + head * c.k_stride[1];
     const T* v = (const T*)c.v + b * c.v_stride[0] + head * c.v_stride[1];
     float *keys = to.keys(b, head * to.group), *values = to.values(b, head * to.group);
