@@ -63,7 +63,7 @@ make report       this page
 - **hf_eager / it** and **compiled / it**: how many times its time the other takes, both relative to their floors.
 - **least ms**: what the chip needs at least, by arithmetic (q kᵀ and P v once) or by bytes (inputs read, results
   written once), whichever is more.
-- **peak MB** (10⁶ bytes) above the inputs or the loaded model; of models on CPUs the median of three processes.
+- **peak MB** (10⁶ bytes) above the inputs or the loaded model; of models on CPUs the median of three processes or more.
   **error**: the largest difference from float64, of the output and of the map, row or `r @ map`; of models from the
   rollout of float64 weights, as a share of its largest entry. From 67 million weights on, 64 rows are compared. What is
   wrong is not timed.
