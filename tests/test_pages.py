@@ -2,6 +2,8 @@
 
 import gc
 import mmap
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -53,6 +55,30 @@ def test_no_more_is_kept_than_is_said(monkeypatch):
     assert len(pages._left) == 3
     maps = [pages.empty((SIDE, SIDE)) for _ in range(3)]
     assert [amap.data_ptr() for amap in maps] == newest[::-1]
+
+
+def test_one_that_is_too_large_to_be_kept_does_not_drive_out_the_others(monkeypatch):
+    monkeypatch.setattr(pages, "KEPT", 8 * SIDE * SIDE)
+    small = pages.empty((SIDE, SIDE))
+    del small
+    large = pages.empty((3, SIDE, SIDE))
+    del large
+    assert len(pages._left) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on addresses")
+def test_what_waits_is_given_up_before_memory_is_said_to_be_short():
+    code = (
+        "import resource, torch\n"
+        "from attnx.backends import pages\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20),) * 2)\n"
+        "first = pages.empty((100 << 20,)); del first\n"
+        "assert len(pages._left) == 1\n"
+        "amap = pages.empty((120 << 20,)); print(amap.numel() >> 20, len(pages._left))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "120 0\n", run.stderr
 
 
 def test_what_there_is_no_memory_for_is_torchs_error():

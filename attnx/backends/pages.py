@@ -47,7 +47,12 @@ def _take(size: int) -> mmap.mmap | None:
 
 
 def _fresh(size: int) -> mmap.mmap:
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    try:
+        pages = mmap.mmap(-1, size, flags=flags)
+    except OSError:  # where a process may have so many addresses and no more, those that wait are some of them
+        _left.clear()
+        pages = mmap.mmap(-1, size, flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
@@ -56,6 +61,8 @@ def _fresh(size: int) -> mmap.mmap:
 
 def _leave(pages: mmap.mmap) -> None:
     """Keeps pages for the next map; the oldest go when there are too many, and all of them where none can be marked."""
+    if len(pages) > KEPT:
+        return
     with suppress(OSError):
         pages.madvise(mmap.MADV_FREE)
         _left.append(pages)
