@@ -2,7 +2,7 @@
 
 Compiled at first use rather than at install: a wheel stays pure Python, `pip install` needs no compiler, every machine
 of a cluster gets its own instruction set out of one cache, and nothing depends on torch's ABI, since the kernel knows
-nothing of torch. It takes four seconds, once.
+nothing of torch. It takes five seconds, once.
 """
 
 import hashlib
