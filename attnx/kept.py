@@ -98,7 +98,6 @@ class KeptRows:
     amap: Tensor  # [B, R, N], or [B, H, R, N]
     rows: tuple[int, ...]
     queries: int  # that the layer has
-    stochastic: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,6 +110,10 @@ class KeptRows:
     @property
     def nbytes(self) -> int:
         return self.amap.nbytes
+
+    @property
+    def stochastic(self) -> bool:
+        return False
 
     def map(self) -> Tensor:
         raise RuntimeError(f"only rows {list(self.rows)} of the map were kept")
@@ -165,7 +168,7 @@ class KeptQK:
 
     @property
     def stochastic(self) -> bool:
-        return self._whole_mean() and self.bias is None and self.k.shape[2] > 0
+        return False  # of a row whose scores are infinite nothing is passed on, where its map would be NaN
 
     def map(self) -> Tensor:
         return self._rows(self.rows)
@@ -184,7 +187,7 @@ class KeptQK:
     def row_sums(self) -> Tensor:
         if not self._whole_mean():
             return self.map().sum(-1)
-        # A row of softmax sums to 0 in a head where it has no keys.
+        # A row of softmax sums to 1, and to 0 in a head where it has no keys.
         return (~self.lse.isinf()).float().mean(1)
 
     def vecmat(self, r: Tensor) -> Tensor:

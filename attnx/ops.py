@@ -50,7 +50,7 @@ def attention(
     Returns:
         out [B, H, M, Dv] in q's dtype, and the map, float32: [B, M, N], [B, R, N] for R rows, [B, H, M, N] for each.
         A row whose keys are all masked is zero in both. Without keys (N = 0) the output is zero. The map of the same
-        inputs has the same bits every time.
+        inputs has the same bits every time. (On CPUs one of 32 MB and more can't be resized in place.)
 
     Raises:
         ValueError: a shape, dtype, device, index or name that doesn't fit; says what was expected and what came.

@@ -466,3 +466,33 @@ def test_a_captured_map_that_is_written_to_is_what_rollout_reads() -> None:
         trace[name][..., 1:4] = 0
     want = exact_rollout([trace[name].double() for name in trace])[:, 0, 1:]
     torch.testing.assert_close(attnx.rollout(trace).flatten(1).double(), want, rtol=1e-5, atol=1e-8)
+
+
+def test_only_whole_mean_maps_without_a_mask_are_known_to_be_stochastic() -> None:
+    q = torch.randn(2, 3, 5, 8)
+    call = dict(bias=None, is_causal=False, scale=None, backend="auto")
+
+    def known(heads: str = "mean", rows: Tensor | None = None, keep: str = "map", **other: object) -> bool:
+        return attend(q, q, q, keep, heads=heads, rows=rows, **{**call, **other})[1].stochastic
+
+    assert known()
+    assert known(is_causal=True)
+    assert not known(heads="max")
+    assert not known(heads="each")
+    assert not known(rows=torch.tensor([0]))
+    assert not known(bias=torch.zeros(5, 5))  # which may leave a head no keys
+    assert not known(keep="qk")
+
+
+def test_a_row_of_infinite_scores_takes_no_mass_from_the_others() -> None:
+    """Of q and k nothing is passed on for it; its own token keeps all that reaches it."""
+    q, k = torch.randn(1, 2, 10, 8), -torch.rand(1, 2, 10, 8)
+    q[:, :, 4] = torch.inf
+    call = dict(bias=None, is_causal=False, scale=None, backend="auto")
+    trace = Trace(nn.Identity(), "mean", None, TokenLayout(1, (3, 3)))
+    for layer in "ab":
+        trace.add(layer, attend(q, k, k, "qk", heads="mean", rows=None, **call)[1])
+    product = attnx.rollout(trace, rows="all")
+    assert float(product.sum()) == pytest.approx(10, rel=1e-5)
+    mean = attnx.rollout(trace, rows="mean").flatten()
+    torch.testing.assert_close(mean, product[0, 1:, 1:].mean(0), rtol=1e-4, atol=1e-7)

@@ -14,6 +14,7 @@ def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
         return []
     undo: list[Callable[[], None]] = []
     for module in model.modules():
+        # Not by getattr: nn.Module's takes microseconds to find that there is none.
         config: Any = vars(module).get("config", getattr(type(module), "config", None))
         before = getattr(config, "_attn_implementation_internal", None)
         if before not in (None, "sdpa"):

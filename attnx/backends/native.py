@@ -6,6 +6,7 @@ float32 nor boolean.
 
 import ctypes
 import threading
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnx.backends import pages
-from attnx.kernels.cpu.build import WITHOUT, compiled, instructions
+from attnx.kernels.cpu.build import FALLBACK, compiled, instructions
 from attnx.reducers import Heads
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -201,7 +202,13 @@ def _tried(level: str) -> ctypes.CDLL | str:
             path.unlink(missing_ok=True)  # it was damaged, or made for another machine
             return loaded(compiled(level))
     except ImportError as error:
-        return _tried(WITHOUT[level]) if level in WITHOUT else str(error)
+        if level not in FALLBACK:
+            return str(error)
+        found = _tried(FALLBACK[level])
+        if isinstance(found, str):
+            return found if found == str(error) else f"{error}; {found}"
+        warnings.warn(f"attnx: bf16 is multiplied as floats, more slowly: {error}", stacklevel=2)
+        return found
 
 
 def loaded(path: Path) -> ctypes.CDLL:

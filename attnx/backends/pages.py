@@ -22,12 +22,16 @@ _left: list[mmap.mmap] = []  # the oldest first; used by one operation at a time
 
 
 def empty(shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised float32 tensor on the CPU, in pages that an earlier one has left, if it is large."""
+    """An uninitialised float32 tensor on the CPU, in pages that an earlier one has left, if it is large.
+
+    A large one can't be resized in place.
+    """
     size = 4 * prod(shape)
     if size >= LARGE and hasattr(mmap, "MADV_FREE"):
         with suppress(OSError, OverflowError):  # torch says better than the system what there is no memory for
             pages = _take(size) or _fresh(size)
             array = np.frombuffer(pages, np.float32)
+            # The tensor keeps the array: a slice's base is the array itself, since the array's is none.
             # At the end of the process the system takes everything anyway.
             weakref.finalize(array, _leave, pages).atexit = False
             return torch.from_numpy(array[: prod(shape)]).view(shape)

@@ -2,8 +2,8 @@
 //
 // A block of query rows at a time, and one head after another: the scores of all its keys, softmax, into the block's
 // map, times V. What a block needs stays in cache. Scores stand transposed, [keys][rows], a vector being W rows of one
-// key: so a row's maximum and sum need nothing from other lanes. K and V are first copied to rows that follow one
-// another, in float: those of a packed qkv lie in pages of their own, and no hardware foresees them.
+// key: so a row's maximum and sum need nothing from other lanes. K and V are copied, an item ahead, to rows that follow
+// one another: those of a packed qkv lie in pages of their own, and no hardware foresees them.
 #include <algorithm>
 #include <atomic>
 #include <functional>
@@ -162,7 +162,8 @@ struct Work {
     std::atomic<int64_t> next{0}, thread{0};
 
     explicit Work(const Call& c)
-        : c(c), rows(best_rows(c)), pieces(c.passed ? (c.N + PASSED_KEYS - 1) / PASSED_KEYS : (c.R + rows - 1) / rows),
+        : c(c), rows(c.passed ? ROWS : best_rows(c)),
+          pieces(c.passed ? (c.N + PASSED_KEYS - 1) / PASSED_KEYS : (c.R + rows - 1) / rows),
           threads(std::min(c.threads, c.B * std::max(pieces, c.Hk))),
           // Those that are worked on, and one to be copied to meanwhile: few, to be in cache still when they are read.
           kv(c, std::min(c.B, 2 + threads / std::max<int64_t>(pieces, 1))), slots(kv.slots) {}

@@ -27,7 +27,7 @@ INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma"),
     "DEFAULT": (),
 }
-WITHOUT = {"AVX512BF16": "AVX512"}  # what serves where the compiler is too old for a level
+FALLBACK = {"AVX512BF16": "AVX512"}  # what serves where the compiler is too old for a level
 _TIMEOUT = 300  # seconds
 
 
@@ -41,12 +41,12 @@ def instructions() -> str:
     known = torch.backends.cpu.get_cpu_capability()
     if known not in INSTRUCTIONS or platform.machine().lower() not in ("x86_64", "amd64"):
         return "DEFAULT"
-    return "AVX512BF16" if known == "AVX512" and _has("avx512_bf16") and not _has("amx_tile") else known
+    return "AVX512BF16" if known == "AVX512" and has("avx512_bf16", False) and not has("amx_tile", True) else known
 
 
-def _has(feature: str) -> bool:
-    """Whether torch knows that the processor has it."""
-    return bool(getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)())
+def has(feature: str, unknown: bool) -> bool:
+    """Whether the processor has it, as torch says; `unknown` where this torch can't tell."""
+    return bool(getattr(torch.cpu, f"_is_{feature}_supported", lambda: unknown)())
 
 
 def cache_folder() -> Path:

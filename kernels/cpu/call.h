@@ -94,8 +94,9 @@ template <class T>
 static void copy_row(const T* p, int64_t n, float* to, int64_t stride) {
     constexpr int E = IN_WORD<T>;
     float* const end = to + stride;
-    for (; n >= E * W; n -= E * W, p += E * W, to += W) store(to, words(p));
-    for (; n > 0; n -= E, p += E) *to++ = word(p, n);
+    int64_t d = 0;
+    for (; d + E * W <= n; d += E * W, to += W) store(to, words(p + d));
+    for (; d < n; d += E) *to++ = word(p + d, n - d);
     while (to < end) *to++ = 0;
 }
 

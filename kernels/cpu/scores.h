@@ -100,9 +100,9 @@ struct Scores {
     float* map;           // [key][width], or null: to it go the exponentials of the head before, times `factor`, when
     const float* factor;  // scores take their place: they are in cache then, and the units that multiply have time
     bool begin;           // nothing is in the map yet
-    float* bias;  // room for a tile
-    float unit;   // scale * log2(e)
-    float* top;   // [ROWS] running maxima
+    float* bias;          // room for a tile
+    float unit;           // scale * log2(e)
+    float* top;           // [ROWS] running maxima
 };
 
 // Scores of T keys from `first` on and V vectors of rows from lane i on, times log2(e), into s [key][width].
@@ -150,7 +150,8 @@ static void score_keys(const Scores& to, int count, const float* qt, const float
 template <class T>
 static void scores(const Call& c, const Block& block, const Packed& kv, int64_t h, int64_t first, int64_t last,
                    const Scratch& room, float* top, const float* factor = nullptr) {
-    const Scores to{c, block, in_words(c, c.D), factor ? room.map : nullptr, factor, h == 1, c.bias_kind ? room.bias : nullptr, float(c.scale * LOG2E), top};
+    const Scores to{c,      block,  in_words(c, c.D),           factor ? room.map : nullptr,
+                    factor, h == 1, c.bias_kind ? room.bias : nullptr, float(c.scale * LOG2E), top};
     const float* k = kv.keys(block.b, h);
     const int most = block.vectors < VECS ? TILE / block.vectors : TILE / VECS, keys = most < KEYS ? most : KEYS;
     const int64_t tiles = (last - first + keys - 1) / keys;
@@ -161,8 +162,8 @@ static void scores(const Call& c, const Block& block, const Packed& kv, int64_t 
         if (to.bias) load_bias(c, block, h, from, int(till - from), to.bias);
         by_vectors(block, [&](auto V, int i) {
             constexpr int MOST = TILE / V < KEYS ? TILE / V : KEYS;
-            score_keys<IN_WORD<T>, MOST, V>(to, int(till - from), room.qt, k + from * key_stride(c), key_stride(c), from, i,
-                             room.s + (from - first) * block.width);
+            score_keys<IN_WORD<T>, MOST, V>(to, int(till - from), room.qt, k + from * key_stride(c), key_stride(c),
+                                            from, i, room.s + (from - first) * block.width);
         });
     }
 }

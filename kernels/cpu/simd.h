@@ -45,15 +45,6 @@ static inline vec load(const bf16* p) {
     return (vec)(__builtin_convertvector(h, uvec) << 16);
 }
 
-static inline float widen(float x) { return x; }
-
-static inline float widen(bf16 x) {
-    const uint32_t bits = uint32_t(x.bits) << 16;
-    float f;
-    std::memcpy(&f, &bits, sizeof f);
-    return f;
-}
-
 static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
 // To nearest, ties to even; a NaN stays one.
@@ -68,7 +59,10 @@ static inline void store(bf16* p, vec v) {
 #if defined(__AVX512BF16__)
 constexpr int PAIR = 2;
 
-static inline vec dot_pairs(vec a, vec b, vec acc) { return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+// Whatever the modes are, what is below the normal numbers counts as zero.
+static inline vec dot_pairs(vec a, vec b, vec acc) {
+    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
 
 // Words of two floats each, rounded to bf16.
 static inline vec rounded_pairs(vec low, vec high) {
@@ -127,8 +121,8 @@ static inline float sum_of(vec v) {
     return total;
 }
 
-// 2^x to about an ulp, 0 below -126 and infinity from 127.5; a NaN stays one. Of the fraction in [-1/2, 1/2] Cephes' polynomial
-// (exp2f), times a power of two whose exponent the rounded x is.
+// 2^x to about an ulp, 0 below -126 and infinity from 127.5; a NaN stays one. Of the fraction in [-1/2, 1/2] Cephes'
+// polynomial (exp2f), times a power of two whose exponent the rounded x is.
 static inline vec exp2(vec x) {
     x = x > 128.0f ? splat(128.0f) : x;
     const float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23: added, its low bits are x rounded, and 127 the bias

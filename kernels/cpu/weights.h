@@ -5,7 +5,8 @@
 
 namespace attnx {
 
-// o [OUT_ROWS][V * W] += p^T v for `count` words of E keys: p [word] of stride `width`, v [word] and o [row] of stride dv.
+// o [OUT_ROWS][V * W] += p^T v for `count` words of E keys: p [word] of stride `width`, v [word] and o [row] of
+// stride dv.
 template <int E, int V>
 static inline void weigh_tile(const float* p, int64_t width, const float* v, int64_t dv, int64_t count, float* o) {
     // From zero, and added to the sum of all keys at the end: a chain of thousands of additions loses digits.
@@ -48,7 +49,8 @@ static void weigh(const Call& c, const Block& block, const Packed& kv, int64_t h
     if (first + count < block.limit) prefetch(v + words * dv, words * dv);
     for (int64_t i = 0; i < block.count; i += OUT_ROWS) {
         int64_t d = 0;
-        for (; d + 2 * W <= c.Dv; d += 2 * W) weigh_tile<E, 2>(p + i, block.width, v + d, dv, words, room.o + i * dv + d);
+        for (; d + 2 * W <= c.Dv; d += 2 * W)
+            weigh_tile<E, 2>(p + i, block.width, v + d, dv, words, room.o + i * dv + d);
         for (; d < c.Dv; d += W) weigh_tile<E, 1>(p + i, block.width, v + d, dv, words, room.o + i * dv + d);
     }
 }
