@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-pytest.importorskip("triton", reason="triton is not installed, so nothing can be compiled")
+triton = pytest.importorskip("triton", reason="triton is not installed, so nothing can be compiled")
 ROOT = Path(__file__).resolve().parents[1]
 BIASES = ("", "_bias", "_mask")
 KERNELS = {kernel + bias for kernel in ("forward", "map", "map_row", "vecmat") for bias in BIASES}
@@ -20,6 +20,10 @@ CASES = [
     *(("bfloat16", target, dim) for target in TARGETS for dim in HEAD_DIMS),
     *(("float32", target, 64) for target in ("sm_80", "sm_90", "gfx942")),
 ]
+# What one version's register allocation spills, where those before and after it spill nothing: bytes by kernel.
+KNOWN = {
+    "3.8": {("bfloat16", target, 64): {"map_bias": 8, "map_row_bias": 8} for target in ("sm_80", "sm_86", "sm_89")},
+}
 
 
 def python(code, *arguments):
@@ -49,8 +53,11 @@ def compiled(dtype, target, head_dim):
 @pytest.mark.parametrize(("dtype", "target", "head_dim"), CASES)
 def test_nothing_spills(dtype, target, head_dim):
     rows = compiled(dtype, target, head_dim)
+    known = KNOWN.get(triton.__version__.rpartition(".")[0], {}).get((dtype, target, head_dim), {})
     assert {
-        kernel: (row["spills"], row["error"]) for kernel, row in rows.items() if row["spills"] or row["error"]
+        kernel: (row["spills"], row["error"])
+        for kernel, row in rows.items()
+        if row["spills"] > known.get(kernel, 0) or row["error"]
     } == {}
 
 
