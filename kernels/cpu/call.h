@@ -1,4 +1,4 @@
-// What a call is about, how its work is cut into blocks, and what is copied before it begins.
+// What a call is about, what of K and V is copied, and a block of its rows.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@ constexpr int ROWS = 64;                         // of a block at most
 constexpr int VECS = REGISTERS == 32 ? 4 : 2;    // vectors of rows in a register tile at most
 constexpr int TILE = REGISTERS == 32 ? 24 : 12;  // accumulators of a register tile of scores
 constexpr int KEYS = REGISTERS == 32 ? 12 : 6;   // keys of one at most
-constexpr int OUT_ROWS = REGISTERS == 32 ? 8 : 4;  // rows in a register tile of the output, of two vectors
+constexpr int OUT_ROWS = REGISTERS == 32 ? 8 : 4;  // rows of one of the output, which is two vectors wide
 constexpr int CHUNK = 64;                        // keys between two visits of the output's accumulators
 constexpr int PASSED_KEYS = 192;                 // of one piece of vecmat's work
 constexpr double LOG2E = 1.44269504088896341;

@@ -150,8 +150,8 @@ static void score_keys(const Scores& to, int count, const float* qt, const float
 template <class T>
 static void scores(const Call& c, const Block& block, const Packed& kv, int64_t h, int64_t first, int64_t last,
                    const Scratch& room, float* top, const float* factor = nullptr) {
-    const Scores to{c,      block,  in_words(c, c.D),           factor ? room.map : nullptr,
-                    factor, h == 1, c.bias_kind ? room.bias : nullptr, float(c.scale * LOG2E), top};
+    float *map = factor ? room.map : nullptr, *bias = c.bias_kind ? room.bias : nullptr;
+    const Scores to{c, block, in_words(c, c.D), map, factor, h == 1, bias, float(c.scale * LOG2E), top};
     const float* k = kv.keys(block.b, h);
     const int most = block.vectors < VECS ? TILE / block.vectors : TILE / VECS, keys = most < KEYS ? most : KEYS;
     const int64_t tiles = (last - first + keys - 1) / keys;
