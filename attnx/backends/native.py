@@ -5,7 +5,6 @@ float32 nor boolean.
 """
 
 import ctypes
-import threading
 import warnings
 from functools import cache
 from pathlib import Path
@@ -22,8 +21,6 @@ _POINTERS = ("q", "k", "v", "bias", "rows", "lse", "r", "out", "map", "lse_out",
 _SIZES = ("B", "H", "Hk", "M", "N", "D", "Dv", "R")
 _STRIDES = (("q_stride", 3), ("k_stride", 3), ("v_stride", 3), ("bias_stride", 4))
 _KINDS = ("half", "heads", "bias_kind", "causal", "threads")
-_KEPT_SCRATCH = 16 << 20  # floats: 64 MB
-_LOCAL = threading.local()
 
 
 class _Call(ctypes.Structure):
@@ -161,23 +158,14 @@ def _run(
         if t is not None:
             setattr(call, name, (ctypes.c_int64 * length)(*t.stride()[:length]))
     functions = kernel(instructions())
-    scratch = _scratch(functions.attnx_scratch_floats(ctypes.byref(call)))
+    # Not kept for the next call: in between, a block's MLP wants the room, and malloc has it again at once.
+    scratch = torch.empty(functions.attnx_scratch_floats(ctypes.byref(call)), dtype=torch.float32, device="cpu")
     call.scratch = scratch.data_ptr()
     functions.attnx_run(ctypes.byref(call), _openmp())
 
 
 def _rows_contiguous(t: Tensor) -> Tensor:
     return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
-
-
-def _scratch(count: int) -> Tensor:
-    """[>= count] float32, this thread's own and the same every time unless much is wanted: fresh pages cost time."""
-    room: Tensor | None = getattr(_LOCAL, "room", None)
-    if room is None or len(room) < count:
-        room = torch.empty(count, dtype=torch.float32, device="cpu")
-        if count <= _KEPT_SCRATCH:
-            _LOCAL.room = room
-    return room
 
 
 def kernel(level: str) -> ctypes.CDLL:
