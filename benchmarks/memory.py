@@ -1,13 +1,17 @@
 """The memory that one contestant needs above its loaded model, in a process of its own.
 
     python -m benchmarks.memory attnx --model vit_small_patch8_480
+    python -m benchmarks.memory attnx --model vit_base_patch16_224 --batch 8 --needed
     python -m benchmarks.memory --claim
 
 On a CPU it is the resident set: the kernel's own high-water mark of the process, set back to the present when the model
 is loaded (Linux: 5 into /proc/self/clear_refs, then VmHWM), so that neither a peak between two samples is missed nor
 one of loading is counted. Where the kernel has no such file, a thread reads the resident set every 2 ms. Before, the
 contestant has run on a tiny model, so that libraries, threads and caches are there, and malloc has given back what it
-held. malloc is left as users have it: freed memory that it keeps during the run counts, as it does for them.
+held. malloc is left as users have it: freed memory that it keeps during the run counts, as it does for them. How much
+that is depends on where it happens to lay things, and may be half as much again in the next process. What is needed,
+the same in every process, is measured where malloc gives back at once what is freed: with glibc, where a threshold that
+is set doesn't move, from 128 KB on.
 On CUDA it is torch's allocator: the largest amount allocated during the run, less what was before.
 """
 
@@ -16,6 +20,7 @@ import ctypes
 import gc
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -31,6 +36,8 @@ import torch
 from benchmarks import models, rollouts
 
 CLAIM_MODEL = "vit_small_patch8_480"
+# glibc's malloc, whose default for a process is to raise this to the largest block that was freed.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)} if platform.libc_ver()[0] == "glibc" else {}
 
 
 def measure(contestant: str, model: str, batch: int, device: str, runs: int) -> dict[str, Any]:
@@ -55,16 +62,18 @@ def measure(contestant: str, model: str, batch: int, device: str, runs: int) -> 
     )
 
 
-def in_own_process(contestant: str, model: str, batch: int, device: str, runs: int = 0) -> dict[str, Any]:
-    """`measure` by a fresh Python.
+def in_own_process(
+    contestant: str, model: str, batch: int, device: str, runs: int = 0, needed: bool = False
+) -> dict[str, Any]:
+    """`measure` by a fresh Python; `needed`: malloc gives back at once what is freed, see above.
 
     Raises:
         subprocess.CalledProcessError: it failed; what it said is on stderr.
     """
     command = [sys.executable, "-m", "benchmarks.memory", contestant, "--model", model]
     command += ["--batch", str(batch), "--device", device, "--runs", str(runs)]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root)
+    root, env = Path(__file__).resolve().parents[1], {**os.environ, **(GIVES_BACK if needed else {})}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root, env=env)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -175,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--runs", type=int, default=0, help="more runs, to time; 0: memory only")
+    parser.add_argument("--needed", action="store_true", help="malloc gives back at once what is freed (glibc only)")
     parser.add_argument("--claim", action="store_true", help="hold attnx to what it promises at 3601 tokens")
     options = parser.parse_args(argv)
     if options.claim:
@@ -184,7 +194,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.contestant not in models.SPECS[options.model].contestants:
         known = ", ".join(models.SPECS[options.model].contestants)
         parser.error(f"{options.model} is run by {known}; not by {options.contestant}")
-    print(json.dumps(measure(options.contestant, options.model, options.batch, options.device, options.runs)))
+    if options.needed and not GIVES_BACK:
+        parser.error("--needed: expected glibc, whose malloc can be told to")
+    call = (options.contestant, options.model, options.batch, options.device, options.runs)
+    print(json.dumps(in_own_process(*call, needed=True) if options.needed else measure(*call)))
     return 0
 
 

@@ -64,6 +64,8 @@ make report       this page
 - **least ms**: what the chip needs at least, by arithmetic (q kᵀ and P v once) or by bytes (inputs read, results
   written once), whichever is more.
 - **peak MB** (10⁶ bytes) above the inputs or the loaded model; of models on CPUs the median of three processes or more.
+  There it includes freed memory that malloc keeps, as much as is needed or more, and different in every process:
+  **needed MB** is the peak where malloc gives back at once what is freed ([`memory.py`](memory.py)), the same in all.
   **error**: the largest difference from float64, of the output and of the map, row or `r @ map`; of models from the
   rollout of float64 weights, as a share of its largest entry. From 67 million weights on, 64 rows are compared. What is
   wrong is not timed.
@@ -180,7 +182,7 @@ def _op_line(run: Run, row: Row) -> tuple[str, ...]:
         number(run.faster_than(row, "hf_eager"), "x"),
         number(run.faster_than(row, "compiled_eager"), "x"),
         "" if least is None else ms(least),
-        _mb(row),
+        _mb(row.peak_mb),
         _error(row),
     )
 
@@ -190,9 +192,10 @@ def _model_table(run: Run, groups: dict[tuple[str, str], list[Row]]) -> Iterator
     for (shape, dtype), rows in groups.items():
         for i, row in enumerate(rows):
             title = f"{shape} {dtype}" if i == 0 else ""
-            cells = (ms(row.median_ms), _spread(row), number(row.ratio_to_floor, "x"), _mb(row), _error(row))
+            memory = (_mb(row.needed_mb), _mb(row.peak_mb))
+            cells = (ms(row.median_ms), _spread(row), number(row.ratio_to_floor, "x"), *memory, _error(row))
             lines.append((title, row.contestant, *cells))
-    yield from table(("model", "", "ms", "spread", "/ floor", "peak MB", "error"), lines, "ll")
+    yield from table(("model", "", "ms", "spread", "/ floor", "needed MB", "peak MB", "error"), lines, "ll")
     yield ""
 
 
@@ -237,8 +240,8 @@ def _spread(row: Row) -> str:
     return f"{100 * row.iqr_ms / row.median_ms:.0f} %"
 
 
-def _mb(row: Row) -> str:
-    return "" if row.peak_mb is None else f"{row.peak_mb:,.0f}" if row.peak_mb >= 10 else f"{row.peak_mb:.1f}"
+def _mb(mb: float | None) -> str:
+    return "" if mb is None else f"{mb:,.0f}" if mb >= 10 else f"{mb:.1f}"
 
 
 def _error(row: Row) -> str:

@@ -6,9 +6,10 @@
 
 A row is one contestant on one shape: milliseconds (of the op: one call; of models: one batch), the ratio of its median
 to that of the floor (`sdpa`, `plain`) that ran between its rounds, peak megabytes (10^6 bytes) above inputs or loaded
-model, and its largest error: of the op the difference from float64, of models the difference from the rollout of
-float64 weights as a share of its largest entry. What fails its check is not timed; it is named under "failed". What
-can't be measured here is named under "not_run" with its reason, and what the time was too short for under "cut".
+model (of models on a CPU also those that are needed, see `memory`), and its largest error: of the op the difference
+from float64, of models the difference from the rollout of float64 weights as a share of its largest entry. What fails
+its check is not timed; it is named under "failed". What can't be measured here is named under "not_run" with its
+reason, and what the time was too short for under "cut".
 
 Only a whole run is stored under its final name: while it lasts, and if it was cut or something failed, it is NAME-part.
 """
@@ -117,10 +118,9 @@ def run_suite(suite: str, device: str, quick: bool, limit: float | None, keyword
 
 
 def add_memory(rows: list[dict[str, Any]], quick: bool) -> dict[str, str]:
-    """Sets peak_mb of model rows (if quick, of one), the median of some processes each; what failed, and why.
+    """Sets peak_mb and needed_mb of model rows (if quick, of one); what failed, and why.
 
-    One run says little: where malloc happens to lay the first activations, half as much again may stay unused. So what
-    there are targets for is run seven times.
+    The one is the median of three processes or, where there is a target, of seven; the other is the same in all.
     """
     failed = {}
     for row in rows:
@@ -132,6 +132,8 @@ def add_memory(rows: list[dict[str, Any]], quick: bool) -> dict[str, str]:
             times = 7 if row["shape"] in targets.CPU_MODELS and contestant in ("plain", "extractor") else 3
             runs = [memory.in_own_process(contestant, model, int(batch), "cpu")["peak_mb"] for _ in range(times)]
             row["peak_mb"] = median(runs)
+            if memory.GIVES_BACK:
+                row["needed_mb"] = memory.in_own_process(contestant, model, int(batch), "cpu", needed=True)["peak_mb"]
         except subprocess.CalledProcessError as error:
             failed[f"memory of {contestant} on {model}"] = f"exited with {error.returncode}"
     return failed

@@ -47,6 +47,7 @@ class Row:
     kernel: str | None = None
     errors: dict[str, float] | None = None
     tokens: int | None = None
+    needed_mb: float | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -123,7 +124,7 @@ class Stored:
 
 
 def _row(content: dict[str, Any]) -> Row:
-    later = ("kernel", "errors", "tokens")  # older files lack them
+    later = ("kernel", "errors", "tokens", "needed_mb")  # older files lack them
     fields: dict[str, Any] = {name: content[name] for name in Row.__dataclass_fields__ if name not in later}
     return Row(**fields, **{name: content.get(name) for name in later})
 

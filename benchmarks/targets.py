@@ -77,14 +77,15 @@ def cpu_verdicts(run: Run) -> Iterator[Verdict]:
             found = [row for row in run.rows if row.shape == model and row.contestant == name]
             what = "rollout" if name == "extractor" else "CLS map"
             yield _held(f"{what} / plain forward", model, bound, found[0].ratio_to_floor if found else None)
-    for model, batch in CPU_MODELS.items():
-        rows = {row.contestant: row for row in run.rows if row.shape == model}
-        ours, plain = (rows[name].peak_mb if name in rows else None for name in ("extractor", "plain"))
-        if ours is None or plain is None or (tokens := rows["extractor"].tokens) is None:
-            yield _held("rollout's memory / the plain forward's", model, None, None)
-        else:
-            maps = LAYERS * batch * 4 * tokens**2 / 1e6
-            yield _held("rollout's memory / the plain forward's", model, 1.05 * (plain + maps) / plain, ours / plain)
+    for what, field in (("memory that the rollout needs", "needed_mb"), ("its peak, malloc's own included", "peak_mb")):
+        for model, batch in CPU_MODELS.items():
+            rows = {row.contestant: row for row in run.rows if row.shape == model}
+            ours, plain = (getattr(rows.get(name), field, None) for name in ("extractor", "plain"))
+            if ours is None or plain is None or (tokens := rows["extractor"].tokens) is None:
+                yield _held(f"{what} / the plain forward's", model, None, None)
+            else:
+                maps = LAYERS * batch * 4 * tokens**2 / 1e6
+                yield _held(f"{what} / the plain forward's", model, 1.05 * (plain + maps) / plain, ours / plain)
 
 
 def _held(target: str, shape: str, bound: float | None, value: float | None) -> Verdict:

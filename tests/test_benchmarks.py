@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 # Only for these imports: the root on the path would make a bare `kernels` ours.
 sys.path.insert(0, str(ROOT))
-from benchmarks import exact, machine, mkl, peers, record, run, test_models, timing  # noqa: E402
+from benchmarks import exact, machine, memory, mkl, peers, record, run, test_models, timing  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -63,6 +63,9 @@ def test_rows_carry_times_ratios_and_errors(results: tuple[dict, str]) -> None:
             assert 0 <= row["max_error"] < 1e-4, row
     measured = [(row["shape"], row["contestant"]) for row in results[0]["rows"] if row["peak_mb"] is not None]
     assert measured == [("tiny b2", "attnx")]
+    needed = [row["needed_mb"] for row in results[0]["rows"] if row.get("needed_mb") is not None]
+    assert len(needed) == bool(memory.GIVES_BACK)
+    assert all(0 < mb < 100 for mb in needed)
 
 
 def test_result_says_where_it_comes_from_but_no_path(results: tuple[dict, str]) -> None:
