@@ -10,8 +10,8 @@ one of loading is counted. Where the kernel has no such file, a thread reads the
 contestant has run on a tiny model, so that libraries, threads and caches are there, and malloc has given back what it
 held. malloc is left as users have it: freed memory that it keeps during the run counts, as it does for them. How much
 that is depends on where it happens to lay things, and may be half as much again in the next process. What is needed,
-the same in every process, is measured where malloc gives back at once what is freed: with glibc, where a threshold that
-is set doesn't move, from 128 KB on.
+the same in every process, is measured where malloc gives back at once what is freed: blocks from 128 KB on, and
+only with glibc.
 On CUDA it is torch's allocator: the largest amount allocated during the run, less what was before.
 """
 
@@ -36,7 +36,7 @@ import torch
 from benchmarks import models, rollouts
 
 CLAIM_MODEL = "vit_small_patch8_480"
-# glibc's malloc, whose default for a process is to raise this to the largest block that was freed.
+# glibc raises this threshold to the size of whatever is freed; one that is set stays.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)} if platform.libc_ver()[0] == "glibc" else {}
 
 
@@ -184,9 +184,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--runs", type=int, default=0, help="more runs, to time; 0: memory only")
-    parser.add_argument("--needed", action="store_true", help="malloc gives back at once what is freed (glibc only)")
+    parser.add_argument("--needed", action="store_true", help="malloc gives back at once what is freed")
     parser.add_argument("--claim", action="store_true", help="hold attnx to what it promises at 3601 tokens")
     options = parser.parse_args(argv)
+    if options.needed and (options.claim or options.device != "cpu" or not GIVES_BACK):
+        parser.error("--needed: expected one contestant, on a CPU, with glibc")
     if options.claim:
         return 0 if claim(options.device, options.runs or 3) else 1
     if options.contestant is None:
@@ -194,8 +196,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.contestant not in models.SPECS[options.model].contestants:
         known = ", ".join(models.SPECS[options.model].contestants)
         parser.error(f"{options.model} is run by {known}; not by {options.contestant}")
-    if options.needed and not GIVES_BACK:
-        parser.error("--needed: expected glibc, whose malloc can be told to")
     call = (options.contestant, options.model, options.batch, options.device, options.runs)
     print(json.dumps(in_own_process(*call, needed=True) if options.needed else measure(*call)))
     return 0

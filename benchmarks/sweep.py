@@ -185,7 +185,7 @@ def _gpu() -> Target:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a table and stores it as JSON. Exits with 1 where a default doesn't compile, or doesn't run."""
-    parser = argparse.ArgumentParser(prog="benchmarks.sweep", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="benchmarks.sweep", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--compile-only", action="store_true", help="needs no GPU")
     parser.add_argument(

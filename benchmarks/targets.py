@@ -77,7 +77,7 @@ def cpu_verdicts(run: Run) -> Iterator[Verdict]:
             found = [row for row in run.rows if row.shape == model and row.contestant == name]
             what = "rollout" if name == "extractor" else "CLS map"
             yield _held(f"{what} / plain forward", model, bound, found[0].ratio_to_floor if found else None)
-    for what, field in (("memory that the rollout needs", "needed_mb"), ("its peak, malloc's own included", "peak_mb")):
+    for what, field in (("memory needed by the rollout", "needed_mb"), ("the same, and what malloc keeps", "peak_mb")):
         for model, batch in CPU_MODELS.items():
             rows = {row.contestant: row for row in run.rows if row.shape == model}
             ours, plain = (getattr(rows.get(name), field, None) for name in ("extractor", "plain"))
@@ -95,12 +95,11 @@ def _held(target: str, shape: str, bound: float | None, value: float | None) -> 
 
 
 def _of_op(run: Run | None, target: Target, tokens: int, bound: float) -> Verdict:
-    found = []
-    for row in run.rows if run else ():
-        if row.suite == "op" and row.contestant == "attnx" and row.sizes[2] == tokens and row.dtype != "fp32":
-            value = target.value(run, row)  # type: ignore[arg-type]
-            if value is not None:
-                found.append((row.sizes[0], row.dtype, value))
+    def wanted(row: Row) -> bool:
+        return row.suite == "op" and row.contestant == "attnx" and row.sizes[2] == tokens and row.dtype != "fp32"
+
+    values = [] if run is None else [(row, target.value(run, row)) for row in run.rows if wanted(row)]
+    found = [(row.sizes[0], row.dtype, value) for row, value in values if value is not None]
     goal = f"{'≤' if target.at_most else '≥'} {bound:g}"
     held = [value <= bound if target.at_most else value >= bound for _, _, value in found]
     measured = ", ".join(
