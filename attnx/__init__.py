@@ -1,10 +1,21 @@
 """attnx: the attention maps of any vision transformer, at the price of its attention."""
 
 from attnx.capture import Handle, capture, patch
+from attnx.classes import class_maps
 from attnx.extractor import Extractor
 from attnx.layout import TokenLayout
-from attnx.methods import cls_map, entropy, entropy_levels, layer_maps, mass_mask, pointing_game, rollout
-from attnx.ops import attention, attention_lse, attention_map, vecmat
+from attnx.methods import (
+    cls_map,
+    entropy,
+    entropy_levels,
+    gradient_rollout,
+    layer_maps,
+    mass_mask,
+    pointing_game,
+    relevance,
+    rollout,
+)
+from attnx.ops import attention, attention_lse, attention_map, gradient_map, vecmat
 from attnx.trace import Trace
 
 __all__ = [
@@ -16,13 +27,17 @@ __all__ = [
     "attention_lse",
     "attention_map",
     "capture",
+    "class_maps",
     "cls_map",
     "entropy",
     "entropy_levels",
+    "gradient_map",
+    "gradient_rollout",
     "layer_maps",
     "mass_mask",
     "patch",
     "pointing_game",
+    "relevance",
     "rollout",
     "vecmat",
 ]

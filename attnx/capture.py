@@ -41,6 +41,7 @@ def capture(
     rows: Sequence[int] | None = None,
     *,
     keep: str = "map",
+    grad: bool | str = False,
     layout: TokenLayout | None = None,
     backend: str = "auto",
 ) -> Iterator[Trace]:
@@ -60,17 +61,21 @@ def capture(
             views of a larger tensor (a packed qkv, which v would keep alive); a bias is kept as it is. "auto": q and
             k of a layer whose maps take more than 64 MB and more than they; maps otherwise, for chosen rows, and for
             heads other than "mean".
+        grad: True: the maps are weighted by their own gradients, see `attnx.gradient_map`. They come with the backward
+            pass, `trace.backward(score)` or `score.backward()`, and anew with every one; below the first layer that is
+            captured nothing needs a gradient, if the model's parameters don't. "signed": without the clamp.
         layout: the tokens of the maps, where the model can't tell.
         backend: as in `attnx.attention`.
 
     Raises:
-        ValueError: a pattern or index that matches nothing, dropout that is active, an unknown `keep` or `heads`.
+        ValueError: a pattern or index that matches nothing, dropout that is active, an unknown `keep` or `heads`; grad
+            where gradients are off.
         RuntimeError: at the end, if a layer that was asked for was not heard, or nothing was.
 
     Warns:
         UserWarning: at the end, of attention blocks that were not heard while layers=None asked for every one that is.
     """
-    listener = Listener(model, layers, Recorder(model, heads, rows, keep, layout, backend))
+    listener = Listener(model, layers, Recorder(model, heads, rows, keep, layout, backend, grad=grad))
     with ExitStack() as stack:
         stack.enter_context(uncompiled())
         stack.callback(listener.uninstall)
@@ -117,6 +122,7 @@ def patch(
     rows: Sequence[int] | None = None,
     *,
     keep: str = "map",
+    grad: bool | str = False,
     layout: TokenLayout | None = None,
     backend: str = "auto",
 ) -> Handle:
@@ -129,6 +135,6 @@ def patch(
     """
     if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
         raise ValueError("patch: expected a model that is not compiled; use attnx.capture, or patch model._orig_mod")
-    listener = Listener(model, layers, Recorder(model, heads, rows, keep, layout, backend))
+    listener = Listener(model, layers, Recorder(model, heads, rows, keep, layout, backend, grad=grad))
     listener.install()
     return Handle(listener)

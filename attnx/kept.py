@@ -84,7 +84,7 @@ class KeptMap:
         return self.amap.sum(-1)
 
     def vecmat(self, r: Tensor) -> Tensor:
-        with _no_autocast(r):
+        with no_autocast(r):
             if r.device.type == "cpu" and r.shape[1] == 1 and len(r):
                 # bmm takes twice as long for a single row.
                 return torch.stack([row @ amap for row, amap in zip(r, self.amap, strict=True)])
@@ -193,7 +193,7 @@ class KeptQK:
     def vecmat(self, r: Tensor) -> Tensor:
         if not self._whole_mean():
             return KeptMap(self.map()).vecmat(r)
-        with _no_autocast(r):
+        with no_autocast(r):
             return torch.stack([vecmat(row, self.q, self.k, **self._call(), lse=self.lse) for row in r.unbind(1)], 1)
 
     def _whole_mean(self) -> bool:
@@ -201,7 +201,7 @@ class KeptQK:
 
     def _rows(self, rows: Tensor | None) -> Tensor:
         # q and k are what autocast made of them already, and lse is theirs.
-        with _no_autocast(self.q):
+        with no_autocast(self.q):
             return attention_map(self.q, self.k, **self._call(), heads=self.heads, rows=rows, lse=self.lse)
 
     def _call(self) -> dict[str, Any]:
@@ -278,5 +278,5 @@ def _own(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format) if t.untyped_storage().nbytes() > t.nbytes else t
 
 
-def _no_autocast(t: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(t: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(t.device.type, enabled=False)

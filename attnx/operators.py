@@ -23,8 +23,10 @@ _MISSING: set[str] = set()  # backends of which was said that they are
 _OF_DEVICE = {"cuda": "triton", "cpu": "native"}
 
 
-def implementation(backend: str, q: Tensor, v: Tensor | None = None) -> Any:
+def implementation(backend: str, q: Tensor, v: Tensor | None = None, needs: str = "attention") -> Any:
     """The module of `attnx.backends` that answers; for "auto" the device's own, or eager where that can't.
+
+    needs: the function that it must have.
 
     Raises:
         NotImplementedError: a named backend can't take these inputs; says every reason.
@@ -37,7 +39,7 @@ def implementation(backend: str, q: Tensor, v: Tensor | None = None) -> Any:
         return eager
     try:
         module = import_module(f"attnx.backends.{name}")
-        reasons = module.limits(q, v)
+        reasons = module.limits(q, v) if hasattr(module, needs) else [f"it has no {needs}"]
     except ImportError as error:
         reasons = [str(error)]
         if backend == "auto":
@@ -189,6 +191,48 @@ def _vecmat_fake(
     backend: str,
 ) -> Tensor:
     return r.new_empty(r.shape[0], k.shape[2])
+
+
+@torch.library.custom_op("attnx::gradient_map", mutates_args=())
+@_as_given
+def _gradient_map(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    heads: str,
+    clamp: bool,
+    rows: Tensor | None,
+    lse: Tensor | None,
+    backend: str,
+) -> Tensor:
+    kind = Heads.parse(heads)
+    if 0 in q.shape or 0 in v.shape:
+        return _gradient_map_fake(grad, q, k, v, bias, is_causal, scale, heads, clamp, rows, lse, backend).zero_()
+    _check_range(rows, q.shape[2])
+    module = implementation(backend, q, v, "gradient_map")
+    return module.gradient_map(grad, q, k, v, bias, is_causal, scale, kind, clamp, rows, lse)
+
+
+@_gradient_map.register_fake
+def _gradient_map_fake(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    heads: str,
+    clamp: bool,
+    rows: Tensor | None,
+    lse: Tensor | None,
+    backend: str,
+) -> Tensor:
+    return _map_fake(q, k, bias, is_causal, scale, heads, rows, lse, backend)
 
 
 @torch.library.custom_op("attnx::attention_backward", mutates_args=())

@@ -156,6 +156,59 @@ def vecmat(
     return torch.ops.attnx.vecmat(r, q, k, bias, is_causal, _scale(scale, q), lse, name)
 
 
+def gradient_map(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    heads: str = "mean",
+    clamp: bool = True,
+    rows: Sequence[int] | Tensor | None = None,
+    lse: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The map weighted by its own gradient, heads fused: what Grad-CAM and Chefer's relevance are made of. Detached.
+
+    ``P = softmax(q k^T * scale + bias)``, ``dP = grad v^T``, the gradient of P, and ``map = mean_h max(dP, 0) P``,
+    clamped head by head before they are fused. Neither P nor dP of all heads exists at any time.
+
+    Args:
+        grad: [B, H, M, Dv] in q's dtype, the gradient of a scalar with respect to the attention's output.
+        q, k, v, bias, is_causal, scale, rows, backend: as in `attention`.
+        heads: how the products of the heads are fused: "mean", "max", "min", or "each".
+        clamp: False: ``mean_h dP P``, signs and all.
+        lse: [B, H, M] float32 as `attention_lse` gives it, where it is known already.
+
+    Returns:
+        float32, shaped as `attention`'s map. A row whose keys are all masked is zero.
+
+    Raises:
+        ValueError, NotImplementedError: as in `attention`; for now native has no such map, and "auto" takes eager for
+            it on CPUs.
+
+    Reference:
+        Chefer et al., "Generic Attention-model Explainability", https://arxiv.org/abs/2103.15679 (equation 5); ALBEF's
+        Grad-CAM, https://github.com/salesforce/ALBEF/blob/main/visualization.ipynb
+    """
+    q, k, v = cast_as_sdpa(q, k, v)
+    bias = _check(q, k, v, bias, is_causal, heads)
+    shape = (*q.shape[:3], v.shape[3])
+    if not isinstance(grad, Tensor) or grad.shape != shape or grad.dtype != q.dtype or grad.device != q.device:
+        came = f"{grad.dtype} {list(grad.shape)} on {grad.device}" if isinstance(grad, Tensor) else f"{grad!r}"
+        raise ValueError(f"grad: expected {q.dtype} {list(shape)} on {q.device}; got {came}")
+    index = _row_index(rows, q.shape[2], q.device)
+    _check_float32("lse", lse, q.shape[:3], q.device)
+    grad, q, k, v = (t.detach() for t in (grad, q, k, v))
+    bias, lse = (None if t is None else t.detach() for t in (bias, lse))
+    return torch.ops.attnx.gradient_map(
+        grad, q, k, v, bias, is_causal, _scale(scale, q), heads, clamp, index, lse, _known(backend)
+    )
+
+
 def _known(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")

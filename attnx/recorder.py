@@ -12,6 +12,7 @@ from attnx.layout import TokenLayout
 from attnx.ops import attention_map, cast_as_sdpa
 from attnx.reducers import Heads
 from attnx.trace import Trace
+from attnx.weighted import attend_with_gradient
 
 
 class Stop(Exception):  # noqa: N818  (no error: it leaves a model's forward where nothing more of it is wanted)
@@ -30,9 +31,10 @@ class Recorder:
     Args:
         model, heads, rows, keep, layout, backend: as in `attnx.capture`.
         private: nobody but this package's methods is given the maps, so that nobody writes to them.
+        grad: as in `attnx.capture`.
 
     Raises:
-        ValueError: an unknown `keep` or `heads`, rows that are no integers.
+        ValueError: an unknown `keep`, `heads` or `grad`, rows that are no integers.
     """
 
     def __init__(
@@ -44,8 +46,13 @@ class Recorder:
         layout: TokenLayout | None,
         backend: str,
         private: bool = False,
+        grad: bool | str = False,
     ) -> None:
         Heads.parse(heads)
+        if grad not in (False, True, "signed"):
+            raise ValueError(f"grad: expected False, True or 'signed'; got {grad!r}")
+        if grad and keep == "qk":
+            raise ValueError("keep: expected 'map' beside grad, whose maps come with the backward pass; got 'qk'")
         try:
             chosen = None if rows is None else tuple(index(row) for row in rows)
         except TypeError as error:
@@ -56,6 +63,7 @@ class Recorder:
         self.last: str | None = None
         self.last_row: int | None = None
         self.private = private
+        self.grad = grad
         self.calls: dict[str, dict[str, Any]] | None = None
         self._rows: dict[tuple[Any, ...], Tensor] = {}
 
@@ -101,6 +109,10 @@ class Recorder:
             batch = torch.broadcast_shapes(q.shape[:1], k.shape[:1], v.shape[:1])[0]
             q, k, v = (t.expand(batch, -1, -1, -1) for t in (q, k, v))
         call: dict[str, Any] = dict(bias=attn_mask, is_causal=is_causal, scale=scale, backend=self.backend)
+
+        def asked() -> Tensor:
+            return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
         if self.calls is not None:
             # q and k of one layer at a time: they are views of a qkv that would be kept whole.
             for earlier in self.calls.values():
@@ -111,6 +123,10 @@ class Recorder:
         try:
             rows = None if self.trace.rows is None else self._index(self.trace.rows, q)
             options = dict(heads=self.trace.heads, rows=rows, **call)
+            if self.grad:
+                out, weighted = attend_with_gradient(asked, q, k, v, clamp=self.grad != "signed", **options)
+                self.trace.add(layer, weighted)
+                return out
             out, kept = attend(q, k, v, self.keep, output=alone and layer != self.last, **options)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{layer}: {error}") from error
@@ -119,9 +135,7 @@ class Recorder:
         self.trace.add(layer, kept)
         if layer == self.last:
             raise Stop
-        if out is None:
-            out = sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        return out
+        return asked() if out is None else out
 
     def keep_row(self, layer: str, q: Tensor, k: Tensor, **call: Any) -> None:
         """Keeps the last layer's only wanted row, and stops.

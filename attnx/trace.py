@@ -1,11 +1,13 @@
 """What a capture gives: the maps of one forward pass, and the layout of their tokens."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from attnx.kept import Kept, KeptMap
 from attnx.layout import TokenLayout, infer_layout
+from attnx.weighted import KeptGradient
 
 
 class Trace(Mapping[str, Tensor]):
@@ -65,6 +67,40 @@ class Trace(Mapping[str, Tensor]):
     def add(self, layer: str, kept: Tensor | Kept) -> None:
         """Keeps a layer's map, or what it is made of."""
         self._kept[layer] = KeptMap(kept) if isinstance(kept, Tensor) else kept
+
+    def backward(self, score: Tensor, retain_graph: bool = False) -> None:
+        """Has a capture with `grad` make its maps: those of the gradient of `score`. No parameter gets a gradient.
+
+        Args:
+            score: one number, such as a class's logits summed over the batch: each item's map is then its own.
+            retain_graph: another backward pass of the same forward pass will follow.
+
+        Raises:
+            ValueError: the capture has no `grad`, or the score does not depend on any captured layer.
+        """
+        outs = [kept.out for kept in self._kept.values() if isinstance(kept, KeptGradient) and kept.out is not None]
+        if not outs:
+            raise ValueError("backward: expected a capture with grad=True, and a graph that was not freed before")
+        if not score.requires_grad or score.numel() != 1:
+            raise ValueError(
+                f"score: expected one number that depends on the captured layers; got {list(score.shape)}"
+                + ("" if score.requires_grad else ", which needs no gradient")
+            )
+        found = torch.autograd.grad(score, outs, retain_graph=retain_graph, allow_unused=True)
+        if all(grad is None for grad in found):
+            raise ValueError("score: expected one that depends on a captured layer; got one that depends on none")
+        if not retain_graph:
+            for kept in self._kept.values():
+                if isinstance(kept, KeptGradient):
+                    kept.out = None
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Trace":
+        """The same with each map, as it is now, replaced by what the function makes of it."""
+        other = Trace(self._model, self.heads, self.rows, self._layout)
+        other._grids = list(self._grids)
+        for layer, kept in self._kept.items():
+            other.add(layer, function(kept.map()))
+        return other
 
     def add_grid(self, grid: tuple[int, int]) -> None:
         """Keeps a grid (rows, columns) that a patch convolution gave; the newest stands first."""

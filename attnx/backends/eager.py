@@ -97,6 +97,33 @@ def vecmat(
     return passed[:, 0].div_(q.shape[1]).float()
 
 
+def gradient_map(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    heads: Heads,
+    clamp: bool,
+    rows: Tensor | None,
+    lse: Tensor | None,
+) -> Tensor:
+    """The gradient-weighted map, see `ops.gradient_map`. Rows are gathered first, so R rows cost R rows."""
+    if rows is not None:
+        q, bias, lse = _take_rows(q, bias, lse, rows)
+        grad = grad.index_select(2, rows)
+    compute, group = _compute_dtype(q), q.shape[1] // k.shape[1]
+    amap = _empty_map(q, k, heads)
+    v = v.to(compute)
+    for block, h, p in _weights(q, k.to(compute), bias, is_causal, scale, rows, lse):
+        da = torch.bmm(grad[:, h, block].to(compute), v[:, h // group].transpose(1, 2))
+        p.mul_(da.clamp_(min=0) if clamp else da)
+        _fuse_block(amap, p, block, h, q.shape[1], heads)
+    return amap.float()
+
+
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -155,21 +182,30 @@ def _map(
     out: Tensor | None,
 ) -> Tensor:
     """The map [B,M,N] (each: [B,H,M,N]); with v, writes the output into out [B,M,H,Dv] on the way."""
-    (B, H, M, _), N, compute = q.shape, k.shape[2], _compute_dtype(q)
-    group = H // k.shape[1]
-    amap = q.new_empty((B, H, M, N) if heads is Heads.EACH else (B, M, N), dtype=compute)
-    for block, h, p in _weights(q, k.to(compute), bias, is_causal, scale, rows, lse):
-        if heads is Heads.EACH:
-            amap[:, h, block] = p
-        elif h == 0:
-            amap[:, block] = p
-        else:
-            fuse_into(amap[:, block], p, heads)
-        if heads is Heads.MEAN and h == H - 1:
-            amap[:, block].div_(H)
+    H, group = q.shape[1], q.shape[1] // k.shape[1]
+    amap = _empty_map(q, k, heads)
+    for block, h, p in _weights(q, k.to(_compute_dtype(q)), bias, is_causal, scale, rows, lse):
+        _fuse_block(amap, p, block, h, H, heads)
         if v is not None and out is not None:
             out[:, block, h] = torch.bmm(p, v[:, h // group])
     return amap.float()
+
+
+def _empty_map(q: Tensor, k: Tensor, heads: Heads) -> Tensor:
+    (B, H, M, _), N = q.shape, k.shape[2]
+    return q.new_empty((B, H, M, N) if heads is Heads.EACH else (B, M, N), dtype=_compute_dtype(q))
+
+
+def _fuse_block(amap: Tensor, p: Tensor, block: slice, h: int, H: int, heads: Heads) -> None:
+    """One more head's block of weights into the map; a mean is divided when the last head is in."""
+    if heads is Heads.EACH:
+        amap[:, h, block] = p
+    elif h == 0:
+        amap[:, block] = p
+    else:
+        fuse_into(amap[:, block], p, heads)
+    if heads is Heads.MEAN and h == H - 1:
+        amap[:, block].div_(H)
 
 
 def _weights(

@@ -1,15 +1,18 @@
 """What is made of the maps: rollout, CLS maps, layer-wise maps, masks, entropy. Pure functions of a Trace or maps."""
 
 from attnx.methods.maps import LayerMaps, cls_map, entropy, entropy_levels, layer_maps, mass_mask, pointing_game
-from attnx.methods.rollout import rollout
+from attnx.methods.relevance import relevance
+from attnx.methods.rollout import gradient_rollout, rollout
 
 __all__ = [
     "LayerMaps",
     "cls_map",
     "entropy",
     "entropy_levels",
+    "gradient_rollout",
     "layer_maps",
     "mass_mask",
     "pointing_game",
+    "relevance",
     "rollout",
 ]

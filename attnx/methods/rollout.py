@@ -50,17 +50,59 @@ def rollout(
         Abnar & Zuidema, "Quantifying Attention Flow in Transformers", https://arxiv.org/abs/2005.00928;
         https://github.com/jacobgil/vit-explain
     """
+    return _rollout(trace, residual, discard, start, heads, preset, rows)
+
+
+def gradient_rollout(
+    trace: Trace,
+    residual: float = 0.5,
+    discard: float = 0.0,
+    start: int = 0,
+    *,
+    preset: str | None = None,
+    rows: str | int | None = None,
+) -> Tensor:
+    """Rollout of the maps weighted by their gradients: ``F_l = max(mean_h dP_l P_l, 0)``, and then as `rollout`.
+
+    The gradients are each layer's own. (vit-explain lists them last layer first and the maps first layer first, and
+    multiplies them in that order: its numbers are those of a model whose layers are mixed up, and not given here.)
+
+    Args:
+        trace: a capture with grad="signed" after its backward pass.
+        discard: as in `rollout`, but that the class token's own entry is not spared, as in vit-explain.
+        residual, start, preset, rows: as in `rollout`.
+
+    Returns, Raises: as in `rollout`. A RuntimeError where no gradient has come.
+
+    Reference:
+        https://github.com/jacobgil/vit-explain/blob/main/vit_grad_rollout.py
+    """
+    positive = trace.mapped(lambda weighted: weighted.clamp(min=0))
+    return _rollout(positive, residual, discard, start, None, preset, rows, spare=False)
+
+
+def _rollout(
+    trace: Trace,
+    residual: float,
+    discard: float,
+    start: int,
+    heads: str | None,
+    preset: str | None,
+    rows: str | int | None,
+    spare: bool = True,
+) -> Tensor:
+    """See `rollout`; spare: the class token's own entry is not discarded."""
     if not 0.0 <= residual <= 1.0 or not 0.0 <= discard < 1.0:
         raise ValueError(f"expected residual in [0, 1] and discard in [0, 1); got {residual} and {discard}")
     if preset not in (None, "vit-explain"):
         raise ValueError(f"preset: expected None or 'vit-explain'; got {preset!r}")
     layout, kind = trace.layout, fusion(trace, heads)
-    layers, pool = _self_attention(trace)
+    layers, pool = self_attention(trace)
     if not 0 <= start < len(layers):
         raise ValueError(f"start: expected a layer index in 0..{len(layers) - 1}; got {start}")
     mean = "mean" in (trace.heads, kind.name.lower())
     whole = rows == "all" or discard > 0 or not mean
-    result, row = _start(layers[-1][1], pool and pool[1].fused(kind), rows, layout)
+    result, row = chain_start(layers[-1][1], pool and pool[1].fused(kind), rows, layout)
     for _, kept in reversed(layers[start:]):
         layer = kept.fused(kind)
         if row is not None and preset is None and not discard:
@@ -72,7 +114,7 @@ def rollout(
         row = None
         if whole:
             layer = KeptMap(
-                _discard(layer.map(), discard) if discard else layer.map(), layer.stochastic and not discard
+                _discard(layer.map(), discard, spare) if discard else layer.map(), layer.stochastic and not discard
             )
         if layer.stochastic:
             result = torch.lerp(result, layer.vecmat(result), 1 - residual)
@@ -90,11 +132,11 @@ def rollout(
 
 def last_needed(trace: Trace, *, rows: str | int | None = None, **options: Any) -> tuple[str, int | None]:
     """The last layer that `rollout` with these options reads, and the only row that it reads of it; None: all."""
-    layers, pool = _self_attention(trace)
+    layers, pool = self_attention(trace)
     layout = trace.layout
     if rows is None and layout.cls is not True and pool is not None:
         return pool[0], None
-    row = _start(layers[-1][1], None, rows, layout)[1]
+    row = chain_start(layers[-1][1], None, rows, layout)[1]
     alone = options.get("preset") is None and not options.get("discard") and options.get("start", 0) < len(layers)
     return layers[-1][0], row if alone else None
 
@@ -103,7 +145,7 @@ def _inverse(sums: Tensor) -> Tensor:
     return torch.where(sums > 0, 1 / sums, 0.0)  # a row without any weight passes nothing on
 
 
-def _self_attention(trace: Trace) -> tuple[list[tuple[str, Kept]], tuple[str, Kept] | None]:
+def self_attention(trace: Trace) -> tuple[list[tuple[str, Kept]], tuple[str, Kept] | None]:
     """Names and layers of [N, N] maps from first to last; and a final pooling layer's, [1, N]."""
     if trace.rows is not None:
         raise ValueError(f"rollout needs whole maps: expected a capture with rows=None; got rows={list(trace.rows)}")
@@ -128,7 +170,9 @@ def _self_attention(trace: Trace) -> tuple[list[tuple[str, Kept]], tuple[str, Ke
     return layers, pool
 
 
-def _start(last: Kept, pool: Kept | None, rows: str | int | None, layout: TokenLayout) -> tuple[Tensor, int | None]:
+def chain_start(
+    last: Kept, pool: Kept | None, rows: str | int | None, layout: TokenLayout
+) -> tuple[Tensor, int | None]:
     """[B, R, N]: what the chain starts from at the output of the last layer; and the row it stands for, if one."""
     B, n, device = last.shape[0], last.shape[-1], last.device
     cls, prefix = layout.cls is True, layout.prefix
@@ -146,10 +190,11 @@ def _start(last: Kept, pool: Kept | None, rows: str | int | None, layout: TokenL
     raise ValueError(f"rows: expected 'all', 'mean' or an index in 0..{n - 1}; got {rows!r}")
 
 
-def _discard(fused: Tensor, share: float) -> Tensor:
-    """Each item's int(N * N * share) smallest entries set to zero, entry (0, 0) spared."""
+def _discard(fused: Tensor, share: float, spare: bool) -> Tensor:
+    """Each item's int(N * N * share) smallest entries set to zero; spare: but for entry (0, 0)."""
     flat = fused.flatten(1)
     smallest = flat.topk(int(flat.shape[1] * share), 1, largest=False, sorted=False).indices
     dropped = flat.scatter(1, smallest, 0.0)
-    dropped[:, 0] = flat[:, 0]
+    if spare:
+        dropped[:, 0] = flat[:, 0]
     return dropped.view_as(fused)

@@ -49,6 +49,31 @@ def oracle_vecmat(
     return (r.double()[:, None] @ oracle(q, k, k, bias, is_causal, scale)[1])[:, 0]
 
 
+def oracle_gradient_map(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    heads: str = "mean",
+    clamp: bool = True,
+    rows: Sequence[int] | Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The gradient-weighted map by autograd through an eager softmax; arguments as in `attnx.ops.gradient_map`.
+
+    dtype: of the computation: float64 for the oracle, q's own for torch's answer to the same inputs.
+    """
+    p = _softmax(_biased_scores(q, k, bias, is_causal, scale, dtype), _hidden(q, k, bias, is_causal))
+    p = p.detach().requires_grad_()
+    with torch.enable_grad():
+        (dp,) = torch.autograd.grad(p @ _per_query_head(v.to(dtype), q), p, grad.to(dtype))
+    weighted = (dp.clamp(min=0) if clamp else dp) * p.detach()
+    return fuse_heads(_chosen(weighted, rows), Heads.parse(heads))
+
+
 def torch_reference(
     q: Tensor,
     k: Tensor,

@@ -1,0 +1,38 @@
+"""Relevance of patches for a score: Chefer et al.'s rules for self-attention."""
+
+from torch import Tensor
+
+from attnx.methods.maps import fusion
+from attnx.methods.rollout import chain_start, self_attention
+from attnx.trace import Trace
+
+
+def relevance(trace: Trace, start: int = 0, *, rows: str | int | None = None) -> Tensor:
+    """Chefer et al.'s relevance of the patches for a score, through the layers of self-attention.
+
+    ``C_l = mean_h max(dP_l, 0) P_l`` and ``R_l = R_{l-1} + C_l R_{l-1}``, from the identity (rules 5 and 6); the row of
+    the class token, as a chain of vector products from the last layer to the first.
+
+    Args:
+        trace: a capture of all rows with grad=True, after its backward pass.
+        start: the first layer that counts. (Their CLIP code takes the last alone: start=-1.)
+        rows: as in `rollout`.
+
+    Returns:
+        [B, h, w] float32; for rows="all" R itself, [B, N, N].
+
+    Raises:
+        ValueError: as `rollout`. RuntimeError: no gradient has come.
+
+    Reference:
+        https://arxiv.org/abs/2103.15679; https://github.com/hila-chefer/Transformer-MM-Explainability
+    """
+    layout = trace.layout
+    layers, pool = self_attention(trace)
+    if not -len(layers) <= start < len(layers):
+        raise ValueError(f"start: expected a layer index in -{len(layers)}..{len(layers) - 1}; got {start}")
+    kind = fusion(trace, None)
+    result, _ = chain_start(layers[-1][1], pool and pool[1].fused(kind), rows, layout)
+    for _, kept in reversed(layers[start:]):
+        result = result + kept.fused(kind).vecmat(result)
+    return result if rows == "all" else layout.patches(result[:, 0])

@@ -1,0 +1,234 @@
+"""ALBEF for today's torch: timm's vision transformer, BERT's layers, and cross-attention from words to patches.
+
+Its parameters have the names of the original's, so that its checkpoints load; its attention calls SDPA, so that
+`attnx.capture` hears it.
+
+Reference:
+    Li et al., "Align before Fuse", https://arxiv.org/abs/2107.07651; https://github.com/salesforce/ALBEF
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import (
+    BertAttention,
+    BertEmbeddings,
+    BertIntermediate,
+    BertOutput,
+    BertSelfOutput,
+)
+
+from attnx.models.words import Tokenizer
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class AlbefConfig:
+    """Sizes of an ALBEF; those of the published checkpoints unless given. `image_size`: (height, width) in pixels."""
+
+    image_size: tuple[int, int] = (256, 256)
+    patch_size: int = 16
+    vision_width: int = 768
+    vision_depth: int = 12
+    vision_heads: int = 12
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: int = 4
+    fusion_layer: int = 6
+    vocab_size: int = 30522
+    max_tokens: int = 512
+    embed_dim: int = 256
+
+
+class CrossAttention(nn.Module):
+    """Queries from words, keys and values from the tokens of their image."""
+
+    def __init__(self, config: AlbefConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.query = nn.Linear(config.width, config.width)
+        self.key = nn.Linear(config.vision_width, config.width)
+        self.value = nn.Linear(config.vision_width, config.width)
+
+    def forward(self, words: Tensor, image: Tensor, owner: Tensor | None) -> Tensor:
+        """words [P, T, C], image [I, N, C'], owner [P]: which image each caption has; None: as many, in order."""
+        q, k, v = (
+            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for linear, x in ((self.query, words), (self.key, image), (self.value, image))
+        )
+        if owner is not None:
+            k, v = k[owner], v[owner]
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class CrossLayer(nn.Module):
+    """`CrossAttention`, its projection and the residual: `crossattention` in the checkpoints."""
+
+    def __init__(self, config: AlbefConfig, bert: BertConfig) -> None:
+        super().__init__()
+        self.self = CrossAttention(config)
+        self.output = BertSelfOutput(bert)
+
+    def forward(self, words: Tensor, image: Tensor, owner: Tensor | None) -> Tensor:
+        return self.output(self.self(words, image, owner), words)
+
+
+class TextLayer(nn.Module):
+    """A BERT layer; from `fusion_layer` on with cross-attention between self-attention and MLP."""
+
+    def __init__(self, config: AlbefConfig, bert: BertConfig, fuses: bool) -> None:
+        super().__init__()
+        self.attention = BertAttention(bert)
+        self.crossattention = CrossLayer(config, bert) if fuses else None
+        self.intermediate = BertIntermediate(bert)
+        self.output = BertOutput(bert)
+
+    def forward(self, words: Tensor, mask: Tensor, image: Tensor | None, owner: Tensor | None) -> Tensor:
+        words = self.attention(words, mask)[0]
+        if self.crossattention is not None:
+            words = self.crossattention(words, image, owner)
+        return self.output(self.intermediate(words), words)
+
+
+class TextEncoder(nn.Module):
+    """Embeddings and layers under the checkpoints' names."""
+
+    def __init__(self, config: AlbefConfig) -> None:
+        super().__init__()
+        bert = BertConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            intermediate_size=config.mlp_ratio * config.width,
+            max_position_embeddings=config.max_tokens,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        bert._attn_implementation = "sdpa"
+        self.embeddings = BertEmbeddings(bert)
+        layers = [TextLayer(config, bert, fuses=i >= config.fusion_layer) for i in range(config.depth)]
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList(layers)
+
+
+class Albef(nn.Module):
+    """Vision and text encoder, whose upper text layers attend to the image; matching head and projections.
+
+    Without dropout: it is for looking at, and for small training.
+
+    Args:
+        config: its sizes.
+        tokenizer: of its captions; `attnx.word_maps` and `attnx.gradcam` need one.
+    """
+
+    def __init__(self, config: AlbefConfig | None = None, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__()
+        self.config = config or AlbefConfig()
+        self.tokenizer = tokenizer
+        c = self.config
+        self.visual_encoder = VisionTransformer(
+            img_size=c.image_size,
+            patch_size=c.patch_size,
+            num_classes=0,
+            embed_dim=c.vision_width,
+            depth=c.vision_depth,
+            num_heads=c.vision_heads,
+            mlp_ratio=c.mlp_ratio,
+            dynamic_img_size=True,
+        )
+        self.text_encoder = TextEncoder(c)
+        self.vision_proj = nn.Linear(c.vision_width, c.embed_dim)
+        self.text_proj = nn.Linear(c.width, c.embed_dim)
+        self.temp = nn.Parameter(torch.tensor(0.07))
+        self.itm_head = nn.Linear(c.width, 2)
+
+    @property
+    def cross_layers(self) -> range:
+        """The text layers that have cross-attention."""
+        return range(self.config.fusion_layer, self.config.depth)
+
+    def cross_attention(self, layer: int) -> str:
+        """The name of a text layer's cross-attention, as `attnx.capture` takes it.
+
+        Raises:
+            ValueError: the layer has none; names those that do.
+        """
+        if layer not in self.cross_layers:
+            have = ", ".join(map(str, self.cross_layers))
+            raise ValueError(f"layer: expected a text layer with cross-attention, one of {have}; got {layer}")
+        return f"text_encoder.encoder.layer.{layer}.crossattention.self"
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """(rows, columns) of patches of images [I, 3, height, width].
+
+        Raises:
+            ValueError: they are no images, or not made of whole patches.
+        """
+        p = self.config.patch_size
+        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape) < 1:
+            raise ValueError(f"images: expected [I, 3, height, width]; got {list(images.shape)}")
+        if images.shape[2] % p or images.shape[3] % p:
+            height, width = images.shape[2:]
+            raise ValueError(f"images: expected multiples of the patch of {p} pixels; got {height}x{width}")
+        return images.shape[2] // p, images.shape[3] // p
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """[I, 3, height, width] -> [I, 1 + patches, C] after the last norm, class token first.
+
+        Position embeddings of another grid than the model's own are interpolated, bicubic, as the original does when it
+        loads a checkpoint.
+        """
+        grid, vision = self.grid(images), self.visual_encoder
+        x = vision.patch_embed(images).flatten(1, 2)
+        x = torch.cat([vision.cls_token.expand(len(x), -1, -1), x], 1)
+        x = x + interpolate_positions(vision.pos_embed, vision.patch_embed.grid_size, grid)
+        return vision.norm(vision.blocks(vision.norm_pre(vision.patch_drop(vision.pos_drop(x)))))
+
+    def encode_text(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        image: Tensor | None = None,
+        owner: Tensor | None = None,
+        *,
+        words: Tensor | None = None,
+        layers: range | None = None,
+    ) -> Tensor:
+        """[P, T] token ids -> [P, T, C] after the last of the layers.
+
+        Args:
+            ids: int64; mask: bool, False for padding.
+            image: [I, N, C'] of `encode_image`, for the layers that attend to it.
+            owner: [P] int64, which image each caption belongs to; None: one each, in order.
+            words: what the layers begin with; the embeddings of `ids` unless given.
+            layers: which ones run; all unless given, and those below `fusion_layer` without an image.
+        """
+        if layers is None:
+            layers = range(self.config.depth if image is not None else self.config.fusion_layer)
+        x = self.text_encoder.embeddings(input_ids=ids) if words is None else words
+        attend = mask[:, None, None, :]
+        for i in layers:
+            x = self.text_encoder.encoder.layer[i](x, attend, image, owner)
+        return x
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, owner: Tensor | None = None) -> Tensor:
+        """Image-text matching: [P, 2] logits of (no match, match) for every caption and its image."""
+        return self.itm_head(self.encode_text(ids, mask, self.encode_image(images), owner)[:, 0])
+
+
+def interpolate_positions(positions: Tensor, own: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Position embeddings [1, 1 + own patches, C] for another grid: bicubic, the class token's unchanged."""
+    if own == grid:
+        return positions
+    cls, patches = positions[:, :1], positions[:, 1:]
+    square = patches.transpose(1, 2).unflatten(2, own).float()
+    scaled = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([cls, scaled.flatten(2).transpose(1, 2).to(positions.dtype)], 1)

@@ -1,0 +1,157 @@
+"""Captions to BERT's word pieces, and back to the words they are pieces of."""
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+HUB = "google-bert/bert-base-uncased"
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption as the model reads it.
+
+    Attributes:
+        text: after `pre_caption`.
+        ids, tokens: of its word pieces, [CLS] first and [SEP] last.
+        words: of `text`, in order.
+        word_of: for each token the index of its word; None for [CLS] and [SEP].
+        cut: how many words at the end had no room.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    words: tuple[str, ...]
+    word_of: tuple[int | None, ...]
+    cut: int = 0
+
+
+def pre_caption(caption: str, max_words: int | None = None) -> str:
+    """ALBEF's caption rules: lower case, no punctuation, hyphens and slashes as spaces, at most so many words.
+
+    Reference:
+        https://github.com/salesforce/ALBEF/blob/main/dataset/utils.py
+    """
+    text = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower())
+    text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
+    words = re.sub(r"\s+", " ", text).strip().split(" ")
+    return " ".join(words if max_words is None else words[:max_words])
+
+
+class Tokenizer:
+    """BERT's word pieces, lower case.
+
+    Args:
+        vocab: a file of one piece a line (vocab.txt), the pieces themselves, or None for bert-base-uncased's of the
+            Hugging Face hub.
+        max_tokens: the most that the model has positions for, [CLS] and [SEP] included.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no vocabulary of BERT's: [CLS], [SEP], [PAD], [UNK] or [MASK] is missing.
+        ConnectionError: the hub's could not be downloaded; says what to pass instead.
+    """
+
+    def __init__(self, vocab: Path | Sequence[str] | None = None, max_tokens: int = 512) -> None:
+        self.max_tokens = max_tokens
+        if vocab is None:
+            self._tokenizer = _from_hub()
+            return
+        from tokenizers import BertWordPieceTokenizer
+
+        if isinstance(vocab, (str, Path)):
+            if not Path(vocab).is_file():
+                raise FileNotFoundError(f"vocab: expected a file of word pieces; {vocab} is none")
+            vocab = Path(vocab).read_text(encoding="utf-8").split("\n")
+        pieces = {piece.rstrip("\r"): i for i, piece in enumerate(vocab) if piece.rstrip("\r")}
+        missing = [name for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if name not in pieces]
+        if missing:
+            raise ValueError(f"vocab: expected BERT's word pieces, one a line; {', '.join(missing)} not among them")
+        self._tokenizer = BertWordPieceTokenizer(vocab=pieces, lowercase=True)
+
+    @cached_property
+    def size(self) -> int:
+        """How many pieces there are."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def id_of(self, piece: str) -> int:
+        """The number of a piece, such as [MASK]'s."""
+        return int(self._tokenizer.token_to_id(piece))
+
+    def __call__(self, caption: str) -> Caption:
+        """The caption's pieces; words at the end that have no room are cut, with a warning.
+
+        Raises:
+            ValueError: no text, or nothing is left of it by `pre_caption`.
+
+        Warns:
+            UserWarning: the caption was cut.
+        """
+        if not isinstance(caption, str):
+            raise ValueError(f"caption: expected text; got {type(caption).__name__}")
+        text = pre_caption(caption)
+        if not text:
+            raise ValueError(f"caption: expected words; got {caption[:80]!r}")
+        encoded = self._tokenizer.encode(text)
+        word_of = _words(encoded)
+        words = max((w for w in word_of if w is not None), default=-1) + 1
+        kept = words
+        if len(encoded.ids) > self.max_tokens:
+            room = self.max_tokens - 1
+            kept = next(w for w in word_of[room:] if w is not None)
+        last = len(encoded.ids) - 1
+        chosen = [i for i, w in enumerate(word_of) if w is None or w < kept]
+        if kept < words:
+            warnings.warn(
+                f"caption: {last + 1} tokens, and the model takes {self.max_tokens}: cut before word {kept + 1} of "
+                f"{words}: {text[:40]!r}...",
+                stacklevel=2,
+            )
+        spans: list[tuple[int, int]] = [(len(text), 0)] * kept
+        for i in chosen:
+            w = word_of[i]
+            if w is not None:
+                start, end = encoded.offsets[i]
+                spans[w] = min(spans[w][0], start), max(spans[w][1], end)
+        return Caption(
+            text=text[: spans[-1][1]] if kept < words else text,
+            ids=tuple(encoded.ids[i] for i in chosen),
+            tokens=tuple(encoded.tokens[i] for i in chosen),
+            words=tuple(text[start:end] for start, end in spans),
+            word_of=tuple(word_of[i] for i in chosen),
+            cut=words - kept,
+        )
+
+
+def _words(encoded: "Encoding") -> list[int | None]:
+    """For each token the index of its word; what whitespace does not separate is one word."""
+    last, word, end = len(encoded.ids) - 1, -1, -1
+    found: list[int | None] = []
+    for i, (start, stop) in enumerate(encoded.offsets):
+        if i in (0, last):
+            found.append(None)
+            continue
+        word += start != end
+        end = stop
+        found.append(word)
+    return found
+
+
+def _from_hub() -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(HUB).backend_tokenizer
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConnectionError(
+            f"the vocabulary of {HUB} could not be downloaded ({first}); pass a local one, --vocab vocab.txt"
+        ) from error

@@ -1,0 +1,87 @@
+"""What a capture with `grad` keeps of a layer: what its gradient-weighted map is made of, once the gradient comes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnx.kept import KeptMap, no_autocast
+from attnx.ops import cast_as_sdpa, gradient_map
+from attnx.reducers import Heads
+
+
+@dataclass(eq=False)
+class KeptGradient:
+    """A layer whose map is weighted by its own gradient, see `attnx.gradient_map`: there is none until a backward pass.
+
+    Every backward pass of the output `out` makes the map anew, from q, k, v and the gradient of the output. `call` are
+    the other arguments of `gradient_map`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor | None
+    call: dict[str, Any]
+    amap: Tensor | None = None
+
+    def weigh(self, grad: Tensor) -> None:
+        """A hook on the output: the gradient has come."""
+        with no_autocast(self.q):
+            self.amap = gradient_map(grad, self.q, self.k, self.v, **self.call)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        (B, H, M, _), rows = self.q.shape, self.call["rows"]
+        M = M if rows is None else len(rows)
+        return (B, H, M, self.k.shape[2]) if self.call["heads"] == "each" else (B, M, self.k.shape[2])
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.q, self.k, self.v, self.amap) if t is not None)
+
+    @property
+    def stochastic(self) -> bool:
+        return False
+
+    def map(self) -> Tensor:
+        if self.amap is None:
+            raise RuntimeError("no gradient has come to this layer: call trace.backward(a score), or its backward()")
+        return self.amap
+
+    def row(self, i: int) -> Tensor:
+        return KeptMap(self.map()).row(i)
+
+    def fused(self, heads: Heads) -> KeptMap:
+        return KeptMap(self.map()).fused(heads)
+
+    def row_sums(self) -> Tensor:
+        return KeptMap(self.map()).row_sums()
+
+    def vecmat(self, r: Tensor) -> Tensor:
+        return KeptMap(self.map()).vecmat(r)
+
+
+def attend_with_gradient(
+    sdpa: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, **call: Any
+) -> tuple[Tensor, KeptGradient]:
+    """SDPA's own output, and a map that comes with its gradient. Where nothing below asks for one, the graph begins.
+
+    Raises:
+        ValueError: gradients are off.
+    """
+    if not torch.is_grad_enabled():
+        raise ValueError("grad: expected gradients to be on; they are off: leave torch.no_grad, torch.inference_mode")
+    out = sdpa()
+    if not out.requires_grad:
+        out = out.detach().requires_grad_()
+    q, k, v = (t.detach() for t in cast_as_sdpa(q, k, v))
+    kept = KeptGradient(q, k, v, out, call)
+    out.register_hook(kept.weigh)
+    return out, kept
