@@ -16,13 +16,16 @@ from attnx.methods import (
     rollout,
 )
 from attnx.ops import attention, attention_lse, attention_map, gradient_map, vecmat
+from attnx.pairs import CaptionMaps, WordMaps, gradcam, word_maps
 from attnx.trace import Trace
 
 __all__ = [
+    "CaptionMaps",
     "Extractor",
     "Handle",
     "TokenLayout",
     "Trace",
+    "WordMaps",
     "attention",
     "attention_lse",
     "attention_map",
@@ -31,6 +34,7 @@ __all__ = [
     "cls_map",
     "entropy",
     "entropy_levels",
+    "gradcam",
     "gradient_map",
     "gradient_rollout",
     "layer_maps",
@@ -40,5 +44,6 @@ __all__ = [
     "relevance",
     "rollout",
     "vecmat",
+    "word_maps",
 ]
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
 """From images to a map for every class: the gradients of several scores from one forward pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from attnx.layers import Layers
 from attnx.layout import TokenLayout
 from attnx.methods import gradient_rollout, relevance
 
-METHODS = {"relevance": relevance, "gradient_rollout": gradient_rollout}
+METHODS: dict[str, Callable[..., Tensor]] = {"relevance": relevance, "gradient_rollout": gradient_rollout}
 
 
 def class_maps(

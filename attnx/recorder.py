@@ -124,9 +124,9 @@ class Recorder:
             rows = None if self.trace.rows is None else self._index(self.trace.rows, q)
             options = dict(heads=self.trace.heads, rows=rows, **call)
             if self.grad:
-                out, weighted = attend_with_gradient(asked, q, k, v, clamp=self.grad != "signed", **options)
+                answer, weighted = attend_with_gradient(asked, q, k, v, clamp=self.grad != "signed", **options)
                 self.trace.add(layer, weighted)
-                return out
+                return answer
             out, kept = attend(q, k, v, self.keep, output=alone and layer != self.last, **options)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{layer}: {error}") from error

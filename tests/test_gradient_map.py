@@ -1,4 +1,4 @@
-"""The gradient-weighted map, against autograd through an eager softmax in float64. Triton's: test_gradient_kernel.py."""
+"""The gradient-weighted map, against autograd through an eager softmax in float64."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_auto_takes_it_on_cpus_and_native_says_that_it_cannot(device):
     inputs = random_inputs(Case(), device=device)
     grad = random_gradient(inputs)
     assert attnx.gradient_map(grad, *inputs[:3]).shape == (2, 20, 20)
-    with pytest.raises(NotImplementedError, match="native.*no gradient_map"):
+    with pytest.raises(NotImplementedError, match=r"native.*no gradient_map"):
         attnx.gradient_map(*(t.cpu() for t in (grad, *inputs[:3])), backend="native")
 
 
@@ -61,7 +61,8 @@ def test_empty_inputs():
     q, k, v = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 0, 4), torch.ones(1, 2, 0, 5)
     assert attnx.gradient_map(torch.ones(1, 2, 3, 5), q, k, v).shape == (1, 3, 0)
     none = attnx.gradient_map(torch.ones(1, 2, 3, 0), q, q, torch.ones(1, 2, 3, 0))
-    assert none.shape == (1, 3, 3) and not none.any()
+    assert none.shape == (1, 3, 3)
+    assert not none.any()
 
 
 @pytest.mark.parametrize("wrong", ["shape", "dtype", "kind", "lse", "heads"])

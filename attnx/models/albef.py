@@ -8,6 +8,7 @@ Reference:
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -115,8 +116,14 @@ class TextEncoder(nn.Module):
         bert._attn_implementation = "sdpa"
         self.embeddings = BertEmbeddings(bert)
         layers = [TextLayer(config, bert, fuses=i >= config.fusion_layer) for i in range(config.depth)]
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(layers)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+
+    def forward(self, words: Tensor, mask: Tensor, image: Tensor | None, owner: Tensor | None, layers: range) -> Tensor:
+        attend = mask[:, None, None, :]
+        for i, layer in enumerate(cast(nn.ModuleList, self.encoder["layer"])):
+            if i in layers:
+                words = layer(words, attend, image, owner)
+        return words
 
 
 class Albef(nn.Module):
@@ -145,10 +152,11 @@ class Albef(nn.Module):
             dynamic_img_size=True,
         )
         self.text_encoder = TextEncoder(c)
-        self.vision_proj = nn.Linear(c.vision_width, c.embed_dim)
-        self.text_proj = nn.Linear(c.width, c.embed_dim)
-        self.temp = nn.Parameter(torch.tensor(0.07))
-        self.itm_head = nn.Linear(c.width, 2)
+        # A checkpoint that was made for something else may lack these: then they are None.
+        self.vision_proj: nn.Linear | None = nn.Linear(c.vision_width, c.embed_dim)
+        self.text_proj: nn.Linear | None = nn.Linear(c.width, c.embed_dim)
+        self.temp: nn.Parameter | None = nn.Parameter(torch.tensor(0.07))
+        self.itm_head: nn.Linear | None = nn.Linear(c.width, 2)
 
     @property
     def cross_layers(self) -> range:
@@ -188,8 +196,9 @@ class Albef(nn.Module):
         """
         grid, vision = self.grid(images), self.visual_encoder
         x = vision.patch_embed(images).flatten(1, 2)
-        x = torch.cat([vision.cls_token.expand(len(x), -1, -1), x], 1)
-        x = x + interpolate_positions(vision.pos_embed, vision.patch_embed.grid_size, grid)
+        cls, positions = cast(Tensor, vision.cls_token), cast(Tensor, vision.pos_embed)
+        x = torch.cat([cls.expand(len(x), -1, -1), x], 1)
+        x = x + interpolate_positions(positions, vision.patch_embed.grid_size, grid)
         return vision.norm(vision.blocks(vision.norm_pre(vision.patch_drop(vision.pos_drop(x)))))
 
     def encode_text(
@@ -213,15 +222,26 @@ class Albef(nn.Module):
         """
         if layers is None:
             layers = range(self.config.depth if image is not None else self.config.fusion_layer)
-        x = self.text_encoder.embeddings(input_ids=ids) if words is None else words
-        attend = mask[:, None, None, :]
-        for i in layers:
-            x = self.text_encoder.encoder.layer[i](x, attend, image, owner)
-        return x
+        words = self.text_encoder.embeddings(input_ids=ids) if words is None else words
+        return self.text_encoder(words, mask, image, owner, layers)
 
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, owner: Tensor | None = None) -> Tensor:
-        """Image-text matching: [P, 2] logits of (no match, match) for every caption and its image."""
-        return self.itm_head(self.encode_text(ids, mask, self.encode_image(images), owner)[:, 0])
+    def forward(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        owner: Tensor | None = None,
+        layers: range | None = None,
+    ) -> Tensor:
+        """Image-text matching: [P, 2] logits of (no match, match) for every caption and its image.
+
+        Raises:
+            ValueError: the checkpoint had no matching head.
+        """
+        words = self.encode_text(ids, mask, self.encode_image(images), owner, layers=layers)
+        if self.itm_head is None:
+            raise ValueError("model: expected one with an image-text matching head (itm_head); its checkpoint had none")
+        return self.itm_head(words[:, 0])
 
 
 def interpolate_positions(positions: Tensor, own: tuple[int, int], grid: tuple[int, int]) -> Tensor:

@@ -90,22 +90,37 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: not a file of weights, or keys or shapes that don't fit; says which.
     """
-    weights = _unwrap(_read(path), path)
-    filtered = _timm_filter(model, weights)
+    filtered = _timm_filter(model, read_weights(path))
     own = model.state_dict()
-    missing = [k for k in own if k not in filtered and not k.startswith(_HEADS)]
-    unexpected = [k for k in filtered if k not in own and not k.startswith(_HEADS)]
-    shapes = [
-        f"{k} {list(filtered[k].shape)} for {list(own[k].shape)}"
-        for k in own
-        if k in filtered and own[k].shape != filtered[k].shape and not k.startswith(_HEADS)
-    ]
-    wrong = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if any(wrong.values()):
-        told = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in wrong.items() if keys)
+    bodies = ({k: v for k, v in keys.items() if not k.startswith(_HEADS)} for keys in (filtered, own))
+    told = misfit(*bodies)
+    if told:
         raise ValueError(f"checkpoint {path} doesn't fit {type(model).__name__}: {told}")
     fitting = {k: v for k, v in filtered.items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(fitting, strict=False)
+
+
+def misfit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What of some weights doesn't fit a model's own: keys missing, unexpected, of another shape."""
+    wrong = {
+        "missing": [k for k in own if k not in weights],
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [
+            f"{k} {list(weights[k].shape)} for {list(own[k].shape)}"
+            for k in own
+            if k in weights and own[k].shape != weights[k].shape
+        ],
+    }
+    return "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in wrong.items() if keys)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of weights, out of whatever usual container and without wrappers' prefixes.
+
+    Raises:
+        ValueError: not a file of weights only.
+    """
+    return _unwrap(_read(path), path)
 
 
 def _demo(pretrained: bool, image_size: tuple[int, int] | None) -> Loaded:

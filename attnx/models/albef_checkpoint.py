@@ -1,0 +1,101 @@
+"""ALBEF's published checkpoints, and what is in them that a map does not need."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnx.models.albef import CLIP_MEAN, CLIP_STD, Albef, AlbefConfig, interpolate_positions
+from attnx.models.loading import Loaded, misfit, read_weights
+from attnx.models.words import Tokenizer
+
+# Momentum copies, queues, the masked-language and answering heads, and buffers that old versions of BERT stored.
+_IGNORED = (
+    "visual_encoder_m.",
+    "text_encoder_m.",
+    "vision_proj_m.",
+    "text_proj_m.",
+    "text_decoder",
+    "text_encoder.cls.",
+)
+_QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
+_OPTIONAL = ("itm_head", "vision_proj", "text_proj", "temp")
+_POSITIONS = "visual_encoder.pos_embed"
+
+
+def load_albef(
+    checkpoint: Path | None,
+    vocab: Path | None = None,
+    image_size: tuple[int, int] | None = None,
+    config: AlbefConfig | None = None,
+) -> Loaded:
+    """An ALBEF in eval mode, on the CPU, with its tokenizer and the preparation of its images.
+
+    Args:
+        checkpoint: of pretraining, retrieval, RefCOCO, VQA or visual entailment, as published, or a state dict of
+            `Albef` (.safetensors too); read with weights_only=True. None: random weights.
+        vocab: bert-base-uncased's vocab.txt; None: from the Hugging Face hub.
+        image_size: (height, width) in pixels, multiples of the patch; the checkpoint's own unless given. Position
+            embeddings are interpolated once, here.
+        config: sizes, where they are not those of the published checkpoints.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the checkpoint is of another model: names the keys; an image size that is not made of patches.
+        ConnectionError: the vocabulary could not be downloaded.
+    """
+    config = config or AlbefConfig()
+    if checkpoint is not None and not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint: expected a file; {checkpoint} is none")
+    tokenizer = Tokenizer(vocab, config.max_tokens)
+    weights = None if checkpoint is None else _own_names(read_weights(checkpoint))
+    if image_size is None and weights is not None and _POSITIONS in weights:
+        side = round((weights[_POSITIONS].shape[1] - 1) ** 0.5) * config.patch_size
+        image_size = side, side
+    config = replace(config, image_size=image_size or config.image_size)
+    if any(pixels % config.patch_size for pixels in config.image_size):
+        height, width = config.image_size
+        raise ValueError(f"image size: expected multiples of the patch of {config.patch_size}; got {height}x{width}")
+    model = Albef(config, tokenizer)
+    if weights is not None and checkpoint is not None:
+        _load(model, weights, checkpoint)
+    model.eval().requires_grad_(False)
+    name = "albef" if checkpoint is None else f"albef:{checkpoint}"
+    return Loaded(name, model, config.image_size, CLIP_MEAN, CLIP_STD)
+
+
+def _own_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what is ignored, under the names of `Albef`: pretraining wraps BERT in a language model."""
+    renamed = {key.replace("text_encoder.bert.", "text_encoder.", 1): value for key, value in weights.items()}
+    return {
+        key: value
+        for key, value in renamed.items()
+        if not key.startswith(_IGNORED) and key not in _QUEUES and not key.endswith("embeddings.position_ids")
+    }
+
+
+def _load(model: Albef, weights: dict[str, Tensor], path: Path) -> None:
+    own = model.state_dict()
+    absent = [name for name in _OPTIONAL if not any(key.split(".")[0] == name for key in weights)]
+    positions = weights.get(_POSITIONS)
+    if positions is not None and positions.shape != own[_POSITIONS].shape and positions.dim() == 3:
+        weights[_POSITIONS] = _fitted(positions, own[_POSITIONS], model)
+    expected = {key: value for key, value in own.items() if key.split(".")[0] not in absent}
+    told = misfit(weights, expected)
+    if told:
+        raise ValueError(f"checkpoint {path} doesn't fit ALBEF: {told}")
+    with torch.no_grad():
+        model.load_state_dict(weights, strict=False)
+    for name in absent:
+        setattr(model, name, None)
+
+
+def _fitted(positions: Tensor, own: Tensor, model: Albef) -> Tensor:
+    """A square grid of position embeddings for the model's grid; itself if it is no square: the keys are told then."""
+    side = round((positions.shape[1] - 1) ** 0.5)
+    if 1 + side * side != positions.shape[1] or positions.shape[2] != own.shape[2]:
+        return positions
+    grid: Any = model.visual_encoder.patch_embed.grid_size
+    return interpolate_positions(positions, (side, side), grid)
