@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnx.capture import capture, uncompiled
 from attnx.classes import frozen
-from attnx.listener import Listener
+from attnx.listener import Listener, heard
 from attnx.recorder import Recorder, Stop
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ def word_maps(
     albef, block = _cross_attention(model, layer)
     pairs = _Pairs(albef, images, captions)
     recorder = Recorder(block, heads, None, "map", None, backend, private=True)
-    recorder.last = "self"
+    # Another capture of the model is to see all of its pass.
+    recorder.last = None if heard(block) else "self"
     listener = Listener(block, None, recorder, get_ident())
     layers = albef.cross_layers if preset else None
     with torch.inference_mode(), uncompiled():
@@ -243,9 +244,9 @@ def _flat(captions: Sequence[str] | Sequence[Sequence[str]], images: int) -> tup
     texts: list[str] = []
     owner: list[int] = []
     for i, own in enumerate(captions):
-        several = [own] if isinstance(own, str) else list(own or ())
-        if not several:
-            raise ValueError(f"captions: image {i} has none")
+        several = [own] if isinstance(own, str) else own
+        if not isinstance(several, Sequence) or not len(several):
+            raise ValueError(f"captions: expected a text or a list of them for image {i}; got {own!r}")
         texts += several
         owner += [i] * len(several)
     return texts, owner
