@@ -187,8 +187,7 @@ def gradient_map(
         float32, shaped as `attention`'s map. A row whose keys are all masked is zero.
 
     Raises:
-        ValueError, NotImplementedError: as in `attention`; for now native has no such map, and "auto" takes eager for
-            it on CPUs.
+        ValueError, NotImplementedError: as in `attention`.
 
     Reference:
         Chefer et al., "Generic Attention-model Explainability", https://arxiv.org/abs/2103.15679 (equation 5); ALBEF's

@@ -22,7 +22,9 @@ from attnx.testing import (
     Case,
     assert_attention,
     assert_attention_lse,
+    assert_gradient_map,
     assert_vecmat,
+    random_gradient,
     random_inputs,
     random_vector,
 )
@@ -65,6 +67,9 @@ def check(case):
     assert_attention(None, amap, q, k, v, bias, **case.options)
     r = random_vector(case)
     assert_vecmat(attnx.vecmat(r, q, k, lse=lse, backend="native", **given), r, q, k, **given)
+    grad, clamp = random_gradient(case), case.M % 2 == 0
+    weighted = attnx.gradient_map(grad, q, k, v, bias=bias, clamp=clamp, backend="native", **case.options)
+    assert_gradient_map(weighted, grad, q, k, v, bias, clamp=clamp, **case.options)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -163,7 +168,10 @@ def test_the_same_bits_in_any_number_of_threads(openmp, monkeypatch):
                 torch.set_num_threads(threads)
                 out, amap = attnx.attention(q, k, v, bias=bias, is_causal=case.is_causal, backend="native")
                 passed = attnx.vecmat(r, q, k, bias=bias, is_causal=case.is_causal, backend="native")
-                results.append((out, amap, passed))
+                grad = random_gradient(case)
+                call = dict(bias=bias, is_causal=case.is_causal, backend="native")
+                weighted = attnx.gradient_map(grad, q, k, v, **call)
+                results.append((out, amap, passed, weighted))
         finally:
             torch.set_num_threads(before)
         for result in results[1:]:

@@ -17,10 +17,10 @@ from attnx.kernels.cpu.build import FALLBACK, compiled, instructions
 from attnx.reducers import Heads
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_POINTERS = ("q", "k", "v", "bias", "rows", "lse", "r", "out", "map", "lse_out", "passed", "scratch")
+_POINTERS = ("q", "k", "v", "bias", "rows", "lse", "r", "grad", "out", "map", "lse_out", "passed", "scratch")
 _SIZES = ("B", "H", "Hk", "M", "N", "D", "Dv", "R")
-_STRIDES = (("q_stride", 3), ("k_stride", 3), ("v_stride", 3), ("bias_stride", 4))
-_KINDS = ("half", "heads", "bias_kind", "causal", "threads")
+_STRIDES = (("q_stride", 3), ("k_stride", 3), ("v_stride", 3), ("bias_stride", 4), ("grad_stride", 3))
+_KINDS = ("half", "heads", "bias_kind", "causal", "threads", "clamp")
 
 
 class _Call(ctypes.Structure):
@@ -90,6 +90,27 @@ def attention_map(
     return amap
 
 
+def gradient_map(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    heads: Heads,
+    clamp: bool,
+    rows: Tensor | None,
+    lse: Tensor | None,
+) -> Tensor:
+    """The gradient-weighted map, see `ops.gradient_map`."""
+    amap = _empty_map(q, k, heads, q.shape[2] if rows is None else len(rows))
+    rows, lse = (None if t is None else t.contiguous() for t in (rows, lse))
+    grad = _rows_contiguous(grad)
+    _run(q, k, v, bias, is_causal, scale, heads=heads, clamp=clamp, map=amap, rows=rows, lse=lse, grad=grad)
+    return amap
+
+
 def attention_lse(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -130,6 +151,7 @@ def _run(
     scale: float,
     *,
     heads: Heads = Heads.MEAN,
+    clamp: bool = False,
     rows: Tensor | None = None,
     **tensors: Tensor | None,
 ) -> None:
@@ -147,14 +169,14 @@ def _run(
     call.R = M if rows is None else len(rows)
     call.half, call.heads, call.causal, call.scale = q.dtype == torch.bfloat16, int(heads), is_causal, scale
     call.bias_kind = 0 if bias is None else 2 if bias.dtype == torch.bool else 1
-    call.threads = torch.get_num_threads()
+    call.threads, call.clamp = torch.get_num_threads(), clamp
     given = dict(tensors, q=q, k=k, v=v, bias=bias, rows=rows)
     assert given.keys() <= set(_POINTERS), given.keys()
     for name, t in given.items():
         if t is not None:
             setattr(call, name, t.data_ptr())
     for name, length in _STRIDES:
-        t = given[name.removesuffix("_stride")]
+        t = given.get(name.removesuffix("_stride"))
         if t is not None:
             setattr(call, name, (ctypes.c_int64 * length)(*t.stride()[:length]))
     functions = kernel(instructions())

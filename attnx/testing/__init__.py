@@ -1,9 +1,10 @@
 """What the tests of every backend share: the float64 oracle, the error budget, the table of shapes, random inputs."""
 
-from attnx.testing.cases import LAYOUTS, TABLE, Case, Inputs, random_inputs, random_vector
+from attnx.testing.cases import LAYOUTS, TABLE, Case, Inputs, random_gradient, random_inputs, random_vector
 from attnx.testing.oracle import (
     assert_attention,
     assert_attention_lse,
+    assert_gradient_map,
     assert_output,
     assert_vecmat,
     assert_within_budget,
@@ -23,6 +24,7 @@ __all__ = [
     "Inputs",
     "assert_attention",
     "assert_attention_lse",
+    "assert_gradient_map",
     "assert_output",
     "assert_vecmat",
     "assert_within_budget",
@@ -31,6 +33,7 @@ __all__ = [
     "oracle_gradient_map",
     "oracle_lse",
     "oracle_vecmat",
+    "random_gradient",
     "random_inputs",
     "random_vector",
     "score_size",

@@ -100,6 +100,13 @@ def random_vector(case: Case, seed: int = 0, device: torch.device | str = "cpu")
     return r.to(device)
 
 
+def random_gradient(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """[B, H, M, Dv] normal, of the case's dtype: a gradient of the output. Its rows are strided as the output's are."""
+    shape = (case.B, case.M, case.H, case.D if case.Dv is None else case.Dv)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1 + seed), dtype=torch.float64)
+    return noise.to(device, case.dtype).transpose(1, 2)
+
+
 def _among_nans(t: Tensor) -> Tensor:
     B, heads, tokens, dim = t.shape
     view = t.new_full((B, heads, tokens + 2, 2 * dim + 1), torch.nan)[:, :, 1:-1, 1::2]

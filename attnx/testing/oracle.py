@@ -202,6 +202,29 @@ def assert_vecmat(
     assert not ours[exact == 0].any(), "vecmat: keys that no row attends are not zero"
 
 
+def assert_gradient_map(
+    ours: Tensor,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    heads: str = "mean",
+    clamp: bool = True,
+    rows: Sequence[int] | Tensor | None = None,
+) -> None:
+    """Raises AssertionError unless ours is a backend's right answer, and zero where the oracle is."""
+    call = (grad, q, k, v, bias, is_causal, scale, heads, clamp, rows)
+    exact = oracle_gradient_map(*call)
+    reference = oracle_gradient_map(*call, dtype=torch.promote_types(q.dtype, torch.float32))
+    assert ours.dtype == torch.float32, f"gradient map: dtype {ours.dtype}, expected torch.float32"
+    # The weights as in a map, and the gradients' own digits.
+    assert_within_budget(ours, exact, reference, "gradient map", 1 + score_size(q, k, bias, is_causal, scale))
+    assert not ours[exact == 0].any(), "gradient map: entries that are zero in the oracle are not"
+
+
 def assert_output(
     out: Tensor,
     q: Tensor,

@@ -23,7 +23,7 @@ template <class T>
 static void attend(const Call& c, const Block& block, const Packed& kv, const Scratch& room) {
     float shift[ROWS], total[ROWS], factor[ROWS], fused[ROWS];
     for (int64_t h = 0; h < c.H; h++) {
-        load_queries<T>(c, block, h, room.qt);
+        load_rows<T>(c.q, c.q_stride, c.D, block, h, room.qt);
         for (float& x : shift) x = -INF;
         scores<T>(c, block, kv, h, 0, block.limit, room, shift, c.map && c.heads == MEAN && h > 0 ? fused : nullptr);
         const int64_t head = (block.b * c.H + h) * c.M;
@@ -38,6 +38,10 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
             const int64_t count = block.limit - j < CHUNK ? block.limit - j : CHUNK;
             exponentiate(block, room.s + j * block.width, count, shift, total);
             if (c.out) weigh<T>(c, block, kv, h, j, count, room);
+        }
+        if (c.grad) {
+            load_rows<T>(c.grad, c.grad_stride, c.Dv, block, h, room.gt);
+            weigh_by_gradient<T>(c, block, kv, h, room);
         }
         for (int i = 0; i < ROWS; i++) {
             // Only a bias leaves a row without keys; scores that are all -inf make it NaN, as softmax does.
@@ -92,7 +96,7 @@ static void pass_on(const Call& c, int64_t b, int64_t first, int64_t last, const
                 if (r[i] != 0 && (r[i] != r[i] || lse[block.row[i]] != lse[block.row[i]]))
                     for (int64_t j = stop < first ? first : stop; j < last; j++) sums[(j - first) * W] = NAN;
             if (first >= stop) continue;
-            load_queries<T>(c, block, h, room.qt);
+            load_rows<T>(c.q, c.q_stride, c.D, block, h, room.qt);
             scores<T>(c, block, kv, h, first, stop, room, top);
             float weight[ROWS];
             for (int i = 0; i < ROWS; i++) {

@@ -30,12 +30,13 @@ struct Call {
     const int64_t* rows;             // [R] query rows, or null: all M
     const float* lse;                // [B, H, M] given: weights are exp(score - lse)
     const float* r;                  // [B, M] of vecmat
+    const void* grad;                // [B, H, M, Dv] of the output: the map is of P times its gradient; last stride 1
     void* out;                       // [B, H, M, Dv], rows before heads
     float *map, *lse_out, *passed;   // [B, R, N] or [B, H, R, N]; [B, H, M]; [B, N]
     float* scratch;                  // as many as `attnx_scratch_floats` says
     int64_t B, H, Hk, M, N, D, Dv, R;
-    int64_t q_stride[3], k_stride[3], v_stride[3], bias_stride[4];
-    int64_t half, heads, bias_kind, causal, threads;
+    int64_t q_stride[3], k_stride[3], v_stride[3], bias_stride[4], grad_stride[3];
+    int64_t half, heads, bias_kind, causal, threads, clamp;
     double scale;
 };
 
@@ -45,10 +46,12 @@ static int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 static int64_t in_words(const Call& c, int64_t n) { return c.half ? (n + PAIR - 1) / PAIR : n; }
 
 static int64_t key_stride(const Call& c) { return round_up(in_words(c, c.D), 16); }
-static int64_t value_stride(const Call& c) { return c.v ? round_up(c.Dv, 2 * W) : 0; }
+static int64_t value_stride(const Call& c) {
+    return !c.v ? 0 : c.grad ? round_up(in_words(c, c.Dv), 16) : round_up(c.Dv, 2 * W);
+}
 
 // K and V of as many items as there are slots, in words: [slot][Hk][N][key_stride], and [slot][Hk][N][value_stride]; of
-// V, a word of two is of two keys, and there are half as many rows.
+// V, a word of two is of two keys, and there are half as many rows. Where V meets a gradient it lies as K does.
 struct Packed {
     float *k = nullptr, *v = nullptr;
     int64_t slots, size;             // and the words of all
@@ -56,7 +59,7 @@ struct Packed {
     int64_t Hk, group;               // heads of keys, and of queries for each
 
     Packed(const Call& c, int64_t slots)
-        : slots(slots), keys_size(c.N * key_stride(c)), values_size(in_words(c, c.N) * value_stride(c)), Hk(c.Hk),
+        : slots(slots), keys_size(c.N * key_stride(c)), values_size((c.grad ? c.N : in_words(c, c.N)) * value_stride(c)), Hk(c.Hk),
           group(c.H / c.Hk) {
         size = slots * Hk * (keys_size + values_size);
         if (c.scratch) k = c.scratch, v = c.scratch + slots * Hk * keys_size;
@@ -69,7 +72,7 @@ struct Packed {
 
 // The parts of one thread's scratch.
 struct Scratch {
-    float *s, *map, *qt, *o, *pairs, *bias;
+    float *s, *map, *qt, *gt, *o, *pairs, *bias;
     int64_t size;
 
     explicit Scratch(const Call& c, float* base = nullptr) {
@@ -82,7 +85,8 @@ struct Scratch {
         s = take(c.passed ? PASSED_KEYS * (ROWS + W) : c.N * ROWS);
         map = take(c.map && c.heads != EACH ? c.N * ROWS : 0);
         qt = take(in_words(c, c.D) * ROWS);
-        o = take(ROWS * value_stride(c));
+        gt = take(c.grad ? in_words(c, c.Dv) * ROWS : 0);
+        o = take(c.out ? ROWS * value_stride(c) : 0);
         pairs = take(c.out && c.half && PAIR == 2 ? CHUNK / 2 * ROWS : 0);
         bias = take(KEYS * ROWS);
         size = at;
@@ -118,9 +122,11 @@ static bool pack(const Call& c, const Packed& to, int64_t b, int64_t head) {
     vec strange = vec{};
     for (int64_t j = 0; j < c.N; j++) {
         copy_row(k + j * c.k_stride[2], c.D, keys + j * key_stride(c), key_stride(c));
-        if (!c.v || j % E) continue;
+        if (!c.v || (j % E && !c.grad)) continue;
         const T* row = v + j * c.v_stride[2];
-        if constexpr (E == 1)
+        if (c.grad)
+            copy_row(row, c.Dv, values, value_stride(c));
+        else if constexpr (E == 1)
             copy_row(row, c.Dv, values, value_stride(c));
         else
             join_rows(row, j + 1 < c.N ? row + c.v_stride[2] : nullptr, c.Dv, values, value_stride(c));

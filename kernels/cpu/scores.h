@@ -5,22 +5,22 @@
 
 namespace attnx {
 
-// The block's queries of head h as [words of D][ROWS].
+// The block's rows of head h of x [B, H, M, n], queries or gradients, as [words of n][ROWS].
 template <class T>
-static void load_queries(const Call& c, const Block& block, int64_t h, float* qt) {
+static void load_rows(const void* x, const int64_t* stride, int64_t n, const Block& block, int64_t h, float* rows) {
     constexpr int E = IN_WORD<T>;
-    const T* q = (const T*)c.q + block.b * c.q_stride[0] + h * c.q_stride[1];
+    const T* from = (const T*)x + block.b * stride[0] + h * stride[1];
     for (int i = 0; i < block.width; i += W) {
         int64_t d = 0;
-        float* to = qt + i;
-        for (; d + E * W <= c.D; d += E * W) {
+        float* to = rows + i;
+        for (; d + E * W <= n; d += E * W) {
             vec tile[W];
-            for (int t = 0; t < W; t++) tile[t] = words(q + block.row[i + t] * c.q_stride[2] + d);
+            for (int t = 0; t < W; t++) tile[t] = words(from + block.row[i + t] * stride[2] + d);
             transpose(tile);
             for (int t = 0; t < W; t++, to += ROWS) store(to, tile[t]);
         }
-        for (; d < c.D; d += E, to += ROWS)
-            for (int t = 0; t < W; t++) to[t] = word(q + block.row[i + t] * c.q_stride[2] + d, c.D - d);
+        for (; d < n; d += E, to += ROWS)
+            for (int t = 0; t < W; t++) to[t] = word(from + block.row[i + t] * stride[2] + d, n - d);
     }
 }
 
@@ -137,12 +137,29 @@ static void score_tile(const Scores& to, const float* qt, const float* k, int64_
     for (int v = 0; v < V; v++) store(to.top + i + v * W, top[v]);
 }
 
-template <int E, int T, int V>
-static void score_keys(const Scores& to, int count, const float* qt, const float* k, int64_t stride, int64_t first,
-                       int i, float* s) {
-    if constexpr (T > 1)
-        if (count < T) return score_keys<E, T - 1, V>(to, count, qt, k, stride, first, i, s);
-    score_tile<E, T, V>(to, qt, k, stride, first, i, s);
+// f(T), the constant that `count` is; at most MOST.
+template <int MOST, class F>
+static inline void with_count(int count, F f) {
+    if constexpr (MOST > 1)
+        if (count < MOST) return with_count<MOST - 1>(count, f);
+    f(std::integral_constant<int, MOST>());
+}
+
+// f(T, V, from, i) for register tiles of T keys (from `from` on) and V vectors of rows (from i on), all of the keys
+// first..last-1 and rows of a block; begin(from, till) before the tiles of some keys.
+template <class Begin, class F>
+static inline void by_tiles(const Block& block, int64_t first, int64_t last, Begin begin, F f) {
+    const int most = block.vectors < VECS ? TILE / block.vectors : TILE / VECS, keys = most < KEYS ? most : KEYS;
+    const int64_t tiles = (last - first + keys - 1) / keys;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        // As even as can be: a tile of few keys takes as long as a full one.
+        const int64_t from = first + (last - first) * tile / tiles, till = first + (last - first) * (tile + 1) / tiles;
+        begin(from, till);
+        by_vectors(block, [&](auto V, int i) {
+            constexpr int MOST = TILE / V < KEYS ? TILE / V : KEYS;
+            with_count<MOST>(int(till - from), [&](auto T) { f(T, V, from, i); });
+        });
+    }
 }
 
 // Scores of the keys first..last-1 and head h into room.s [key - first][width], and their maxima into top. With the
@@ -153,19 +170,15 @@ static void scores(const Call& c, const Block& block, const Packed& kv, int64_t 
     float *map = factor ? room.map : nullptr, *bias = c.bias_kind ? room.bias : nullptr;
     const Scores to{c, block, in_words(c, c.D), map, factor, h == 1, bias, float(c.scale * LOG2E), top};
     const float* k = kv.keys(block.b, h);
-    const int most = block.vectors < VECS ? TILE / block.vectors : TILE / VECS, keys = most < KEYS ? most : KEYS;
-    const int64_t tiles = (last - first + keys - 1) / keys;
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        // As even as can be: a tile of few keys takes as long as a full one.
-        const int64_t from = first + (last - first) * tile / tiles, till = first + (last - first) * (tile + 1) / tiles;
-        if (till < last) prefetch(k + till * key_stride(c), (till - from) * key_stride(c));
+    const int64_t stride = key_stride(c);
+    auto begin = [&](int64_t from, int64_t till) {
+        if (till < last) prefetch(k + till * stride, (till - from) * stride);
         if (to.bias) load_bias(c, block, h, from, int(till - from), to.bias);
-        by_vectors(block, [&](auto V, int i) {
-            constexpr int MOST = TILE / V < KEYS ? TILE / V : KEYS;
-            score_keys<IN_WORD<T>, MOST, V>(to, int(till - from), room.qt, k + from * key_stride(c), key_stride(c),
-                                            from, i, room.s + (from - first) * block.width);
-        });
-    }
+    };
+    by_tiles(block, first, last, begin, [&](auto N, auto V, int64_t from, int i) {
+        float* s = room.s + (from - first) * block.width;
+        score_tile<IN_WORD<T>, N, V>(to, room.qt, k + from * stride, stride, from, i, s);
+    });
 }
 
 }  // namespace attnx

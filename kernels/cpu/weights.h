@@ -71,6 +71,27 @@ static void exponentiate(const Block& block, float* s, int64_t count, const floa
     });
 }
 
+// p [key][width] of the block's first keys becomes p times its gradient: the dot products of the output's gradient,
+// room.gt, with the values; clamp: no less than zero.
+template <class T>
+static void weigh_by_gradient(const Call& c, const Block& block, const Packed& kv, int64_t h, const Scratch& room) {
+    const float* value = kv.values(block.b, h);
+    const int64_t stride = value_stride(c), words = in_words(c, c.Dv);
+    auto begin = [&](int64_t from, int64_t till) {
+        if (till < block.limit) prefetch(value + till * stride, (till - from) * stride);
+    };
+    by_tiles(block, 0, block.limit, begin, [&](auto N, auto V, int64_t from, int i) {
+        vec acc[N][V];
+        dot_tile<IN_WORD<T>>(room.gt + i, value + from * stride, stride, words, acc);
+        for (int t = 0; t < N; t++)
+            for (int v = 0; v < V; v++) {
+                float* at = room.s + (from + t) * block.width + i + v * W;
+                const vec dp = acc[t][v], clamped = dp < 0.0f ? vec{} : dp;
+                store(at, load(at) * (c.clamp ? clamped : dp));
+            }
+    });
+}
+
 // One more head into the block's map [key][width]: exponentials times each row's own factor.
 template <int HEADS, bool BEGIN>
 static void fuse(const Block& block, const float* p, const float* factor, float* map) {
