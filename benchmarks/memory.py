@@ -44,7 +44,7 @@ def measure(contestant: str, model: str, batch: int, device: str, runs: int) -> 
     """peak_mb (10^6 bytes) of the first run on the loaded model, and the median seconds of `runs` more."""
     _run(contestant, "hf_tiny" if contestant == "output_attentions" else "tiny", 2, device)
     call, images = _prepare(contestant, model, batch, device)
-    watch, how = (_allocator, "allocator") if device == "cuda" else _resident_watch()
+    watch, how = (_allocator, "allocator") if device == "cuda" else resident_watch()
     with torch.inference_mode(), watch() as peak:
         rollout = call(images)
     tokens = 0 if rollout is None else rollout.shape[1] + 1
@@ -125,7 +125,7 @@ def _allocator() -> Iterator[list[float]]:
     peak[0] = torch.cuda.max_memory_allocated() - before
 
 
-def _resident_watch() -> tuple[Watch, str]:
+def resident_watch() -> tuple[Watch, str]:
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

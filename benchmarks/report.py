@@ -14,7 +14,8 @@ from benchmarks import plots
 from benchmarks.growth import by_contestant, power
 from benchmarks.machine import ROOT, write_atomically
 from benchmarks.report_more import estimate_section, sweep_section
-from benchmarks.report_table import details, ms, number, table
+from benchmarks.report_table import details, ms, number, origin, table
+from benchmarks.report_words import words_section
 from benchmarks.stored import Row, Run, Stored, load
 from benchmarks.targets import cpu_verdicts, verdicts
 
@@ -35,6 +36,7 @@ and what is expected of them, is in [`NOTES.md`](NOTES.md).
 make bench        every benchmark on this machine's CPU, some minutes: a file in benchmarks/results
 make bench MKL=--mkl-as-on-intel    the same on an AMD processor, with the faster of torch's own products
 make bench-gpu    the CUDA tests, every benchmark and a sweep of block sizes, in less than ten minutes
+python -m benchmarks.words --original ALBEF    word maps and Grad-CAM beside a checkout of the original code
 make report       this page
 ```
 
@@ -77,6 +79,8 @@ def page(stored: Stored, plot_files: dict[str, list[str]]) -> str:
     parts = [INTRO, "\n".join(target_section(stored.runs)), "\n".join(cpu_target_section(stored.runs))]
     for run in stored.runs:
         parts.append("\n".join(run_section(run, plot_files.get(run.file, []))))
+    for file, content in stored.words.items():
+        parts.append("\n".join(words_section(file, content)))
     if stored.sweeps:
         parts.append("\n".join(sweep_section(stored.sweeps)))
     if stored.estimates:
@@ -133,9 +137,7 @@ def run_section(run: Run, files: list[str]) -> Iterator[str]:
 
 def _origin(run: Run) -> Iterator[str]:
     about = run.about
-    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items() if value)
-    yield versions
-    yield f"commit {str(about['commit'])[:12]}, {about['date'][:10]}"
+    yield from origin(about)
     gpu = about.get("gpu")
     if gpu:
         smi = gpu["nvidia_smi"]

@@ -1,6 +1,7 @@
 """Markdown for the report: tables, folded sections, numbers."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]], align: str = "l") -> Iterator[str]:
@@ -24,6 +25,12 @@ def details(summary: str, lines: Iterable[str]) -> Iterator[str]:
     yield f"<details><summary>{summary}</summary>"
     yield from lines
     yield "\n</details>\n"
+
+
+def origin(about: dict[str, Any]) -> Iterator[str]:
+    """Where a result comes from: versions, commit and date."""
+    yield ", ".join(f"{name} {value}" for name, value in about["versions"].items() if value)
+    yield f"commit {str(about['commit'])[:12]}, {about['date'][:10]}"
 
 
 def configuration(sizes: Sequence[int]) -> str:

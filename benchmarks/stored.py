@@ -116,11 +116,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Stored:
-    """runs: those on GPUs first, the newest first; sweeps and estimates: file name -> its content."""
+    """runs: those on GPUs first, the newest first; sweeps, estimates and words: file name -> its content."""
 
     runs: list[Run]
     sweeps: dict[str, dict[str, Any]]
     estimates: dict[str, dict[str, Any]]
+    words: dict[str, dict[str, Any]]
 
 
 def _row(content: dict[str, Any]) -> Row:
@@ -135,7 +136,7 @@ def load(folder: Path) -> Stored:
     Raises:
         ValueError: a file is not a result; says which.
     """
-    runs, sweeps, estimates = [], {}, {}
+    runs, sweeps, estimates, words = [], {}, {}, {}
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text())
@@ -145,6 +146,8 @@ def load(folder: Path) -> Stored:
                 continue
             elif path.name.startswith("sweep-"):
                 sweeps[path.name] = content
+            elif path.name.startswith("words-"):
+                words[path.name] = content
             else:
                 rows = [_row(row) for row in content["rows"]]
                 runs.append(Run(path.name, {key: content[key] for key in content if key != "rows"}, rows))
@@ -154,4 +157,4 @@ def load(folder: Path) -> Stored:
             ) from error
     runs.sort(key=lambda run: run.about["date"], reverse=True)
     runs.sort(key=lambda run: not run.cuda)
-    return Stored(runs, sweeps, estimates)
+    return Stored(runs, sweeps, estimates, words)

@@ -363,3 +363,25 @@ def test_what_no_memory_can_hold_is_not_tried(monkeypatch: pytest.MonkeyPatch) -
     assert test_models.too_large(150 * 10**9, "cuda") is None
     reason = test_models.too_large(12 * 2 * 12 * 16385**2 * 2, "cuda")
     assert reason == "not tried: 154.6 GB needed for the weights of all layers alone, of 150.0 GB"
+
+
+@pytest.mark.parametrize("name", ["forward", "word_maps", "gradcam"])
+def test_words_run_on_a_tiny_model(name):
+    from benchmarks import words
+
+    run = words.Run(2, 32)
+    row = words.timed(name, run, None, quick=True) | words.peak(name, run, None, quick=True)
+    assert row["contestant"] == name
+    assert row["median_ms"] > 0
+    assert row["peak_mb"] >= 0
+    assert row["error"] is None
+    if name != "forward":
+        found = words.Case(run, None, quick=True).call(name)()
+        assert [maps.shape for maps in found] == [(13, 2, 2), (9, 2, 2)]
+
+
+def test_the_original_is_looked_for_where_it_was_said_to_be(tmp_path):
+    from benchmarks.original import load_original
+
+    with pytest.raises(FileNotFoundError, match=r"expected one of salesforce/ALBEF"):
+        load_original(tmp_path)

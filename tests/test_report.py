@@ -299,3 +299,19 @@ def test_targets_on_a_cpu(tmp_path: Path, folder: Path) -> None:
     assert f"| {needed} | vit_base_patch16_384 b2 | - | - | not measured |" in page
     assert "| `attention` with its map / SDPA | 2, 12, 197, 64 | ≤ 1.10 | 1.20 | **missed** |" in page
     assert "not measured" in page
+
+
+def test_word_maps_are_held_against_their_goals(tmp_path):
+    def row(contestant, ratio, needed, error=None):
+        return dict(
+            contestant=contestant, batch=1, pixels=256, rounds=3, median_ms=100 * ratio, floor_ms=100.0, error=error,
+            ratio_to_floor=ratio, iqr_ms=1.0, pairs_per_s=10 / ratio, peak_mb=needed + 1, needed_mb=needed,
+        )  # fmt: skip
+
+    rows = [row("word_maps", 0.98, 50, 2e-6), row("gradcam", 1.5, 60, 1e-6), row("original_gradcam", 2.7, 1500)]
+    about = dict(hardware="Chip", threads=2, versions={"torch": "3"}, commit="abc", date="2026-01-01", layer=8)
+    (tmp_path / "words-chip.json").write_text(json.dumps({**about, "quick": False, "rows": rows}))
+    text = report.write(tmp_path, tmp_path / "out").read_text()
+    assert "## Words to patches: Chip, 2 threads" in text
+    line = next(line for line in text.splitlines() if line.startswith("| 256 px, batch 1 | 0.98"))
+    assert line.split(" | ")[1:] == ["0.98", "≤ 1: **met**", "1.80x", "≥ 2: **missed**", "0.04", "< 0.5: **met** |"]
