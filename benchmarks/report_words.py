@@ -12,9 +12,9 @@ def words_section(file: str, content: dict[str, Any]) -> Iterator[str]:
     yield f"[`{file}`](results/{file}): {'; '.join(origin(content))}.\n"
     yield (
         f"ALBEF-base with random weights, captions of 9 to 17 tokens, layer {content['layer']}. The floor,\n"
-        "`forward`, is the forward pass to the end of that layer; `original_words` and `original_gradcam` are the original code's\n"
-        "`save_attention` path and Grad-CAM with the same weights. Error: of ours from theirs, as a share of the\n"
-        "largest entry. Peak and needed MB as above.\n"
+        "`forward`, is the forward pass to the end of that layer; `original_words` and `original_gradcam` are the\n"
+        "original code's `save_attention` path and Grad-CAM with the same weights. Error: of ours from theirs, as a\n"
+        "share of the largest entry. Peak and needed MB as above.\n"
     )
     groups: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
     for row in content["rows"]:
