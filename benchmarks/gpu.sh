@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything a CUDA machine can say, in less than ten minutes and six files: the op's tests, the benchmarks, the sweep.
+# Everything a CUDA machine can say, in less than ten minutes and a few files: the op's tests, the benchmarks (those of
+# words beside the original where ALBEF names a checkout of it), the sweep.
 # Nothing needs installing. A step that fails or takes too long does not stop the next; the exit code is that of the last
 # one that failed. QUICK=1 tries the script itself, without a GPU: tiny shapes on the CPU, few tests, no timings worth it.
 set -u
@@ -36,14 +37,17 @@ fi
 if [[ -n $QUICK ]]; then
     step tests 140 "$PYTHON" -m pytest tests/test_ops.py -k eager -x -p no:cacheprovider
     step benchmarks 300 "$PYTHON" -m benchmarks.run --quick --device cpu --out "$OUT"
+    step words 100 "$PYTHON" -m benchmarks.words --quick --out "$OUT"
     step sweep 130 "$PYTHON" -m benchmarks.sweep --compile-only --quick --out "$OUT"
     exit "$status"
 fi
 # Most of the tests' time is compilation: where pytest-xdist is there, in parallel.
 parallel=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 8")
-tests=(tests/test_{ops,ops_contract,vecmat,keep,gradient,capture}.py)
+tests=(tests/test_{ops,ops_contract,vecmat,keep,gradient,gradient_map,gradient_kernel,capture}.py)
 # shellcheck disable=SC2086
 step tests 130 "$PYTHON" -m pytest "${tests[@]}" -m "gpu or not gpu" -p no:cacheprovider $parallel
-step benchmarks 300 "$PYTHON" -m benchmarks.run --device cuda --limit 275 --out "$OUT"
-step sweep 115 "$PYTHON" -m benchmarks.sweep --limit 105 --out "$OUT"
+step benchmarks 280 "$PYTHON" -m benchmarks.run --device cuda --limit 255 --out "$OUT"
+# shellcheck disable=SC2086
+step words 85 "$PYTHON" -m benchmarks.words --device cuda --only "384 px b16" ${ALBEF:+--original "$ALBEF"} --out "$OUT"
+step sweep 85 "$PYTHON" -m benchmarks.sweep --limit 75 --out "$OUT"
 exit "$status"

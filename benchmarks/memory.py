@@ -44,7 +44,7 @@ def measure(contestant: str, model: str, batch: int, device: str, runs: int) -> 
     """peak_mb (10^6 bytes) of the first run on the loaded model, and the median seconds of `runs` more."""
     _run(contestant, "hf_tiny" if contestant == "output_attentions" else "tiny", 2, device)
     call, images = _prepare(contestant, model, batch, device)
-    watch, how = (_allocator, "allocator") if device == "cuda" else resident_watch()
+    watch, how = (allocator, "allocator") if device == "cuda" else resident_watch()
     with torch.inference_mode(), watch() as peak:
         rollout = call(images)
     tokens = 0 if rollout is None else rollout.shape[1] + 1
@@ -116,7 +116,7 @@ Watch = Callable[[], Any]
 
 
 @contextmanager
-def _allocator() -> Iterator[list[float]]:
+def allocator() -> Iterator[list[float]]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before, peak = torch.cuda.memory_allocated(), [0.0]

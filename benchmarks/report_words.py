@@ -8,7 +8,8 @@ from benchmarks.report_table import ms, number, origin, table
 
 def words_section(file: str, content: dict[str, Any]) -> Iterator[str]:
     """One file of `benchmarks.words`: what was aimed at, then every row."""
-    yield f"## Words to patches: {content['hardware']}, {content['threads']} threads\n"
+    threads = "" if content["device"] == "cuda" else f", {content['threads']} threads"
+    yield f"## Words to patches: {content['hardware']}{threads}\n"
     yield f"[`{file}`](results/{file}): {'; '.join(origin(content))}.\n"
     yield (
         f"ALBEF-base with random weights, captions of 9 to 17 tokens, layer {content['layer']}. The floor,\n"
@@ -19,7 +20,7 @@ def words_section(file: str, content: dict[str, Any]) -> Iterator[str]:
     groups: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
     for row in content["rows"]:
         groups.setdefault((row["pixels"], row["batch"]), {})[row["contestant"]] = row
-    head = ("", "word maps / floor", "goal", "Grad-CAM, faster by", "goal", "its needed MB / the original's", "goal")
+    head = ("", "word maps / floor", "goal", "Grad-CAM, faster by", "goal", "its memory / the original's", "goal")
     yield from table(head, [_held(*group) for group in groups.items()])
     yield ""
     head = ("", "contestant", "ms", "spread", "/ floor", "pairs/s", "peak MB", "needed MB", "error")
@@ -32,8 +33,9 @@ def _held(key: tuple[int, int], rows: dict[str, dict[str, Any]]) -> tuple[str, .
     ratio = words["ratio_to_floor"] if words else None
     faster = original["ratio_to_floor"] / cam["ratio_to_floor"] if original and cam else None
     memory = None
-    if original and cam and original.get("needed_mb") and cam.get("needed_mb") is not None:
-        memory = cam["needed_mb"] / original["needed_mb"]
+    if original and cam:
+        field = "needed_mb" if "needed_mb" in cam else "peak_mb"
+        memory = cam[field] / original[field]
     return (
         f"{key[0]} px, batch {key[1]}",
         number(ratio), "" if ratio is None else f"≤ 1: {_verdict(ratio <= 1)}",

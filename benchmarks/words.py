@@ -2,6 +2,7 @@
 
     python -m benchmarks.words --original ALBEF          a checkout of https://github.com/salesforce/ALBEF
     python -m benchmarks.words --original ALBEF --mkl-as-on-intel
+    python -m benchmarks.words --original ALBEF --device cuda
     python -m benchmarks.words --quick                   a tiny model: does it run?
 
 The floor is our model's forward pass up to the layer's end, and no further. `word_maps` and `gradcam` are attnx's;
@@ -69,27 +70,28 @@ class Tokens:
 class Case:
     """A model, and a batch of pairs; the original with the same weights where there is a checkout."""
 
-    def __init__(self, run: Run, checkout: Path | None, quick: bool = False) -> None:
+    def __init__(self, run: Run, checkout: Path | None, quick: bool = False, device: str = "cpu") -> None:
         torch.manual_seed(0)
         config = replace(TINY if quick else AlbefConfig(), image_size=(run.pixels, run.pixels))
-        self.model = Albef(config, Tokens()).eval()  # type: ignore[arg-type]
+        self.model = Albef(config, Tokens()).eval().to(device)  # type: ignore[arg-type]
         with torch.no_grad():  # at initialisation attention is all but even, and a wrong map would look right
             for name, parameter in self.model.named_parameters():
                 if name.endswith(("query.weight", "key.weight")):
                     parameter.mul_(4)
         self.original: Original | None = None
         if checkout is not None:
-            self.original = load_original(checkout, config)
+            self.original = load_original(checkout, config).to(device)
             # BertModel has buffers of its own.
             self.original.load_state_dict(self.model.state_dict(), strict=False)
             self.original.cross_attention(LAYER).save_attention = True
-        self.images = torch.randn(run.batch, 3, run.pixels, run.pixels)
+        self.images = torch.randn(run.batch, 3, run.pixels, run.pixels).to(device)
         counts = [TOKENS[i % len(TOKENS)] for i in range(run.batch)]
         self.captions = [str(count) for count in counts]
         self.ids = torch.zeros(run.batch, max(counts), dtype=torch.long)
         for row, caption in zip(self.ids, self.captions, strict=True):
             ids = Tokens()(caption).ids
             row[: len(ids)] = torch.tensor(ids)
+        self.ids = self.ids.to(device)
         self.mask = self.ids != 0
 
     def call(self, name: str) -> Callable[[], Any]:
@@ -133,9 +135,9 @@ class Case:
         return float(torch.stack(wrong).max() / exact.max())
 
 
-def timed(name: str, run: Run, checkout: Path | None, quick: bool) -> dict[str, Any]:
+def timed(name: str, run: Run, checkout: Path | None, quick: bool, device: str = "cpu") -> dict[str, Any]:
     """Times in milliseconds of a contestant and the floor between its rounds; the error of ours."""
-    case = Case(run, checkout, quick)
+    case = Case(run, checkout, quick, device)
     error = case.error(name) if name in OURS and checkout is not None else None
     if error is not None and error > AGREEMENT:
         raise AssertionError(f"{name}, {run}: off by {error:.1e} of the largest entry")
@@ -152,11 +154,11 @@ def timed(name: str, run: Run, checkout: Path | None, quick: bool) -> dict[str, 
     )  # fmt: skip
 
 
-def peak(name: str, run: Run, checkout: Path | None, quick: bool) -> dict[str, Any]:
+def peak(name: str, run: Run, checkout: Path | None, quick: bool, device: str = "cpu") -> dict[str, Any]:
     """Megabytes (10^6 bytes) of the first run above the loaded model."""
-    Case(Run(2, 32), checkout, quick=True).call(name)()
-    case = Case(run, checkout if name in ORIGINAL else None, quick)
-    watch, _ = memory.resident_watch()
+    Case(Run(2, 32), checkout, quick=True, device=device).call(name)()
+    case = Case(run, checkout if name in ORIGINAL else None, quick, device)
+    watch = memory.allocator if device == "cuda" else memory.resident_watch()[0]
     with watch() as most:
         result = case.call(name)()  # noqa: F841  held until the peak is read
     return dict(peak_mb=round(most[0] / 1e6, 1))
@@ -165,27 +167,31 @@ def peak(name: str, run: Run, checkout: Path | None, quick: bool) -> dict[str, A
 def _seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def measure(checkout: Path | None, quick: bool) -> Iterator[dict[str, Any]]:
-    """A row for every contestant and run, each measured in processes of its own."""
+def measure(checkout: Path | None, quick: bool, device: str, only: str | None) -> Iterator[dict[str, Any]]:
+    """A row for every contestant and run, each measured in processes of its own; only: the one run of that name."""
     for run in (Run(2, 64),) if quick else RUNS:
+        if only not in (None, str(run)):
+            continue
         for name in ("forward", *OURS, *(ORIGINAL if checkout else ())):
             print(f"== {name}, {run}", flush=True)
-            row = _in_own_process("timed", name, run, checkout, quick)
-            row |= _in_own_process("peak", name, run, checkout, quick)
-            if memory.GIVES_BACK:
-                row["needed_mb"] = _in_own_process("peak", name, run, checkout, quick, memory.GIVES_BACK)["peak_mb"]
+            options = ["--device", device, *(["--original", str(checkout.resolve())] if checkout else [])]
+            options += ["--quick"] if quick else []
+            row = _in_own_process("timed", name, run, options)
+            row |= _in_own_process("peak", name, run, options)
+            if memory.GIVES_BACK and device == "cpu":
+                row["needed_mb"] = _in_own_process("peak", name, run, options, memory.GIVES_BACK)["peak_mb"]
             yield row
 
 
 def _in_own_process(
-    what: str, name: str, run: Run, checkout: Path | None, quick: bool, env: dict[str, str] | None = None
+    what: str, name: str, run: Run, options: list[str], env: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.words", "--one", what, name, str(run.batch), str(run.pixels)]
-    command += ["--original", str(checkout.resolve())] if checkout else []
-    command += ["--quick"] if quick else []
+    command = [sys.executable, "-m", "benchmarks.words", "--one", what, name, str(run.batch), str(run.pixels), *options]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env={**os.environ, **(env or {})}
     )
@@ -197,20 +203,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.words", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--original", type=Path, help="a checkout of the original code; without it, ours alone")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--only", choices=[str(run) for run in RUNS], help="one run of all")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds")
     parser.add_argument("--mkl-as-on-intel", action="store_true", help="see benchmarks/mkl.py")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.one is not None:
         what, name, batch, pixels = options.one
         measured = {"timed": timed, "peak": peak}[what]
-        print(json.dumps(measured(name, Run(int(batch), int(pixels)), options.original, options.quick)))
+        run = Run(int(batch), int(pixels))
+        print(json.dumps(measured(name, run, options.original, options.quick, options.device)))
         return 0
     with mkl.as_on_intel() if options.mkl_as_on_intel else nullcontext():
-        about = {**environment("cpu"), "quick": options.quick, "layer": LAYER}
-        path = options.out / f"words-{file_stem('cpu')}{'-quick' if options.quick else ''}.json"
+        about = {**environment(options.device), "quick": options.quick, "layer": LAYER}
+        path = options.out / f"words-{file_stem(options.device)}{'-quick' if options.quick else ''}.json"
         rows = []
-        for row in measure(options.original, options.quick):
+        for row in measure(options.original, options.quick, options.device, options.only):
             rows.append(row)
             times = f"{row['median_ms']:9.1f} ms {row['ratio_to_floor']:6.2f} x {row['peak_mb']:8.1f} MB"
             print(f"{row['contestant']:18}{times}", flush=True)
