@@ -47,11 +47,22 @@ def value_args(q: Tensor, v: Tensor | None, out: Tensor | None) -> dict[str, Any
     if v is None or out is None:
         strides = {f"stride_v{x}": 0 for x in "bhnd"} | {f"stride_o{x}": 0 for x in "bhm"}
         return dict(v_ptr=q, out_ptr=q, **strides, DV=16, BLOCK_DV=16, REST_DV=0, HAS_V=False)
-    block_dv, rest_dv = split_d(v.shape[3])
-    strides = {**named_strides(v, "vb vh vn vd"), **named_strides(out, "ob oh om _")}
+    strides = named_strides(out, "ob oh om _")
     del strides["stride__"]
+    return dict(**_of_values(v), out_ptr=out, **strides, HAS_V=True)
+
+
+def gradient_args(grad: Tensor, v: Tensor) -> dict[str, Any]:
+    """The gradient of the output [B,H,M,Dv] and the values; to be merged after `shared_args`, whose FAR it may raise."""
+    far = {"FAR": True} if _is_far(grad) else {}
+    return {**_of_values(v), "do_ptr": grad, **named_strides(grad, "dob doh dom dod"), **far}
+
+
+def _of_values(v: Tensor) -> dict[str, Any]:
+    block_dv, rest_dv = split_d(v.shape[3])
     far = {"FAR": True} if _is_far(v) else {}
-    return dict(v_ptr=v, out_ptr=out, **strides, DV=v.shape[3], BLOCK_DV=block_dv, REST_DV=rest_dv, HAS_V=True, **far)
+    strides = named_strides(v, "vb vh vn vd")
+    return dict(v_ptr=v, **strides, DV=v.shape[3], BLOCK_DV=block_dv, REST_DV=rest_dv, **far)
 
 
 def named_strides(tensor: Tensor, letters: str) -> dict[str, int]:

@@ -122,6 +122,11 @@ def map_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bo
     return Config(128, 64 if _is_small(target) else 128, 8, stages)
 
 
+def gradient_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
+    """A tile of the gradient-weighted map: as of the map, with a second product beside the first."""
+    return map_config(head_dim, itemsize, rows, target, bias)
+
+
 def vecmat_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
     """A block of r @ P: a tile as of the map, whose sum over its rows is taken once, at the end."""
     width = sum(split_d(head_dim)) * itemsize

@@ -165,10 +165,12 @@ def load_lse(ptr, offs, mask):
 
 
 @triton.jit
-def fused_start(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr):
-    """The tile that fuse_heads starts from. Weights are never negative, so 0 starts a maximum too."""
+def fused_start(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr, SIGNED: tl.constexpr = False):
+    """The tile that fuse_heads starts from. Unless SIGNED nothing is ever negative, so 0 starts a maximum too."""
     if HEADS == MIN:
         return tl.full([BLOCK_M, BLOCK_N], float("inf"), tl.float32)
+    if SIGNED and HEADS == MAX:
+        return tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
     return tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from attnx.adapters import huggingface, timm
+from attnx.adapters import albef, huggingface, timm
 
 Undo = Callable[[], None]
 
 
 def open_ears(model: nn.Module) -> list[Undo]:
     """Makes the model's deaf blocks call SDPA; call the functions given, in any order, to undo it."""
-    return [*timm.use_sdpa(model), *huggingface.use_sdpa(model)]
+    return [*timm.use_sdpa(model), *huggingface.use_sdpa(model), *albef.use_sdpa(model)]

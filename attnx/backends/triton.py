@@ -11,8 +11,18 @@ from triton import cdiv
 
 from attnx.backends import vendor
 from attnx.kernels.arguments import shared_args, value_args
-from attnx.kernels.configs import Launch, ShortRows, Target, head_splits, map_config, one_pass_config
+from attnx.kernels.configs import (
+    Config,
+    Launch,
+    ShortRows,
+    Target,
+    gradient_config,
+    head_splits,
+    map_config,
+    one_pass_config,
+)
 from attnx.kernels.forward import forward_launch
+from attnx.kernels.gradient import gradient_launch
 from attnx.kernels.map import fuse_launch, map_launch
 from attnx.kernels.one_pass import one_pass_launch
 from attnx.kernels.vecmat import vecmat_launch
@@ -72,14 +82,9 @@ def attention_map(
     short = _short_rows(q, k, None, bias) if lse is None else None
     if short is not None:
         return _one_pass(shared, value_args(q, None, None), heads, short)
-    if lse is None:
-        lse = _lse(shared)
-        _launch(forward_launch(shared, value_args(q, None, None), lse, target(q.device)), q)
-    else:
-        lse = (lse if rows is None else lse.index_select(2, rows)).contiguous()
-    on = target(q.device)
-    config = map_config(shared["D"], q.element_size(), shared["M"], on, bias is not None)
-    tiles = cdiv(shared["M"], config.block_m) * cdiv(shared["N"], config.block_n)
+    lse = _lse_of_rows(shared, rows, lse)
+    config = map_config(shared["D"], q.element_size(), shared["M"], target(q.device), bias is not None)
+    tiles = _tiles(shared, config)
     return _fused(shared, heads, tiles, lambda maps, splits: map_launch(shared, lse, maps, int(heads), splits, config))
 
 
@@ -102,13 +107,36 @@ def vecmat(
 ) -> Tensor:
     """r @ mean_h P, [B,N] fp32, see `ops.vecmat`."""
     shared = shared_args(q, k, _expand(bias, q, k), None, scale, is_causal)
-    on = target(q.device)
-    if lse is None:
-        lse = _lse(shared)
-        _launch(forward_launch(shared, value_args(q, None, None), lse, on), q)
+    lse = _lse_of_rows(shared, None, lse)
     each = q.new_empty((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
-    _launch(vecmat_launch(shared, r.contiguous(), lse.contiguous(), each, on), q)
+    _launch(vecmat_launch(shared, r.contiguous(), lse, each, target(q.device)), q)
     return each.mean(1)
+
+
+def gradient_map(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    heads: Heads,
+    clamp: bool,
+    rows: Tensor | None,
+    lse: Tensor | None,
+) -> Tensor:
+    """The gradient-weighted map, see `ops.gradient_map`. Only the chosen rows are loaded."""
+    shared = shared_args(q, k, _expand(bias, q, k), rows, scale, is_causal)
+    lse = _lse_of_rows(shared, rows, lse)
+    widest = max(q.shape[3], v.shape[3])
+    config = gradient_config(widest, q.element_size(), shared["M"], target(q.device), bias is not None)
+    return _fused(
+        shared,
+        heads,
+        _tiles(shared, config),
+        lambda maps, splits: gradient_launch(shared, grad, v, lse, maps, int(heads), clamp, splits, config),
+    )
 
 
 def _one_pass(shared: dict[str, Any], values: dict[str, Any], heads: Heads, short: ShortRows) -> Tensor:
@@ -156,6 +184,19 @@ def _launch(launch: Launch, q: Tensor) -> None:
 def _lse(shared: dict) -> Tensor:
     q = shared["q_ptr"]
     return q.new_empty((q.shape[0], q.shape[1], shared["M"]), dtype=torch.float32)
+
+
+def _lse_of_rows(shared: dict[str, Any], rows: Tensor | None, lse: Tensor | None) -> Tensor:
+    """[B,H,M] fp32, contiguous, of the rows that are asked for: chosen from a given one, or else computed."""
+    if lse is not None:
+        return (lse if rows is None else lse.index_select(2, rows)).contiguous()
+    q, lse = shared["q_ptr"], _lse(shared)
+    _launch(forward_launch(shared, value_args(q, None, None), lse, target(q.device)), q)
+    return lse
+
+
+def _tiles(shared: dict[str, Any], config: Config) -> int:
+    return cdiv(shared["M"], config.block_m) * cdiv(shared["N"], config.block_n)
 
 
 def _expand(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
