@@ -53,7 +53,7 @@ def value_args(q: Tensor, v: Tensor | None, out: Tensor | None) -> dict[str, Any
 
 
 def gradient_args(grad: Tensor, v: Tensor) -> dict[str, Any]:
-    """The gradient of the output [B,H,M,Dv] and the values; to be merged after `shared_args`, whose FAR it may raise."""
+    """The gradient of the output [B,H,M,Dv] and the values; merge after `shared_args`, whose FAR it may raise."""
     far = {"FAR": True} if _is_far(grad) else {}
     return {**_of_values(v), "do_ptr": grad, **named_strides(grad, "dob doh dom dod"), **far}
 

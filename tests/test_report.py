@@ -309,7 +309,9 @@ def test_word_maps_are_held_against_their_goals(tmp_path):
         )  # fmt: skip
 
     rows = [row("word_maps", 0.98, 50, 2e-6), row("gradcam", 1.5, 60, 1e-6), row("original_gradcam", 2.7, 1500)]
-    about = dict(hardware="Chip", device="cpu", threads=2, versions={"torch": "3"}, commit="abc", date="2026-01-01", layer=8)
+    about = dict(
+        hardware="Chip", device="cpu", threads=2, versions={"torch": "3"}, commit="abc", date="2026-01-01", layer=8
+    )
     (tmp_path / "words-chip.json").write_text(json.dumps({**about, "quick": False, "rows": rows}))
     text = report.write(tmp_path, tmp_path / "out").read_text()
     assert "## Words to patches: Chip, 2 threads" in text
