@@ -1,14 +1,39 @@
-"""The command line: attnx demo | show | extract | kernels."""
+"""The command line: attnx demo | show | extract | words | kernels."""
 
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from attnx.cli_options import (
+    Alpha,
+    BatchSize,
+    Checkpoint,
+    Colormap,
+    Device,
+    Discard,
+    Dtype,
+    Heads,
+    ImageSize,
+    Interpolation,
+    Layer,
+    Method,
+    Model,
+    Out,
+    Preset,
+    Pretrained,
+    Residual,
+    Seed,
+    Start,
+    autocast_of,
+    device_of,
+    pixels_of,
+    told,
+)
+from attnx.cli_words import words
 
 if TYPE_CHECKING:
     import torch
@@ -25,60 +50,16 @@ app = typer.Typer(
 
     [bold]attnx demo[/bold] shows what it does, without a download. [bold]attnx show photo.jpg --model demo[/bold] draws
     the maps of one image, [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
-    those of a folder. [bold]attnx kernels[/bold] compiles the GPU kernels, without a GPU.
+    those of a folder. [bold]attnx words photo.jpg "a dog" --checkpoint ALBEF.pth[/bold] draws what each word looks at.
+    [bold]attnx kernels[/bold] compiles the GPU kernels, without a GPU.
 
-    Exit codes: 0 all is well, 1 some images could not be read or a kernel spills, 2 a mistake in what was asked.""",
+    Exit codes: 0 all is well, 1 some images or captions could not be read or a kernel spills, 2 a mistake in what was
+    asked.""",
 )
-
-Model = Annotated[
-    str,
-    typer.Option(
-        help="[bold]demo[/bold] (bundled), [bold]timm:NAME[/bold], or [bold]hf:NAME[/bold] (of the hub, or a folder "
-        "written by save_pretrained)."
-    ),
-]
-Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is missing.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Weights to load (.safetensors or a torch file).")]
-Pretrained = Annotated[bool, typer.Option(help="Download the model's weights; --no-pretrained takes random ones.")]
-Seed = Annotated[int, typer.Option(help="Seed of random weights.")]
-ImageSize = Annotated[str | None, typer.Option(help="Pixels: 480, or HEIGHTxWIDTH such as 480x640.")]
-Method = Annotated[
-    str,
-    typer.Option(
-        help="[bold]rollout[/bold] through all layers, [bold]cls[/bold]: the class token's map in one layer, "
-        "[bold]layers[/bold]: in every layer."
-    ),
-]
-Layer = Annotated[
-    list[str] | None, typer.Option(help="Layer name, glob or depth index (-1 is the last); repeat for several.")
-]
-Heads = Annotated[str, typer.Option(help="How heads are fused: mean, max or min (each: with cls).")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one unless given.")]
-Residual = Annotated[float, typer.Option(help="Rollout: weight of the identity.")]
-Discard = Annotated[float, typer.Option(help="Rollout: share of smallest entries dropped in each layer.")]
-Start = Annotated[int, typer.Option(help="Rollout: first layer of the product.")]
-Preset = Annotated[str | None, typer.Option(help="Rollout: vit-explain, that code's arithmetic.")]
-
-
-def _told(command: Callable[..., None]) -> Callable[..., None]:
-    """Mistakes of the caller become one line on stderr and exit code 2."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except typer.Exit:
-            raise
-        except (ValueError, RuntimeError, OSError, NotImplementedError, KeyError) as error:
-            text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            typer.echo(f"attnx: {text}", err=True)
-            raise typer.Exit(2) from (error if os.environ.get("ATTNX_TRACEBACK") else None)
-
-    return run
 
 
 @app.command()
-@_told
+@told
 def demo(
     out: Out = Path("attnx-demo"),
     scenes: Annotated[int, typer.Option(help="How many scenes to draw.")] = 48,
@@ -88,7 +69,7 @@ def demo(
     Writes the scenes, their maps (Parquet), results.json and contact_sheet.png. No download, no GPU, seconds.
     """
     from attnx.demo.run import run_demo
-    from attnx.jobs.extract import progress_bar
+    from attnx.jobs.reading import progress_bar
 
     verdict = run_demo(out, scenes, progress=progress_bar)
     typer.echo(str(verdict))
@@ -96,7 +77,7 @@ def demo(
 
 
 @app.command()
-@_told
+@told
 def show(
     image: Annotated[Path, typer.Argument(help="An image file.")],
     model: Model = "demo",
@@ -112,9 +93,9 @@ def show(
     discard: Discard = 0.0,
     start: Start = 0,
     preset: Preset = None,
-    colormap: Annotated[str, typer.Option(help="A matplotlib colour map.")] = "turbo",
-    alpha: Annotated[float, typer.Option(help="0: the image alone, 1: the colours alone.")] = 0.5,
-    interpolation: Annotated[str, typer.Option(help="bilinear or nearest.")] = "bilinear",
+    colormap: Colormap = "turbo",
+    alpha: Alpha = 0.5,
+    interpolation: Interpolation = "bilinear",
     keep: Annotated[float, typer.Option(help="Share of a head's mass inside its mask.")] = 0.6,
     seed: Seed = 0,
 ) -> None:
@@ -136,7 +117,7 @@ def show(
 
 
 @app.command()
-@_told
+@told
 def extract(
     source: Annotated[Path, typer.Argument(help="A folder of images (read recursively), or one image.")],
     model: Model = "demo",
@@ -147,8 +128,8 @@ def extract(
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = True,
     image_size: ImageSize = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 16,
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 / float16 by autocast.")] = "float32",
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "float32",
     keep: Annotated[
         str, typer.Option(help="Of every layer, for rollout: map, qk (memory linear in the tokens), or auto.")
     ] = "auto",
@@ -171,12 +152,11 @@ def extract(
     from attnx import __version__
     from attnx.extractor import Extractor
     from attnx.images import find_images
-    from attnx.jobs.extract import extract_images, progress_bar
+    from attnx.jobs.extract import extract_images
+    from attnx.jobs.reading import progress_bar
 
     paths = find_images(source)
-    names = ("float32", "bfloat16", "float16")
-    if dtype not in names:
-        raise ValueError(f"dtype: expected one of {', '.join(names)}; got {dtype!r}")
+    autocast = autocast_of(dtype)
     on, loaded = _prepare(model, pretrained, checkpoint, image_size, device, seed)
     rolling = _rollout_options(residual, discard, start, preset)
     extractor = Extractor(
@@ -184,7 +164,7 @@ def extract(
         method,
         layers=_layers(layer),
         heads=heads,
-        dtype=None if dtype == "float32" else getattr(torch, dtype),
+        dtype=autocast,
         keep=keep,
         compile=compile,
         model_kwargs=loaded.model_kwargs,
@@ -214,15 +194,18 @@ def extract(
             batch_size=batch_size, device=on, progress=progress,
         )  # fmt: skip
     typer.echo(
-        f"{summary.done} maps in {out} ({summary.images_per_second:.1f} images/s)"
+        f"{summary.done} maps in {out} ({summary.per_second:.1f} images/s)"
         + (f", {summary.failed} images could not be read: see their error column" if summary.failed else "")
     )
     if summary.failed:
         raise typer.Exit(1)
 
 
+app.command()(words)
+
+
 @app.command()
-@_told
+@told
 def kernels(
     arch: Annotated[
         list[str] | None, typer.Option(help="sm_80, sm_86, sm_89, sm_90, sm_100 or gfx942; repeat for several.")
@@ -278,24 +261,11 @@ def _prepare(
 
     from attnx.models.loading import load_model
 
-    size = None if image_size is None else _size(image_size)
-    try:
-        on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=on)
-    except (RuntimeError, AssertionError) as error:
-        cause = str(error).splitlines()[0]
-        raise ValueError(f"device: expected one that torch can use here; got {device!r} ({cause})") from error
+    size, on = pixels_of(image_size), device_of(device)
     torch.manual_seed(seed)
     loaded = load_model(model, pretrained=pretrained, checkpoint=checkpoint, image_size=size)
     loaded.model.to(on)
     return on, loaded
-
-
-def _size(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise ValueError(f"image-size: expected pixels such as 480 or 480x640; got {text!r}")
-    return int(parts[0]), int(parts[-1])
 
 
 def _layers(layers: list[str] | None) -> list[str | int] | None:

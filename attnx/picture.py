@@ -183,6 +183,24 @@ def contact_sheet(
     return sheet
 
 
+def captioned(image: Picture, text: str) -> Image.Image:
+    """The image with a text under it, on white: the characters as they are, in as many lines as they need.
+
+    Args:
+        text: newlines and other control characters count as spaces.
+    """
+    image = _rgb(image)
+    margin = min(max(image.width // 60, 14), 28)
+    font, step = ImageFont.load_default(size=margin), math.ceil(1.4 * margin)
+    lines = _wrapped(text, lambda line: font.getlength(line) <= image.width - 2 * margin)
+    whole = Image.new("RGB", (image.width, image.height + step * len(lines) + margin), "white")
+    whole.paste(image)
+    draw = ImageDraw.Draw(whole)
+    for number, line in enumerate(lines):
+        draw.text((margin, image.height + step * number), line, fill="#282828", font=font)
+    return whole
+
+
 def save(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """A PNG under its final name (.png), whole or not at all; a file that stood there is replaced.
 
@@ -248,6 +266,22 @@ def _columns(count: int, least: int = 1) -> int:
     """The fewest columns, from the square root and `least` on, that fill every row; if none do, those."""
     root = max(math.ceil(math.sqrt(count)), least)
     return next((columns for columns in range(root, 2 * root + 1) if count % columns == 0), root)
+
+
+def _wrapped(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """Lines of whole words that fit; a word that doesn't is broken anywhere."""
+    lines = [""]
+    for word in "".join(c if c.isprintable() else " " for c in text).split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if fits(longer):
+            lines[-1] = longer
+            continue
+        lines.append("")
+        for character in word:
+            if lines[-1] and not fits(lines[-1] + character):
+                lines.append("")
+            lines[-1] += character
+    return [line for line in lines if line]
 
 
 def _shorten(title: str, fits: Callable[[str], bool]) -> str:

@@ -18,7 +18,8 @@ from PIL import Image
 
 from attnx.images import to_tensor
 from attnx.jobs import shards
-from attnx.jobs.extract import Summary, extract_images, progress_bar
+from attnx.jobs.extract import Summary, extract_images
+from attnx.jobs.reading import progress_bar
 from attnx.jobs.shards import ShardWriter, read_settings, read_shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,7 +268,7 @@ def test_a_job(tmp_path, pictures):
 
     summary = extract(pictures, tmp_path / "out", progress=progress, rows_per_shard=5)
     assert dataclasses.replace(summary, seconds=0) == Summary(done=9, failed=3, seconds=0, shards=3)
-    assert summary.images_per_second == 9 / summary.seconds
+    assert summary.per_second == 9 / summary.seconds
     assert seen == [(4, 12), (8, 12), (12, 12)]
     assert read_settings(tmp_path / "out") == {"model": "tiny"}
     rows = list(read_shards(tmp_path / "out"))
@@ -364,7 +365,7 @@ def test_a_map_that_overflows_is_counted_as_failed(tmp_path, pictures):
 def test_only_broken_images(tmp_path, pictures):
     broken = [pictures[3], pictures[4]]
     summary = extract(broken, tmp_path / "out", lambda _: pytest.fail("there is nothing to extract"))
-    assert (summary.done, summary.failed, summary.images_per_second) == (0, 2, 0)
+    assert (summary.done, summary.failed, summary.per_second) == (0, 2, 0)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, "SIGINT", RuntimeError("CUDA out of memory")])

@@ -20,7 +20,7 @@ CLASSES: tuple[str, ...] = tuple(f"{color} {shape}" for color in COLORS for shap
 _SUPERSAMPLE = 4
 # Circumradius per unit of nominal side, chosen so that all shapes look about equally large.
 _RADIUS = {"circle": 0.50, "square": 0.60, "triangle": 0.62, "star": 0.62}
-_REACH = max(_RADIUS.values())
+REACH = max(_RADIUS.values())
 _TARGET_SIDE = (19.0, 27.5)
 _GREY_SIDE = (14.0, 27.0)
 _GREY_COUNT = (3, 6)
@@ -53,45 +53,69 @@ def draw_scene(seed: int, size: int = 96) -> Scene:
     scale = size / 96.0
     label = int(rng.integers(len(CLASSES)))
     color, shape = divmod(label, len(SHAPES))
-    side = _between(rng, *_TARGET_SIDE) * scale
+    side = between(rng, *_TARGET_SIDE) * scale
     # Two pixels of ground stay around the target, so that no target is cut off.
-    margin = _REACH * side + 2.0 * scale
-    center = (_between(rng, margin, size - margin), _between(rng, margin, size - margin))
+    margin = REACH * side + 2.0 * scale
+    center = (between(rng, margin, size - margin), between(rng, margin, size - margin))
 
-    canvas = _ground(rng, size)
-    placed = [(*center, _REACH * side)]
-    for _ in range(int(rng.integers(_GREY_COUNT[0], _GREY_COUNT[1] + 1))):
-        spot = _free_spot(rng, placed, size, _between(rng, *_GREY_SIDE) * scale)
+    canvas = ground(rng, size)
+    placed = [(*center, REACH * side)]
+    draw_grey(canvas, rng, placed, _GREY_COUNT, _GREY_SIDE, scale)
+    box = paint(canvas, rng, SHAPES[shape], center, side, tinted(rng, color), scale)
+    return Scene(image=pixels(canvas), box=box, label=label)
+
+
+def draw_grey(
+    canvas: np.ndarray,
+    rng: np.random.Generator,
+    placed: list[tuple[float, float, float]],
+    count: tuple[int, int],
+    side: tuple[float, float],
+    scale: float,
+) -> None:
+    """Paint grey shapes into ``canvas`` [H, W, 3] in place, where they touch nothing in ``placed``.
+
+    placed: (x, y, radius) of what is there already; what is painted is added.
+    count, side: the least and the most of them; of their sides in pixels, before ``scale``.
+    """
+    for _ in range(int(rng.integers(count[0], count[1] + 1))):
+        spot = _free_spot(rng, placed, len(canvas), between(rng, *side) * scale)
         if spot is None:
             continue
-        placed.append((spot[0], spot[1], _REACH * spot[2]))
-        grey = np.full(3, _between(rng, 0.2, 0.9), dtype=np.float32)
+        placed.append((spot[0], spot[1], REACH * spot[2]))
+        grey = np.full(3, between(rng, 0.2, 0.9), dtype=np.float32)
         grey_shape = SHAPES[int(rng.integers(len(SHAPES)))]
-        _paint(canvas, rng, grey_shape, spot[:2], spot[2], grey, scale)
+        paint(canvas, rng, grey_shape, spot[:2], spot[2], grey, scale)
 
+
+def tinted(rng: np.random.Generator, color: int) -> np.ndarray:
+    """One of ``COLORS`` by its index, a little lighter or darker and tinted: float32 [3], about 0 to 1."""
     base = np.array(list(COLORS.values())[color], dtype=np.float32) / 255.0
-    tinted = base * _between(rng, 0.85, 1.1) + 0.08 * (rng.random(3).astype(np.float32) - 0.5)
-    box = _paint(canvas, rng, SHAPES[shape], center, side, tinted, scale)
-    image = (np.clip(canvas, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
-    return Scene(image=image, box=box, label=label)
+    return base * between(rng, 0.85, 1.1) + 0.08 * (rng.random(3).astype(np.float32) - 0.5)
 
 
-def _between(rng: np.random.Generator, low: float, high: float) -> float:
+def pixels(canvas: np.ndarray) -> np.ndarray:
+    """Float32 [H, W, 3], 0 to 1, as uint8."""
+    return (np.clip(canvas, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+
+
+def between(rng: np.random.Generator, low: float, high: float) -> float:
+    """A number from ``low`` to ``high``."""
     # Only random() and integers() are drawn from: their streams do not change between numpy versions.
     return low + (high - low) * float(rng.random())
 
 
-def _ground(rng: np.random.Generator, size: int) -> np.ndarray:
+def ground(rng: np.random.Generator, size: int) -> np.ndarray:
     """Cloudy, grainy, nearly grey background: float32 [size, size, 3], about 0.2 to 0.8."""
-    roughness = _between(rng, 0.45, 0.85)
+    roughness = between(rng, 0.45, 0.85)
     texture = np.zeros((size, size), dtype=np.float32)
     for octave, cells in enumerate(_NOISE_CELLS):
         noise = Image.fromarray(rng.random((cells, cells)).astype(np.float32) - np.float32(0.5))
         layer = np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
         texture += np.float32(roughness**octave) * layer
-    texture *= np.float32(_between(rng, 0.12, 0.30))
+    texture *= np.float32(between(rng, 0.12, 0.30))
     grain = (rng.random((size, size)).astype(np.float32) - np.float32(0.5)) * np.float32(0.05)
-    level = _between(rng, 0.35, 0.7)
+    level = between(rng, 0.35, 0.7)
     tint = 1.0 + 0.12 * (rng.random(3).astype(np.float32) - 0.5)
     return (level + texture + grain)[:, :, None] * tint.astype(np.float32)
 
@@ -100,9 +124,9 @@ def _free_spot(
     rng: np.random.Generator, placed: list[tuple[float, float, float]], size: int, side: float
 ) -> tuple[float, float, float] | None:
     """A place (x, y, side) that touches nothing in ``placed`` ((x, y, radius) each), or None."""
-    radius = _REACH * side
+    radius = REACH * side
     for _ in range(12):
-        x, y = _between(rng, 0.0, size), _between(rng, 0.0, size)
+        x, y = between(rng, 0.0, size), between(rng, 0.0, size)
         if all(math.hypot(x - px, y - py) > radius + pr for px, py, pr in placed):
             return x, y, side
     return None
@@ -119,7 +143,7 @@ def _outline(shape: str, radius: float, angle: float) -> list[tuple[float, float
     return [(radii[i % 2] * math.cos(t), radii[i % 2] * math.sin(t)) for i, t in enumerate(turns)]
 
 
-def _paint(
+def paint(
     canvas: np.ndarray,
     rng: np.random.Generator,
     shape: str,
@@ -137,7 +161,7 @@ def _paint(
     half = math.ceil(radius + 5.0 * scale)
     left, top = math.floor(center[0]) - half, math.floor(center[1]) - half
     width = 2 * half + 1
-    points = _outline(shape, radius, _between(rng, -_TILT, _TILT))
+    points = _outline(shape, radius, between(rng, -_TILT, _TILT))
     origin = (center[0] - left, center[1] - top)
     large = Image.new("L", (width * _SUPERSAMPLE, width * _SUPERSAMPLE))
     ImageDraw.Draw(large).polygon(

@@ -72,13 +72,12 @@ def learning_rate(step: int, phase: Phase) -> float:
     return 0.5 * phase.peak * (1.0 + math.cos(math.pi * done))
 
 
-def optimizer_for(model: VisionTransformer, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only, not biases, norms or embeddings."""
-    skip = model.no_weight_decay()
+def optimizer_for(model: nn.Module, weight_decay: float, skip: tuple[str, ...]) -> torch.optim.AdamW:
+    """AdamW that decays matrices only, not biases, norms, or parameters whose names end with one of ``skip``."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (free if parameter.ndim < 2 or name in skip else decayed).append(parameter)
+        (free if parameter.ndim < 2 or name.endswith(skip) else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
@@ -92,7 +91,7 @@ def train(
     """
     started = time.time()
     rng = np.random.default_rng(args.seed)
-    optimizer = optimizer_for(model, args.weight_decay)
+    optimizer = optimizer_for(model, args.weight_decay, tuple(model.no_weight_decay()))
     whole = model.patch_drop
     model.patch_drop = PatchDropout(phase.patch_drop, num_prefix_tokens=model.num_prefix_tokens)
     model.train()

@@ -2,55 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from attnx.images import ImageError, read_image
+from attnx.jobs.reading import Prepare, Progress, Read, read, read_in_order, reader_pool
 from attnx.jobs.shards import ShardWriter
 
 if TYPE_CHECKING:
     import torch
 
-    Prepare = Callable[[Image.Image], torch.Tensor]
     Extract = Callable[[torch.Tensor], torch.Tensor]
 
-__all__ = ["Summary", "extract_images", "progress_bar"]
+__all__ = ["Summary", "extract_images"]
 
 _BATCHES_AHEAD = 3
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job did: `done` rows with a map, `failed` rows with an error, its `seconds` and `shards`."""
+    """What a job did: `done` rows with a map, `failed` rows with an error, its `seconds` and `shards`.
+
+    `cut`: rows whose caption was too long for the model, and lost words at its end.
+    """
 
     done: int
     failed: int
     seconds: float
     shards: int
+    cut: int = 0
 
     @property
-    def images_per_second(self) -> float:
+    def per_second(self) -> float:
         """Maps a second, over the whole job; 0 for one that took no time."""
         return self.done / self.seconds if self.seconds > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    key: str
-    tensor: torch.Tensor | None
-    width: int | None = None
-    height: int | None = None
-    error: str | None = None
 
 
 def extract_images(
@@ -63,7 +53,7 @@ def extract_images(
     *,
     batch_size: int = 32,
     device: torch.device | str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     workers: int | None = None,
     rows_per_shard: int = 4096,
 ) -> Summary:
@@ -96,45 +86,15 @@ def extract_images(
         raise ValueError("paths: expected at least one image, got none")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers: expected at least 1, got {workers}")
     jobs = list(zip(_keys(paths, root), paths, strict=True))
     start = time.perf_counter()
-    pool = ThreadPoolExecutor(workers or min(16, _usable_cores()), thread_name_prefix="attnx-decode")
-    try:
-        with ShardWriter(out, settings, rows_per_shard) as writer:
-            loaded = _in_order(pool, lambda job: _load(*job, prepare), jobs, _BATCHES_AHEAD * batch_size)
-            while batch := list(islice(loaded, batch_size)):
-                _write_batch(writer, batch, extract, device)
-                if progress is not None:
-                    progress(writer.rows, len(jobs))
-    finally:
-        # What is queued would otherwise all be decoded before an interrupt gets through.
-        pool.shutdown(cancel_futures=True)
+    with reader_pool(workers) as pool, ShardWriter(out, settings, rows_per_shard) as writer:
+        ready = read_in_order(pool, lambda job: read(*job, prepare), jobs, _BATCHES_AHEAD * batch_size)
+        while batch := list(islice(ready, batch_size)):
+            _write_batch(writer, batch, extract, device)
+            if progress is not None:
+                progress(writer.rows, len(jobs))
     return Summary(writer.rows - writer.failed, writer.failed, time.perf_counter() - start, writer.shards)
-
-
-@contextlib.contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[int, int], None]]:
-    """A `progress` for `extract_images` that draws a bar with images/s and the time left to stderr.
-
-    Args:
-        total: images in the job. Each call's own total takes its place.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    rate = TextColumn("{task.fields[rate]:.1f} images/s")
-    columns = (BarColumn(), MofNCompleteColumn(), rate, TextColumn("ETA"), TimeRemainingColumn())
-    start = time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, rate=0.0)
-
-        def advance(done: int, total: int) -> None:
-            seconds = max(time.perf_counter() - start, 1e-9)
-            bar.update(task, completed=done, total=total, rate=done / seconds)
-
-        yield advance
 
 
 def _keys(paths: Sequence[Path], root: Path) -> list[str]:
@@ -151,36 +111,7 @@ def _keys(paths: Sequence[Path], root: Path) -> list[str]:
     return keys
 
 
-def _usable_cores() -> int:
-    # A container or a job scheduler may allow fewer than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _in_order(
-    pool: ThreadPoolExecutor,
-    load: Callable[[tuple[str, Path]], _Loaded],
-    jobs: Iterable[tuple[str, Path]],
-    ahead: int,
-) -> Iterator[_Loaded]:
-    waiting = iter(jobs)
-    running: deque[Future[_Loaded]] = deque(pool.submit(load, job) for job in islice(waiting, ahead))
-    while running:
-        result = running.popleft().result()
-        running.extend(pool.submit(load, job) for job in islice(waiting, 1))
-        yield result
-
-
-def _load(key: str, path: Path, prepare: Prepare) -> _Loaded:
-    try:
-        image = read_image(path)
-    except ImageError as error:
-        return _Loaded(key, None, error=str(error))
-    return _Loaded(key, prepare(image), image.width, image.height)
-
-
-def _write_batch(
-    writer: ShardWriter, batch: list[_Loaded], extract: Extract, device: torch.device | str | None
-) -> None:
+def _write_batch(writer: ShardWriter, batch: list[Read], extract: Extract, device: torch.device | str | None) -> None:
     import torch
 
     good = [item for item in batch if item.error is None]
@@ -199,7 +130,7 @@ def _write_batch(
         writer.add(item.key, amap, item.width, item.height, item.error)
 
 
-def _stack(items: list[_Loaded]) -> torch.Tensor:
+def _stack(items: list[Read]) -> torch.Tensor:
     import torch
 
     tensors: list[torch.Tensor] = []

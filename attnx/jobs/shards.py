@@ -1,7 +1,8 @@
 """Parquet shards of maps: a file under a final name is complete, whatever happened to the job that wrote it.
 
 Columns: key string, map list<float16>, shape list<int32>, width int32, height int32, error string (null when
-fine). The job's settings are JSON in the schema metadata under `attnx`. Any Parquet reader reads the files.
+fine); of captions also text string, tokens list<string>, word_of list<int32> and score float32. The job's settings are
+JSON in the schema metadata under `attnx`. Any Parquet reader reads the files.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +37,8 @@ class Row:
     """One image's result. `map`: float16 of the shape that was stored, or None, and then `error` says why.
 
     `width`, `height`: of the upright picture, in pixels; None where the image could not be read.
+    `text`: the caption, as it was given; `tokens`: its word pieces, one for each of the maps; `word_of`: for each the
+    number of the word it is of, None for [CLS] and [SEP]; `score`: the logit of a match. None where there are none.
     """
 
     key: str
@@ -43,6 +46,10 @@ class Row:
     width: int | None
     height: int | None
     error: str | None
+    text: str | None = None
+    tokens: tuple[str, ...] | None = None
+    word_of: tuple[int | None, ...] | None = None
+    score: float | None = None
 
 
 class ShardWriter:
@@ -57,6 +64,7 @@ class ShardWriter:
         out: a folder, made where it is missing.
         settings: what the job was run with: anything JSON can hold (tuples come back as lists).
         rows_per_shard: at least 1. A shard closes earlier when its maps reach 256 MiB.
+        captions: rows are of images and captions: the shards have the columns text, tokens, word_of and score too.
 
     Attributes:
         rows, failed, shards: rows added, those of them with an error, files written so far.
@@ -66,12 +74,12 @@ class ShardWriter:
         ValueError: `out` already has part files, `settings` is not JSON, `rows_per_shard` is below 1.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], rows_per_shard: int = 4096) -> None:
+    def __init__(self, out: Path, settings: dict[str, Any], rows_per_shard: int = 4096, captions: bool = False) -> None:
         if rows_per_shard < 1:
             raise ValueError(f"rows_per_shard: expected at least 1, got {rows_per_shard}")
         self.out = Path(out)
         self.rows = self.failed = self.shards = 0
-        self._schema = _schema(settings)
+        self._schema = _schema(settings, captions)
         self._rows_per_shard = rows_per_shard
         self._buffer: list[tuple[Any, ...]] = []
         self._bytes = 0
@@ -86,6 +94,11 @@ class ShardWriter:
         width: int | None = None,
         height: int | None = None,
         error: str | None = None,
+        *,
+        text: str | None = None,
+        tokens: Sequence[str] | None = None,
+        word_of: Sequence[int | None] | None = None,
+        score: float | None = None,
     ) -> None:
         """Adds one row; writes a shard when it is full.
 
@@ -95,6 +108,7 @@ class ShardWriter:
                 65504, the row has that as its error and no map.
             width, height: of the picture, in pixels.
             error: why there is no map; exactly one of `map` and `error` is given.
+            text, tokens, word_of, score: see `Row`; written by a writer of captions only.
 
         Raises:
             ValueError: a wrong argument, or the writer is closed. The row is not added, the others are not
@@ -112,11 +126,11 @@ class ShardWriter:
             raise ValueError(f"key: expected valid Unicode, got {key!r}") from cause
         if map is not None:
             map, error = _to_float16(key, map)
-        if error is not None:
-            # A message may quote a file name that is not valid Unicode.
-            error = error.encode(errors="backslashreplace").decode()
+        # A message may quote a file name that is not valid Unicode; JSON can hold a caption that is none.
+        error, text = (None if x is None else x.encode(errors="backslashreplace").decode() for x in (error, text))
         flat, shape = (None, None) if map is None else (map.reshape(-1), map.shape)
-        self._buffer.append((key, flat, shape, width, height, error))
+        row = (key, flat, shape, width, height, error, text, tokens, word_of, score)
+        self._buffer.append(row[: len(self._schema)])
         self._bytes += 0 if map is None else map.nbytes
         self.rows += 1
         self.failed += error is not None
@@ -196,11 +210,13 @@ def _rows(shards: list[Path]) -> Iterator[Row]:
 def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row]:
     maps = batch.column("map")
     values, offsets = maps.values.to_numpy(zero_copy_only=False), maps.offsets.to_numpy()
-    rest = (batch.column(name).to_pylist() for name in ("key", "shape", "width", "height", "error"))
-    for i, (key, shape, width, height, error) in enumerate(zip(*rest, strict=True)):
+    names = [name for name in batch.schema.names if name != "map"]
+    for i, row in enumerate(batch.select(names).to_pylist()):
+        shape = row.pop("shape")
         # A copy: a view would keep the whole batch in memory, and could not be written to.
         amap = None if shape is None else values[offsets[i] : offsets[i + 1]].reshape(shape).copy()
-        yield Row(key, amap, width, height, error)
+        lists = {name: tuple(row[name]) for name in ("tokens", "word_of") if row.get(name) is not None}
+        yield Row(map=amap, **{**row, **lists})
 
 
 def _shards(out: Path) -> list[Path]:
@@ -216,7 +232,7 @@ def _parts(out: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for path, match in numbers.items() if match)]
 
 
-def _schema(settings: dict[str, Any]) -> pa.Schema:
+def _schema(settings: dict[str, Any], captions: bool) -> pa.Schema:
     import pyarrow as pa
 
     try:
@@ -227,6 +243,9 @@ def _schema(settings: dict[str, Any]) -> pa.Schema:
         "key": pa.string(), "map": pa.list_(pa.float16()), "shape": pa.list_(pa.int32()),
         "width": pa.int32(), "height": pa.int32(), "error": pa.string(),
     }  # fmt: skip
+    if captions:
+        strings, numbers = pa.list_(pa.string()), pa.list_(pa.int32())
+        columns |= {"text": pa.string(), "tokens": strings, "word_of": numbers, "score": pa.float32()}
     return pa.schema(columns.items(), metadata={_SETTINGS: text})
 
 

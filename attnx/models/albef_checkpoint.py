@@ -1,5 +1,6 @@
 """ALBEF's published checkpoints, and what is in them that a map does not need."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ _POSITIONS = "visual_encoder.pos_embed"
 
 def load_albef(
     checkpoint: Path | None,
-    vocab: Path | None = None,
+    vocab: Path | Sequence[str] | None = None,
     image_size: tuple[int, int] | None = None,
     config: AlbefConfig | None = None,
 ) -> Loaded:
@@ -36,7 +37,7 @@ def load_albef(
     Args:
         checkpoint: of pretraining, retrieval, RefCOCO, VQA or visual entailment, as published, or a state dict of
             `Albef` (.safetensors too); read with weights_only=True. None: random weights.
-        vocab: bert-base-uncased's vocab.txt; None: from the Hugging Face hub.
+        vocab: bert-base-uncased's vocab.txt, or the pieces themselves; None: from the Hugging Face hub.
         image_size: (height, width) in pixels, multiples of the patch; the checkpoint's own unless given. Position
             embeddings are interpolated once, here.
         config: sizes, where they are not those of the published checkpoints.

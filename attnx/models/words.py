@@ -90,13 +90,15 @@ class Tokenizer:
         """The caption's pieces; words at the end that have no room are cut, with a warning.
 
         Raises:
-            ValueError: no text, or nothing is left of it by `pre_caption`.
+            ValueError: no text, no valid Unicode, or nothing is left of it by `pre_caption`.
 
         Warns:
             UserWarning: the caption was cut.
         """
         if not isinstance(caption, str):
             raise ValueError(f"caption: expected text; got {type(caption).__name__}")
+        if any("\ud800" <= c <= "\udfff" for c in caption):
+            raise ValueError(f"caption: expected valid Unicode; got {caption[:80]!r}")
         text = pre_caption(caption)
         if not text:
             raise ValueError(f"caption: expected words; got {caption[:80]!r}")

@@ -1,0 +1,110 @@
+"""What the commands share: their options, and how they tell of a mistake."""
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="[bold]demo[/bold] (bundled), [bold]timm:NAME[/bold], or [bold]hf:NAME[/bold] (of the hub, or a folder "
+        "written by save_pretrained)."
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is missing.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights to load (.safetensors or a torch file).")]
+Pretrained = Annotated[bool, typer.Option(help="Download the model's weights; --no-pretrained takes random ones.")]
+Seed = Annotated[int, typer.Option(help="Seed of random weights.")]
+ImageSize = Annotated[str | None, typer.Option(help="Pixels: 480, or HEIGHTxWIDTH such as 480x640.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="[bold]rollout[/bold] through all layers, [bold]cls[/bold]: the class token's map in one layer, "
+        "[bold]layers[/bold]: in every layer."
+    ),
+]
+Layer = Annotated[
+    list[str] | None, typer.Option(help="Layer name, glob or depth index (-1 is the last); repeat for several.")
+]
+Heads = Annotated[str, typer.Option(help="How heads are fused: mean, max or min (each: with cls).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one unless given.")]
+Residual = Annotated[float, typer.Option(help="Rollout: weight of the identity.")]
+Discard = Annotated[float, typer.Option(help="Rollout: share of smallest entries dropped in each layer.")]
+Start = Annotated[int, typer.Option(help="Rollout: first layer of the product.")]
+Preset = Annotated[str | None, typer.Option(help="Rollout: vit-explain, that code's arithmetic.")]
+BatchSize = Annotated[int, typer.Option(help="Images, or pairs, at a time.", min=1)]
+Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 / float16 by autocast.")]
+Colormap = Annotated[str, typer.Option(help="A matplotlib colour map.")]
+Alpha = Annotated[float, typer.Option(help="0: the image alone, 1: the colours alone.")]
+Interpolation = Annotated[str, typer.Option(help="bilinear or nearest.")]
+
+
+def told(command: Callable[..., None]) -> Callable[..., None]:
+    """Mistakes of the caller become one line on stderr and exit code 2."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except (ValueError, RuntimeError, OSError, NotImplementedError, KeyError) as error:
+            text = error.args[0] if isinstance(error, KeyError) and error.args else error
+            typer.echo(f"attnx: {text}", err=True)
+            raise typer.Exit(2) from (error if os.environ.get("ATTNX_TRACEBACK") else None)
+
+    return run
+
+
+def device_of(name: str | None) -> "torch.device":
+    """The device of that name; a GPU if there is one unless given.
+
+    Raises:
+        ValueError: torch can't use it here.
+    """
+    import torch
+
+    try:
+        on = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=on)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that torch can use here; got {name!r} ({cause})") from error
+    return on
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def autocast_of(dtype: str) -> "torch.dtype | None":
+    """The dtype to autocast to; None for float32.
+
+    Raises:
+        ValueError: another name.
+    """
+    import torch
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+    return None if dtype == "float32" else getattr(torch, dtype)
+
+
+def pixels_of(text: str | None) -> tuple[int, int] | None:
+    """(height, width) of "480" or "480x640"; None of None.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise ValueError(f"image-size: expected pixels such as 480 or 480x640; got {text!r}")
+    return int(parts[0]), int(parts[-1])

@@ -1,0 +1,88 @@
+"""The pictures and arrays of one image and its caption: the work behind `attnx words`."""
+
+import os
+import re
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from attnx.images import read_image
+from attnx.picture import captioned, contact_sheet, overlay, save
+from attnx.show import Style
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from attnx.pairs import CaptionMaps
+
+_TILE = 256
+
+
+def draw_words(picture: "Image", found: "CaptionMaps", out: Path, style: Style) -> dict[Path, str]:
+    """Writes a picture for every word, words.png with all of them and words.npz to `out`; gives what each shows."""
+    out.mkdir(parents=True, exist_ok=True)
+    written: dict[Path, str] = {}
+    digits = max(2, len(str(len(found.words) - 1)))
+    for number, (word, amap) in enumerate(zip(found.words, found.word_maps, strict=True)):
+        path = out / f"{number:0{digits}d}-{_safe(word)}.png"
+        save(_over(picture, amap, style), path)
+        written[path] = word
+    save(words_sheet(picture, found, style), out / "words.png")
+    written[out / "words.png"] = "all of them, and the caption"
+    _save_arrays(found, out / "words.npz")
+    written[out / "words.npz"] = f"maps of {len(found.words)} words and of {len(found.tokens)} word pieces"
+    return written
+
+
+def save_sheet(out: Path, style: Style, number: int, image: Path, found: "CaptionMaps") -> None:
+    """Writes the sheet of pair `number` to `out`."""
+    out.mkdir(exist_ok=True)
+    save(words_sheet(read_image(image), found, style), out / f"{number:06d}.png")
+
+
+def words_sheet(picture: "Image", found: "CaptionMaps", style: Style) -> "Image":
+    """The picture, every word's map over it, each with its own colour scale, and the caption under them."""
+    from PIL import Image, ImageOps
+
+    small = ImageOps.contain(picture, (_TILE, _TILE), Image.Resampling.LANCZOS)
+    tiles = [small, *(_over(small, amap, style) for amap in found.word_maps)]
+    columns = min(6, len(tiles))
+    under = found.caption.text if found.score is None else f"{found.caption.text} (match {found.score:+.2f})"
+    return captioned(contact_sheet(tiles, ["", *found.words], columns=columns), under)
+
+
+def _over(picture: "Image", amap: object, style: Style) -> "Image":
+    return overlay(
+        picture,
+        amap,  # type: ignore[arg-type]
+        interpolation=style.interpolation,
+        colormap=style.colormap,
+        alpha=style.alpha,
+    )
+
+
+def _safe(word: str) -> str:
+    """A word as a part of a file's name, on any system."""
+    return re.sub(r"[^\w]+", "_", word, flags=re.ASCII).strip("_")[:40] or "word"
+
+
+def _save_arrays(found: "CaptionMaps", path: Path) -> None:
+    """words [W], maps [W, h, w]; tokens, word_of (-1: none) [T], token_maps [T, h, w]; caption; score (NaN: none)."""
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with unfinished.open("xb") as file:
+            np.savez_compressed(
+                file,
+                words=np.array(found.words),
+                maps=found.word_maps.float().cpu().numpy(),
+                tokens=np.array(found.tokens),
+                token_maps=found.maps.float().cpu().numpy(),
+                word_of=np.array([-1 if word is None else word for word in found.caption.word_of]),
+                caption=np.array(found.caption.text),
+                score=np.array(np.nan if found.score is None else found.score, np.float32),
+            )
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
