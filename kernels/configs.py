@@ -123,8 +123,15 @@ def map_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bo
 
 
 def gradient_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
-    """A tile of the gradient-weighted map: as of the map, with a second product beside the first."""
-    return map_config(head_dim, itemsize, rows, target, bias)
+    """A tile of the gradient-weighted map: smaller than the map's, because a second product is beside the first."""
+    width = sum(split_d(head_dim)) * itemsize
+    if target.backend == "hip" or itemsize == 4 or (bias and width <= 160) or (rows <= 16 and not bias):
+        return map_config(head_dim, itemsize, rows, target, bias)
+    if bias and rows <= 16:
+        return Config(16, 32, 4, 1)
+    if bias:
+        return Config(64, 32, 4, 1) if int(target.arch) in (90, 100, 120) else Config(32, 64, 4, 1)
+    return Config(128, 64, 8, 2) if width <= 256 else Config(64, 32, 8, 1)
 
 
 def vecmat_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:

@@ -20,8 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attnx.kernels.arguments import shared_args, value_args
-from attnx.kernels.configs import Launch, Target, map_config, one_pass_config
+from attnx.kernels.configs import Launch, Target, gradient_config, map_config, one_pass_config
 from attnx.kernels.forward import forward_launch
+from attnx.kernels.gradient import gradient_launch
 from attnx.kernels.machine_code import Code, Kind, parse
 from attnx.kernels.map import map_launch
 from attnx.kernels.one_pass import one_pass_launch
@@ -41,7 +42,7 @@ _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 
 _KERNELS = {
     "one_pass": 197, "one_pass_50": 50, "one_pass_224": 224, "one_pass_257": 257,
-    "forward": 1370, "map": 1370, "map_row": 1370, "vecmat": 1370,
+    "forward": 1370, "map": 1370, "map_row": 1370, "vecmat": 1370, "gradient": 1370,
 }  # fmt: skip
 COLUMNS = {
     "kernel": "<15", "target": "<7", "D": ">4", "dtype": "<5", "blocks": ">9", "warps": ">5", "stages": ">6",
@@ -126,6 +127,9 @@ def _launches(
         elif name == "vecmat":
             r, sums = torch.empty(2, n, device="meta"), torch.empty(2, 12, n, device="meta")
             yield name, vecmat_launch(shared, r, lse, sums, target)
+        elif name == "gradient":
+            config = gradient_config(*sizes)
+            yield name, gradient_launch(shared, out, v, lse, maps, 0, True, 1, config)
         else:
             yield name, map_launch(shared, lse, maps, 0, 1, map_config(*sizes))
 

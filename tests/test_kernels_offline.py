@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 triton = pytest.importorskip("triton", reason="triton is not installed, so nothing can be compiled")
 ROOT = Path(__file__).resolve().parents[1]
 BIASES = ("", "_bias", "_mask")
-KERNELS = {kernel + bias for kernel in ("forward", "map", "map_row", "vecmat") for bias in BIASES}
+KERNELS = {kernel + bias for kernel in ("forward", "map", "map_row", "vecmat", "gradient") for bias in BIASES}
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 HEAD_DIMS = (32, 64, 80, 128)
 CASES = [
@@ -89,9 +89,9 @@ def test_hopper_uses_its_own_matrix_unit_in_every_dot(head_dim):
     """Tiles of at least 64 rows have HGMMA alone, as much of it as whole dots take, and not one by one."""
     rows = compiled("bfloat16", "sm_90", head_dim).values()
     tall = [row for row in rows if row["config"][0] >= 64 and not row["kernel"].startswith("fuse")]
-    assert {row["kernel"] for row in tall} >= {"forward", "map"}
+    assert {row["kernel"] for row in tall} >= {"forward", "map", "gradient"}
     for row in tall:
-        dots = 2 if row["kernel"].startswith(("forward", "one_pass")) else 1
+        dots = 2 if row["kernel"].startswith(("forward", "one_pass", "gradient")) else 1
         assert row["matrix"] == "HGMMA", row
         assert row["dots"] >= dots, row
         assert row["dots"] == int(row["dots"]), row
