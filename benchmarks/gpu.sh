@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything a CUDA machine can say, in less than ten minutes and a few files: the op's tests, the benchmarks (those of
-# words beside the original where ALBEF names a checkout of it), the sweep.
-# Nothing needs installing. A step that fails or takes too long does not stop the next; the exit code is that of the last
-# one that failed. QUICK=1 tries the script itself, without a GPU: tiny shapes on the CPU, few tests, no timings worth it.
+# words beside the original where ALBEF names a checkout of it), the sweep. attnx itself needn't be installed.
+# A step that fails or takes too long does not stop the next; the exit code is that of the last one that failed.
+# STEPS="tests:130 words:85" takes these alone, each for so many seconds. QUICK=1 tries the script itself, without a
+# GPU: tiny shapes on the CPU, few tests, no timings worth it.
 set -u
 cd "$(dirname "$0")/.."
 QUICK=${QUICK:-}
@@ -42,12 +43,18 @@ if [[ -n $QUICK ]]; then
     exit "$status"
 fi
 # Most of the tests' time is compilation: where pytest-xdist is there, in parallel.
-parallel=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 8")
+parallel=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 12")
 tests=(tests/test_{ops,ops_contract,vecmat,keep,gradient,gradient_map,gradient_kernel,capture}.py)
-# shellcheck disable=SC2086
-step tests 130 "$PYTHON" -m pytest "${tests[@]}" -m "gpu or not gpu" -p no:cacheprovider $parallel
-step benchmarks 280 "$PYTHON" -m benchmarks.run --device cuda --limit 255 --out "$OUT"
-# shellcheck disable=SC2086
-step words 85 "$PYTHON" -m benchmarks.words --device cuda --only "384 px b16" ${ALBEF:+--original "$ALBEF"} --out "$OUT"
-step sweep 85 "$PYTHON" -m benchmarks.sweep --limit 75 --out "$OUT"
+for timed in ${STEPS:-tests:130 benchmarks:280 words:85 sweep:85}; do
+    name=${timed%:*} seconds=${timed#*:}
+    case $name in
+        # shellcheck disable=SC2086
+        tests) step tests "$seconds" "$PYTHON" -m pytest "${tests[@]}" -m "gpu or not gpu" -p no:cacheprovider $parallel ;;
+        benchmarks) step benchmarks "$seconds" "$PYTHON" -m benchmarks.run --device cuda --limit $((seconds - 25)) --out "$OUT" ;;
+        # shellcheck disable=SC2086
+        words) step words "$seconds" "$PYTHON" -m benchmarks.words --device cuda --only "384 px b16" ${ALBEF:+--original "$ALBEF"} --out "$OUT" ;;
+        sweep) step sweep "$seconds" "$PYTHON" -m benchmarks.sweep --limit $((seconds - 10)) --out "$OUT" ;;
+        *) echo "STEPS: expected tests, benchmarks, words or sweep, each with :SECONDS; got $timed" >&2; exit 2 ;;
+    esac
+done
 exit "$status"
