@@ -58,7 +58,7 @@ class Problem(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A configuration of any kernel: those of the one-pass kernel have all fields, others the first four and splits."""
+    """A configuration of any kernel: those of the one-pass kernel have all fields, others `Config`'s and splits."""
 
     block_m: int
     block_n: int
@@ -71,11 +71,11 @@ class Candidate(NamedTuple):
 
     @property
     def config(self) -> Config:
-        return Config(*self[:4])
+        return Config(*self[:5])
 
     def short_rows(self, head_dim: int) -> ShortRows:
         padded = max(16, 1 << (head_dim - 1).bit_length())
-        return ShortRows(self.config, padded, self.parts, self.tail, bool(self.lag))
+        return ShortRows(Config(*self[:4]), padded, self.parts, self.tail, bool(self.lag))
 
 
 class Built(NamedTuple):
@@ -110,7 +110,7 @@ def default(problem: Problem, target: Target) -> Candidate | None:
         short = one_pass_config(d, itemsize, n, target)
         if short is None:
             return None
-        first = Candidate(*short.config, short.parts, short.tail, int(short.lag))
+        first = Candidate(*short.config[:4], short.parts, short.tail, int(short.lag))
         return first._replace(splits=_splits(first, problem, target))
     if problem.kernel == "forward":
         return Candidate(*forward_config(d, itemsize, n, problem.batch * HEADS, target))
@@ -129,6 +129,8 @@ def _candidates(problem: Problem, first: Candidate | None) -> Iterable[Candidate
         grid = itertools.product(*BLOCKS[problem.kernel], WARPS, STAGES[problem.kernel])
         found = [Candidate(*sizes) for sizes in grid]
         found += [Candidate(64, 256, 8, 2), Candidate(128, 256, 8, 2)]
+        if problem.kernel == "map":
+            found += [Candidate(rows, 64, 4, stages, 2) for rows in (64, 128) for stages in (2, 3)]
         if problem.kernel != "map" or problem.B != 1 or first is None:
             return found
         return [c._replace(splits=s) for c in found if c[2:4] == first[2:4] for s in SPLITS]
@@ -184,5 +186,5 @@ def _splits(candidate: Candidate, problem: Problem, target: Target) -> int:
     """Over how many programs the backend would split the heads."""
     tiles = triton.cdiv(problem.N, candidate.block_m) * problem.batch
     if problem.kernel == "map":
-        tiles *= triton.cdiv(problem.N, candidate.block_n)
+        tiles *= triton.cdiv(problem.N, candidate.block_n * candidate.parts)
     return head_splits(tiles, HEADS, target)

@@ -22,10 +22,13 @@ class Target(NamedTuple):
 
 
 class Config(NamedTuple):
+    """A tile of rows and of keys, warps of a program, loads in flight; parts: tiles of keys side by side (of a map)."""
+
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    parts: int = 1
 
 
 class Launch(NamedTuple):
@@ -117,8 +120,10 @@ def map_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bo
         if _is_blackwell(target):
             return Config(64, 32, 4, 1)
         return Config(64, 64, 4 if width <= 64 else 8, 1)
+    if target.arch == 90 and width <= 128:
+        return Config(64, 64, 4, 3, parts=2)  # three programs a processor: what one waits for, the others hide
     if target.backend == "cuda" and width <= 128:
-        return Config(128, 64, 4, min(stages, 2))  # two programs a processor: one's products hide the other's exp
+        return Config(128, 64, 4, min(stages, 2))  # two programs a processor
     return Config(128, 64 if _is_small(target) else 128, 8, stages)
 
 
@@ -139,6 +144,8 @@ def vecmat_config(head_dim: int, itemsize: int, rows: int, target: Target, bias:
     width = sum(split_d(head_dim)) * itemsize
     if bias or itemsize == 4 or width > 256:
         return map_config(head_dim, itemsize, rows, target, bias)
+    if target.arch == 90 and width <= 128:
+        return Config(64, 128, 4, 3)
     stages = min(_stages(width, target), 2)
     return Config(64, 64, 4, stages) if width <= 128 else Config(64, 128, 8, stages)
 

@@ -12,11 +12,11 @@ from attnx.kernels.primitives import (
     fuse_heads,
     fused_start,
     head_tiles,
-    load_lse,
     masked_scores,
     products,
     query_offsets,
     row_offsets,
+    shifts,
     store_tile,
     unit,
     wide,
@@ -75,7 +75,7 @@ def gradient_kernel(
             bias_ptr + b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + offs_n, mask_n,
             stride_bn, scale_log2, BIAS, CAUSAL, FOLD, False,
         )  # fmt: skip
-        lse = load_lse(lse_tile + h * M, offs_m, mask_m)
+        lse = shifts(tl.load(lse_tile + h * M + offs_m, mask=mask_m, other=0.0))
         p = tl.exp2(s * unit(scale_log2, FOLD) - lse[:, None])
         do = head_tiles(do_batch + h * stride_doh, offs_do, stride_dod, DV, BLOCK_DV, REST_DV)
         v = head_tiles(v_batch + h // GROUP * stride_vh, offs_v, stride_vd, DV, BLOCK_DV, REST_DV)

@@ -14,11 +14,11 @@ from attnx.kernels.primitives import (
     fuse_heads,
     fused_start,
     head_tiles,
-    load_lse,
     masked_scores,
     products,
     query_offsets,
     row_offsets,
+    shifts,
     store_tile,
     unit,
     wide,
@@ -34,53 +34,65 @@ def map_kernel(
     H, GROUP, M, N, scale_log2, splits, heads_each, map_share,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, HEADS: tl.constexpr,
     HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD: tl.constexpr, FAR: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One [BLOCK_M, BLOCK_N] tile of a map [M, N]: P = exp(s - lse), head after head, stored once.
+    """PARTS tiles [BLOCK_M, BLOCK_N] side by side of a map [M, N]: P = exp(s - lse), head after head, stored once.
 
-    Without a bias nothing is masked: what lies outside the map is computed and not stored.
+    Without a bias nothing is masked: what lies outside the map is computed and not stored. The log-sum-exps of the next
+    head are on their way while one is at work: loaded where they are used, they were what every turn waited for.
     """
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
-    blocks_n = tl.cdiv(N, BLOCK_N)
+    blocks_n = tl.cdiv(N, BLOCK_N * PARTS)
     block_m, block_n = tl.swizzle2d(pid % (blocks_m * blocks_n) // blocks_n, pid % blocks_n, blocks_m, blocks_n, 8)
     plane = pid // (blocks_m * blocks_n)
-    first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N
+    first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N * PARTS
     b = wide(plane // splits)
     first_head = (plane % splits) * heads_each
     last_head = tl.minimum(first_head + heads_each, H) - 1
 
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M - first_m, offs_n < N - first_n
+    mask_m = offs_m < M - first_m
     pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, FAR)
-    offs_k = row_offsets(tl.minimum(offs_n, N - 1 - first_n), stride_kn, FAR)
     q_batch = q_ptr + b * stride_qb + q_tile
     k_batch = k_ptr + b * stride_kb + wide(first_n) * stride_kn
     lse_tile = lse_ptr + b * H * M + first_m
     bias_rows = pos_m.to(tl.int64) * stride_bm
 
-    fused = fused_start(BLOCK_M, BLOCK_N, HEADS)
+    fused = ()
+    for _ in tl.static_range(PARTS):
+        fused = fused + (fused_start(BLOCK_M, BLOCK_N, HEADS),)
+    ahead = tl.load(lse_tile + wide(first_head) * M + offs_m, mask=mask_m, other=0.0)
     # A bias needs the registers that hoisted addresses would take.
     for head in tl.range(first_head, last_head + 1, disable_licm=BIAS != NO_BIAS):
         h = wide(head)
+        lse = shifts(ahead)
+        ahead = tl.load(lse_tile + wide(tl.minimum(head + 1, last_head)) * M + offs_m, mask=mask_m, other=0.0)
         q = head_tiles(q_batch + h * stride_qh, offs_q, stride_qd, D, BLOCK_D, REST_D)
-        k = head_tiles(k_batch + h // GROUP * stride_kh, offs_k, stride_kd, D, BLOCK_D, REST_D)
-        s = masked_scores(
-            products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
-            bias_ptr + b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + offs_n, mask_n,
-            stride_bn, scale_log2, BIAS, CAUSAL, FOLD, False,
-        )  # fmt: skip
-        lse = load_lse(lse_tile + h * M, offs_m, mask_m)
-        fused = fuse_heads(fused, tl.exp2(s * unit(scale_log2, FOLD) - lse[:, None]), HEADS)
+        old = fused
+        fused = ()
+        for part in tl.static_range(PARTS):
+            columns = offs_n + part * BLOCK_N
+            offs_k = row_offsets(tl.minimum(columns, N - 1 - first_n), stride_kn, FAR)
+            k = head_tiles(k_batch + h // GROUP * stride_kh, offs_k, stride_kd, D, BLOCK_D, REST_D)
+            s = masked_scores(
+                products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
+                bias_ptr + b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + columns,
+                columns < N - first_n, stride_bn, scale_log2, BIAS, CAUSAL, FOLD, False,
+            )  # fmt: skip
+            fused = fused + (fuse_heads(old[part], tl.exp2(s * unit(scale_log2, FOLD) - lse[:, None]), HEADS),)
     map_tile = map_ptr + wide(plane) * M * N + wide(first_m) * N + first_n
-    store_tile(map_tile, fused * map_share, offs_m, offs_n, mask_m, mask_n, N)
+    for part in tl.static_range(PARTS):
+        columns = offs_n + part * BLOCK_N
+        store_tile(map_tile, fused[part] * map_share, offs_m, columns, mask_m, columns < N - first_n, N)
 
 
 def map_launch(shared: dict[str, Any], lse: Tensor, maps: Tensor, heads: int, splits: int, config: Config) -> Launch:
     """Writes the maps [B * splits, M, N] fp32, each of some of the heads; lse: [B,H,M] fp32 of the same rows."""
     q = shared["q_ptr"]
     args = {**shared, "lse_ptr": lse, "map_ptr": maps, "HEADS": heads, **split_args(q.shape[1], splits, heads)}
-    tiles = triton.cdiv(shared["M"], config.block_m) * triton.cdiv(shared["N"], config.block_n)
+    args["PARTS"] = config.parts
+    tiles = triton.cdiv(shared["M"], config.block_m) * triton.cdiv(shared["N"], config.block_n * config.parts)
     return Launch(map_kernel, (tiles * q.shape[0] * splits,), args, config)
 
 

@@ -69,7 +69,7 @@ class Resources(NamedTuple):
     target: str
     dtype: str
     head_dim: int
-    config: tuple[int, int, int, int]
+    config: tuple[int, int, int, int, int]
     registers: int = 0
     spills: int = 0
     shared: int = 0
@@ -285,8 +285,9 @@ def table(rows: list[Resources]) -> Iterator[str]:
     """Lines: a header, then a row each."""
     yield _line(list(COLUMNS))
     for row in rows:
-        block_m, block_n, warps, stages = row.config
-        cells = [row.kernel, row.target, row.head_dim, row.dtype, f"{block_m}x{block_n}", warps, stages]
+        block_m, block_n, warps, stages, parts = row.config
+        blocks = f"{block_m}x{parts * block_n}"
+        cells = [row.kernel, row.target, row.head_dim, row.dtype, blocks, warps, stages]
         if row.error:
             yield _line(cells) + f"  {row.error}"
             continue

@@ -50,7 +50,8 @@ def row_offsets(rows, stride, FAR: tl.constexpr):
     """Offsets of a tile's rows within the tile."""
     if FAR:
         return rows.to(tl.int64) * stride
-    return rows * stride
+    else:
+        return rows * stride
 
 
 @triton.jit
@@ -158,10 +159,12 @@ def finite_max(m):
 
 
 @triton.jit
-def load_lse(ptr, offs, mask):
-    """Log-sum-exps in units of log 2. Of a row without keys plus infinity: its weights are 0, and not exp(NaN)."""
-    lse = tl.load(ptr + offs, mask=mask, other=0.0) * LOG2E
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+def shifts(lse):
+    """What is subtracted from scores in units of log 2, of rows with these log-sum-exps (natural).
+
+    Plus infinity for a row without keys: its weights are 0, and not exp(NaN).
+    """
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
 
 @triton.jit

@@ -10,11 +10,11 @@ from attnx.kernels.configs import Launch, Target, vecmat_config
 from attnx.kernels.primitives import (
     NO_BIAS,
     head_tiles,
-    load_lse,
     masked_scores,
     products,
     query_offsets,
     row_offsets,
+    shifts,
     unit,
     wide,
 )
@@ -50,9 +50,17 @@ def vecmat_kernel(
     start = 0
     if CAUSAL and not HAS_ROWS:
         start = first_n // BLOCK_M * BLOCK_M
+    lse_head, r_batch = lse_ptr + (b * H + h) * M, r_ptr + b * M
+    ahead_lse = tl.load(lse_head + start + offs_m, mask=offs_m < M - start, other=0.0)
+    ahead_r = tl.load(r_batch + start + offs_m, mask=offs_m < M - start, other=0.0)
     # A bias needs the registers that hoisted addresses would take.
     for first_m in tl.range(start, M, BLOCK_M, disable_licm=BIAS != NO_BIAS):
         mask_m = offs_m < M - first_m
+        lse, r = shifts(ahead_lse), ahead_r
+        # Those of the next rows are on their way while these are at work.
+        rest = M - first_m - BLOCK_M
+        ahead_lse = tl.load(lse_head + first_m + BLOCK_M + offs_m, mask=offs_m < rest, other=0.0)
+        ahead_r = tl.load(r_batch + first_m + BLOCK_M + offs_m, mask=offs_m < rest, other=0.0)
         pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, FAR)
         q = head_tiles(q_head + q_tile, offs_q, stride_qd, D, BLOCK_D, REST_D)
         s = masked_scores(
@@ -60,8 +68,6 @@ def vecmat_kernel(
             bias_head, pos_m.to(tl.int64) * stride_bm, mask_m, pos_m, first_n + offs_n, mask_n,
             stride_bn, scale_log2, BIAS, CAUSAL, FOLD, False,
         )  # fmt: skip
-        lse = load_lse(lse_ptr + (b * H + h) * M + first_m, offs_m, mask_m)
-        r = tl.load(r_ptr + b * M + first_m + offs_m, mask=mask_m, other=0.0)
         p = tl.exp2(s * unit(scale_log2, FOLD) - lse[:, None])
         # A row that has nothing to pass on passes no NaN on either.
         total += tl.where((r == 0.0)[:, None], 0.0, r[:, None] * p)

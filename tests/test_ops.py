@@ -87,7 +87,9 @@ def test_nan_and_inf_are_where_sdpa_has_them(backend, N, value, where, device):
     inputs = random_inputs(Case(B=1, H=2, N=N), device=device)
     getattr(inputs, where)[0, 1, 7, 3] = value
     for is_causal in (False, True):
-        expected = F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, is_causal=is_causal)
+        # On GPUs one of its kernels splits an infinite key into parts whose difference is NaN for every query.
+        cpu = (t.cpu() for t in (inputs.q, inputs.k, inputs.v))
+        expected = F.scaled_dot_product_attention(*cpu, is_causal=is_causal).to(device)
         assert expected.isnan().any()
         out, amap = attend(inputs, backend, is_causal=is_causal)
         assert torch.equal(out.isnan(), expected.isnan())

@@ -166,6 +166,9 @@ def _output(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: boo
         is_causal = False
     gqa = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+    if bias is not None and q.is_cuda:  # some of its kernels there give rows without keys the mean of all values
+        empty = ~bias.any(-1, keepdim=True) if bias.dtype == torch.bool else (bias == -torch.inf).all(-1, keepdim=True)
+        out = out.masked_fill(empty, 0.0)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 

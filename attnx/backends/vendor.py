@@ -57,7 +57,7 @@ def _on_cuda(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
         return None
     # cuDNN's has a last dimension of 1. Flash attention says plus infinity of a row with a NaN; none is without keys.
     lse = lse.reshape(q.shape[:3]).contiguous()
-    return _rows_first(out), lse.masked_fill_(lse == torch.inf, torch.nan)
+    return _rows_first(out), lse.nan_to_num_(nan=torch.nan, posinf=torch.nan, neginf=-torch.inf)
 
 
 def _on_cpu(

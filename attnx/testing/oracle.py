@@ -99,6 +99,8 @@ def torch_reference(
     elif bias is not None or is_causal:
         mask = ~hidden
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if mask is not None:  # some of its kernels for GPUs give rows without keys the mean of all values
+        out = out.masked_fill(hidden.all(-1, keepdim=True), 0.0)
     wide = torch.promote_types(q.dtype, torch.float32)
     p = _softmax(_biased_scores(q, k, bias, is_causal, scale, wide), hidden)
     return out, fuse_heads(_chosen(p, rows), Heads.parse(heads)).float()
@@ -118,7 +120,9 @@ def budget(exact: Tensor, reference: Tensor, dtype: torch.dtype, exponent: float
     """
     finite = exact.isfinite() & reference.isfinite()
     error, size = _largest((reference.double() - exact)[finite]), _largest(exact[finite])
-    return 2 * error + torch.finfo(dtype).eps * size * exponent
+    # Of float64 the oracle itself rounds as much.
+    rounded = 4.0 if dtype == torch.float64 else 1.0
+    return 2 * error + rounded * torch.finfo(dtype).eps * size * exponent
 
 
 def score_size(
