@@ -5,19 +5,15 @@ it; those that give an output have a gradient too. Empty inputs are answered her
 """
 
 import warnings
-from collections.abc import Callable
-from functools import wraps
 from importlib import import_module
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnx.backends import eager
+from attnx.dispatch import operator
 from attnx.reducers import Heads
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _MISSING: set[str] = set()  # backends of which was said that they are
 _OF_DEVICE = {"cuda": "triton", "cpu": "native"}
@@ -55,22 +51,7 @@ def _warn_once(backend: str, why: str) -> None:
         warnings.warn(f"attnx: plain torch answers in place of the {backend} backend, more slowly: {why}", stacklevel=3)
 
 
-def _as_given(function: Callable[P, R]) -> Callable[P, R]:
-    """The function with autocast off: what is cast was cast before, and inside it would round the weights."""
-
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = next(t.device.type for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-        if not torch.is_autocast_enabled(device):
-            return function(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
-
-
-@torch.library.custom_op("attnx::attention", mutates_args=())
-@_as_given
+@operator("attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -106,8 +87,7 @@ def _attention_fake(
     return out, _map_fake(q, k, bias, is_causal, scale, heads, rows, None, backend)
 
 
-@torch.library.custom_op("attnx::attention_map", mutates_args=())
-@_as_given
+@operator("attention_map")
 def _map(
     q: Tensor,
     k: Tensor,
@@ -143,8 +123,7 @@ def _map_fake(
     return q.new_empty((*planes, m, k.shape[2]), dtype=torch.float32)
 
 
-@torch.library.custom_op("attnx::attention_lse", mutates_args=())
-@_as_given
+@operator("attention_lse")
 def _lse(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -162,8 +141,7 @@ def _lse_fake(
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("attnx::vecmat", mutates_args=())
-@_as_given
+@operator("vecmat")
 def _vecmat(
     r: Tensor,
     q: Tensor,
@@ -193,8 +171,7 @@ def _vecmat_fake(
     return r.new_empty(r.shape[0], k.shape[2])
 
 
-@torch.library.custom_op("attnx::gradient_map", mutates_args=())
-@_as_given
+@operator("gradient_map")
 def _gradient_map(
     grad: Tensor,
     q: Tensor,
@@ -235,8 +212,7 @@ def _gradient_map_fake(
     return _map_fake(q, k, bias, is_causal, scale, heads, rows, lse, backend)
 
 
-@torch.library.custom_op("attnx::attention_backward", mutates_args=())
-@_as_given
+@operator("attention_backward")
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import attnx.operators  # noqa: F401  (registers them)
+from attnx.dispatch import call
 from attnx.reducers import Heads
 
 BACKENDS = ("auto", "triton", "native", "eager")
@@ -60,7 +61,7 @@ def attention(
     bias = _check(q, k, v, bias, is_causal, heads)
     index = _row_index(rows, q.shape[2], q.device)
     scale = _scale(scale, q)
-    out, amap = torch.ops.attnx.attention(q, k, v, bias, is_causal, scale, heads, index, _known(backend))
+    out, amap = call("attention", q, k, v, bias, is_causal, scale, heads, index, _known(backend))
     return out, amap.detach()
 
 
@@ -89,7 +90,7 @@ def attention_map(
     name = _known(backend)
     q, k = q.detach(), k.detach()
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
-    return torch.ops.attnx.attention_map(q, k, bias, is_causal, _scale(scale, q), heads, index, lse, name)
+    return call("attention_map", q, k, bias, is_causal, _scale(scale, q), heads, index, lse, name)
 
 
 def attention_lse(
@@ -113,7 +114,7 @@ def attention_lse(
     """
     q, k, v = cast_as_sdpa(q, k, v)
     bias = _check(q, k, v, bias, is_causal, "mean")
-    out, lse = torch.ops.attnx.attention_lse(q, k, v, bias, is_causal, _scale(scale, q), _known(backend))
+    out, lse = call("attention_lse", q, k, v, bias, is_causal, _scale(scale, q), _known(backend))
     return out, lse.detach()
 
 
@@ -153,7 +154,7 @@ def vecmat(
     name = _known(backend)
     r, q, k = r.detach(), q.detach(), k.detach()
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
-    return torch.ops.attnx.vecmat(r, q, k, bias, is_causal, _scale(scale, q), lse, name)
+    return call("vecmat", r, q, k, bias, is_causal, _scale(scale, q), lse, name)
 
 
 def gradient_map(
@@ -203,8 +204,8 @@ def gradient_map(
     _check_float32("lse", lse, q.shape[:3], q.device)
     grad, q, k, v = (t.detach() for t in (grad, q, k, v))
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
-    return torch.ops.attnx.gradient_map(
-        grad, q, k, v, bias, is_causal, _scale(scale, q), heads, clamp, index, lse, _known(backend)
+    return call(
+        "gradient_map", grad, q, k, v, bias, is_causal, _scale(scale, q), heads, clamp, index, lse, _known(backend)
     )
 
 

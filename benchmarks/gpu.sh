@@ -44,7 +44,7 @@ if [[ -n $QUICK ]]; then
 fi
 # Most of the tests' time is compilation: where pytest-xdist is there, in parallel.
 parallel=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 12")
-tests=(tests/test_{ops,ops_contract,vecmat,keep,gradient,gradient_map,gradient_kernel,capture}.py)
+tests=(tests/test_{ops,ops_contract,vecmat,keep,gradient,gradient_map,gradient_kernel,capture,widths}.py)
 for timed in ${STEPS:-tests:130 benchmarks:280 words:85 sweep:85}; do
     name=${timed%:*} seconds=${timed#*:}
     case $name in

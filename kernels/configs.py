@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from attnx.kernels.launching import launch
+
 SHORT_ROW = 256  # keys of a row that fits on chip beside its map, in one tile
 LONGER_ROW = 288  # and with a tail of 32 keys: 256 patches, a class token, registers
 
@@ -40,14 +42,11 @@ class Launch(NamedTuple):
     config: Config
 
     def run(self) -> None:
-        blocks = {} if "BLOCK" in self.args else dict(BLOCK_M=self.config.block_m, BLOCK_N=self.config.block_n)
-        self.kernel[self.grid](
-            **self.args,
-            **blocks,
-            num_warps=self.config.num_warps,
-            num_stages=self.config.num_stages,
-            enable_fp_fusion=True,
-        )
+        """Launches it on the current device."""
+        config = self.config
+        blocks = {} if "BLOCK" in self.args else dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n)
+        options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+        launch(self.kernel, self.grid, {**self.args, **blocks}, options)
 
 
 class ShortRows(NamedTuple):
@@ -81,8 +80,13 @@ def head_splits(programs: int, heads: int, target: Target) -> int:
     return -(-heads // each)
 
 
-def forward_config(head_dim: int, itemsize: int, rows: int, heads: int, target: Target, bias: bool = False) -> Config:
-    """Output and lse, one head a program. head_dim: the larger of D and Dv; heads: B * H; bias: a tile of it too."""
+def forward_config(
+    head_dim: int, itemsize: int, rows: int, heads: int, target: Target, bias: bool = False, even: bool = True
+) -> Config:
+    """Output and lse, one head a program.
+
+    head_dim: the larger of D and Dv; heads: B * H; bias: a tile of it too; even: D is Dv, and one tile of `split_d`.
+    """
     width = sum(split_d(head_dim)) * itemsize  # bytes a row of K or V takes
     stages = _stages(width, target)
     if width > 512:
@@ -97,6 +101,9 @@ def forward_config(head_dim: int, itemsize: int, rows: int, heads: int, target: 
         return Config(128, 32, 8, 1) if _is_blackwell(target) else Config(64, 32, 4, 1)
     if target.backend == "hip":
         return Config(128 if width <= 128 else 64, 64, 4, stages)
+    if target.arch == 90 and not even:
+        # Of 64 keys at a time ptxas 12.8 takes some descriptors from a register that nothing wrote, see `undefined`.
+        return Config(64, 32, 4, min(stages, 2))
     if -(-rows // 128) * heads < target.width:
         return Config(64, 64 if width <= 128 else 32, 4, stages)
     return Config(128, 64, 4, stages) if width <= 128 else Config(128, 32, 8, stages)

@@ -139,6 +139,7 @@ def forward_launch(shared: dict[str, Any], values: dict[str, Any], lse: Tensor, 
     q = shared["q_ptr"]
     widest = max(shared["D"], values["DV"]) if values["HAS_V"] else shared["D"]
     heads = q.shape[0] * q.shape[1]
-    config = forward_config(widest, q.element_size(), shared["M"], heads, target, shared["BIAS"] != 0)
+    even = not values["HAS_V"] or (shared["D"] == values["DV"] and shared["REST_D"] == 0)
+    config = forward_config(widest, q.element_size(), shared["M"], heads, target, shared["BIAS"] != 0, even)
     grid = (triton.cdiv(shared["M"], config.block_m) * heads,)
     return Launch(forward_kernel, grid, {**shared, **values, "lse_ptr": lse}, config)

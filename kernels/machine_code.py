@@ -92,7 +92,9 @@ def parse(text: str) -> Code:
     return parse_amdgcn(text) if "amdgcn" in text[:4096] else parse_sass(text)
 
 
-_SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]\w*(?:\.\w+)*)\.?\s*([^;]*);", re.MULTILINE)
+SASS_LINE = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]\w*(?:\.\w+)*)\.?\s*([^;]*);", re.MULTILINE
+)
 
 
 def parse_sass(text: str) -> Code:
@@ -100,7 +102,7 @@ def parse_sass(text: str) -> Code:
     raws: list[_Raw] = []
     labels: dict[str, int] = {}
     joins: dict[str, tuple[str, ...]] = {}  # BSYNC Bx goes where the last BSSY Bx said
-    for address, predicate, opcode, operands in _SASS.findall(text):
+    for address, predicate, opcode, operands in SASS_LINE.findall(text):
         labels[f"{int(address, 16):x}"] = len(raws)
         base = opcode.split(".")[0]
         found = re.search(r"\b0x([0-9a-f]+)\s*$", operands)

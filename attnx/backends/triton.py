@@ -186,7 +186,7 @@ def _output(q: Tensor, v: Tensor) -> Tensor:
 
 def _launch(launch: Launch, q: Tensor) -> None:
     """Runs it on q's device, which need not be the current one."""
-    if q.device.type == "cuda":
+    if q.device.type == "cuda" and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             launch.run()
     else:
