@@ -182,6 +182,8 @@ def one_pass_config(head_dim: int, itemsize: int, keys: int, target: Target, bia
         return None
     if int(target.arch) < 90:
         return ShortRows(Config(32 if padded == 64 else 16, SHORT_ROW, 8, 1), padded, 1, 32, lag=padded < 64)
+    if target.arch == 90 and keys <= SHORT_ROW + 16:
+        return ShortRows(Config(64, SHORT_ROW, 8, 2), padded, 1, 16)
     return ShortRows(Config(64, SHORT_ROW, 8, 1), padded, 1, 32)
 
 

@@ -26,6 +26,7 @@ from attnx.kernels.gradient import gradient_launch
 from attnx.kernels.machine_code import Code, Kind, parse
 from attnx.kernels.map import map_launch
 from attnx.kernels.one_pass import one_pass_launch
+from attnx.kernels.undefined import undefined
 from attnx.kernels.vecmat import vecmat_launch
 
 TARGETS = (*(Target("cuda", arch) for arch in (80, 86, 89, 90, 100)), Target("hip", "gfx942"))
@@ -62,6 +63,7 @@ class Resources(NamedTuple):
     batches: how often Hopper's matrix instructions are waited for; as many as there are of them: ptxas had a reason to
         issue them one by one.
     sgpr_spills: AMD's scalar registers kept in lanes of vector registers. agprs: its accumulation registers.
+    undefined: the first instruction that reads a register which nothing wrote, see `kernels/undefined.py`.
     error: why there is nothing to say.
     """
 
@@ -81,6 +83,7 @@ class Resources(NamedTuple):
     exp_count: int = 0
     sgpr_spills: int = 0
     agprs: int = 0
+    undefined: str = ""
     error: str = ""
 
 
@@ -172,11 +175,13 @@ def inspect(name: str, launch: Launch, target: Target) -> tuple[Resources, Code]
         text = compiled.asm["amdgcn"]
         code, found = parse(text), _amd_usage(text)
     else:
-        code = parse(cuobjdump(compiled.asm["cubin"], "-sass"))
+        text = cuobjdump(compiled.asm["cubin"], "-sass")
+        code = parse(text)
         usage = cuobjdump(compiled.asm["cubin"], "-res-usage")
         registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
         # Slots of the stack are used again, so that counting stores would count more than is kept there.
         found = dict[str, Any](registers=registers, spills=stack if code.count(Kind.SPILL) else 0)
+        found["undefined"] = next(iter(undefined(text)), "")
     units = code.matrix()
     fp32 = sum(i.opcode.startswith(("FFMA", "v_fma", "v_pk_fma")) for i in code.instructions)
     asked = _multiply_adds(launch)
@@ -270,13 +275,15 @@ def _compile_some(target: Target, head_dim: int, dtype: torch.dtype) -> list[Res
 
 
 def failures(rows: list[Resources]) -> Iterator[str]:
-    """A line for every row that doesn't compile, spills, or asks for more shared memory than there is."""
+    """A line for every row that doesn't compile, spills, is wrong, or asks for more shared memory than there is."""
     for row in rows:
         name = f"{row.kernel} on {row.target}, head dim {row.head_dim}, {row.dtype}"
         if row.error:
             yield f"{name}: {row.error}"
         if row.spills:
             yield f"{name}: {row.spills} bytes a thread are spilled"
+        if row.undefined:
+            yield f"{name}: {row.undefined}"
         if row.shared > row.limit:
             yield f"{name}: asks for {row.shared} bytes of shared memory, {row.limit} are allowed"
 

@@ -67,16 +67,40 @@ def test_triton_splits_heads_where_processors_would_be_idle(n, heads, count, lau
 
 
 @pytest.mark.parametrize(
-    ("n", "parts", "tail"), [(20, 1, 0), (70, 1, 16), (90, 1, 32), (128, 2, 0), (200, 3, 16), (256, 1, 0), (257, 1, 32)]
+    ("n", "parts", "tail"),
+    [(20, 1, 0), (70, 1, 16), (90, 1, 32), (128, 2, 0), (200, 3, 16), (256, 1, 0), (257, 1, 16), (280, 1, 32)],
 )
 def test_triton_takes_short_rows_in_one_launch(n, parts, tail, launched, monkeypatch, device):
-    inputs = testing.random_inputs(testing.Case(B=2, H=2, M=17, N=n, dtype=torch.float16), device=device)
+    # One key head for two: no vendor's attention takes the output away.
+    inputs = testing.random_inputs(testing.Case(B=2, H=2, Hk=1, M=17, N=n, dtype=torch.float16), device=device)
     on(monkeypatch, processors=1)
     out, amap = attnx.attention(*inputs[:3], backend="triton")
     assert names(launched) == ["one_pass_kernel"]
     if backend.target(device).arch == 90:
         assert (launched[0].args["PARTS"], launched[0].args["TAIL"]) == (parts, tail)
     testing.assert_attention(out, amap, *inputs[:3])
+
+
+@pytest.mark.gpu
+def test_the_vendor_makes_the_output_where_that_is_faster(launched, monkeypatch, device):
+    on(monkeypatch, processors=1)
+    for n, kernel in ((100, "one_pass_kernel"), (200, "map_kernel")):
+        inputs = testing.random_inputs(testing.Case(M=n, N=n, D=64, dtype=torch.bfloat16), device=device)
+        out, amap = attnx.attention(*inputs[:3], backend="triton")
+        assert names(launched) == [kernel if backend.target(device).arch == 90 else "one_pass_kernel"]
+        testing.assert_attention(out, amap, *inputs[:3])
+        launched.clear()
+
+
+@pytest.mark.gpu
+def test_launches_are_remembered_by_what_they_were_compiled_for(device):
+    """Vector loads are compiled for pointers that are aligned: others need code of their own, and both are kept."""
+    room = torch.randn(3, 2 * 2 * 40 * 64 + 1, device=device).bfloat16()
+    for offset in (0, 1, 0, 1):
+        q, k, v = (t[offset : offset + 2 * 2 * 40 * 64].view(2, 2, 40, 64) for t in room)
+        for heads in ("mean", "max"):
+            out, amap = attnx.attention(q, k, v, heads=heads, backend="triton")
+            testing.assert_attention(out, amap, q, k, v, heads=heads)
 
 
 @pytest.mark.parametrize("n", [20, 300])

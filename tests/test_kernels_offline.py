@@ -51,8 +51,9 @@ def compiled(dtype, target, head_dim):
 
 
 @pytest.mark.parametrize(("dtype", "target", "head_dim"), CASES)
-def test_nothing_spills(dtype, target, head_dim):
+def test_nothing_spills_and_nothing_is_lost(dtype, target, head_dim):
     rows = compiled(dtype, target, head_dim)
+    assert {kernel: row["undefined"] for kernel, row in rows.items() if row["undefined"]} == {}
     known = KNOWN.get(triton.__version__.rpartition(".")[0], {}).get((dtype, target, head_dim), {})
     assert {
         kernel: (row["spills"], row["error"])
@@ -111,12 +112,64 @@ def test_command_says_what_spills():
 
     good = Resources("map", "sm_90", "bf16", 64, (128, 128, 8, 3), shared=100, limit=200)
     bad = [good._replace(spills=8), good._replace(shared=300), good._replace(error="PassManager failed")]
+    bad += [good._replace(undefined="0bb0: nothing wrote UR34")]
     assert list(failures([good])) == []
     assert [line.partition(": ")[2] for line in failures(bad)] == [
         "8 bytes a thread are spilled",
         "asks for 300 bytes of shared memory, 200 are allowed",
         "PassManager failed",
+        "0bb0: nothing wrote UR34",
     ]
+
+
+# What ptxas 12.8 made of a product of weights with values narrower than the keys: the second descriptor from UR34.
+LOST = """
+        /*0000*/                   ULDC UR6, c[0x0][0x28c] ;
+        /*0010*/                   UIADD3 UR7, UR6, 0x2000, URZ ;
+        /*0020*/                   UIADD3 UR34, UP0, {base}, 0x20, URZ ;
+        /*0030*/                   UIADD3.X UR35, UR7, -0x3ffffff0, URZ, UP0, !UPT ;
+        /*0040*/                   UIMAD.WIDE UR14, UR6, UR7, URZ ;
+        /*0050*/                   HGMMA.64x16x16.F32 R56, R24, gdesc[UR12].tnspB, R56 ;
+        /*0060*/                   HGMMA.64x16x16.F32 R56, R28, gdesc[UR32].tnspB, R56, gsb0 ;
+"""
+
+
+def test_a_register_that_nothing_wrote_is_seen():
+    from attnx.kernels.undefined import undefined
+
+    assert undefined(LOST.format(base="UR7")) == []
+    assert undefined(LOST.format(base="UR34")) == ["0020: UIADD3 UR34, UP0, UR34, 0x20, URZ: nothing wrote UR34"]
+    from_shared = LOST.format(base="UR7").replace("R24, gdesc[UR12]", "gdesc[UR12]")
+    assert undefined(from_shared)[0].endswith("nothing wrote UR12, UR13")
+
+
+WIDTHS = """
+import json, torch
+from attnx.kernels import offline
+from attnx.kernels.arguments import shared_args, value_args
+from attnx.kernels.configs import Target, gradient_config
+from attnx.kernels.forward import forward_launch
+from attnx.kernels.gradient import gradient_launch
+hopper, found = Target("cuda", 90), []
+for head_dim, value_dim in (32, 16), (64, 16), (64, 32), (48, 48), (16, 64):
+    for rows in 20, 300:
+        q, k, v = (torch.empty(2, 12, *size, dtype=torch.float16, device="meta")
+                   for size in ((rows, head_dim), (300, head_dim), (300, value_dim)))
+        out = torch.empty(2, rows, 12, value_dim, dtype=torch.float16, device="meta").transpose(1, 2)
+        lse, maps = torch.empty(2, 12, rows, device="meta"), torch.empty(2, rows, 300, device="meta")
+        shared = shared_args(q, k, None, None, 1.0, False)
+        config = gradient_config(max(head_dim, value_dim), 2, rows, hopper)
+        for name, launch in (("forward", forward_launch(shared, value_args(q, v, out), lse, hopper)),
+                             ("gradient", gradient_launch(shared, out, v, lse, maps, 0, True, 1, config))):
+            found += list(offline.failures([offline.resources(name, launch, hopper)]))
+print(json.dumps(found))
+"""
+
+
+def test_values_of_another_width_than_the_keys_on_hopper():
+    done = python(WIDTHS)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
 
 
 @pytest.mark.parametrize(

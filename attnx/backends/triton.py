@@ -30,8 +30,8 @@ from attnx.reducers import Heads
 
 MAX_HEAD_DIM = 256
 ONE_PASS = 128
-"""Up to so many keys one launch is always taken that makes output and map together; from there on the vendor's output
-and a launch for the map are faster where the vendor can serve (H200: 0.75 of the time at 197 keys, 0.6 at 257)."""
+"""Up to so many keys output and map are made in one launch; with more, on Hopper, the vendor's output and a launch for
+the map are faster where the vendor can serve: the parts take 0.84 of the time at 197 keys, 0.58 at 257 (H200)."""
 
 
 def limits(q: Tensor, v: Tensor | None) -> list[str]:
@@ -62,7 +62,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [B,H,M,Dv] in q's dtype (rows before heads in memory, as blocks want it) and map, see `ops.attention`."""
     short = _short_rows(q, k, v, bias) if rows is None else None
-    if short is None or k.shape[2] > ONE_PASS:
+    if short is None or (k.shape[2] > ONE_PASS and target(q.device).arch == 90):
         served = vendor.output_and_lse(q, k, v, bias, is_causal, scale) if q.is_cuda else None
         if served is not None:
             return served[0], attention_map(q, k, bias, is_causal, scale, heads, rows, served[1])
