@@ -32,6 +32,7 @@ def call(name: str, *args: Any) -> Any:
     """
     if (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None

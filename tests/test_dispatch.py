@@ -1,0 +1,78 @@
+"""When a call goes by torch's dispatcher: whenever somebody would see it there."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attnx
+from attnx import dispatch
+from attnx.testing import Case, assert_attention, random_inputs
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """Names of the operators whose function was called without the dispatcher."""
+    called = []
+
+    class Told(dict):
+        def __getitem__(self, name):
+            called.append(name)
+            return super().__getitem__(name)
+
+    monkeypatch.setattr(dispatch, "_FUNCTIONS", Told(dispatch._FUNCTIONS))
+    return called
+
+
+def test_nobody_watches(direct):
+    q, k, v, _ = random_inputs(Case())
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            out, amap = attnx.attention(q, k, v)
+        assert direct.pop() == "attention"
+        assert not direct
+        assert_attention(out, amap, q, k, v)
+
+
+def test_a_gradient(direct):
+    q, k, v, _ = random_inputs(Case())
+    out, amap = attnx.attention(q.requires_grad_(), k, v)
+    assert out.requires_grad
+    assert not amap.requires_grad
+    assert not direct
+
+
+def test_a_mode(direct):
+    q, k, _, _ = random_inputs(Case())
+    with torch.no_grad(), Watch() as watch:
+        attnx.attention_map(q, k)
+    assert "attnx.attention_map.default" in watch.seen
+    assert not direct
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace(direct):
+    q, k, v, _ = random_inputs(Case())
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda q, k, v: attnx.attention(q, k, v), (q, k, v), check_trace=False)
+    assert "attnx::attention" in str(traced.graph)
+    assert not direct
+
+
+def test_a_subclass(direct):
+    class Marked(torch.Tensor):
+        pass
+
+    q, k, v, _ = random_inputs(Case())
+    with torch.no_grad():
+        attnx.attention(q.as_subclass(Marked), k, v)
+    assert not direct
