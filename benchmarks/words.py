@@ -34,7 +34,7 @@ import attnx
 from attnx.models.albef import Albef, AlbefConfig
 from attnx.models.words import Caption
 from benchmarks import memory, mkl
-from benchmarks.machine import ROOT, environment, file_stem, write_atomically
+from benchmarks.machine import ROOT, environment, file_stem, part_of, write_atomically
 from benchmarks.original import Original, load_original
 
 LAYER = 8
@@ -226,13 +226,13 @@ def main(argv: list[str] | None = None) -> int:
     with mkl.as_on_intel() if options.mkl_as_on_intel else nullcontext():
         about = {**environment(options.device), "quick": options.quick, "layer": LAYER}
         path = options.out / f"words-{file_stem(options.device)}{'-quick' if options.quick else ''}.json"
-        rows = []
+        part, rows = part_of(path), []
         for row in measure(options.original, options.quick, options.device, options.only):
             rows.append(row)
             times = f"{row['median_ms']:9.1f} ms {row['ratio_to_floor']:6.2f} x {row['peak_mb']:8.1f} MB"
             print(f"{row['contestant']:18}{times}", flush=True)
-    write_atomically(path, json.dumps({**about, "rows": rows}, indent=1))
-    print(path.name)
+            write_atomically(part, json.dumps({**about, "rows": rows}, indent=1))
+    print(part.replace(path).name)
     return 0
 
 
