@@ -8,7 +8,7 @@ import re
 
 from attnx.kernels.machine_code import SASS_LINE
 
-_REGISTER = re.compile(r"(g?desc\[)?\bUR(\d+)\b(\.64)?")
+_REGISTER = re.compile(r"(\w*\[)?\bUR(\d+)\b(\.64)?")
 _WIDE = re.compile(r"\.(?:WIDE|64)\b")
 
 
@@ -35,12 +35,13 @@ def undefined(text: str) -> list[str]:
 
 def _read(opcode: str, operands: str) -> set[int]:
     read: set[int] = set()
-    # The second descriptor of four registers is B's; the first is A's, where A is not in registers.
-    both = not (opcode.startswith("HGMMA") and re.match(r"R\d+", operands.partition(",")[2].strip()))
+    # HGMMA's descriptors of four registers are A's and B's: the second alone, where A is not in shared memory.
+    hopper = opcode.startswith("HGMMA")
+    both = hopper and not re.match(r"R\d+", operands.partition(",")[2].strip())
     for descriptor, number, wide in _REGISTER.findall(operands):
         first = int(number)
-        if descriptor == "gdesc[":
+        if descriptor == "gdesc[" and hopper:
             read.update(range(first if both else first + 2, first + 4))
         else:
-            read.update(range(first, first + (2 if descriptor or wide else 1)))
+            read.update(range(first, first + (2 if descriptor in {"gdesc[", "desc["} or wide else 1)))
     return read

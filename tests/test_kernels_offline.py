@@ -141,6 +141,8 @@ def test_a_register_that_nothing_wrote_is_seen():
     assert undefined(LOST.format(base="UR34")) == ["0020: UIADD3 UR34, UP0, UR34, 0x20, URZ: nothing wrote UR34"]
     from_shared = LOST.format(base="UR7").replace("R24, gdesc[UR12]", "gdesc[UR12]")
     assert undefined(from_shared)[0].endswith("nothing wrote UR12, UR13")
+    blackwell = "  /*0010*/  UTCHMMA gdesc[UR6], gdesc[UR8], tmem[UR10], tmem[UR30], idesc[UR31], !UPT ;"
+    assert undefined(blackwell)[0].endswith("nothing wrote UR6, UR7, UR8, UR9, UR10, UR30, UR31")
 
 
 WIDTHS = """
