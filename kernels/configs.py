@@ -137,6 +137,10 @@ def map_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bo
 def gradient_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
     """A tile of the gradient-weighted map: smaller than the map's, because a second product is beside the first."""
     width = sum(split_d(head_dim)) * itemsize
+    if target.arch == 90 and rows > 16 and itemsize == 4 and width <= 256:
+        return Config(32, 32, 4, 1)
+    if target.arch == 90 and rows > 16 and bias and width <= 64:
+        return Config(64, 32, 4, 1)
     if target.backend == "hip" or itemsize == 4 or (bias and width <= 160) or (rows <= 16 and not bias):
         return map_config(head_dim, itemsize, rows, target, bias)
     if bias and rows <= 16:
