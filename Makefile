@@ -12,7 +12,7 @@ style:
 	mypy
 
 test:
-	pytest
+	pytest -n logical --dist loadfile
 
 test-gpu:
 	pytest -m gpu

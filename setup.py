@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["attnx", "attnx.*"]), "attnx.kernels", "attnx.kernels.cpu"],
     package_dir={"attnx": "attnx", "attnx.kernels": "kernels"},
-    package_data={"attnx.demo": ["weights.safetensors"], "attnx.kernels.cpu": ["*.cpp", "*.h"]},
+    package_data={"attnx.demo": ["weights.safetensors", "pair.safetensors"], "attnx.kernels.cpu": ["*.cpp", "*.h"]},
 )

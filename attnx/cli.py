@@ -64,16 +64,17 @@ def demo(
     out: Out = Path("attnx-demo"),
     scenes: Annotated[int, typer.Option(help="How many scenes to draw.")] = 48,
 ) -> None:
-    """Draws scenes, runs the bundled model on them, and shows where it looked.
+    """Draws scenes, runs the bundled models on them, and shows where they looked: for the target, and for words.
 
-    Writes the scenes, their maps (Parquet), results.json and contact_sheet.png. No download, no GPU, seconds.
+    Writes the scenes, their maps (Parquet), results.json, contact_sheet.png, words.png, and captioned/pairs.jsonl for
+    `attnx words --model demo --pairs`. No download, no GPU.
     """
     from attnx.demo.run import run_demo
     from attnx.jobs.reading import progress_bar
 
     verdict = run_demo(out, scenes, progress=progress_bar)
     typer.echo(str(verdict))
-    typer.echo(f"look at {out / 'contact_sheet.png'}")
+    typer.echo(f"look at {out / 'contact_sheet.png'} and {out / 'words.png'}")
 
 
 @app.command()

@@ -36,7 +36,7 @@ if [[ -z $QUICK ]] && grep -q "no CUDA device" "$OUT/gpu.txt"; then
 fi
 
 if [[ -n $QUICK ]]; then
-    step tests 140 "$PYTHON" -m pytest tests/test_ops.py -k eager -x -p no:cacheprovider -o addopts=-q
+    step tests 140 "$PYTHON" -m pytest tests/test_ops.py -k eager -x -p no:cacheprovider
     step benchmarks 300 "$PYTHON" -m benchmarks.run --quick --device cpu --out "$OUT"
     step words 100 "$PYTHON" -m benchmarks.words --quick --out "$OUT"
     step sweep 130 "$PYTHON" -m benchmarks.sweep --compile-only --quick --out "$OUT"
@@ -44,7 +44,6 @@ if [[ -n $QUICK ]]; then
 fi
 # Most of the tests' time is compilation: where pytest-xdist is there, in parallel.
 parallel=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 12")
-parallel="$parallel -o addopts=--durations=10"
 tests=(tests/test_{ops,ops_contract,vecmat,keep,gradient,gradient_map,gradient_kernel,capture,widths}.py)
 for timed in ${STEPS:-tests:130 benchmarks:280 words:85 sweep:85}; do
     name=${timed%:*} seconds=${timed#*:}

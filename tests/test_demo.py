@@ -21,6 +21,8 @@ def test_the_best_method_points_at_the_target(tmp_path: Path) -> None:
     assert "150 unseen scenes" in str(verdict)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["pointing_game"] == verdict.shares
+    assert results["words"] == verdict.words.shares
+    assert "of 300 phrases" in str(verdict)
     assert np.mean([row["cls"] for row in results["rows"]]) == verdict.shares["cls"]
 
 

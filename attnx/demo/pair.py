@@ -44,14 +44,17 @@ LAYER = 2
 
 
 def pair_config() -> AlbefConfig:
-    """Its sizes: the image encoder is ``demo_model`` without its head, so that training can begin with its weights."""
+    """Its sizes: the image encoder is the first half of ``demo_model``, so that training can begin with its weights.
+
+    Further up, a patch's token would tell of the whole picture, and words would find what they name anywhere.
+    """
     from attnx.models.albef import AlbefConfig
 
     return AlbefConfig(
         image_size=(IMAGE_SIZE, IMAGE_SIZE),
         patch_size=PATCH_SIZE,
         vision_width=96,
-        vision_depth=4,
+        vision_depth=2,
         vision_heads=6,
         width=128,
         depth=4,

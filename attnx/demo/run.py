@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from attnx.demo.pointing import Pointing, point_at_phrases, words_sheet
 from attnx.demo.scenes import CLASSES, Scene, draw_scene
 from attnx.extractor import Extractor
 from attnx.images import find_images
@@ -26,21 +27,27 @@ Progress = Callable[[int], AbstractContextManager[Callable[[int, int], None]]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Pointing game: the share of scenes whose map peaks inside the target's box, by method and for random maps."""
+    """Pointing game: the share of scenes whose map peaks inside the target's box, by method and for random maps.
+
+    words: the same of captioned scenes and their noun phrases.
+    """
 
     scenes: int
     shares: dict[str, float]
+    words: Pointing
 
     def __str__(self) -> str:
         best = max(METHODS, key=lambda m: self.shares[m])
         others = ", ".join(f"{name} {share:.1%}" for name, share in self.shares.items() if name != best)
-        return f"{best} points at the target in {self.shares[best]:.1%} of {self.scenes} unseen scenes ({others})"
+        found = f"{best} points at the target in {self.shares[best]:.1%} of {self.scenes} unseen scenes ({others})"
+        return f"{found}\n{self.words}"
 
 
 def run_demo(out: Path, scenes: int = 48, seed: int = FIRST_SEED, progress: Progress | None = None) -> Verdict:
-    """Draws scenes, extracts their maps, plays the pointing game; writes everything into `out`.
+    """Draws scenes, extracts their maps, plays the pointing game; then that of words, on as many captioned scenes.
 
-    Writes scenes/*.png, the shards rollout/ and cls/, results.json and contact_sheet.png.
+    Writes into `out` scenes/*.png, the shards rollout/ and cls/, results.json, contact_sheet.png and words.png; and the
+    captioned scenes, captioned/*.png with their pairs.jsonl.
 
     Args:
         out: a folder; an earlier demo's results in it are replaced.
@@ -54,20 +61,42 @@ def run_demo(out: Path, scenes: int = 48, seed: int = FIRST_SEED, progress: Prog
 
     drawn = [draw_scene(seed + i) for i in range(scenes)]
     folder = out / "scenes"
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9]*.png"):
-        old.unlink()
-    for i, scene in enumerate(drawn):
-        save(Image.fromarray(scene.image), folder / f"{i:05d}.png")
+    _write_pictures(folder, [scene.image for scene in drawn])
     maps = {method: _extract(folder, out / method, method, progress) for method in METHODS}
     maps["random"] = torch.from_numpy(np.random.default_rng(seed).random(tuple(maps["cls"].shape), np.float32))
     boxes = torch.tensor([scene.box for scene in drawn])
     size = drawn[0].image.shape[:2]
     hits = {name: pointing_game(m, boxes, size) for name, m in maps.items()}
-    verdict = Verdict(scenes, {name: hit.double().mean().item() for name, hit in hits.items()})
+    shares = {name: hit.double().mean().item() for name, hit in hits.items()}
+    verdict = Verdict(scenes, shares, point_at_phrases(scenes, seed))
     _write_results(out, verdict, drawn, hits)
     save(_sheet(drawn[:12], maps), out / "contact_sheet.png")
+    captioned = verdict.words.scenes
+    names = _write_pictures(out / "captioned", [scene.image for scene in captioned])
+    pairs = [{"image": name, "caption": scene.caption} for name, scene in zip(names, captioned, strict=True)]
+    _write(out / "captioned" / "pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
+    save(words_sheet(verdict.words, 6), out / "words.png")
     return verdict
+
+
+def _write_pictures(folder: Path, images: list[np.ndarray]) -> list[str]:
+    """Their names, in place of an earlier demo's."""
+    from attnx.picture import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9]*.png"):
+        old.unlink()
+    names = [f"{i:05d}.png" for i in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        save(Image.fromarray(image), folder / name)
+    return names
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _extract(folder: Path, out: Path, method: str, progress: Progress | None) -> Tensor:
@@ -95,10 +124,8 @@ def _write_results(out: Path, verdict: Verdict, drawn: list[Scene], hits: dict[s
         | {name: bool(hit[i]) for name, hit in hits.items()}
         for i, scene in enumerate(drawn)
     ]
-    results = {"scenes": verdict.scenes, "pointing_game": verdict.shares, "rows": rows}
-    partial = out / ".results.json.tmp"
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(out / "results.json")
+    results = {"scenes": verdict.scenes, "pointing_game": verdict.shares, "words": verdict.words.shares, "rows": rows}
+    _write(out / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 def _sheet(drawn: list[Scene], maps: dict[str, Tensor]) -> Image.Image:

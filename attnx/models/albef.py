@@ -59,14 +59,18 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(config.vision_width, config.width)
 
     def forward(self, words: Tensor, image: Tensor, owner: Tensor | None) -> Tensor:
-        """words [P, T, C], image [I, N, C'], owner [P]: which image each caption has; None: as many, in order."""
+        """words [P, T, C], image [I, N, C'], owner [P]: which image each caption has; None: P / I each, in order."""
+        shape = words.shape
+        if owner is None:
+            # Captions of one image are one sequence of queries: its keys and values need no copies.
+            words = words.reshape(len(image), -1, shape[-1])
         q, k, v = (
             linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for linear, x in ((self.query, words), (self.key, image), (self.value, image))
         )
         if owner is not None:
             k, v = k[owner], v[owner]
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).view(shape)
 
 
 class CrossLayer(nn.Module):
@@ -216,7 +220,7 @@ class Albef(nn.Module):
         Args:
             ids: int64; mask: bool, False for padding.
             image: [I, N, C'] of `encode_image`, for the layers that attend to it.
-            owner: [P] int64, which image each caption belongs to; None: one each, in order.
+            owner: [P] int64, which image each caption belongs to; None: P / I each, in order.
             words: what the layers begin with; the embeddings of `ids` unless given.
             layers: which ones run; all unless given, and those below `fusion_layer` without an image.
         """

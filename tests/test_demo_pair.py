@@ -1,0 +1,99 @@
+"""The bundled pair of words and pictures, on captioned scenes that neither training nor `attnx demo` has drawn."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from attnx.demo import pair
+from attnx.demo.captioned import RELATIONS, draw_pair
+from attnx.demo.pointing import Pointing, point_at_phrases, words_sheet
+from attnx.demo.scenes import COLORS, SHAPES
+
+UNSEEN = 30_000_000
+
+
+@pytest.fixture(scope="module")
+def pointing() -> Pointing:
+    return point_at_phrases(64, UNSEEN)
+
+
+def test_a_captioned_scene_is_its_seed() -> None:
+    a, b, c = draw_pair(7), draw_pair(7), draw_pair(8)
+    assert np.array_equal(a.image, b.image)
+    assert (a.caption, a.phrases, a.facts) == (b.caption, b.phrases, b.facts)
+    assert not np.array_equal(a.image, c.image)
+    assert draw_pair(7, 64).image.shape == (64, 64, 3)
+
+
+def test_captions_are_true_and_boxes_hold_what_they_name() -> None:
+    for seed in range(UNSEEN, UNSEEN + 60):
+        scene = draw_pair(seed)
+        (first, box), (second, box2) = scene.phrases
+        color, shape, relation, color2, shape2 = scene.facts
+        assert first != second
+        assert first == f"{tuple(COLORS)[color]} {SHAPES[shape]}"
+        assert second == f"{tuple(COLORS)[color2]} {SHAPES[shape2]}"
+        assert scene.caption == f"a {first} {RELATIONS[relation]} a {second}"
+        # The boxes' sides face each other as the caption says.
+        gaps = {"left of": box2[0] - box[2], "right of": box[0] - box2[2]}
+        gaps |= {"above": box2[1] - box[3], "below": box[1] - box2[3]}
+        assert max(gaps, key=lambda name: gaps[name]) == RELATIONS[relation]
+        # Nothing outside of the boxes is saturated, and inside each its colour is.
+        outside = np.ptp(scene.image.astype(int), axis=2)
+        for (x0, y0, x1, y1), index in ((box, color), (box2, color2)):
+            assert 0 <= x0 < x1 <= 96
+            assert 0 <= y0 < y1 <= 96
+            inside = scene.image[y0:y1, x0:x1].reshape(-1, 3).astype(int)
+            vivid = np.median(inside[np.ptp(inside, axis=1) > 80], axis=0)
+            palette = np.array(list(COLORS.values()))
+            assert np.linalg.norm(palette - vivid, axis=1).argmin() == index
+            outside[y0:y1, x0:x1] = 0
+        assert outside.max() < 80
+
+
+def test_weights_are_small() -> None:
+    assert pair.WEIGHTS.stat().st_size <= 5_000_000
+
+
+def test_words_point_at_what_they_name(pointing: Pointing) -> None:
+    assert pointing.shares[f"gradcam {pair.LAYER}"] >= 0.85
+    assert pointing.shares["random"] < 0.2
+    assert 0.04 < pointing.shares["area"] < 0.15
+    assert all(maps.shape == (64, 2, 12, 12) for maps in pointing.maps.values())
+    assert "of 128 phrases" in str(pointing)
+
+
+def test_the_pair_knows_true_captions_from_false_ones(pointing: Pointing) -> None:
+    model = pair.demo_pair()
+    images = pair.prepare([scene.image for scene in pointing.scenes])
+    captions = [scene.caption for scene in pointing.scenes]
+    opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
+    lies = [" ".join(opposite.get(word, word) for word in caption.split(" ")) for caption in captions]
+    assert model.tokenizer is not None
+    for texts, answer in ((captions, 1), (lies, 0)):
+        said = [model.tokenizer(text).ids for text in texts]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in said], batch_first=True)
+        with torch.no_grad():
+            answers = model(images, ids, ids != model.tokenizer.id_of("[PAD]")).argmax(1)
+        assert (answers == answer).double().mean() >= 0.9
+
+
+def test_the_sheet_has_a_row_for_every_scene(pointing: Pointing) -> None:
+    one, two = words_sheet(pointing, 1), words_sheet(pointing, 2)
+    assert one.width > 5 * 224
+    assert 224 < one.height < two.height
+
+
+def test_training_writes_weights(tmp_path: Path) -> None:
+    few = "--steps 3 --scenes 60 --batch-size 8 --held-out 4"
+    runs = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for out in runs:
+        command = [sys.executable, "-m", "attnx.demo.train_pair", "--out", str(out), *few.split()]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "3/3" in told
+        assert "gradcam 2" in told
+    assert runs[0].read_bytes() == runs[1].read_bytes()
