@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BIASES = ("", "_bias", "_mask")
 KERNELS = {kernel + bias for kernel in ("forward", "map", "map_row", "vecmat", "gradient") for bias in BIASES}
 HEAD_DIMS = (32, 64, 80, 128)
-# sm_86 and sm_89 run sm_80's instructions, and LLVM takes a minute for a head dim of gfx942: `attnx kernels` has them all.
+# sm_86 and sm_89 run sm_80's instructions, LLVM takes a minute for a head dim of gfx942; `attnx kernels` has them all.
 CASES = [
     *(("bfloat16", target, dim) for target in ("sm_80", "sm_90", "sm_100") for dim in HEAD_DIMS),
     *(("bfloat16", target, 64) for target in ("sm_86", "sm_89", "gfx942")),
@@ -176,7 +176,8 @@ from attnx.kernels.configs import Target
 target = Target("cuda", 80)
 # Those whose registers 64-bit offsets fill are left their spills: what counts is that they compile.
 found = {name: offline.resources(name, launch._replace(args={**launch.args, "FAR": True}), target)
-         for name, launch in offline.launches(64, torch.bfloat16, target) if "_bias" not in name and "_mask" not in name}
+         for name, launch in offline.launches(64, torch.bfloat16, target)
+         if "_bias" not in name and "_mask" not in name}
 print(json.dumps({name: row.registers for name, row in found.items()}))
 """
 

@@ -128,17 +128,16 @@ def parts(facts: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
 class Evidence:
     """How much of what the words saw goes on to the layers above: all of it, unless some is withheld in training.
 
-    Of some of the pairs a random share is left, and so much is then a true one true: the more a word sees of what it
+    Of most of the pairs a random share is left, and so much is then a true one true: the more a word sees of what it
     names, the more the model believes it. That is what Grad-CAM asks of every patch; a model that need not look twice
     answers with gradients of any sign. What [CLS] sees itself, and what is seen above the first of the layers, is
     mostly withheld: the words have to tell it.
     """
 
-    def __init__(self, model: Albef, generator: torch.Generator, blind: float = 0.7) -> None:
-        """blind: the share of pairs whose [CLS] sees nothing, and of those whose layers above the first see nothing."""
-        self.generator, self.blind = generator, blind
-        self.whole = 1.0
-        """The share of pairs of which the words are left everything."""
+    def __init__(self, model: Albef, generator: torch.Generator, whole: float = 0.3, blind: float = 0.7) -> None:
+        """whole: the share of pairs whose words are left all that they saw; blind: the share of those whose [CLS] sees
+        nothing, and of those whose layers above the first see nothing."""
+        self.generator, self.whole, self.blind = generator, whole, blind
         self.scales: list[Tensor | None] = []
         crossing = [module for module in model.text_encoder.modules() if isinstance(module, CrossAttention)]
         for i, module in enumerate(crossing):

@@ -27,8 +27,6 @@ from attnx.models.albef import Albef
 
 VISION_RATE = 0.3
 """The image encoder's learning rate, as a share of the others': it has learnt to see already."""
-WHOLE = 0.3
-"""The share of pairs whose words are left all that they saw, once evidence is withheld: see `Evidence`."""
 
 
 def load_pairs(seeds: range) -> tuple[Tensor, Tensor]:
@@ -75,7 +73,6 @@ def train(objective: Objective, images: Tensor, facts: Tensor, phase: Phase, arg
         rows, order = torch.from_numpy(order[: args.batch_size]), order[args.batch_size :]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, phase) * group["share"]
-        objective.evidence.whole = 1.0 if step < args.withhold_from * phase.steps else WHOLE
         pictures, said = mirror(images[rows], facts[rows])
         losses, right = objective(normalize(pictures), said)
         optimizer.zero_grad(set_to_none=True)
@@ -119,15 +116,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="weights file to write (.safetensors)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--masked", type=float, default=0.3, help="share of the telling words that are masked")
     parser.add_argument("--scenes", type=int, default=24_000, help="training scenes to draw")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out scenes to test on")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate")
-    parser.add_argument("--withhold-from", type=float, default=0.6, help="share of the steps before `Evidence` does")
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--log-every", type=int, default=100, help="steps")
+    parser.add_argument("--log-every", type=int, default=250, help="steps")
     args = parser.parse_args()
     if args.scenes > HELD_OUT:
         parser.error(f"--scenes must not reach the held-out seeds, from {HELD_OUT} on")
