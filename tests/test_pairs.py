@@ -51,6 +51,14 @@ def test_both_are_albefs(layer, size):
         assert_within_budget(model(images[:1], ids, mask), exact, torchs, "matching logits", exponent=8)
 
 
+def test_as_many_captions_for_each_image_need_no_owner():
+    model, images = small_albef(), small_images(2)
+    ids = torch.tensor([model.tokenizer(caption).ids[:4] for caption in (*CAPTIONS, CAPTIONS[0])])
+    mask, seen = torch.ones_like(ids, dtype=torch.bool), model.encode_image(images)
+    named = model.encode_text(ids, mask, seen, torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(model.encode_text(ids, mask, seen), named, rtol=1e-5, atol=1e-6)
+
+
 def test_mixed_lengths_are_single_runs():
     model, images = small_albef(), small_images(3)
     for method in (attnx.word_maps, attnx.gradcam):
