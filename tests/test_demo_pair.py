@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attnx.demo import pair
-from attnx.demo.captioned import RELATIONS, draw_pair
+from attnx.demo.captioned import RELATIONS, describe, draw_pair
 from attnx.demo.pointing import Pointing, point_at_phrases, words_sheet
 from attnx.demo.scenes import COLORS, SHAPES
 
@@ -67,19 +67,21 @@ def test_words_point_at_what_they_name(pointing: Pointing) -> None:
     assert "of 128 phrases" in str(pointing)
 
 
-def test_the_pair_knows_true_captions_from_false_ones(pointing: Pointing) -> None:
+def test_the_pair_knows_what_belongs_to_what(pointing: Pointing) -> None:
+    """Captions with the objects' colours or shapes exchanged are refused; true ones are not."""
     model = pair.demo_pair()
     images = pair.prepare([scene.image for scene in pointing.scenes])
+    facts = [scene.facts for scene in pointing.scenes]
     captions = [scene.caption for scene in pointing.scenes]
-    opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
-    lies = [" ".join(opposite.get(word, word) for word in caption.split(" ")) for caption in captions]
+    colors = [describe((c2, s, relation, c, s2)) for c, s, relation, c2, s2 in facts]
+    shapes = [describe((c, s2, relation, c2, s)) for c, s, relation, c2, s2 in facts]
     assert model.tokenizer is not None
-    for texts, answer in ((captions, 1), (lies, 0)):
+    for texts, answer in ((captions, 1), (colors, 0), (shapes, 0)):
         said = [model.tokenizer(text).ids for text in texts]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in said], batch_first=True)
         with torch.no_grad():
             answers = model(images, ids, ids != model.tokenizer.id_of("[PAD]")).argmax(1)
-        assert (answers == answer).double().mean() >= 0.9
+        assert (answers == answer).double().mean() >= 0.85
 
 
 def test_the_sheet_has_a_row_for_every_scene(pointing: Pointing) -> None:
