@@ -130,42 +130,28 @@ class Evidence:
 
     Of most of the pairs a random share is left, and so much is then a true one true: the more a word sees of what it
     names, the more the model believes it. That is what Grad-CAM asks of every patch; a model that need not look twice
-    answers with gradients of any sign. Where one naming word's share is withheld and the others' are left, no
-    word may leave it to them. What [CLS] sees itself, and what is seen above the first of the layers, is
+    answers with gradients of any sign. What [CLS] sees itself, and what is seen above the first of the layers, is
     mostly withheld: the words have to tell it.
     """
 
-    def __init__(
-        self, model: Albef, generator: torch.Generator, whole: float = 0.3, apart: float = 0.0, blind: float = 0.7
-    ) -> None:
-        """All of them shares of pairs.
-
-        whole: whose words are left all that they saw; apart: of whose naming words one alone shares with the rest what
-        is withheld; blind: whose [CLS] sees nothing, and whose layers above the first see nothing.
-        """
-        self.generator, self.whole, self.apart, self.blind = generator, whole, apart, blind
+    def __init__(self, model: Albef, generator: torch.Generator, whole: float = 0.3, blind: float = 0.7) -> None:
+        """whole: the share of pairs whose words are left all that they saw; blind: the share of those whose [CLS] sees
+        nothing, and of those whose layers above the first see nothing."""
+        self.generator, self.whole, self.blind = generator, whole, blind
         self.scales: list[Tensor | None] = []
         crossing = [module for module in model.text_encoder.modules() if isinstance(module, CrossAttention)]
         for i, module in enumerate(crossing):
             self.scales.append(None)
             module.register_forward_hook(partial(self._scale, i))
 
-    def withhold(self, naming: Tensor) -> Tensor:
-        """From the next pass of pairs whose words name colours or shapes where `naming` [P, T] says so.
-
-        Returns the share of each that is left, [P].
-        """
-        pairs = len(naming)
+    def withhold(self, pairs: int, tokens: int) -> Tensor:
+        """From the next pass of so many pairs; the share of each that is left, [pairs]."""
         left = self._random(pairs)
         left = torch.where(self._random(pairs) < self.whole, 1.0, left)
-        first = left[:, None].expand(naming.shape).clone()
-        if self.apart:
-            chosen = torch.rand(naming.shape, generator=self.generator).masked_fill(~naming, -1.0).argmax(1)
-            others = naming & (torch.arange(naming.shape[1]) != chosen[:, None])
-            first[others & (self._random(pairs) < self.apart)[:, None]] = 1.0
-        first[:, 0] *= self._random(pairs) >= self.blind
+        first = left[:, None, None].expand(-1, tokens, 1).clone()
+        first[:, 0] *= (self._random(pairs) >= self.blind)[:, None]
         above = left * (self._random(pairs) >= self.blind)
-        self.scales = [first[..., None], *[above[:, None, None]] * (len(self.scales) - 1)]
+        self.scales = [first, *[above[:, None, None]] * (len(self.scales) - 1)]
         return left
 
     def restore(self) -> None:
@@ -193,7 +179,7 @@ class Objective(nn.Module):
         self.words_head = nn.Linear(model.config.width, model.config.vocab_size)
         self.masked = args.masked
         self.generator = torch.Generator().manual_seed(args.seed)
-        self.evidence = Evidence(model, self.generator, args.whole, args.apart)
+        self.evidence = Evidence(model, self.generator)
 
     def forward(self, images: Tensor, facts: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Losses by name, and the shares of pairs of image and caption, image and phrase that matching gets right.
@@ -234,7 +220,7 @@ class Objective(nn.Module):
         As many texts for every image, in order; the first `true` of an image's are, and weigh as much as the others.
         """
         assert self.model.itm_head is not None
-        left = self.evidence.withhold((ids >= self.names) & (ids < self.names + len(COLORS) + len(SHAPES)))
+        left = self.evidence.withhold(len(ids), ids.shape[1])
         fused = self.model.encode_text(ids, mask, image, words=words, layers=self.model.cross_layers)
         self.evidence.restore()
         logits = self.model.itm_head(fused[:, 0])

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from attnx.demo.captioned import draw_pair
 from attnx.demo.model import demo_model
 from attnx.demo.objective import OPPOSITE, Objective, captions, converse, falsify
-from attnx.demo.pair import IMAGE_SIZE, load_demo_pair
+from attnx.demo.pair import IMAGE_SIZE, demo_pair
 from attnx.demo.pointing import point_at_phrases
 from attnx.demo.train import HELD_OUT, Phase, learning_rate, normalize, optimizer_for, save
 from attnx.models.albef import Albef
@@ -116,15 +115,10 @@ def main() -> None:
     """Train, save, and print how good the saved weights are on held-out scenes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="weights file to write (.safetensors)")
-    parser.add_argument("--begin", type=Path, help="weights of an earlier training to go on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--masked", type=float, default=0.3, help="share of the telling words that are masked")
-    parser.add_argument("--whole", type=float, default=0.3, help="share of pairs of which nothing is withheld")
-    parser.add_argument(
-        "--apart", type=float, default=0.0, help="share of pairs that a word's evidence is withheld from"
-    )
     parser.add_argument("--scenes", type=int, default=24_000, help="training scenes to draw")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out scenes to test on")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate")
@@ -135,9 +129,8 @@ def main() -> None:
         parser.error(f"--scenes must not reach the held-out seeds, from {HELD_OUT} on")
 
     torch.manual_seed(args.seed)
-    model = cast(Albef, load_demo_pair(args.begin, pretrained=False).model).requires_grad_(True)
-    if args.begin is None:
-        begin(model)
+    model = demo_pair(pretrained=False).requires_grad_(True)
+    begin(model)
     print(f"{sum(p.numel() for p in model.parameters())} parameters")
     started = time.time()
     images, facts = load_pairs(range(args.scenes))
