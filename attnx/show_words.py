@@ -14,6 +14,7 @@ from attnx.show import Style
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from attnx.pairs import CaptionMaps
 
@@ -53,14 +54,8 @@ def words_sheet(picture: "Image", found: "CaptionMaps", style: Style) -> "Image"
     return captioned(contact_sheet(tiles, ["", *found.words], columns=columns), under)
 
 
-def _over(picture: "Image", amap: object, style: Style) -> "Image":
-    return overlay(
-        picture,
-        amap,  # type: ignore[arg-type]
-        interpolation=style.interpolation,
-        colormap=style.colormap,
-        alpha=style.alpha,
-    )
+def _over(picture: "Image", amap: "Tensor", style: Style) -> "Image":
+    return overlay(picture, amap, interpolation=style.interpolation, colormap=style.colormap, alpha=style.alpha)
 
 
 def _safe(word: str) -> str:
