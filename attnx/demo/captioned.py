@@ -49,7 +49,7 @@ def describe(facts: Facts) -> str:
     return f"a {first} {RELATIONS[facts[2]]} a {second}"
 
 
-def draw_pair(seed: int, size: int = 96) -> CaptionedScene:
+def draw_pair(seed: int, size: int = 96, shown: tuple[bool, bool] = (True, True)) -> CaptionedScene:
     """Draw the captioned scene of ``seed``: the same seed always gives the same scene.
 
     The objects differ in colour and in shape, and the relation is plain: across it they are at most half as far apart
@@ -57,6 +57,8 @@ def draw_pair(seed: int, size: int = 96) -> CaptionedScene:
 
     seed: a non-negative integer.
     size: height and width of the picture in pixels; everything in it scales along.
+    shown: whether the first and the second object are painted; without one the picture is otherwise the same, and the
+    caption no longer true.
     """
     rng = np.random.default_rng(seed)
     scale = size / 96.0
@@ -72,8 +74,9 @@ def draw_pair(seed: int, size: int = 96) -> CaptionedScene:
     placed = [(*center, REACH * side) for center, side in zip(centers, sides, strict=True)]
     draw_grey(canvas, rng, placed, _GREY_COUNT, _GREY_SIDE, scale)
     boxes = []
-    for (color, shape), center, side in zip(things, centers, sides, strict=True):
-        boxes.append(paint(canvas, rng, SHAPES[shape], center, side, tinted(rng, color), scale))
+    for (color, shape), center, side, seen in zip(things, centers, sides, shown, strict=True):
+        onto = canvas if seen else canvas.copy()
+        boxes.append(paint(onto, rng, SHAPES[shape], center, side, tinted(rng, color), scale))
     facts = (*things[0], relation, *things[1])
     phrases = ((name(*things[0]), boxes[0]), (name(*things[1]), boxes[1]))
     return CaptionedScene(pixels(canvas), describe(facts), phrases, facts)

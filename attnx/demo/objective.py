@@ -94,11 +94,11 @@ def falsify(facts: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return made.gather(1, order[:, :count, None].expand(-1, -1, 5))
 
 
-def parts(facts: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
-    """Phrases about one object of each scene: indices for `phrase` [B, 5, 2]; so many of them, the first, are true.
+def parts(facts: Tensor, generator: torch.Generator) -> Tensor:
+    """Phrases about one object of each scene: indices for `phrase` [B, 5, 2].
 
-    False is the phrase with the other object's colour, with the other object's shape, or with a colour or shape that
-    neither has. A word alone is true, and at times it is the false one.
+    Its own, and one word of it; and with the other object's colour, with the other object's shape, and with a colour or
+    shape that neither has, which at times is the only word.
     """
     own = torch.arange(len(facts))
 
@@ -122,7 +122,15 @@ def parts(facts: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
         (color2, shape),
         (wrong_color, wrong_shape),
     )
-    return torch.stack([torch.stack(pair, -1) for pair in said], 1), 2
+    return torch.stack([torch.stack(pair, -1) for pair in said], 1)
+
+
+def holds(said: Tensor, facts: Tensor, shown: Tensor) -> Tensor:
+    """Whether phrases [B, K, 2] are true of an object that is shown, bool [B, K]; facts: [B, 5]; shown: bool [B, 2]."""
+    color, shape = said[..., :1], said[..., 1:]
+    colored = (color == facts[:, None, [0, 3]]) | (color == len(COLORS))
+    shaped = (shape == facts[:, None, [1, 4]]) | (shape == len(SHAPES))
+    return (colored & shaped & shown[:, None]).any(-1)
 
 
 class Evidence:
@@ -130,28 +138,35 @@ class Evidence:
 
     Of most of the pairs a random share is left, and so much is then a true one true: the more a word sees of what it
     names, the more the model believes it. That is what Grad-CAM asks of every patch; a model that need not look twice
-    answers with gradients of any sign. What [CLS] sees itself, and what is seen above the first of the layers, is
+    answers with gradients of any sign. At times one word alone is left less than the others, so that each has to see
+    for itself. What tokens see that name nothing, [CLS] before all, and what is seen above the first of the layers, is
     mostly withheld: the words have to tell it.
     """
 
-    def __init__(self, model: Albef, generator: torch.Generator, whole: float = 0.3, blind: float = 0.7) -> None:
-        """whole: the share of pairs whose words are left all that they saw; blind: the share of those whose [CLS] sees
-        nothing, and of those whose layers above the first see nothing."""
-        self.generator, self.whole, self.blind = generator, whole, blind
+    def __init__(
+        self, model: Albef, generator: torch.Generator, whole: float = 0.3, blind: float = 0.7, apart: float = 0.5
+    ) -> None:
+        """Shares of pairs. whole: their words are left all that they saw; blind: what names nothing sees nothing, and
+        as many whose layers above the first see nothing; apart: one word is left less than the others."""
+        self.generator, self.whole, self.blind, self.apart = generator, whole, blind, apart
         self.scales: list[Tensor | None] = []
         crossing = [module for module in model.text_encoder.modules() if isinstance(module, CrossAttention)]
         for i, module in enumerate(crossing):
             self.scales.append(None)
             module.register_forward_hook(partial(self._scale, i))
 
-    def withhold(self, pairs: int, tokens: int) -> Tensor:
-        """From the next pass of so many pairs; the share of each that is left, [pairs]."""
-        left = self._random(pairs)
-        left = torch.where(self._random(pairs) < self.whole, 1.0, left)
-        first = left[:, None, None].expand(-1, tokens, 1).clone()
-        first[:, 0] *= (self._random(pairs) >= self.blind)[:, None]
+    def withhold(self, naming: Tensor) -> Tensor:
+        """From the next pass; naming: which tokens name something, bool [pairs, T]; the shares left, [pairs]."""
+        pairs = len(naming)
+        left = torch.where(self._random(pairs) < self.whole, 1.0, self._random(pairs))
+        seeing = naming | (self._random(pairs) >= self.blind)[:, None]
+        of_one = torch.where(self._random(pairs) < self.apart, self._random(pairs), 1.0)
+        one = torch.rand(naming.shape, generator=self.generator).masked_fill(~naming, -1.0).argmax(1)
+        first = left[:, None] * seeing
+        first[torch.arange(pairs), one] *= of_one
+        left = left * of_one
         above = left * (self._random(pairs) >= self.blind)
-        self.scales = [first, *[above[:, None, None]] * (len(self.scales) - 1)]
+        self.scales = [first[..., None], *[above[:, None, None]] * (len(self.scales) - 1)]
         return left
 
     def restore(self) -> None:
@@ -181,12 +196,19 @@ class Objective(nn.Module):
         self.generator = torch.Generator().manual_seed(args.seed)
         self.evidence = Evidence(model, self.generator)
 
-    def forward(self, images: Tensor, facts: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def forward(self, images: Tensor, facts: Tensor, shown: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Losses by name, and the shares of pairs of image and caption, image and phrase that matching gets right.
 
-        images: float32 [B, 3, H, W]; facts: int64 [B, 5], true of them.
+        images: float32 [B, 3, H, W]; facts: int64 [B, 5], true of them where both objects are shown, bool [B, 2]. Where
+        one is not, the image has phrases only.
         """
-        image, own = self.model.encode_image(images), torch.arange(len(facts))
+        seen, both = self.model.encode_image(images), shown.all(1)
+        said = parts(facts, self.generator)
+        ids, mask = self.phrases(said.flatten(0, 1))
+        true = holds(said, facts, shown).flatten()
+        phrases, told = self._match(seen, ids, mask, self.model.encode_text(ids, mask), true)
+        image, facts = seen[both], facts[both]
+        own = torch.arange(len(facts))
         false = falsify(facts, FALSE, self.generator)
         ids, mask = self.captions(torch.cat([facts, false.flatten(0, 1)]))
         words = self.model.encode_text(ids, mask)
@@ -194,10 +216,8 @@ class Objective(nn.Module):
         contrastive, similar = self._contrast(image, words[: len(facts)], same)
         hard = torch.multinomial(similar.masked_fill(same, -1e4).softmax(1), 1, generator=self.generator)[:, 0]
         rows = torch.cat([own[:, None], hard[:, None], torch.arange(len(facts), len(ids)).view(-1, FALSE)], 1).flatten()
-        matching, right = self._match(image, ids[rows], mask[rows], words[rows], 1)
-        said, true = parts(facts, self.generator)
-        ids, mask = self.phrases(said.flatten(0, 1))
-        phrases, told = self._match(image, ids, mask, self.model.encode_text(ids, mask), true)
+        true = (torch.arange(2 + FALSE) == 0).repeat(len(facts))
+        matching, right = self._match(image, ids[rows], mask[rows], words[rows], true)
         losses = {"itc": contrastive, "captions": CAPTION * matching, "phrases": PHRASE * phrases}
         losses["mlm"] = MASKED * self._name_masked(image, facts)
         return losses, {"captions right": right, "phrases right": told}
@@ -214,21 +234,20 @@ class Objective(nn.Module):
         target = same.float() / same.sum(1)
         return 0.5 * (F.cross_entropy(similar, target) + F.cross_entropy(similar.T, target)), similar.detach()
 
-    def _match(self, image: Tensor, ids: Tensor, mask: Tensor, words: Tensor, true: int) -> tuple[Tensor, float]:
+    def _match(self, image: Tensor, ids: Tensor, mask: Tensor, words: Tensor, true: Tensor) -> tuple[Tensor, float]:
         """The matching loss, and the share of pairs left whole that it gets right.
 
-        As many texts for every image, in order; the first `true` of an image's are, and weigh as much as the others.
+        As many texts for every image, in order; those that are true, bool [texts], weigh as much as the others.
         """
         assert self.model.itm_head is not None
-        left = self.evidence.withhold(len(ids), ids.shape[1])
+        left = self.evidence.withhold(ids >= self.names)
         fused = self.model.encode_text(ids, mask, image, words=words, layers=self.model.cross_layers)
         self.evidence.restore()
         logits = self.model.itm_head(fused[:, 0])
-        label = (torch.arange(len(ids) // len(image)) < true).repeat(len(image))
-        belief = label * left
+        belief = true * left
         loss = F.cross_entropy(logits, torch.stack([1.0 - belief, belief], 1), reduction="none")
-        right = (logits.argmax(1) == label.long())[left == 1.0].float().mean().item()
-        return 0.5 * (loss[label].mean() + loss[~label].mean()), right
+        right = (logits.argmax(1) == true.long())[left == 1.0].float().mean().item()
+        return 0.5 * (loss[true].mean() + loss[~true].mean()), right
 
     def _name_masked(self, image: Tensor, facts: Tensor) -> Tensor:
         """Cross-entropy of masked words, among those that say something: colours, shapes, relations."""

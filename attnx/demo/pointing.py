@@ -70,15 +70,15 @@ def point_at_phrases(scenes: int, seed: int, model: Albef | None = None) -> Poin
 
 
 def words_sheet(pointing: Pointing, scenes: int) -> Image.Image:
-    """A scene a row: the picture, and for each of its noun phrases Grad-CAM and attention over it."""
-    from attnx.picture import contact_sheet, overlay
+    """A scene a row: the picture over its caption, and for each of its noun phrases Grad-CAM and attention over it."""
+    from attnx.picture import captioned, contact_sheet, overlay
 
     methods = {"Grad-CAM": f"gradcam {pointing.layer}", "attention": f"attention mean {pointing.layer}"}
     pictures, titles = [], []
     for i, scene in enumerate(pointing.scenes[:scenes]):
         image = Image.fromarray(scene.image).resize((224, 224), Image.Resampling.LANCZOS)
-        pictures.append(image)
-        titles.append(scene.caption)
+        pictures.append(captioned(image, scene.caption))
+        titles.append("")
         for k, (phrase, _) in enumerate(scene.phrases):
             pictures += [overlay(image, pointing.maps[name][i, k]) for name in methods.values()]
             titles += [f"{phrase}: {title}" for title in methods]

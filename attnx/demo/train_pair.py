@@ -3,14 +3,17 @@
 ALBEF's three losses: contrastive, image-text matching and masked words, without its momentum teacher and its queue. The
 image encoder begins with the demo network's first blocks, as the original begins with DeiT's. Matching sees captions
 that say almost the truth, beside the batch's hard negatives, which contrastive similarities choose; and phrases about
-one object, down to a single word, true of the picture or not: that way words learn to look at what they name. See
-`attnx.demo.objective`. Half of the pictures are mirrored, left and right in their captions with them.
+one object, down to a single word, true of the picture or not: that way words learn to look at what they name. Half of
+the scenes, with phrases only, lack one object or both. See `attnx.demo.objective`. Half of the pictures are mirrored,
+left and right in their captions with them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,33 +30,42 @@ from attnx.models.albef import Albef
 
 VISION_RATE = 0.3
 """The image encoder's learning rate, as a share of the others': it has learnt to see already."""
+BOTH = (True, True)
+SHOWN = (*[BOTH] * 6, *[(True, False), (False, True), (False, False)] * 2)
+"""What training scenes show of their two objects, in turn. Were one always there, the other could tell of it."""
 
 
-def load_pairs(seeds: range) -> tuple[Tensor, Tensor]:
-    """Draw captioned scenes: images uint8 [S, 3, H, W], facts int64 [S, 5]."""
+def load_pairs(seeds: range, shown: Sequence[tuple[bool, bool]] = (BOTH,)) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw captioned scenes, which show what `shown` says, in turn.
+
+    Images uint8 [S, 3, H, W], facts int64 [S, 5], shown bool [S, 2].
+    """
     images = torch.empty(len(seeds), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     facts = torch.empty(len(seeds), 5, dtype=torch.int64)
+    seen = list(itertools.islice(itertools.cycle(shown), len(seeds)))
     for row, seed in enumerate(seeds):
-        scene = draw_pair(seed, IMAGE_SIZE)
+        scene = draw_pair(seed, IMAGE_SIZE, seen[row])
         images[row] = torch.from_numpy(scene.image).permute(2, 0, 1)
         facts[row] = torch.tensor(scene.facts)
-    return images, facts
+    return images, facts, torch.tensor(seen)
 
 
-def mirror(images: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
+def mirror(images: Tensor, facts: Tensor, shown: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mirror the first half of a batch left to right, captions too, and say every second one from the other object."""
     half = len(images) // 2
-    images, facts = torch.cat([images[:half].flip(3), images[half:]]), facts.clone()
+    images, facts, shown = torch.cat([images[:half].flip(3), images[half:]]), facts.clone(), shown.clone()
     relation = facts[:half, 2]
     facts[:half, 2] = torch.where(relation < 2, OPPOSITE[relation], relation)
-    facts[::2] = converse(facts[::2])
-    return images, facts
+    facts[::2], shown[::2] = converse(facts[::2]), shown[::2].flip(1)
+    return images, facts, shown
 
 
-def train(objective: Objective, images: Tensor, facts: Tensor, phase: Phase, args: argparse.Namespace) -> None:
+def train(
+    objective: Objective, images: Tensor, facts: Tensor, shown: Tensor, phase: Phase, args: argparse.Namespace
+) -> None:
     """Train the model in place, and save it whenever a line is printed.
 
-    images: uint8 [S, 3, H, W]; facts: int64 [S, 5].
+    images: uint8 [S, 3, H, W]; facts: int64 [S, 5]; shown: bool [S, 2].
     """
     started = time.time()
     rng = np.random.default_rng(args.seed)
@@ -73,8 +85,8 @@ def train(objective: Objective, images: Tensor, facts: Tensor, phase: Phase, arg
         rows, order = torch.from_numpy(order[: args.batch_size]), order[args.batch_size :]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, phase) * group["share"]
-        pictures, said = mirror(images[rows], facts[rows])
-        losses, right = objective(normalize(pictures), said)
+        pictures, said, seen = mirror(images[rows], facts[rows], shown[rows])
+        losses, right = objective(normalize(pictures), said, seen)
         optimizer.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
@@ -97,7 +109,7 @@ def begin(model: Albef) -> None:
 @torch.no_grad()
 def judge(model: Albef, seeds: range) -> dict[str, float]:
     """The share of true captions that the model takes for true, and of falsified ones that it doesn't."""
-    images, facts = load_pairs(seeds)
+    images, facts, _ = load_pairs(seeds)
     false = falsify(facts, 1, torch.Generator().manual_seed(0))[:, 0]
     assert model.tokenizer is not None
     read = captions(model.tokenizer)
@@ -116,10 +128,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="weights file to write (.safetensors)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3500)
-    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--masked", type=float, default=0.3, help="share of the telling words that are masked")
-    parser.add_argument("--scenes", type=int, default=24_000, help="training scenes to draw")
+    parser.add_argument("--scenes", type=int, default=32_000, help="training scenes to draw")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out scenes to test on")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate")
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -133,10 +145,10 @@ def main() -> None:
     begin(model)
     print(f"{sum(p.numel() for p in model.parameters())} parameters")
     started = time.time()
-    images, facts = load_pairs(range(args.scenes))
+    images, facts, shown = load_pairs(range(args.scenes), SHOWN)
     print(f"drew {args.scenes} scenes in {time.time() - started:.0f} s", flush=True)
     objective = Objective(model, args)
-    train(objective, images, facts, Phase("pair", args.steps, args.lr, 50, 0.0), args)
+    train(objective, images, facts, shown, Phase("pair", args.steps, args.lr, 50, 0.0), args)
     print(f"trained in {(time.time() - started) / 60:.0f} min")
     # The test reads what float16 keeps of the weights.
     model.half().float()
