@@ -71,11 +71,7 @@ def test_a_scene_without_an_object_is_otherwise_the_same() -> None:
 
 def test_phrases_hold_of_shown_objects_only() -> None:
     """A red circle and a blue star: every phrase, said of what is shown."""
-    red, blue, circle, star = (
-        list(COLORS).index("red"),
-        list(COLORS).index("blue"),
-        *map(SHAPES.index, ("circle", "star")),
-    )
+    (red, blue), (circle, star) = map(list(COLORS).index, ("red", "blue")), map(SHAPES.index, ("circle", "star"))
     true = {"a red circle", "a red", "a circle"}, {"a blue star", "a blue", "a star"}
     said = torch.cartesian_prod(torch.arange(len(COLORS) + 1), torch.arange(len(SHAPES) + 1))[:-1]
     facts = torch.tensor([[red, circle, 0, blue, star]])

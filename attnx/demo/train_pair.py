@@ -32,7 +32,9 @@ VISION_RATE = 0.3
 """The image encoder's learning rate, as a share of the others': it has learnt to see already."""
 BOTH = (True, True)
 SHOWN = (*[BOTH] * 6, *[(True, False), (False, True), (False, False)] * 2)
-"""What training scenes show of their two objects, in turn. Were one always there, the other could tell of it."""
+"""What training scenes show of their two objects, in turn. Were one always there, the other could tell of it.
+
+The bundled weights are of this order; another makes other scenes incomplete, and another model."""
 
 
 def load_pairs(seeds: range, shown: Sequence[tuple[bool, bool]] = (BOTH,)) -> tuple[Tensor, Tensor, Tensor]:
