@@ -4,18 +4,17 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from attnx.cli_extract import extract
 from attnx.cli_options import (
     Alpha,
-    BatchSize,
     Checkpoint,
     Colormap,
     Device,
     Discard,
-    Dtype,
     Heads,
     ImageSize,
     Interpolation,
@@ -28,17 +27,12 @@ from attnx.cli_options import (
     Residual,
     Seed,
     Start,
-    autocast_of,
-    device_of,
-    pixels_of,
+    layers_of,
+    prepared,
+    rollout_options,
     told,
 )
 from attnx.cli_words import words
-
-if TYPE_CHECKING:
-    import torch
-
-    from attnx.models.loading import Loaded
 
 app = typer.Typer(
     name="attnx",
@@ -109,99 +103,15 @@ def show(
     from attnx.show import Style, draw
 
     picture = read_image(image)
-    on, loaded = _prepare(model, pretrained, checkpoint, image_size, device, seed)
-    rolling = _rollout_options(residual, discard, start, preset)
+    on, loaded = prepared(model, pretrained, checkpoint, image_size, device, seed)
+    rolling = rollout_options(residual, discard, start, preset)
     style = Style(colormap, alpha, interpolation, keep)
-    written = draw(picture, loaded, out, method, _layers(layer), heads, rolling, style, on)
+    written = draw(picture, loaded, out, method, layers_of(layer), heads, rolling, style, on)
     for path, what in written.items():
         typer.echo(f"{path}  {what}")
 
 
-@app.command()
-@told
-def extract(
-    source: Annotated[Path, typer.Argument(help="A folder of images (read recursively), or one image.")],
-    model: Model = "demo",
-    out: Out = Path("attnx-out"),
-    method: Method = "rollout",
-    layer: Layer = None,
-    heads: Heads = "mean",
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = True,
-    image_size: ImageSize = None,
-    batch_size: BatchSize = 16,
-    dtype: Dtype = "float32",
-    keep: Annotated[
-        str, typer.Option(help="Of every layer, for rollout: map, qk (memory linear in the tokens), or auto.")
-    ] = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="Record CUDA graphs: for small batches.")] = False,
-    device: Device = None,
-    residual: Residual = 0.5,
-    discard: Discard = 0.0,
-    start: Start = 0,
-    preset: Preset = None,
-    seed: Seed = 0,
-) -> None:
-    """Writes the maps of a folder of images as Parquet shards.
-
-    A row: key (path in the folder), map (float16 list), shape, width, height of the image, error (null if all went
-    well). An image that can't be read becomes a row with an error, and the job goes on. Read them with
-    pandas.read_parquet(OUT), or attnx.jobs.shards.read_shards(OUT), which gives arrays.
-    """
-    import torch
-
-    from attnx import __version__
-    from attnx.extractor import Extractor
-    from attnx.images import find_images
-    from attnx.jobs.extract import extract_images
-    from attnx.jobs.reading import progress_bar
-
-    paths = find_images(source)
-    autocast = autocast_of(dtype)
-    on, loaded = _prepare(model, pretrained, checkpoint, image_size, device, seed)
-    rolling = _rollout_options(residual, discard, start, preset)
-    extractor = Extractor(
-        loaded.model,
-        method,
-        layers=_layers(layer),
-        heads=heads,
-        dtype=autocast,
-        keep=keep,
-        compile=compile,
-        model_kwargs=loaded.model_kwargs,
-        **(rolling if method == "rollout" else {}),
-    )
-    settings = {
-        "attnx": __version__,
-        "model": loaded.name,
-        "pretrained": pretrained and checkpoint is None,
-        "checkpoint": str(checkpoint) if checkpoint else None,
-        "seed": seed,
-        "image_size": list(loaded.size),
-        "mean": list(loaded.mean),
-        "std": list(loaded.std),
-        "interpolation": loaded.interpolation,
-        "method": method,
-        "layers": layer,
-        "heads": heads,
-        "dtype": dtype,
-        "keep": keep,
-        "torch": torch.__version__,
-        **(rolling if method == "rollout" else {}),
-    }
-    with progress_bar(len(paths)) as progress:
-        summary = extract_images(
-            paths, source, loaded.prepare, extractor, out, settings,
-            batch_size=batch_size, device=on, progress=progress,
-        )  # fmt: skip
-    typer.echo(
-        f"{summary.done} maps in {out} ({summary.per_second:.1f} images/s)"
-        + (f", {summary.failed} images could not be read: see their error column" if summary.failed else "")
-    )
-    if summary.failed:
-        raise typer.Exit(1)
-
-
+app.command()(extract)
 app.command()(words)
 
 
@@ -252,32 +162,6 @@ def kernels(
         typer.echo(f"attnx: {line}", err=True)
     if failed:
         raise typer.Exit(1)
-
-
-def _prepare(
-    model: str, pretrained: bool, checkpoint: Path | None, image_size: str | None, device: str | None, seed: int
-) -> "tuple[torch.device, Loaded]":
-    """The device, and the model on it."""
-    import torch
-
-    from attnx.models.loading import load_model
-
-    size, on = pixels_of(image_size), device_of(device)
-    torch.manual_seed(seed)
-    loaded = load_model(model, pretrained=pretrained, checkpoint=checkpoint, image_size=size)
-    loaded.model.to(on)
-    return on, loaded
-
-
-def _layers(layers: list[str] | None) -> list[str | int] | None:
-    """Depth indices as numbers, names and globs as they are."""
-    if not layers:
-        return None
-    return [int(x) if x.removeprefix("-").isdecimal() else x for x in layers]
-
-
-def _rollout_options(residual: float, discard: float, start: int, preset: str | None) -> dict[str, Any]:
-    return {"residual": residual, "discard": discard, "start": start, "preset": preset}
 
 
 def main() -> None:

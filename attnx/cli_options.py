@@ -11,6 +11,8 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from attnx.models.loading import Loaded
+
 Model = Annotated[
     str,
     typer.Option(
@@ -108,3 +110,30 @@ def pixels_of(text: str | None) -> tuple[int, int] | None:
     if len(parts) not in (1, 2) or not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise ValueError(f"image-size: expected pixels such as 480 or 480x640; got {text!r}")
     return int(parts[0]), int(parts[-1])
+
+
+def prepared(
+    model: str, pretrained: bool, checkpoint: Path | None, image_size: str | None, device: str | None, seed: int
+) -> "tuple[torch.device, Loaded]":
+    """The device, and the model on it."""
+    import torch
+
+    from attnx.models.loading import load_model
+
+    size, on = pixels_of(image_size), device_of(device)
+    torch.manual_seed(seed)
+    loaded = load_model(model, pretrained=pretrained, checkpoint=checkpoint, image_size=size)
+    loaded.model.to(on)
+    return on, loaded
+
+
+def layers_of(layers: list[str] | None) -> list[str | int] | None:
+    """Depth indices as numbers, names and globs as they are."""
+    if not layers:
+        return None
+    return [int(x) if x.removeprefix("-").isdecimal() else x for x in layers]
+
+
+def rollout_options(residual: float, discard: float, start: int, preset: str | None) -> dict[str, Any]:
+    """The rollout's own options."""
+    return {"residual": residual, "discard": discard, "start": start, "preset": preset}

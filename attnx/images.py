@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IMAGE_SUFFIXES", "ImageError", "find_images", "read_image", "to_tensor"]
+__all__ = ["IMAGE_SUFFIXES", "ImageError", "find_images", "read_image", "to_tensor", "walk_images"]
 
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif",
@@ -59,36 +59,46 @@ def find_images(source: Path) -> list[Path]:
         ValueError: `source` is a folder without images, or neither a file nor a folder.
         OSError: a folder can't be listed.
     """
+    return list(walk_images(source))
+
+
+def walk_images(source: Path) -> Iterator[Path]:
+    """`find_images`, one at a time: a folder of any number of images takes no memory but for one folder's names."""
     source = Path(source)
     looked_for = f"an image or a folder with images ({' '.join(IMAGE_SUFFIXES)})"
     if source.is_file():
-        return [source]
+        yield source
+        return
     if not source.exists():
         raise FileNotFoundError(f"source: expected {looked_for}, got {source}, which does not exist")
     if not source.is_dir():
         raise ValueError(f"source: expected {looked_for}, got {source}, which is neither a file nor a folder")
-    found = []
-    for folder, folders, names in os.walk(source, onerror=_reraise, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(folder, name)]
-        for name in names:
-            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
-                found.append(Path(folder, name))
+    found = False
+    for path in _walk(source):
+        found = True
+        yield path
     if not found:
         raise ValueError(f"source: expected {looked_for}, got {source}, a folder without any")
-    return sorted(found, key=lambda path: path.relative_to(source).as_posix())
 
 
-def _reraise(error: OSError) -> None:
-    # os.walk leaves out a folder that it can't list, silently, unless told otherwise.
-    raise error
+def _walk(folder: Path) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        seen = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    # A folder sorts as its paths do, by the slash that follows its name: then the whole is in order of paths.
+    for name, is_folder in sorted(seen, key=lambda item: f"{item[0]}/" if item[1] else item[0]):
+        if not is_folder:
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                yield folder / name
+        elif not _leads_back(folder, name):
+            yield from _walk(folder / name)
 
 
-def _leads_back(folder: str, name: str) -> bool:
-    path = Path(folder, name)
-    return path.is_symlink() and Path(folder).resolve().is_relative_to(path.resolve())
+def _leads_back(folder: Path, name: str) -> bool:
+    path = folder / name
+    return path.is_symlink() and folder.resolve().is_relative_to(path.resolve())
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, content: IO[bytes] | None = None, max_pixels: int | None = None) -> Image.Image:
     """The picture in a file, fully decoded, upright, as 8-bit RGB.
 
     The EXIF orientation is applied; an EXIF block that can't be parsed counts as upright. Alpha is dropped,
@@ -99,6 +109,8 @@ def read_image(path: Path) -> Image.Image:
     Args:
         path: JPEG, PNG, WebP, GIF, BMP, TIFF, PNM, JPEG 2000 or AVIF (what the installed Pillow has of them),
             recognised by content.
+        content: what to read in place of the file, which then only names it in an error.
+        max_pixels: the most pixels that are decoded; what remains is Pillow's own limit.
 
     Returns:
         A `PIL.Image` of mode RGB with empty `info`: no orientation is left for anyone to apply a second time.
@@ -108,9 +120,11 @@ def read_image(path: Path) -> Image.Image:
             bomb limit (twice `PIL.Image.MAX_IMAGE_PIXELS`), of float pixels, or of integers outside 0..65535.
     """
     try:
-        with Image.open(path, formats=_formats()) as image:
+        with Image.open(path if content is None else content, formats=_formats()) as image:
             if 0 in image.size:
                 raise ValueError(f"expected at least one pixel, got {image.width} x {image.height}")
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise ValueError(f"expected at most {max_pixels:,} pixels, got {image.width} x {image.height}")
             image.load()
             picture = _to_rgb(image)
             turn = _UPRIGHT.get(_orientation(image))

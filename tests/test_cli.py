@@ -74,14 +74,16 @@ def test_demo(tmp_path: Path) -> None:
 )
 def test_extract_is_the_api(photos: Path, tmp_path: Path, method: str, options: list, shape: tuple) -> None:
     out = tmp_path / "maps"
-    result = run("extract", photos, "--out", out, "--method", method, *RANDOM, *options, "--batch-size", 2)
+    result = run(
+        "extract", photos, "--out", out, "--method", method, *RANDOM, *options, "--batch-size", 2, "--pixels", "whole"
+    )
     assert result.exit_code == 0, result.output
     assert "3 maps in" in result.output
     rows = list(read_shards(out))
     assert [(r.key, r.width, r.height) for r in rows] == [("a.png", 80, 60), ("b.jpg", 50, 90), ("sub/c.png", 40, 40)]
     torch.manual_seed(0)
     loaded = load_model("timm:vit_tiny_patch16_224", pretrained=False, image_size=(48, 64))
-    heads = "each" if options else "mean"
+    heads = "each" if "each" in options else "mean"
     for row in rows:
         with torch.no_grad(), attnx.capture(loaded.model, heads=heads) as trace:
             loaded.model(loaded.prepare(read_image(photos / row.key))[None])
@@ -90,7 +92,7 @@ def test_extract_is_the_api(photos: Path, tmp_path: Path, method: str, options: 
         assert row.map.shape == shape
         np.testing.assert_allclose(row.map, want(trace)[0].numpy(), rtol=2e-3, atol=1e-6)
     settings = read_settings(out)
-    assert (settings["model"], settings["method"], settings["image_size"]) == (RANDOM[1], method, [48, 64])
+    assert (settings["model"], settings["method"], settings["pixels"]["size"]) == (RANDOM[1], method, [48, 64])
 
 
 def reference(maps: list[torch.Tensor]) -> torch.Tensor:

@@ -184,7 +184,7 @@ def test_an_interrupt_right_after_the_rename_writes_no_row_twice(tmp_path, monke
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught, ShardWriter(tmp_path, {}, rows_per_shard=2) as writer:
-        monkeypatch.setattr(shards, "_sync_folder", interrupt)
+        monkeypatch.setattr(shards, "sync_folder", interrupt)
         for i in range(4):
             writer.add(str(i), amap(i), 3, 2)
     assert keys(tmp_path) == ["0", "1"]

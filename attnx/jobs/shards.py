@@ -23,7 +23,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Row", "ShardWriter", "read_settings", "read_shards"]
+__all__ = ["Row", "ShardWriter", "parts", "read_settings", "read_shards", "sync_folder", "write_atomically"]
 
 _SETTINGS = b"attnx"
 _ROWS_PER_GROUP = 256
@@ -34,11 +34,13 @@ _FLOAT16_MAX = 65504.0
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One image's result. `map`: float16 of the shape that was stored, or None, and then `error` says why.
+    """One image's result. `map`: of the shape that was stored, or None, and then `error` says why; float16, or float32
+    where it was stored with a scale, which it has been multiplied with.
 
     `width`, `height`: of the upright picture, in pixels; None where the image could not be read.
     `text`: the caption, as it was given; `tokens`: its word pieces, one for each of the maps; `word_of`: for each the
     number of the word it is of, None for [CLS] and [SEP]; `score`: the logit of a match. None where there are none.
+    `crop`: the part of the picture that the map covers (left, top, right, bottom), in its pixels.
     """
 
     key: str
@@ -50,6 +52,7 @@ class Row:
     tokens: tuple[str, ...] | None = None
     word_of: tuple[int | None, ...] | None = None
     score: float | None = None
+    crop: tuple[float, ...] | None = None
 
 
 class ShardWriter:
@@ -168,7 +171,7 @@ class ShardWriter:
         self._target = target
         columns = zip(*self._buffer, strict=True)
         arrays = [pa.array(values, field.type) for values, field in zip(columns, self._schema, strict=True)]
-        _write_atomically(pa.Table.from_arrays(arrays, schema=self._schema), target)
+        write_atomically(pa.Table.from_arrays(arrays, schema=self._schema), target)
         self.shards, self._buffer, self._bytes = self.shards + 1, [], 0
 
 
@@ -182,7 +185,7 @@ def read_shards(out: Path) -> Iterator[Row]:
 
 
 def read_settings(out: Path) -> dict[str, Any]:
-    """What the job was run with, from its first shard.
+    """What the job was run with: of its run.json, or of captions from its first shard.
 
     Raises:
         FileNotFoundError: `out` has no shards.
@@ -191,6 +194,9 @@ def read_settings(out: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     first = _shards(out)[0]
+    if (run := first.with_name("run.json")).is_file():
+        told: dict[str, Any] = json.loads(run.read_text(encoding="utf-8"))["settings"]
+        return told
     metadata = pq.read_schema(first).metadata or {}
     if _SETTINGS not in metadata:
         raise ValueError(f"out: expected shards with attnx settings, got {first} without")
@@ -215,18 +221,22 @@ def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row]:
         shape = row.pop("shape")
         # A copy: a view would keep the whole batch in memory, and could not be written to.
         amap = None if shape is None else values[offsets[i] : offsets[i + 1]].reshape(shape).copy()
-        lists = {name: tuple(row[name]) for name in ("tokens", "word_of") if row.get(name) is not None}
+        scale = row.pop("scale", None)
+        if amap is not None and scale is not None:
+            amap = amap * np.float32(scale)
+        lists = {name: tuple(row[name]) for name in ("tokens", "word_of", "crop") if row.get(name) is not None}
         yield Row(map=amap, **{**row, **lists})
 
 
 def _shards(out: Path) -> list[Path]:
-    found = _parts(Path(out)) if Path(out).is_dir() else []
+    found = parts(Path(out)) if Path(out).is_dir() else []
     if not found:
         raise FileNotFoundError(f"out: expected a folder with part-*.parquet files, got {out}")
     return found
 
 
-def _parts(out: Path) -> list[Path]:
+def parts(out: Path) -> list[Path]:
+    """The complete shards in a folder, by number."""
     # By number: in order of names, part-100000 comes before part-99999.
     numbers = {path: re.fullmatch(r"part-(\d+)\.parquet", path.name) for path in out.iterdir()}
     return [path for _, path in sorted((int(match[1]), path) for path, match in numbers.items() if match)]
@@ -255,11 +265,11 @@ def _prepare_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-        _sync_folder(out)
+        sync_folder(out)
     except OSError as error:
         message = f"out: expected a folder that can be written to ({error.strerror})"
         raise OSError(error.errno, message, str(out)) from error
-    if _parts(out):
+    if parts(out):
         raise ValueError(f"out: expected a folder without part files, got {out}; choose another folder")
 
 
@@ -275,7 +285,8 @@ def _to_float16(key: str, map: np.ndarray) -> tuple[np.ndarray | None, str | Non
     return None, f"float16 can't hold the map: of {map.size} values, {nans} are NaN, {large} are beyond 65504"
 
 
-def _write_atomically(table: pa.Table, target: Path) -> None:
+def write_atomically(table: pa.Table, target: Path) -> None:
+    """Writes a shard: its final name has all of it or is not there. By way of a temporary, fsync and rename."""
     import pyarrow.parquet as pq
 
     temporary = target.with_name(f".{target.stem}-{uuid.uuid4().hex}.tmp")
@@ -296,10 +307,11 @@ def _write_atomically(table: pa.Table, target: Path) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder last."""
     # Windows can't open a folder, and needs no sync of one.
     if os.name == "nt":
         return

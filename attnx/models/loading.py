@@ -1,6 +1,7 @@
 """Models by name: "timm:NAME", "hf:NAME or folder", "demo"; with their own weights, a checkpoint file, or random."""
 
 import difflib
+import hashlib
 import inspect
 import logging
 import warnings
@@ -27,7 +28,10 @@ _HEADS = ("head.", "head_dist.", "fc.", "classifier.", "pooler.")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode, and how its images are prepared. size: (height, width) in pixels."""
+    """A model in eval mode, and how its images are prepared. size: (height, width) in pixels.
+
+    crop_pct, crop_mode: of timm's own evaluation transform; `prepare` takes the whole image.
+    """
 
     name: str
     model: nn.Module
@@ -36,10 +40,20 @@ class Loaded:
     std: Sequence[float] = IMAGENET[1]
     interpolation: str = "bicubic"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
 
     def prepare(self, image: "Image.Image") -> Tensor:
         """RGB image -> [3, height, width] float32, the whole image resized and normalised."""
         return to_tensor(image, self.size, self.mean, self.std, self.interpolation)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights: of names, dtypes, shapes and bytes, in the order of names."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
 
 def load_model(
@@ -155,7 +169,10 @@ def _with_timm_config(name: str, model: nn.Module, image_size: tuple[int, int] |
 
     config = resolve_model_data_config(model)
     size = image_size or tuple(config["input_size"][1:])
-    return Loaded(name, model, size, config["mean"], config["std"], config["interpolation"])
+    return Loaded(
+        name, model, size, config["mean"], config["std"], config["interpolation"],
+        crop_pct=config["crop_pct"], crop_mode=config["crop_mode"],
+    )  # fmt: skip
 
 
 def _huggingface(name: str, pretrained: bool, image_size: tuple[int, int] | None) -> Loaded:

@@ -1,0 +1,120 @@
+"""The manifest: every row of a job, in order, fixed once. A shard is a slice of it."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attnx.jobs.sources import Entry, text_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["Manifest", "write_manifest"]
+
+_GROUP = 65_536  # rows
+
+
+def write_manifest(entries: Iterable[Entry], path: Path) -> int:
+    """Writes Parquet with the columns of `Entry` (path: the bytes of the file's name), and says how many rows.
+
+    In memory are one row group and eight bytes a row, which find keys that come twice.
+
+    Raises:
+        ValueError: no entries; keys that come more than once, with the first of them and its rows.
+    """
+    import pyarrow.parquet as pq
+
+    hashes, waiting = array("q"), iter(entries)
+    with pq.ParquetWriter(path, _schema(), compression="zstd", write_statistics=["key"]) as writer:
+        while chunk := list(islice(waiting, _GROUP)):
+            hashes.extend(hash(entry.key) for entry in chunk)
+            writer.write_table(_table(chunk))
+    if not hashes:
+        raise ValueError("source: expected at least one image, got none")
+    seen = np.sort(np.frombuffer(hashes, np.int64))
+    twice = set(seen[1:][seen[1:] == seen[:-1]].tolist())
+    if twice:
+        _refuse_duplicates(path, twice)
+    return len(hashes)
+
+
+class Manifest:
+    """A manifest that was written: rows by position, one row group in memory."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self._file = pq.ParquetFile(path, memory_map=False)
+        self._group: tuple[int, Any] | None = None
+
+    def __len__(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    def entries(self, start: int, stop: int) -> list[Entry]:
+        """Rows start <= i < stop, fewer at the end."""
+        rows: list[Entry] = []
+        while start < min(stop, len(self)):
+            group = start // _GROUP
+            if self._group is None or self._group[0] != group:
+                self._group = (group, self._file.read_row_group(group))
+            first = group * _GROUP
+            part = self._group[1].slice(start - first, min(stop, first + _GROUP) - start)
+            columns = part.to_pydict()
+            columns["path"] = [None if name is None else os.fsdecode(name) for name in columns["path"]]
+            rows += map(Entry._make, zip(*(columns[name] for name in Entry._fields), strict=True))
+            start = first + _GROUP
+        return rows
+
+    def key_groups(self) -> Iterator[list[str]]:
+        """All keys, in order, a row group at a time."""
+        for group in range(self._file.num_row_groups):
+            yield self._file.read_row_group(group, columns=["key"]).column("key").to_pylist()
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    kinds = (pa.string(), pa.binary(), pa.int64(), pa.int64(), pa.string(), pa.string())
+    return pa.schema(list(zip(Entry._fields, kinds, strict=True)))
+
+
+def _table(chunk: list[Entry]) -> pa.Table:
+    import pyarrow as pa
+
+    columns: dict[str, list[Any]] = dict(zip(Entry._fields, map(list, zip(*chunk, strict=True)), strict=True))
+    # A file's name is any bytes; a caption in JSON need be no valid Unicode.
+    columns["path"] = [None if name is None else _bytes(name) for name in columns["path"]]
+    for name in ("text", "error"):
+        columns[name] = [None if value is None else text_of(value) for value in columns[name]]
+    return pa.table(columns, _schema())
+
+
+def _bytes(name: str) -> bytes:
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:
+        return name.encode(errors="backslashreplace")
+
+
+def _refuse_duplicates(path: Path, hashes: set[int]) -> None:
+    """Raises if keys of these hashes are the same, which hashes alone don't say."""
+    rows: dict[str, list[int]] = {}
+    number = 0
+    for keys in Manifest(path).key_groups():
+        for key in keys:
+            if hash(key) in hashes:
+                rows.setdefault(key, []).append(number)
+            number += 1
+    twice = {key: places for key, places in rows.items() if len(places) > 1}
+    if twice:
+        key, places = next(iter(twice.items()))
+        others = f"; so are {len(twice) - 1} other keys" if len(twice) > 1 else ""
+        where = ", ".join(map(str, places[:4])) + (", ..." if len(places) > 4 else "")
+        raise ValueError(f"source: expected every key once; {key[:200]!r} is in rows {where}{others}")

@@ -1,0 +1,140 @@
+"""From a picture to a model's pixels, and which part of the picture they show.
+
+Three ways, and a job records which: "timm", timm's own evaluation transform, bit for bit; "whole", the whole picture at
+the model's size; "processor", the model's own Hugging Face image processor.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Crop", "Pixels"]
+
+Crop = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the upright picture
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How pictures become the input of a model. Can be pickled, and `describe` is JSON.
+
+    Args:
+        kind: "timm", "whole" or "processor".
+        size: (height, width) in pixels.
+        mean, std: 3 values each, for pixels in 0..1.
+        interpolation: Pillow's name of it, in lower case.
+        crop_pct, crop_mode: of "timm", as in its model configurations: "center", "squash" or "border".
+        processor: of "processor", what AutoImageProcessor.from_pretrained takes.
+    """
+
+    kind: str
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+    processor: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("timm", "whole", "processor"):
+            raise ValueError(f"pixels: expected timm, whole or processor; got {self.kind!r}")
+        if self.kind == "processor" and self.processor is None:
+            raise ValueError("pixels: processor is for hf: models that ship one")
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of what a picture becomes: uint8 until `normalise`, or what the processor gives."""
+        return np.dtype(np.float32 if self.kind == "processor" else np.uint8)
+
+    def __call__(self, picture: Image.Image) -> tuple[np.ndarray, Crop]:
+        """RGB picture -> [3, height, width] of `dtype`, and the part that it shows."""
+        if self.kind == "processor":
+            return self._processed(picture)
+        height, width = self.size
+        resized, (left, top) = self._place(*picture.size)
+        if resized != picture.size:
+            picture_at_size = picture.resize(resized, Image.Resampling[self.interpolation.upper()])
+        else:
+            picture_at_size = picture
+        if (left, top) != (0, 0) or resized != (width, height):
+            fill = tuple(round(255 * m) for m in self.mean) if self.crop_mode == "border" else (0, 0, 0)
+            canvas = Image.new("RGB", (width, height), fill)
+            canvas.paste(picture_at_size, (-left, -top))
+            picture_at_size = canvas
+        # From the picture's own pixels to the size, along each axis.
+        across, down = picture.width / resized[0], picture.height / resized[1]
+        crop = (left * across, top * down, (left + width) * across, (top + height) * down)
+        return np.asarray(picture_at_size).transpose(2, 0, 1), crop
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, 3, height, width] of `dtype`, any device -> float32, by the operations of timm's transform."""
+        import torch
+
+        if self.kind == "processor":
+            return pixels
+        on = pixels.device
+        mean, std = (torch.tensor(values, device=on)[:, None, None] for values in (self.mean, self.std))
+        # Tensors: by a number, CUDA multiplies with its reciprocal.
+        return pixels.to(torch.float32).div_(torch.tensor(255.0, device=on)).sub_(mean).div_(std)
+
+    def describe(self) -> dict[str, Any]:
+        """The fields that matter to this kind."""
+        timm, processor = ("crop_pct", "crop_mode"), ("processor",)
+        left = {"timm": processor, "whole": timm + processor, "processor": ("mean", "std", "interpolation", *timm)}
+        return {name: value for name, value in asdict(self).items() if name not in left[self.kind]}
+
+    def _place(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The (width, height) that a picture is resized to, and where in it (left, top) the model's view begins."""
+        h, w = self.size
+        if self.kind == "whole":
+            return (w, h), (0, 0)
+        to_h, to_w = (math.floor(side / self.crop_pct) for side in (h, w))
+        if self.crop_mode == "squash":
+            resized = (to_w, to_h)
+        elif self.crop_mode != "border" and to_h == to_w:
+            short, long = min(width, height), max(width, height)
+            other = int(to_h * long / short)
+            resized = (to_h, other) if width <= height else (other, to_h)
+        else:
+            ratios = height / to_h, width / to_w
+            ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
+            resized = (round(width / ratio), round(height / ratio))
+        return resized, (_offset(resized[0], w), _offset(resized[1], h))
+
+    def _processed(self, picture: Image.Image) -> tuple[np.ndarray, Crop]:
+        assert self.processor is not None
+        processor = _processor(self.processor)
+        pixels = np.asarray(processor(images=picture, return_tensors="np")["pixel_values"][0], np.float32)
+        if pixels.shape != (3, *self.size):
+            raise ValueError(
+                f"pixels: {self.processor}'s image processor gives {list(pixels.shape)}; "
+                f"the model takes {list(self.size)}"
+            )
+        width, height = picture.size
+        resize = getattr(processor, "size", None) or {}
+        if not getattr(processor, "do_center_crop", False) or "shortest_edge" not in resize:
+            return pixels, (0.0, 0.0, float(width), float(height))
+        scale = min(width, height) / resize["shortest_edge"]
+        half = [side * scale / 2 for side in self.size]
+        return pixels, (width / 2 - half[1], height / 2 - half[0], width / 2 + half[1], height / 2 + half[0])
+
+
+def _offset(length: int, wanted: int) -> int:
+    """Where the middle of a length begins, as timm and torchvision round; negative: so much is padded before it."""
+    return round((length - wanted) / 2.0) if length >= wanted else -((wanted - length) // 2)
+
+
+@functools.lru_cache(maxsize=1)
+def _processor(name: str) -> Any:
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(name)

@@ -1,0 +1,73 @@
+"""A Hugging Face data set that `save_to_disk` wrote; needs the package `datasets`."""
+
+import functools
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from attnx.jobs.sources import Entry, text_of
+from attnx.jobs.sources.table import CAPTION
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Keys are the column `key` or `id`; without one the row's number from 0."""
+
+    path: Path
+    split: str | None
+    kind = "dataset"
+
+    def entries(self) -> Iterator[Entry]:
+        """Rows in order; pictures are not touched."""
+        data, image = _load(self.path, self.split)
+        names = data.column_names
+        key, text = (next((name for name in wanted if name in names), None) for wanted in (("key", "id"), CAPTION))
+        if not len(data):
+            raise ValueError(f"source: expected at least one row; {self.path} has none")
+        columns = [name for name in (key, text) if name is not None]
+        rows = data.select_columns(columns) if columns else [{}] * len(data)
+        for number, row in enumerate(rows):
+            own = str(number) if key is None or row[key] is None else text_of(row[key])
+            yield Entry(own, image, number, text=row[text] if text is not None else None)
+
+    def reader(self) -> "Rows":
+        """Single pictures, by their row."""
+        return Rows(self.path, self.split)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Reads one row's picture."""
+
+    path: Path
+    split: str | None
+
+    def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
+        data, image = _load(self.path, self.split)
+        value = data[entry.offset][image]
+        if value is None:
+            raise ValueError(f"expected a picture in row {entry.offset}; got none")
+        content = value["bytes"]
+        return (Path(value["path"]), None) if content is None else (self.path / entry.key, io.BytesIO(content))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(path: Path, split: str | None) -> tuple[Any, str]:
+    """The data set, its pictures not decoded, and the name of their column."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("source: a data set needs the package datasets: pip install 'attnx[datasets]'") from error
+    data = datasets.load_from_disk(str(path))
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise ValueError(f"split: expected one of {', '.join(data)}; got {split!r}")
+        data = data[split]
+    elif split is not None:
+        raise ValueError(f"split: {path} has none; got {split!r}")
+    images = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
+    if len(images) != 1:
+        raise ValueError(f"source: expected one column of images; {path} has {', '.join(images) or 'none'}")
+    return data.cast_column(images[0], datasets.Image(decode=False)), images[0]

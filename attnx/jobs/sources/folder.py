@@ -1,0 +1,40 @@
+"""A folder of images, read recursively, or one image."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from attnx.images import walk_images
+from attnx.jobs.sources import Entry
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Keys are the paths in the folder, with `/`; bytes of a name that are not UTF-8 are written as `\\xff`."""
+
+    root: Path
+    kind = "folder"
+
+    def entries(self) -> Iterator[Entry]:
+        """See `walk_images`."""
+        for path in walk_images(self.root):
+            relative = path.name if path == self.root else path.relative_to(self.root).as_posix()
+            # Parquet strings are UTF-8; a POSIX file name is any bytes.
+            yield Entry(os.fsencode(relative).decode(errors="backslashreplace"), relative)
+
+    def reader(self) -> "Files":
+        """Paths below the folder."""
+        return Files(self.root.parent if self.root.is_file() else self.root)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Reads whole files below a root; a path that is absolute is taken as it is."""
+
+    root: Path
+
+    def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
+        assert entry.path is not None
+        return self.root / entry.path, None

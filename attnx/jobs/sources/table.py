@@ -1,0 +1,132 @@
+"""A table of paths: Parquet, CSV, TSV or JSON lines; columns path (or image), and key and caption (or text) if any."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from attnx.jobs.sources import Entry, text_of
+from attnx.jobs.sources.folder import Files
+
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
+PATH, CAPTION = ("path", "image"), ("caption", "text")
+_TRIED = 100
+
+
+@dataclass(frozen=True)
+class Table:
+    """Keys are the column `key`; without one the path, and of captions the path, # and the row's number from 0.
+
+    A row that is none is an entry with its error. Of the first hundred paths at least one must exist.
+    """
+
+    path: Path
+    root: Path
+    kind = "table"
+
+    def entries(self) -> Iterator[Entry]:
+        """A row, an entry; empty lines are none."""
+        rows = self._rows()
+        first = list(islice(rows, _TRIED))
+        if not first:
+            raise ValueError(f"source: expected at least one row; {self.path} has none")
+        paths = [entry.path for entry in first if entry.path is not None]
+        if paths and not any((self.root / path).exists() for path in paths):
+            raise FileNotFoundError(
+                f"source: none of the first {len(paths)} paths of {self.path} exists below {self.root}, such as "
+                f"{paths[0][:200]}; --root says where they are"
+            )
+        yield from first
+        yield from rows
+
+    def reader(self) -> Files:
+        """Paths below the root."""
+        return Files(self.root)
+
+    def _rows(self) -> Iterator[Entry]:
+        suffix = self.path.suffix.lower()
+        try:
+            if suffix == ".parquet":
+                rows = _parquet(self.path)
+            else:
+                rows = _json_lines(self.path) if suffix in (".jsonl", ".ndjson") else _csv(self.path, suffix)
+            for number, (name, row) in enumerate(rows):
+                yield _entry(row, name, number)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"source: expected a table in UTF-8; {self.path}: {error}") from error
+
+
+def _entry(row: Mapping[str, Any] | str, name: str, number: int) -> Entry:
+    """Of a row, or of what is wrong with it."""
+    if isinstance(row, str):
+        return Entry(name, None, error=f"{name}: {row}")
+    path, text, key = _first(row, PATH), _first(row, CAPTION), row.get("key")
+    key = None if key is None or key == "" else text_of(key)
+    if not isinstance(path, str) or not path or "\0" in path:
+        told = f"{name}: expected a path in {' or '.join(PATH)}; got {text_of(json.dumps(row, default=str))[:80]}"
+        return Entry(key or name, None, error=told)
+    key = key or (text_of(path) if text is None else f"{text_of(path)}#{number}")
+    if text is not None and not isinstance(text, str):
+        return Entry(key, path, error=f"{name}: expected a text as caption; got {text!r}"[:200])
+    return Entry(key, path, text=text)
+
+
+def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            name, expected = f"line {number}", 'expected {"path": "photo.jpg", "caption": "a dog"}'
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                yield name, f"{expected}; {error}"
+                continue
+            yield name, row if isinstance(row, dict) else f"{expected}; got {text_of(line.strip())[:80]}"
+
+
+def _csv(path: Path, suffix: str) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+        _check(path, rows.fieldnames or [])
+        while True:
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                raise ValueError(f"source: expected a table; {path}, line {rows.line_num}: {error}") from error
+            if row is None:
+                return
+            name = f"line {rows.line_num}"
+            if None in row:
+                yield name, f"expected {len(rows.fieldnames or [])} columns; got more"
+            else:
+                yield name, {column: value for column, value in row.items() if value != ""}
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            _check(path, file.schema_arrow.names)
+            wanted = [name for name in file.schema_arrow.names if name in (*PATH, *CAPTION, "key")]
+            number = 0
+            for batch in file.iter_batches(columns=wanted):
+                for row in batch.to_pylist():
+                    yield f"row {number}", row
+                    number += 1
+    except pa.ArrowException as error:
+        raise ValueError(f"source: expected a Parquet file; {path}: {error}") from error
+
+
+def _check(path: Path, columns: "list[str] | Any") -> None:
+    if not set(columns) & set(PATH):
+        raise ValueError(f"source: expected a column {' or '.join(PATH)}; {path} has {', '.join(columns) or 'none'}")
