@@ -1,6 +1,5 @@
 """attnx extract: the batch job."""
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,19 +23,18 @@ from attnx.cli_options import (
     Seed,
     Start,
     autocast_of,
+    device_of,
+    devices_of,
     layers_of,
-    prepared,
+    pixels_of,
     rollout_options,
     told,
 )
 
 if TYPE_CHECKING:
-    import torch
+    from attnx.jobs.run import Report
 
-    from attnx.extractor import Extractor
-    from attnx.jobs.pixels import Pixels
-    from attnx.jobs.sources import Source
-    from attnx.models.loading import Loaded
+ENGINES = ("local", "ranks", "ray")
 
 
 @told
@@ -76,7 +74,23 @@ def extract(
     split: Annotated[str | None, typer.Option(help="Of a data set that has several.")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Rows of a shard; 1024 unless given.")] = None,
     max_pixels: Annotated[int, typer.Option(help="A larger picture is its row's error.", min=1)] = 178_956_970,
-    workers: Annotated[int | None, typer.Option(help="Threads that decode; one a core unless given.", min=1)] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that decode; one a core unless given; 0: this one does.", min=0)
+    ] = None,
+    decode_timeout: Annotated[float, typer.Option(help="Seconds for an image; then it is its row's error.")] = 120.0,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="[bold]local[/bold]: a process for each of --device cuda:0,cuda:1; [bold]ranks[/bold]: this run is "
+            "one of several that share OUT (torchrun, srun, SLURM arrays, --rank, --world); [bold]ray[/bold]: actors."
+        ),
+    ] = "local",
+    rank: Annotated[int | None, typer.Option(help="Ranks: which one this is, from 0.")] = None,
+    world: Annotated[int | None, typer.Option(help="Ranks: of how many.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray: of the cluster; a local one unless given.")] = None,
+    actors: Annotated[int | None, typer.Option(help="Ray: how many; one a GPU, or a machine.", min=1)] = None,
+    actor_cpus: Annotated[int | None, typer.Option(help="Ray: of each; what there are, divided.", min=1)] = None,
+    tries: Annotated[int, typer.Option(help="Of a shard whose process dies; then it is set aside.", min=1)] = 3,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do rows with an error again.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell counts, size and time, from one batch; write nothing.")
@@ -94,108 +108,75 @@ def extract(
     becomes a row with an error, and the job goes on. manifest.parquet is the list of images, fixed by the first run;
     run.json what the maps are made with, and a later run with anything else is refused.
     """
-    from attnx.extractor import Extractor
+    from attnx.jobs.decoding import start_server
+    from attnx.jobs.engines.cluster import Cluster
+    from attnx.jobs.engines.here import rank_of
+    from attnx.jobs.estimate import estimate
     from attnx.jobs.job import open_job
     from attnx.jobs.packing import DTYPES
     from attnx.jobs.reading import progress_bar
+    from attnx.jobs.recipe import Recipe, Running
+    from attnx.jobs.run import run_job
     from attnx.jobs.sources import open_source
-    from attnx.jobs.work import run_job
 
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(ENGINES)}; got {engine!r}")
+    ours = rank_of(rank, world) if engine == "ranks" else None
+    if ours is None and (rank, world) != (None, None):
+        raise ValueError(f"rank, world: they are for --engine ranks; got --engine {engine}")
+    cluster = Cluster(address, actors, actor_cpus) if engine == "ray" else None
+    if cluster is None and (address, actors, actor_cpus) != (None, None, None):
+        raise ValueError(f"address, actors, actor-cpus: they are for --engine ray; got --engine {engine}")
     images = open_source(source, kind, root, split)
-    autocast = autocast_of(dtype)
+    autocast_of(dtype)
     if map_dtype not in DTYPES:
         raise ValueError(f"map-dtype: expected one of {', '.join(DTYPES)}; got {map_dtype!r}")
-    on, loaded = prepared(model, pretrained, checkpoint, image_size, device, seed)
-    how = _pixels(loaded, pixels)
-    rolling = rollout_options(residual, discard, start, preset) if method == "rollout" else {}
-    extractor = Extractor(
-        loaded.model, method, layers=layers_of(layer), heads=heads, dtype=autocast, keep=keep, compile=compile,
-        model_kwargs=loaded.model_kwargs, **rolling,
+    devices = devices_of(device)
+    if len(devices) > 1 and engine != "local":
+        raise ValueError(f"device: several are for --engine local; got {device} with --engine {engine}")
+    start_server()
+    recipe = Recipe(
+        source=str(source.absolute()), kind=images.kind, root=None if root is None else str(root.absolute()),
+        split=split, model=_absolute(model), pretrained=pretrained,
+        checkpoint=None if checkpoint is None else str(checkpoint.absolute()), image_size=pixels_of(image_size),
+        seed=seed, pixels=pixels, method=method, layers=layers_of(layer), heads=heads, keep=keep, dtype=dtype,
+        compile=compile, rolling=rollout_options(residual, discard, start, preset) if method == "rollout" else {},
+        map_dtype=map_dtype, max_pixels=max_pixels,
     )  # fmt: skip
-    _warm_up(extractor, loaded, on)
-    settings = {
-        "model": loaded.name, "weights": loaded.fingerprint(), "pixels": how.describe(), "method": method,
-        "layers": layer, "heads": heads, "dtype": dtype, "map_dtype": map_dtype, "keep": keep,
-        "max_pixels": max_pixels, **rolling, "versions": _versions(),
-    }  # fmt: skip
+    tools = recipe.load(device_of(devices[0]))
+    running = Running(batch_size, workers, decode_timeout)
     if dry_run:
-        _tell_estimate(images, how, extractor, on, batch_size, shard_size or 1024, map_dtype, max_pixels)
+        typer.echo(estimate(tools, running, shard_size))
         return
-    described = {
-        "kind": images.kind, "path": str(source.absolute()),
-        "root": None if root is None else str(root.absolute()), "split": split,
-    }  # fmt: skip
-    with open_job(out, images, described, settings, shard_size) as job, progress_bar(job.rows) as progress:
-        done = run_job(
-            job, images.reader(), how, extractor, batch_size=batch_size, device=on, map_dtype=map_dtype,
-            max_pixels=max_pixels, workers=workers, retry_failed=retry_failed, progress=progress,
-            say=lambda text: typer.echo(f"attnx: {text}", err=True),
+    with (
+        open_job(
+            out, images, recipe.describe_source(), tools.settings(), recipe.to_json(), shard_size, tools.row_bytes, ours
+        ) as job,
+        progress_bar(job.rows) as progress,
+    ):
+        report = run_job(
+            tools, job, running, devices=devices, cluster=cluster, rank=ours, tries=tries, retry_failed=retry_failed,
+            progress=progress, say=lambda text: typer.echo(f"attnx: {text}", err=True),
         )  # fmt: skip
-        failed = sum(job.errors(shard) for shard in range(job.shards))
-    before = f", {done.before} of them by an earlier run" if done.before else ""
-    rate = f" ({done.rows / done.seconds:.1f} images/s)" if done.rows else ""
-    typer.echo(
-        f"{job.rows - failed} maps in {out}{before}{rate}"
-        + (f", {failed} images could not be read: see their error column" if failed else "")
-    )
-    if failed:
+    if report.made:
+        typer.echo(report.stage_table())
+    of_rank = "" if ours is None else f"rank {ours.rank} of {ours.world}: "
+    before = f", {report.before} rows of an earlier run" if report.before else ""
+    rate = f" ({report.made / report.seconds:.1f} images/s)" if report.made else ""
+    typer.echo(f"{of_rank}{report.maps} maps in {out}{before}{rate}{_wrong(report)}")
+    if report.errors or report.set_aside:
         raise typer.Exit(1)
 
 
-def _pixels(loaded: "Loaded", kind: str | None) -> "Pixels":
-    from attnx.jobs.pixels import Pixels
-
-    named = loaded.name.partition(":")
-    kind = kind or ("timm" if named[0] == "timm" else "whole")
-    return Pixels(
-        kind=kind,
-        size=(int(loaded.size[0]), int(loaded.size[1])),
-        mean=tuple(map(float, loaded.mean)),
-        std=tuple(map(float, loaded.std)),
-        interpolation=loaded.interpolation,
-        crop_pct=loaded.crop_pct,
-        crop_mode=loaded.crop_mode,
-        processor=named[2] if named[0] == "hf" else None,
-    )
+def _wrong(report: "Report") -> str:
+    text = f", {report.errors} images have no map: see their error column" if report.errors else ""
+    if report.set_aside:
+        shards = ", ".join(map(str, sorted(report.set_aside)))
+        text += f", shards that could not be made: {shards}; run again to try them again"
+    return text
 
 
-def _warm_up(extractor: "Extractor", loaded: "Loaded", on: "torch.device") -> None:
-    """The extractor's first call makes its plan in another way, which may round otherwise: it is no image's."""
-    import torch
-
-    extractor(torch.zeros(1, 3, *loaded.size, device=on))
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from attnx import __version__
-
-    return {"attnx": __version__} | {name: version(name) for name in ("torch", "timm", "transformers", "pillow")}
-
-
-def _tell_estimate(
-    images: "Source", how: "Pixels", extractor: "Extractor", on: "torch.device", batch_size: int, shard_size: int,
-    map_dtype: str, max_pixels: int,
-) -> None:  # fmt: skip
-    """Says how much there is to do, from a batch that is done and not written."""
-    from attnx.jobs.job import first_entries
-    from attnx.jobs.reading import reader_pool
-    from attnx.jobs.work import Maker
-
-    first, count = first_entries(images, batch_size)
-    begin = time.perf_counter()
-    with reader_pool() as pool:
-        maker = Maker(images.reader(), how, extractor, pool, on, batch_size, map_dtype, max_pixels)
-        size = maker.table(first).column("map").nbytes
-    seconds = (time.perf_counter() - begin) / len(first) * count
-    typer.echo(
-        f"{count} images ({images.kind}) in {-(-count // shard_size)} shards of {shard_size}; from the first "
-        f"{len(first)}: {size / len(first) * count / 2**20:.1f} MB of maps before compression, "
-        f"{_duration(seconds)}. Nothing was written."
-    )
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d} hours" if hours else f"{rest // 60}:{rest % 60:02d} minutes"
+def _absolute(model: str) -> str:
+    """A folder's name as any process on this machine understands it."""
+    kind, _, name = model.partition(":")
+    return f"{kind}:{Path(name).absolute()}" if kind == "hf" and Path(name).is_dir() else model

@@ -82,6 +82,21 @@ def device_of(name: str | None) -> "torch.device":
     return on
 
 
+def devices_of(names: str | None) -> list[str]:
+    """Devices by their names, with commas between them; "all": every GPU.
+
+    Raises:
+        ValueError: torch can't use one of them here.
+    """
+    import torch
+
+    if names == "all":
+        if not torch.cuda.is_available():
+            raise ValueError("device: all is for GPUs; torch finds none here")
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [str(device_of(name)) for name in (names.split(",") if names else [None])]
+
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -1,7 +1,7 @@
 """A job in a folder: what is to be done, fixed once, and what is done. Killed and run again, it goes on.
 
 `manifest.parquet`: every row in order. `run.json`: what the maps are made with. `part-00007.parquet`: shard 7, a slice
-of the manifest, complete if it is there. `.lock`: held by the one job that writes.
+of the manifest, complete if it is there. `.lock` is held by whoever writes: one run, or ranks of one world together.
 """
 
 from __future__ import annotations
@@ -9,23 +9,29 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from attnx.jobs.manifest import Manifest, write_manifest
-from attnx.jobs.shards import parts, sync_folder
+from attnx.jobs.shards import count_errors, parts, sync_folder
 from attnx.jobs.sources import Entry, Source
 
-__all__ = ["Job", "open_job"]
+__all__ = ["Job", "Rank", "open_job", "writing"]
 
+_SHARD_BYTES = 256 * 2**20
 _MANIFEST, _RUN, _LOCK = "manifest.parquet", "run.json", ".lock"
 
 
 class Job:
-    """A planned job. rows: of the manifest; shard_size: rows of a shard; shards: how many."""
+    """A planned job. rows: of the manifest; shard_size: rows of a shard; shards: how many; lock: the descriptor of
+    the lock, for those who write.
+    """
+
+    lock: int | None = None
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -47,57 +53,91 @@ class Job:
         """The file of a shard."""
         return self.out / f"part-{shard:05d}.parquet"
 
-    def todo(self) -> list[int]:
-        """The shards that are not done."""
-        done = {path.name for path in parts(self.out)}
-        return [shard for shard in range(self.shards) if self.part(shard).name not in done]
+    def done(self) -> set[int]:
+        """The shards that are there."""
+        names = {path.name for path in parts(self.out)}
+        return {shard for shard in range(self.shards) if self.part(shard).name in names}
 
-    def failed(self) -> list[int]:
-        """The done shards that have rows with an error."""
-        return [shard for shard in range(self.shards) if self.part(shard).exists() and self.errors(shard)]
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """Raises ValueError if these settings would make other maps, with each difference."""
+        _check_same(self, {"settings": settings})
 
     def errors(self, shard: int) -> int:
         """How many rows of a done shard have an error."""
-        import pyarrow.parquet as pq
+        return count_errors(self.part(shard))
 
-        column = pq.read_table(self.part(shard), columns=["error"]).column("error")
-        return len(column) - int(column.null_count)
+
+@dataclass(frozen=True)
+class Rank:
+    """One of `world` runs that share a job: it does the shards whose number modulo `world` is `rank`."""
+
+    rank: int
+    world: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank: expected 0 <= rank < world; got rank {self.rank} of a world of {self.world}")
 
 
 @contextlib.contextmanager
 def open_job(
-    out: Path, source: Source, described: dict[str, Any], settings: dict[str, Any], shard_size: int | None = None
+    out: Path,
+    source: Source,
+    described: dict[str, Any],
+    settings: dict[str, Any],
+    recipe: dict[str, Any] | None = None,
+    shard_size: int | None = None,
+    row_bytes: int = 1,
+    rank: Rank | None = None,
 ) -> Iterator[Job]:
-    """The job of a folder, planned if it is not there yet; nobody else writes to it inside the `with`.
+    """The job of a folder, planned if it is not there yet; nobody else writes its shards inside the `with`.
 
     Args:
         out: made where it is missing.
         source: what is listed, once: a later run does what the manifest says.
         described: of the source, for JSON.
         settings: what decides the maps, for JSON.
-        shard_size: rows of a shard, 1024 unless given; of a job that is there, its own.
+        recipe: how other processes make them, for JSON; the last run's is kept.
+        shard_size: rows of a shard; unless given 1024, or fewer so that their maps are at most 256 MiB, and of a job
+            that is there its own.
+        row_bytes: of a row's map as it is stored.
+        rank: of several runs that share the job; the first of them plans, and the others wait for it.
 
     Raises:
         ValueError: the job that is there has another source, other settings or another shard size, with each
-            difference; another job writes to the folder; it holds shards without a job; a wrong source.
+            difference; another run writes to the folder; it holds shards without a job; a wrong source.
         OSError: the folder can't be written to.
     """
     if shard_size is not None and shard_size < 1:
         raise ValueError(f"shard-size: expected at least 1, got {shard_size}")
-    _make(out)
-    with _locked(out):
-        _remove_temporaries(out)
-        if (out / _RUN).exists():
-            job = Job(out)
-            _check_same(job, {"source": described, "settings": settings}, shard_size)
-        else:
-            job = _plan(out, source, {"source": described, "settings": settings}, shard_size or 1024)
+    asked: dict[str, Any] = {"source": described, "settings": settings}
+    if shard_size is not None:
+        asked["shard_size"] = shard_size
+    with writing(out, rank) as lock:
+        with locked(out / ".lock-plan", wait=True) if rank else contextlib.nullcontext():
+            if (out / _RUN).exists():
+                job = Job(out)
+                _check_same(job, asked)
+            else:
+                job = _plan(out, source, {"shard_size": default_shard_size(row_bytes)} | asked)
+            if job.run.get("recipe") != recipe:
+                job.run["recipe"] = recipe
+                _write_json(out / _RUN, job.run)
+        _remove_temporaries(out, rank)
+        job.lock = lock
         yield job
 
 
-def _plan(out: Path, source: Source, run: dict[str, Any], shard_size: int) -> Job:
+def default_shard_size(row_bytes: int) -> int:
+    """Rows of a shard of maps of this size."""
+    return max(1, min(1024, _SHARD_BYTES // row_bytes))
+
+
+def _plan(out: Path, source: Source, run: dict[str, Any]) -> Job:
     if parts(out):
         raise ValueError(f"out: expected an empty folder or a job's; {out} has shards and no {_RUN}")
+    for left in (*out.glob(f".{_MANIFEST}-*.tmp"), *out.glob(f".{_RUN}-*.tmp")):
+        left.unlink()
     temporary = out / f".{_MANIFEST}-{uuid.uuid4().hex}.tmp"
     try:
         rows = write_manifest(source.entries(), temporary)
@@ -107,7 +147,7 @@ def _plan(out: Path, source: Source, run: dict[str, Any], shard_size: int) -> Jo
     finally:
         temporary.unlink(missing_ok=True)
     # Last, for it is what says that there is a job.
-    _write_json(out / _RUN, {**run, "rows": rows, "shard_size": shard_size})
+    _write_json(out / _RUN, {**run, "rows": rows})
     return Job(out)
 
 
@@ -124,15 +164,14 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     sync_folder(path.parent)
 
 
-def _check_same(job: Job, asked: dict[str, Any], shard_size: int | None) -> None:
-    asked = json.loads(json.dumps(asked))
-    there = {**_flat(job.run["source"], "source"), **_flat(job.run["settings"])}
-    now = {**_flat(asked["source"], "source"), **_flat(asked["settings"])}
-    if shard_size is not None:
-        there["shard_size"], now["shard_size"] = job.shard_size, shard_size
+def _check_same(job: Job, asked: dict[str, Any]) -> None:
+    now = _flat(json.loads(json.dumps(asked)))
+    there = _flat({name: job.run.get(name) for name in asked})
     names = [name for name in {**there, **now} if there.get(name) != now.get(name)]
     if names:
-        told = "; ".join(f"{name}: {there.get(name)!r} there, {now.get(name)!r} asked" for name in names)
+        told = "; ".join(
+            f"{name.removeprefix('settings.')}: {there.get(name)!r} there, {now.get(name)!r} asked" for name in names
+        )
         raise ValueError(f"out: {job.out} holds a job with other settings. {told}. Choose another folder")
 
 
@@ -143,37 +182,57 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}" if name else key).items()}
 
 
-def _make(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / _LOCK).open("a").close()
-    except OSError as error:
-        message = f"out: expected a folder that can be written to ({error.strerror})"
-        raise OSError(error.errno, message, str(out)) from error
+@contextlib.contextmanager
+def writing(out: Path, rank: Rank | None = None) -> Iterator[int]:
+    """Makes the folder and holds it: alone, or together with the other ranks of the same world.
+
+    A kill releases it, once all processes that were handed its descriptor, which this gives, are gone.
+    """
+    with contextlib.ExitStack() as held:
+        lock = held.enter_context(locked(out / _LOCK, shared=rank is not None))
+        if rank is not None:
+            for other in out.glob(".lock-*-of-*"):
+                if not other.name.endswith(f"-of-{rank.world}"):
+                    with locked(other):
+                        pass
+            held.enter_context(locked(out / f".lock-{rank.rank}-of-{rank.world}"))
+        yield lock
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Held by the process: a kill releases it."""
+def locked(path: Path, shared: bool = False, wait: bool = False) -> Iterator[int]:
+    """Holds a file's lock, which is made with its folder; gives the descriptor.
+
+    Raises:
+        ValueError: somebody else holds it.
+        OSError: it can't be made.
+    """
     import fcntl
 
-    with (out / _LOCK).open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"out: another job writes to {out}; wait for it, or choose another folder") from error
-        yield
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        message = f"out: expected a folder that can be written to ({error.strerror})"
+        raise OSError(error.errno, message, str(path.parent)) from error
+    with file:
+        how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        # Whoever was killed a moment ago may still be on the way out.
+        for tried in range(20):
+            try:
+                fcntl.flock(file, how | (0 if wait else fcntl.LOCK_NB))
+                break
+            except BlockingIOError as error:
+                if tried == 19:
+                    told = f"another run writes to {path.parent} ({path.name}); wait for it, or choose another folder"
+                    raise ValueError(f"out: {told}") from error
+                time.sleep(0.05)
+        yield file.fileno()
 
 
-def _remove_temporaries(out: Path) -> None:
-    """What a kill left behind; its writer is gone, for we hold the lock."""
-    for pattern in (".part-*.tmp", f".{_MANIFEST}-*.tmp", f".{_RUN}-*.tmp"):
-        for path in out.glob(pattern):
-            path.unlink()
-
-
-def first_entries(source: Source, count: int) -> tuple[list[Entry], int]:
-    """The first entries of a source, and how many it has."""
-    entries = source.entries()
-    first = list(islice(entries, count))
-    return first, len(first) + sum(1 for _ in entries)
+def _remove_temporaries(out: Path, rank: Rank | None) -> None:
+    """What a kill left of the shards that are ours; their writer is gone, for we hold the lock."""
+    for path in out.glob(".part-*.tmp"):
+        shard = int(path.name.split("-")[1])
+        if rank is None or shard % rank.world == rank.rank:
+            path.unlink(missing_ok=True)

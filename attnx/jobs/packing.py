@@ -84,3 +84,10 @@ def table(results: list[Result], dtype: str) -> pa.Table:
     columns = zip(*rows, strict=True)
     arrays = [pa.array(list(column), field.type) for column, field in zip(columns, fields, strict=True)]
     return pa.Table.from_arrays(arrays, schema=fields)
+
+
+def concatenate(tables: list[pa.Table], dtype: str) -> pa.Table:
+    """Rows of several tables, of shards or new ones, as one shard's."""
+    import pyarrow as pa
+
+    return pa.concat_tables([schema(dtype).empty_table(), *(each.cast(schema(dtype)) for each in tables)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from PIL import Image
 
 from attnx.images import ImageError, read_image
+from attnx.jobs.decoding import usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ def reader_pool(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
-    pool = ThreadPoolExecutor(workers or min(16, _usable_cores()), thread_name_prefix="attnx-decode")
+    pool = ThreadPoolExecutor(workers or min(16, usable_cores()), thread_name_prefix="attnx-decode")
     try:
         yield pool
     finally:
@@ -99,8 +99,3 @@ def progress_bar(total: int, unit: str = "images") -> Iterator[Progress]:
             bar.update(task, completed=done, total=total, rate=done / seconds)
 
         yield advance
-
-
-def _usable_cores() -> int:
-    # A container or a job scheduler may allow fewer than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

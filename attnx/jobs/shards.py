@@ -23,7 +23,16 @@ import numpy as np
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Row", "ShardWriter", "parts", "read_settings", "read_shards", "sync_folder", "write_atomically"]
+__all__ = [
+    "Row",
+    "ShardWriter",
+    "count_errors",
+    "parts",
+    "read_settings",
+    "read_shards",
+    "sync_folder",
+    "write_atomically",
+]
 
 _SETTINGS = b"attnx"
 _ROWS_PER_GROUP = 256
@@ -242,6 +251,19 @@ def parts(out: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for path, match in numbers.items() if match)]
 
 
+def count_errors(path: Path) -> int:
+    """How many rows of a shard have an error: by its statistics, without reading a row."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(path)
+    column = metadata.schema.to_arrow_schema().get_field_index("error")
+    # Columns of lists are one leaf each, as here: a leaf's number is its field's.
+    nulls = sum(
+        metadata.row_group(group).column(column).statistics.null_count for group in range(metadata.num_row_groups)
+    )
+    return int(metadata.num_rows - nulls)
+
+
 def _schema(settings: dict[str, Any], captions: bool) -> pa.Schema:
     import pyarrow as pa
 
@@ -300,6 +322,7 @@ def write_atomically(table: pa.Table, target: Path) -> None:
                 compression="zstd",
                 use_dictionary=["shape.list.element", "error"],
                 use_byte_stream_split=False,
+                write_statistics=["key", "error"],
             )
             file.flush()
             os.fsync(file.fileno())

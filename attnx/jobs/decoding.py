@@ -1,0 +1,222 @@
+"""Entries to pixels, in processes of their own: what hangs or crashes costs one row, and the model no time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import forkserver
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from attnx.images import ImageError, read_image
+from attnx.jobs.pixels import Crop, Pixels
+from attnx.jobs.sources import Entry, Reader
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+__all__ = ["Decode", "Decoders", "Picture", "start_server", "usable_cores"]
+
+_READY_WITHIN = 120.0  # seconds, for a process to start
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What an entry's image is to a model, [3, h, w], or why there is none. seconds: what decoding took."""
+
+    pixels: np.ndarray | None = None
+    width: int | None = None
+    height: int | None = None
+    crop: Crop | None = None
+    error: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Entry -> Picture; never raises. max_pixels: a larger image is its row's error."""
+
+    read: Reader
+    pixels: Pixels
+    max_pixels: int | None = None
+
+    def __call__(self, entry: Entry) -> Picture:
+        """Reads, decodes and prepares an entry."""
+        start = time.perf_counter()
+        return replace(self._decode(entry), seconds=time.perf_counter() - start)
+
+    def _decode(self, entry: Entry) -> Picture:
+        try:
+            picture = read_image(*self.read(entry), max_pixels=self.max_pixels)
+            pixels, crop = self.pixels(picture)
+        except ImageError as error:
+            return Picture(error=str(error))
+        # A reader of a tar or a data set fails as files do; a broken Arrow file or a processor in its own ways.
+        except Exception as error:
+            return Picture(error=f"{entry.path}: {type(error).__name__}: {error}")
+        return Picture(pixels, picture.width, picture.height, crop)
+
+
+class Decoders:
+    """Processes that decode; a context manager.
+
+    Args:
+        decode: what they do; it is pickled.
+        workers: how many; the usable cores unless given, at most 16. 0: none, but a thread of this process, which
+            can't be stopped where it hangs.
+        timeout: seconds that one image may take; then its process is killed, and the row has that as its error.
+
+    While they are open, Pillow's own limit of pixels is off in this process where `decode` has one.
+
+    Raises:
+        ValueError: fewer than 0 workers; a timeout that is none.
+    """
+
+    def __init__(self, decode: Decode, workers: int | None = None, timeout: float = 120.0) -> None:
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers: expected at least 0, got {workers}")
+        if not timeout > 0:
+            raise ValueError(f"decode-timeout: expected seconds above 0, got {timeout:g}")
+        self.workers = min(16, usable_cores()) if workers is None else workers
+        self.timeout = timeout
+        self._decode = decode
+        self._closed = False
+        self._idle: queue.SimpleQueue[_Process | None] = queue.SimpleQueue()
+        self._threads = ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="attnx-decode")
+        self._all: set[_Process] = set()
+
+    def submit(self, entry: Entry) -> Future[Picture]:
+        """The entry's picture, some time; entries begin in the order of these calls."""
+        return self._threads.submit(self._run, entry)
+
+    def __enter__(self) -> Decoders:
+        self._pillow_limit = Image.MAX_IMAGE_PIXELS
+        if self._decode.max_pixels is not None:
+            Image.MAX_IMAGE_PIXELS = None
+        for _ in range(self.workers):
+            self._idle.put(self._start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        for process in list(self._all):
+            process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        Image.MAX_IMAGE_PIXELS = self._pillow_limit
+
+    def _run(self, entry: Entry) -> Picture:
+        if entry.error is not None:
+            return Picture(error=entry.error)
+        if not self.workers:
+            return self._decode(entry)
+        process = self._idle.get()
+        try:
+            for _ in range(2):
+                process = process or self._start()
+                try:
+                    return process.decode(entry, self.timeout)
+                except TimeoutError:
+                    error, again = f"{entry.path}: decoding took longer than {self.timeout:g} s", False
+                # It died: by this image, or by something else, such as a lack of memory; so the image has a second try.
+                except (EOFError, OSError) as cause:
+                    if self._closed:
+                        break
+                    error, again = f"{entry.path}: decoding it killed the process ({cause})", True
+                self._drop(process)
+                process = None
+                if not again:
+                    break
+            return Picture(error="stopped" if self._closed else error)
+        finally:
+            self._idle.put(process)
+
+    def _start(self) -> _Process:
+        process = _Process(self._decode)
+        self._all.add(process)
+        return process
+
+    def _drop(self, process: _Process) -> None:
+        process.kill()
+        self._all.discard(process)
+
+
+def start_server() -> None:
+    """Starts what processes are forked from, in the background; called early, nobody has to wait for its imports."""
+    forkserver.set_forkserver_preload([__name__])
+    forkserver.ensure_running()
+
+
+class _Process:
+    """A process that decodes, one image at a time."""
+
+    def __init__(self, decode: Decode) -> None:
+        start_server()
+        context = multiprocessing.get_context("forkserver")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, decode), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._ready = False
+
+    def decode(self, entry: Entry, timeout: float) -> Picture:
+        """Raises TimeoutError, or EOFError or OSError if the process is no more; kill it then."""
+        if not self._ready:
+            self._wait_until_ready()
+        try:
+            self._pipe.send((entry, timeout))
+            if not self._pipe.poll(timeout):
+                raise TimeoutError
+            answer: Picture = self._pipe.recv()
+        except EOFError as error:
+            self._process.join(1)
+            raise EOFError(_died(self._process.exitcode)) from error
+        return answer
+
+    def kill(self) -> None:
+        """Ends it, whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+
+    def _wait_until_ready(self) -> None:
+        try:
+            if not self._pipe.poll(_READY_WITHIN):
+                raise RuntimeError(f"a process that decodes was not ready within {_READY_WITHIN:g} s")
+            self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(1)
+            raise RuntimeError(f"a process that decodes did not start: {_died(self._process.exitcode)}") from error
+        self._ready = True
+
+
+def _died(code: int | None) -> str:
+    return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+
+
+def _serve(pipe: Connection, decode: Decode) -> None:
+    """A process's whole life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if decode.max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        pipe.send(None)
+        while True:
+            entry, timeout = pipe.recv()
+            # Whoever would kill it may be dead by then: the default of this signal ends the process.
+            signal.setitimer(signal.ITIMER_REAL, timeout + 10)
+            picture = decode(entry)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            pipe.send(picture)
+    except (EOFError, OSError):
+        pass
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: a container or a job scheduler may allow fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,157 @@
+"""Actors of a Ray cluster, each with a model of its own; the folder of the job is one that all its machines see."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from attnx.jobs.engines.queue import Shards
+from attnx.jobs.job import Job
+from attnx.jobs.recipe import Running
+from attnx.jobs.worker import Made, Stages
+
+__all__ = ["Cluster", "run_on_cluster"]
+
+_AT_A_TIME = 2
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """address: of a running cluster; None: the one of RAY_ADDRESS, or a local one is started. actors: how many; one a
+    GPU unless given, or without GPUs one a machine. cpus: of each, for its threads and for decoding; what there are,
+    divided, unless given.
+    """
+
+    address: str | None = None
+    actors: int | None = None
+    cpus: int | None = None
+
+
+class Maker:
+    """An actor: loads the job's model where it stands, then makes shards."""
+
+    def __init__(self, out: str, running: Running) -> None:
+        import contextlib
+
+        import torch
+
+        from attnx.jobs.recipe import Recipe
+
+        job = Job(Path(out))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        tools = Recipe.from_json(job.run["recipe"]).load(device)
+        job.check_settings(tools.settings())
+        self._open = contextlib.ExitStack()
+        self._worker = self._open.enter_context(tools.worker(job, running))
+
+    def ready(self) -> None:
+        """Comes back once the model is there."""
+
+    def run_shard(self, shard: int) -> tuple[Made, dict[str, float]]:
+        """See `Worker.run_shard`; comes back once it is written, with where the actor's time went so far."""
+        return self._worker.run_shard(shard).result(), vars(self._worker.stages)
+
+
+def run_on_cluster(
+    job: Job,
+    cluster: Cluster,
+    shards: Shards,
+    running: Running,
+    advance: Callable[[Made], None],
+) -> tuple[Stages, int]:
+    """Makes the shards with actors, and says where the time went, of all together, and how many they are.
+
+    An actor that dies is replaced, and costs the shard that it was making. Actors for which there is no room yet are
+    given shards once an autoscaler has made it.
+
+    Raises:
+        ImportError: no ray.
+        RuntimeError: see `Shards.failed`; ConnectionError: no cluster at the address.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("engine ray: expected ray, which is not installed; pip install 'attnx[ray]'") from error
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        return _run(ray, job, cluster, shards, running, advance)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+@dataclass(eq=False)
+class _Actor:
+    """A handle, the shards that it was told with what will come of each, and where its time went."""
+
+    handle: Any
+    ready: Any
+    theirs: deque[tuple[int, Any]] = field(default_factory=deque)
+    stages: Stages = field(default_factory=Stages)
+
+    @property
+    def next(self) -> Any:
+        """What is heard of it next."""
+        return self.theirs[0][1] if self.theirs else self.ready
+
+
+def _run(
+    ray: Any, job: Job, cluster: Cluster, shards: Shards, running: Running, advance: Callable[[Made], None]
+) -> tuple[Stages, int]:
+    there = ray.cluster_resources()
+    gpus = int(there.get("GPU", 0))
+    count = cluster.actors or gpus or max(1, sum(node["Alive"] for node in ray.nodes()))
+    cpus = cluster.cpus or max(1, int(there.get("CPU", 1)) // count)
+    running = replace(running, workers=cpus if running.workers is None else running.workers)
+    kind = ray.remote(num_cpus=cpus, num_gpus=1 if gpus else 0)(Maker)
+
+    def start() -> _Actor:
+        handle = kind.remote(str(job.out.absolute()), running)
+        return _Actor(handle, handle.ready.remote())
+
+    stages = Stages()
+    actors = [start() for _ in range(min(count, job.shards))]
+    try:
+        while not shards.finished:
+            _hand_out(actors, shards)
+            events = {actor.next: actor for actor in actors if actor.next is not None}
+            for event in ray.wait(list(events), num_returns=1)[0]:
+                actor = events[event]
+                try:
+                    answer = ray.get(event)
+                except ray.exceptions.RayError as error:
+                    ray.kill(actor.handle)
+                    stages += actor.stages
+                    actors[actors.index(actor)] = start()
+                    told = [shard for shard, _ in actor.theirs]
+                    shards.give_back(told[1:])
+                    shards.failed(told[0] if told else None, str(error).strip().splitlines()[-1])
+                    continue
+                if event is actor.ready:
+                    actor.ready = None
+                    continue
+                actor.theirs.popleft()
+                made, seconds = answer
+                actor.stages = Stages(**seconds)
+                shards.done()
+                advance(Made(*made))
+        return sum((actor.stages for actor in actors), stages), len(actors)
+    finally:
+        for actor in actors:
+            ray.kill(actor.handle)
+
+
+def _hand_out(actors: list[_Actor], shards: Shards) -> None:
+    """To the one that has fewest first, of those that are there."""
+    there = [actor for actor in actors if actor.ready is None]
+    while there:
+        actor = min(there, key=lambda each: len(each.theirs))
+        if len(actor.theirs) == _AT_A_TIME or (shard := shards.take()) is None:
+            return
+        actor.theirs.append((shard, actor.handle.run_shard.remote(shard)))

@@ -1,0 +1,76 @@
+"""Shards made in this process, one after another."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+from attnx.jobs.job import Job, Rank
+from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.worker import Made, Stages
+
+__all__ = ["rank_of", "run_here"]
+
+
+def run_here(
+    tools: Tools,
+    job: Job,
+    todo: Sequence[int],
+    running: Running,
+    advance: Callable[[Made], None],
+    say: Callable[[str], None],
+) -> Stages:
+    """Makes the shards, and says where the time went. An interrupt or a kill loses what is not written.
+
+    Raises:
+        OSError: a shard can't be written; those before it are.
+    """
+    with tools.worker(job, running, say) as worker:
+        writing: deque = deque()
+        for shard, following in pairwise([*todo, None]):
+            assert shard is not None
+            writing.append(worker.run_shard(shard, following))
+            if len(writing) > 1:
+                advance(writing.popleft().result())
+        for last in writing:
+            advance(last.result())
+        return worker.stages
+
+
+# Of a launcher: variables with the number of a run, and of how many it is one.
+_LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+_ARRAY = "SLURM_ARRAY_TASK_"
+
+
+def rank_of(rank: int | None, world: int | None, environment: Mapping[str, str] = os.environ) -> Rank:
+    """Which rank this run is: as given, or as torchrun, srun or a SLURM array say (tasks times those of each).
+
+    Raises:
+        ValueError: only one of the two is given, or nothing says it.
+    """
+
+    def number(name: str, otherwise: str | None = None) -> int:
+        text = environment.get(name, otherwise)
+        if text is None or not text.isdecimal():
+            raise ValueError(f"engine ranks: expected a number in {name}; got {text!r}")
+        return int(text)
+
+    if (rank is None) != (world is None):
+        raise ValueError(f"rank, world: expected both or none; got rank {rank}, world {world}")
+    if rank is not None and world is not None:
+        return Rank(rank, world)
+    launcher = next((names for names in _LAUNCHERS if set(names) <= set(environment)), None)
+    array = f"{_ARRAY}ID" in environment
+    if launcher is None and not array:
+        raise ValueError(
+            "engine ranks: expected --rank and --world, or in the environment RANK and WORLD_SIZE (torchrun), "
+            f"SLURM_PROCID and SLURM_NTASKS (srun), or {_ARRAY}ID and {_ARRAY}COUNT; got none of them"
+        )
+    of_task = Rank(0, 1) if launcher is None else Rank(*map(number, launcher))
+    if not array:
+        return of_task
+    # An array may begin anywhere and go in steps.
+    place = (number(f"{_ARRAY}ID") - number(f"{_ARRAY}MIN", "0")) // number(f"{_ARRAY}STEP", "1")
+    return Rank(place * of_task.world + of_task.rank, number(f"{_ARRAY}COUNT") * of_task.world)

@@ -1,0 +1,193 @@
+"""One process a device, on this machine. `python -m attnx.jobs.engines.local` is such a process.
+
+It is told shards on its standard input, a number a line, and answers with lines of JSON; it makes them in order, and
+three of them are its at a time: one is written, one made, and of one the first pictures are decoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+from attnx.jobs.decoding import usable_cores
+from attnx.jobs.engines.queue import Shards
+from attnx.jobs.job import Job
+from attnx.jobs.recipe import Running
+from attnx.jobs.worker import Made, Stages
+
+__all__ = ["run_on_devices"]
+
+_AT_A_TIME = 3
+_Events: TypeAlias = "queue.Queue[tuple[_Process, dict[str, Any]]]"
+
+
+def run_on_devices(
+    job: Job,
+    devices: Sequence[str],
+    shards: Shards,
+    running: Running,
+    advance: Callable[[Made], None],
+) -> Stages:
+    """Makes the shards with a process for each device, and says where the time went, of all together.
+
+    The cores are divided among them. A process that dies costs the shard that it was making, which is tried again.
+
+    Args:
+        devices: such as "cuda:0"; one may come more than once.
+
+    Raises:
+        RuntimeError: see `Shards.failed`.
+    """
+    cores = max(1, usable_cores() // len(devices))
+    running = replace(running, workers=cores if running.workers is None else running.workers)
+    stages = Stages()
+    events: _Events = queue.Queue()
+    processes: list[_Process] = []
+    try:
+        for device in devices:
+            processes.append(_Process(job, device, running, cores, events))
+        while not shards.finished:
+            _hand_out(processes, shards)
+            process, answer = events.get()
+            if "made" in answer:
+                made = Made(*answer["made"])
+                process.theirs.remove(made.shard)
+                process.stages = Stages(**answer["stages"])
+                shards.done()
+                advance(made)
+            elif process in processes:
+                ended = process.end()
+                stages += process.stages
+                processes[processes.index(process)] = _Process(job, process.device, running, cores, events)
+                shards.give_back([*process.theirs][1:])
+                # Without a shard, it did not even start: that is the job's failure, and no shard's.
+                shards.failed(process.theirs[0] if process.theirs else None, answer.get("failed") or ended)
+        return sum((process.stages for process in processes), stages)
+    finally:
+        for process in processes:
+            process.end()
+
+
+def _hand_out(processes: list[_Process], shards: Shards) -> None:
+    """To the one that has fewest first."""
+    while True:
+        process = min(processes, key=lambda each: len(each.theirs))
+        if len(process.theirs) == _AT_A_TIME or (shard := shards.take()) is None:
+            return
+        process.tell(shard)
+
+
+@dataclass(eq=False)
+class _Process:
+    """A process, the shards that it was told, and where its time went."""
+
+    job: Job
+    device: str
+    running: Running
+    cores: int
+    events: _Events
+    theirs: deque[int] = field(default_factory=deque)
+    stages: Stages = field(default_factory=Stages)
+
+    def __post_init__(self) -> None:
+        lock = () if self.job.lock is None else (self.job.lock,)
+        arguments = [str(self.job.out.absolute()), self.device, json.dumps(asdict(self.running))]
+        threads = {"OMP_NUM_THREADS": str(self.cores), "MKL_NUM_THREADS": str(self.cores)}
+        # With the lock, so that nobody else writes as long as one of them does.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __spec__.name, *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=lock, env=os.environ | threads,
+        )  # fmt: skip
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as answers:
+            for line in answers:
+                # A line that it was killed in is none.
+                if line.endswith(b"\n"):
+                    self.events.put((self, json.loads(line)))
+        self.events.put((self, {}))
+
+    def tell(self, shard: int) -> None:
+        """One more shard."""
+        self.theirs.append(shard)
+        assert self._process.stdin is not None
+        # Of a process that is gone we hear at the end of its answers.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{shard}\n".encode())
+            self._process.stdin.flush()
+
+    def end(self) -> str:
+        """Ends it, and says how it ended if it had."""
+        if self._process.poll() is None:
+            self._process.kill()
+        code = self._process.wait()
+        return f"its process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+
+
+def main(out: str, device: str, running: str) -> None:
+    """The life of a process."""
+    # An interrupt is for the one that started us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What else prints goes to the standard error.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    told: queue.Queue[int] = queue.Queue()
+    threading.Thread(target=_listen, args=(told,), daemon=True).start()
+
+    def answer(future: Future[Made]) -> None:
+        error = future.exception()
+        if error is None:
+            answers.write(json.dumps({"made": future.result(), "stages": vars(worker.stages)}) + "\n")
+        else:
+            _fail(answers, error)
+
+    try:
+        import torch
+
+        from attnx.jobs.recipe import Recipe
+
+        job = Job(Path(out))
+        tools = Recipe.from_json(job.run["recipe"]).load(torch.device(device))
+        job.check_settings(tools.settings())
+        say = functools.partial(print, "attnx:", file=sys.stderr)
+        with tools.worker(job, Running(**json.loads(running)), say) as worker:
+            following: int | None = None
+            while True:
+                shard = told.get() if following is None else following
+                following = told.get_nowait() if not told.empty() else None
+                worker.run_shard(shard, following).add_done_callback(answer)
+    except Exception as error:
+        _fail(answers, error)
+
+
+def _listen(told: queue.Queue[int]) -> None:
+    for line in sys.stdin:
+        told.put(int(line))
+    # Whoever started us is gone.
+    os._exit(1)
+
+
+def _fail(answers: IO[str], error: BaseException) -> None:
+    """At once, and without waiting for anything: what is half-written is a temporary file."""
+    answers.write(json.dumps({"failed": f"{type(error).__name__}: {error}"}) + "\n")
+    answers.flush()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

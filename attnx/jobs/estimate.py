@@ -1,0 +1,71 @@
+"""What a job would take: counts, and size and time from batches that are done and not written."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from attnx.jobs.job import default_shard_size, open_job
+from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.sources import Entry, Reader, Source
+
+__all__ = ["estimate"]
+
+_BATCHES = 4
+
+
+class _First:
+    """The first entries of a source, all of which are counted."""
+
+    kind = "first"
+
+    def __init__(self, source: Source, count: int) -> None:
+        entries = source.entries()
+        self._first = list(islice(entries, count))
+        self.count = len(self._first) + sum(1 for _ in entries)
+
+    def entries(self) -> Iterator[Entry]:
+        """The first ones."""
+        return iter(self._first)
+
+    def reader(self) -> Reader:
+        """Unused: a job's worker has its own."""
+        raise NotImplementedError
+
+
+def estimate(tools: Tools, running: Running, shard_size: int | None) -> str:
+    """Says how many images and shards there are, how large they will be and how long it will take on this device.
+
+    Measured on the first images, with files in a temporary folder; the first batch is left out of the time.
+    """
+    size = shard_size or default_shard_size(tools.row_bytes)
+    first = _First(tools.recipe.open_source(), (1 + _BATCHES) * running.batch_size)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_job(Path(folder), first, {}, {}, None, running.batch_size) as job,
+        tools.worker(job, running) as worker,
+    ):
+        files = [worker.run_shard(0).result()]
+        start = time.perf_counter()
+        files += [worker.run_shard(shard).result() for shard in range(1, job.shards)]
+        seconds = time.perf_counter() - start
+        rows = sum(made.rows for made in files[1:])
+        written = sum(job.part(shard).stat().st_size for shard in range(job.shards)) / job.rows
+    text = f"{first.count} images in {-(-first.count // size)} shards of {size}; about {_size(written * first.count)}"
+    if rows:
+        text += f" and {_duration(seconds / rows * first.count)} at {rows / seconds:.1f} images/s"
+    return f"{text}, from the first {job.rows}. Nothing was written."
+
+
+def _size(count: float) -> str:
+    power = min(3, int(math.log10(max(count, 1))) // 3)
+    return f"{count / 1000**power:.1f} {('bytes', 'KB', 'MB', 'GB')[power]}"
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d} hours" if hours else f"{rest // 60}:{rest % 60:02d} minutes"
