@@ -218,12 +218,12 @@ def locked(path: Path, shared: bool = False, wait: bool = False) -> Iterator[int
     with file:
         how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         # Whoever was killed a moment ago may still be on the way out.
-        for tried in range(20):
+        for tried in range(10):
             try:
                 fcntl.flock(file, how | (0 if wait else fcntl.LOCK_NB))
                 break
             except BlockingIOError as error:
-                if tried == 19:
+                if tried == 9:
                     told = f"another run writes to {path.parent} ({path.name}); wait for it, or choose another folder"
                     raise ValueError(f"out: {told}") from error
                 time.sleep(0.05)

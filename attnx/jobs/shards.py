@@ -247,8 +247,9 @@ def _shards(out: Path) -> list[Path]:
 def parts(out: Path) -> list[Path]:
     """The complete shards in a folder, by number."""
     # By number: in order of names, part-100000 comes before part-99999.
-    numbers = {path: re.fullmatch(r"part-(\d+)\.parquet", path.name) for path in out.iterdir()}
-    return [path for _, path in sorted((int(match[1]), path) for path, match in numbers.items() if match)]
+    with os.scandir(out) as entries:
+        numbers = {entry.name: re.fullmatch(r"part-(\d+)\.parquet", entry.name) for entry in entries if entry.is_file()}
+    return [out / name for _, name in sorted((int(match[1]), name) for name, match in numbers.items() if match)]
 
 
 def count_errors(path: Path) -> int:

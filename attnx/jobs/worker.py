@@ -119,7 +119,7 @@ class Worker:
         if shard in self._begun:
             return self._begun[shard]
         entries = self.job.entries(shard)
-        if self.job.part(shard).exists():
+        if self.job.part(shard).is_file():
             entries = [entry for entry, failed in zip(entries, self._failed(shard), strict=True) if failed]
         return _Shard(shard, entries, deque(entries), deque())
 
@@ -193,7 +193,7 @@ class Worker:
         made = concatenate([batch.result() for batch in packed], self.map_dtype)
         start = time.perf_counter()
         target, done = self.job.part(shard), made
-        if target.exists():
+        if target.is_file():
             failed = self._failed(shard)
             order = np.arange(len(failed))
             order[failed] = len(failed) + np.arange(len(made))

@@ -131,7 +131,8 @@ def _run(
                     actors[actors.index(actor)] = start()
                     told = [shard for shard, _ in actor.theirs]
                     shards.give_back(told[1:])
-                    shards.failed(told[0] if told else None, str(error).strip().splitlines()[-1])
+                    cause = getattr(error, "cause", None) or error
+                    shards.failed(told[0] if told else None, f"{type(cause).__name__}: {str(cause).splitlines()[0]}")
                     continue
                 if event is actor.ready:
                     actor.ready = None

@@ -1,0 +1,246 @@
+"""What goes wrong with an image, or with a batch, costs its row; and no map depends on how the work was cut up."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_job import draw
+
+from attnx.jobs.decoding import Decode, Decoders, Picture
+from attnx.jobs.job import Job, open_job
+from attnx.jobs.packing import Result, pack, table
+from attnx.jobs.pixels import Pixels
+from attnx.jobs.shards import Row, read_shards
+from attnx.jobs.sources import Entry, open_source
+from attnx.jobs.sources.folder import Files
+from attnx.jobs.worker import Worker
+
+PIXELS = Pixels("whole", (4, 6), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear")
+
+
+def grey(images: torch.Tensor) -> torch.Tensor:
+    return images.mean(1)
+
+
+def made(folder: Path, out: Path, extract: Callable = grey, workers: int = 0, **options: Any) -> list[Row]:
+    decode = Decode(Files(folder), PIXELS, options.pop("max_pixels", None))
+    timeout, size = options.pop("timeout", 60), options.pop("shard_size", None)
+    with (
+        open_job(out, open_source(folder), {}, {}, shard_size=size) as job,
+        Decoders(decode, workers, timeout) as decoders,
+        Worker(job, decoders, PIXELS, extract, **options) as worker,
+    ):
+        for shard in range(job.shards):
+            worker.run_shard(shard, shard + 1 if shard + 1 < job.shards else None)
+    return list(read_shards(out))
+
+
+def same(left: list[Row], right: list[Row]) -> bool:
+    def bits(row: Row) -> tuple:
+        return row.key, None if row.map is None else row.map.tobytes(), row.width, row.height, row.crop, row.error
+
+    return list(map(bits, left)) == list(map(bits, right))
+
+
+def test_processes_give_what_this_process_gives(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "pictures", 20, broken=(3, 12))
+    here = made(folder, tmp_path / "0", batch_size=3)
+    assert same(made(folder, tmp_path / "2", batch_size=3, workers=2), here)
+    assert same(made(folder, tmp_path / "7", batch_size=5, workers=2, shard_size=7), here)
+    assert [row.key for row in here if row.error] == ["003.jpg", "012.jpg"]
+
+
+def test_a_decoder_that_hangs_costs_its_row(tmp_path: Path) -> None:
+    """A pipe that nobody writes to never opens."""
+    folder = draw(tmp_path / "pictures", 6)
+    os.mkfifo(folder / "002a.jpg")
+    start = time.perf_counter()
+    rows = made(folder, tmp_path / "out", workers=2, timeout=1.0)
+    assert [row.key for row in rows if row.error] == ["002a.jpg"]
+    assert "002a.jpg: decoding took longer than 1 s" in (rows[3].error or "")
+    assert all(row.map is not None for row in rows if row.key != "002a.jpg")
+    assert time.perf_counter() - start < 60
+
+
+class Crashing(Files):
+    """Reads files, but for one that kills the process."""
+
+    def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
+        if entry.key == "001.jpg":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().__call__(entry)
+
+
+def test_a_decoder_that_crashes_costs_its_row(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "pictures", 4)
+    with Decoders(Decode(Crashing(folder), PIXELS), 1, 60) as decoders:
+        pictures = [decoders.submit(Entry(f"{i:03d}.jpg", f"{i:03d}.jpg")) for i in range(4)]
+        errors = [picture.result().error for picture in pictures]
+    assert errors[1] == "001.jpg: decoding it killed the process (SIGSEGV)"
+    assert [error for i, error in enumerate(errors) if i != 1] == [None] * 3
+
+
+def test_processes_that_are_killed_between_images_are_replaced(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "pictures", 4)
+    with Decoders(Decode(Files(folder), PIXELS), 1, 60) as decoders:
+        entries = [Entry(f"{i:03d}.jpg", f"{i:03d}.jpg") for i in range(4)]
+        assert decoders.submit(entries[0]).result().error is None
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        assert [decoders.submit(entry).result().error for entry in entries] == [None] * 4
+
+
+def unreadable(self: object) -> None:
+    raise OSError("no such thing")
+
+
+class Unloadable(Files):
+    """Can be pickled, and not be loaded."""
+
+    def __reduce__(self) -> tuple:
+        return unreadable, (None,)
+
+
+def test_processes_that_do_not_start_end_the_job(tmp_path: Path) -> None:
+    with (
+        Decoders(Decode(Unloadable(tmp_path), PIXELS), 1, 60) as decoders,
+        pytest.raises(RuntimeError, match="did not start: exit code 1"),
+    ):
+        decoders.submit(Entry("a", "a")).result()
+
+
+def test_large_pictures_are_the_options_business(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = draw(tmp_path / "pictures", 2)
+    Image.new("L", (200, 100)).save(folder / "large.png")
+    for workers in (0, 1):
+        rows = made(folder, tmp_path / f"a{workers}", workers=workers, max_pixels=100 * 100)
+        assert [row.key for row in rows if row.error] == ["large.png"]
+        assert "expected at most 10,000 pixels, got 200 x 100" in (rows[2].error or "")
+    # Pillow's own limit does not count beside it.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert all(row.error is None for row in made(folder, tmp_path / "b", max_pixels=200 * 100))
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(tmp_path: Path) -> None:
+    """Of torch's own error; which only a GPU raises by itself."""
+    folder = draw(tmp_path / "pictures", 20)
+    sizes: list[int] = []
+    told: list[str] = []
+
+    def small(images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return grey(images)
+
+    rows = made(folder, tmp_path / "out", small, batch_size=8, say=told.append)
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert told == [
+        "out of memory with 8 images at a time: going on with 4",
+        "out of memory with 4 images at a time: going on with 2",
+    ]
+    assert same(rows, made(folder, tmp_path / "plain"))
+
+    def none(images: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        made(folder, tmp_path / "never", none, say=told.append)
+
+
+def test_a_map_that_is_not_finite_is_its_rows_error(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "pictures", 5)
+
+    def broken(images: torch.Tensor) -> torch.Tensor:
+        maps = grey(images)
+        maps[2, 1, 1:3] = torch.nan
+        maps[3, 0, 0] = torch.inf
+        return maps
+
+    rows = made(folder, tmp_path / "out", broken)
+    assert rows[2].error == "the map is not finite: of 24 values, 2 are NaN, 0 infinite"
+    assert rows[3].error == "the map is not finite: of 24 values, 0 are NaN, 1 infinite"
+    assert [row.map is None for row in rows] == [False, False, True, True, False]
+    assert (rows[2].width, rows[2].height) == (52, 40)
+
+
+def test_an_error_of_the_model_ends_the_job_and_keeps_what_is_made(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "pictures", 10)
+    calls: list[int] = []
+
+    def fails_later(images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        if len(calls) == 4:
+            raise RuntimeError("the model")
+        return grey(images)
+
+    with pytest.raises(RuntimeError, match="the model"):
+        made(folder, tmp_path / "out", fails_later, batch_size=2, shard_size=3)
+    assert [row.key for row in read_shards(tmp_path / "out")] == ["000.jpg", "001.jpg", "002.jpg"]
+    with pytest.raises(ValueError, match=r"extract: expected a float tensor \[10, \.\.\.\]; got \[1, 4, 6\]"):
+        made(folder, tmp_path / "one", lambda images: grey(images)[:1])
+
+
+def test_a_following_shard_that_does_not_follow_is_forgotten(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "pictures", 12)
+    with (
+        open_job(tmp_path / "out", open_source(folder), {}, {}, shard_size=3),
+        Decoders(Decode(Files(folder), PIXELS), 0) as decoders,
+        Worker(Job(tmp_path / "out"), decoders, PIXELS, grey, batch_size=2) as worker,
+    ):
+        for shard, following in ((0, 1), (2, 3), (1, 0), (3, None)):
+            worker.run_shard(shard, following)
+    assert same(list(read_shards(tmp_path / "out")), made(folder, tmp_path / "plain"))
+
+
+def test_wrong_options_are_said() -> None:
+    decode = Decode(Files(Path()), PIXELS)
+    with pytest.raises(ValueError, match="workers: expected at least 0, got -1"):
+        Decoders(decode, -1)
+    with pytest.raises(ValueError, match="decode-timeout: expected seconds above 0, got 0"):
+        Decoders(decode, 1, 0)
+
+
+@pytest.mark.parametrize("largest", [1.0, 3e-3, 1e-4, 1e-7, 6e-8, 1e-20, 1e-38, 1e-42, 5e4, 1e30])
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 2**-11), ("uint8", 1 / 509), ("float32", 0.0)])
+def test_a_map_comes_back_within_a_share_of_its_largest_value(largest: float, dtype: str, bound: float) -> None:
+    rng = np.random.default_rng(0)
+    amap = (rng.random((3, 50)) ** 4).astype(np.float32)
+    amap *= np.float32(largest) / amap.max()
+    stored, scale = pack(amap, dtype)
+    assert stored.dtype == np.dtype(dtype)
+    back = stored.astype(np.float32) * np.float32(scale)
+    # Where float32 itself has fewer digits, in its subnormal numbers, a step of it is allowed.
+    assert np.abs(back.astype(float) - amap).max() <= bound * amap.max() + 2e-45
+    if dtype == "float16" and largest >= 1e-38:
+        normal = amap > amap.max() * 2**-13
+        assert (np.abs(back - amap)[normal] <= 2**-11 * amap[normal]).all()
+
+
+def test_zero_and_negative_maps() -> None:
+    for dtype in ("float16", "uint8", "float32"):
+        stored, scale = pack(np.zeros((2, 2), np.float32), dtype)
+        assert (stored == 0).all()
+        assert np.isfinite(scale)
+    stored, scale = pack(np.array([-3.0, 1.0], np.float32), "float16")
+    assert (stored * scale).tolist() == [-3.0, 1.0]
+    rows = table([Result("a", None, np.array([-1.0]), 1, 1, None, None)], "uint8").to_pylist()
+    assert rows[0]["error"] == "uint8 can't hold the map: its least value is -1"
+    assert rows[0]["map"] is rows[0]["scale"] is rows[0]["shape"] is None
+
+
+def test_pictures_say_how_long_they_took(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "pictures", 1)
+    picture = Decode(Files(folder), PIXELS)(Entry("000.jpg", "000.jpg"))
+    assert isinstance(picture, Picture)
+    assert 0 < picture.seconds < 10
