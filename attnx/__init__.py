@@ -3,6 +3,7 @@
 from attnx.capture import Handle, capture, patch
 from attnx.classes import class_maps
 from attnx.extractor import Extractor
+from attnx.jobs.maps import open
 from attnx.layout import TokenLayout
 from attnx.methods import (
     cls_map,
@@ -39,6 +40,7 @@ __all__ = [
     "gradient_rollout",
     "layer_maps",
     "mass_mask",
+    "open",
     "patch",
     "pointing_game",
     "relevance",

@@ -14,7 +14,6 @@ from attnx.cli_options import (
     Heads,
     ImageSize,
     Layer,
-    Method,
     Model,
     Out,
     Preset,
@@ -48,7 +47,13 @@ def extract(
     ],
     model: Model = "demo",
     out: Out = Path("attnx-out"),
-    method: Method = "rollout",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="[bold]rollout[/bold] through all layers (unless given), [bold]cls[/bold]: the class token's map in "
+            "one layer, [bold]layers[/bold]: in every layer."
+        ),
+    ] = None,
     layer: Layer = None,
     heads: Heads = "mean",
     checkpoint: Checkpoint = None,
@@ -64,6 +69,13 @@ def extract(
     batch_size: BatchSize = 16,
     dtype: Dtype = "float32",
     map_dtype: Annotated[str, typer.Option(help="float16, float32 or uint8, beside a scale of each map.")] = "float16",
+    store: Annotated[
+        str,
+        typer.Option(
+            help="[bold]map[/bold]: the method's; [bold]rows[/bold]: the class token's of every layer and head; "
+            "[bold]full[/bold]: the whole maps of every layer and head, in safetensors files beside the shards."
+        ),
+    ] = "map",
     keep: Annotated[
         str, typer.Option(help="Of every layer, for rollout: map, qk (memory linear in the tokens), or auto.")
     ] = "auto",
@@ -113,7 +125,7 @@ def extract(
     from attnx.jobs.engines.here import rank_of
     from attnx.jobs.estimate import estimate
     from attnx.jobs.job import open_job
-    from attnx.jobs.packing import DTYPES
+    from attnx.jobs.packing import DTYPES, STORES
     from attnx.jobs.reading import progress_bar
     from attnx.jobs.recipe import Recipe, Running
     from attnx.jobs.run import run_job
@@ -131,6 +143,11 @@ def extract(
     autocast_of(dtype)
     if map_dtype not in DTYPES:
         raise ValueError(f"map-dtype: expected one of {', '.join(DTYPES)}; got {map_dtype!r}")
+    if store not in STORES:
+        raise ValueError(f"store: expected one of {', '.join(STORES)}; got {store!r}")
+    if store != "map" and (method, heads, compile) != (None, "mean", False):
+        raise ValueError(f"method, heads, compile: they are for --store map; got --store {store}")
+    method = method or "rollout"
     devices = devices_of(device)
     if len(devices) > 1 and engine != "local":
         raise ValueError(f"device: several are for --engine local; got {device} with --engine {engine}")
@@ -141,7 +158,7 @@ def extract(
         checkpoint=None if checkpoint is None else str(checkpoint.absolute()), image_size=pixels_of(image_size),
         seed=seed, pixels=pixels, method=method, layers=layers_of(layer), heads=heads, keep=keep, dtype=dtype,
         compile=compile, rolling=rollout_options(residual, discard, start, preset) if method == "rollout" else {},
-        map_dtype=map_dtype, max_pixels=max_pixels,
+        map_dtype=map_dtype, store=store, max_pixels=max_pixels,
     )  # fmt: skip
     tools = recipe.load(device_of(devices[0]))
     running = Running(batch_size, workers, decode_timeout)

@@ -16,7 +16,7 @@ from attnx.jobs.recipe import Recipe, Tools
 RECIPE = Recipe(
     source="", kind="folder", root=None, split=None, model="demo", pretrained=True, checkpoint=None, image_size=None,
     seed=0, pixels=None, method="cls", layers=None, heads="mean", keep="auto", dtype="float32", compile=False,
-    rolling={}, map_dtype="float16", max_pixels=178_956_970,
+    rolling={}, map_dtype="float16", store="map", max_pixels=178_956_970,
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 import attnx
 from attnx.cli import app
 from attnx.images import read_image
-from attnx.jobs.shards import read_settings, read_shards
+from attnx.jobs.rows import read_settings, read_shards
 from attnx.models.loading import load_model
 
 RANDOM = ["--model", "timm:vit_tiny_patch16_224", "--no-pretrained", "--image-size", "48x64", "--device", "cpu"]

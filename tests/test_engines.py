@@ -20,8 +20,8 @@ from attnx.jobs.engines.here import rank_of
 from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job, Rank
 from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.rows import read_shards
 from attnx.jobs.run import Report, run_job
-from attnx.jobs.shards import read_shards
 
 RUNNING = Running(batch_size=4, workers=1)
 TWO = {"devices": ["cpu", "cpu"]}

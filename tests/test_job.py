@@ -19,8 +19,9 @@ from small_job import draw, files, opened, shards, tools
 from attnx.images import read_image
 from attnx.jobs.job import Job, Rank, open_job, writing
 from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.rows import read_shards
 from attnx.jobs.run import Report, run_job
-from attnx.jobs.shards import parts, read_shards
+from attnx.jobs.shards import parts
 from attnx.jobs.sources import Entry, open_source
 
 HERE = Running(batch_size=4, workers=0)
@@ -59,7 +60,7 @@ def test_a_job_is_its_files(made: Tools, whole: Path) -> None:
     assert planned["settings"]["pixels"]["kind"] == "whole"
     assert (planned["rows"], planned["shard_size"]) == (30, 7)
     pixels, crop = made.pixels(read_image(Path(made.recipe.source, "000.jpg")))
-    want = made.extractor(made.pixels.normalise(torch.from_numpy(pixels.copy())[None]))[0].numpy()
+    want = made.extract(made.pixels.normalise(torch.from_numpy(pixels.copy())[None]))[0].numpy()
     np.testing.assert_allclose(rows[0].map, want, rtol=1e-3, atol=1e-4 * want.max())
     assert rows[0].crop == crop
 

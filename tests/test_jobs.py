@@ -20,7 +20,8 @@ from attnx.images import to_tensor
 from attnx.jobs import shards
 from attnx.jobs.extract import Summary, extract_images
 from attnx.jobs.reading import progress_bar
-from attnx.jobs.shards import ShardWriter, read_settings, read_shards
+from attnx.jobs.rows import read_settings, read_shards
+from attnx.jobs.shards import ShardWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 

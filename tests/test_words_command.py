@@ -12,7 +12,7 @@ from test_cli import fails, run
 import attnx
 from attnx.demo import pair
 from attnx.images import read_image
-from attnx.jobs.shards import read_settings, read_shards
+from attnx.jobs.rows import read_settings, read_shards
 from attnx.picture import captioned
 
 CAPTION = "a red circle left of a blue square"

@@ -16,9 +16,9 @@ from small_job import draw
 
 from attnx.jobs.decoding import Decode, Decoders, Picture
 from attnx.jobs.job import Job, open_job
-from attnx.jobs.packing import Result, pack, table
+from attnx.jobs.packing import Format, Result, pack
 from attnx.jobs.pixels import Pixels
-from attnx.jobs.shards import Row, read_shards
+from attnx.jobs.rows import Row, read_shards
 from attnx.jobs.sources import Entry, open_source
 from attnx.jobs.sources.folder import Files
 from attnx.jobs.worker import Worker
@@ -234,7 +234,7 @@ def test_zero_and_negative_maps() -> None:
         assert np.isfinite(scale)
     stored, scale = pack(np.array([-3.0, 1.0], np.float32), "float16")
     assert (stored * scale).tolist() == [-3.0, 1.0]
-    rows = table([Result("a", None, np.array([-1.0]), 1, 1, None, None)], "uint8").to_pylist()
+    rows = Format("uint8").table([Result("a", None, np.array([-1.0]), 1, 1, None, None)]).to_pylist()
     assert rows[0]["error"] == "uint8 can't hold the map: its least value is -1"
     assert rows[0]["map"] is rows[0]["scale"] is rows[0]["shape"] is None
 

@@ -16,7 +16,7 @@ from attnx.demo.scenes import CLASSES, Scene, draw_scene
 from attnx.extractor import Extractor
 from attnx.images import find_images
 from attnx.jobs.extract import extract_images
-from attnx.jobs.shards import read_settings, read_shards
+from attnx.jobs.rows import read_settings, read_shards
 from attnx.methods import pointing_game
 from attnx.models.loading import load_model
 

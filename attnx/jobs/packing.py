@@ -1,7 +1,8 @@
-"""How a map is stored: its numbers in a small dtype, and one scale a map that gives them back."""
+"""How maps are stored: their numbers in a small dtype, one scale a map that gives them back, and a shard's columns."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -9,11 +10,14 @@ import numpy as np
 if TYPE_CHECKING:
     import pyarrow as pa
 
+__all__ = ["DTYPES", "STORES", "Format", "Result", "pack"]
+
 DTYPES = ("float16", "float32", "uint8")
+STORES = ("map", "rows", "full")
 
 
 class Result(NamedTuple):
-    """A row of a shard, with a map or an error."""
+    """A row of a shard, with a map or an error; tokens, word_of and score of a caption."""
 
     key: str
     text: str | None
@@ -22,6 +26,60 @@ class Result(NamedTuple):
     height: int | None
     crop: tuple[float, ...] | None
     error: str | None
+    tokens: tuple[str, ...] | None = None
+    word_of: tuple[int | None, ...] | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """The format of a job's shards.
+
+    Args:
+        dtype: of the stored numbers: "float16", "float32", "uint8".
+        captions: with the columns tokens, word_of and score.
+    """
+
+    dtype: str = "float16"
+    captions: bool = False
+
+    def schema(self) -> pa.Schema:
+        """The columns."""
+        import pyarrow as pa
+
+        values = {"float16": pa.float16(), "float32": pa.float32(), "uint8": pa.uint8()}[self.dtype]
+        columns = {
+            "key": pa.string(), "text": pa.string(), "map": pa.list_(values), "shape": pa.list_(pa.int32()),
+            "scale": pa.float32(), "width": pa.int32(), "height": pa.int32(), "crop": pa.list_(pa.float32()),
+            "error": pa.string(),
+        }  # fmt: skip
+        if self.captions:
+            columns |= {"tokens": pa.list_(pa.string()), "word_of": pa.list_(pa.int32()), "score": pa.float32()}
+        return pa.schema(columns.items())
+
+    def table(self, results: list[Result]) -> pa.Table:
+        """The rows; a map that can't be stored becomes its row's error."""
+        import pyarrow as pa
+
+        columns: dict[str, list[Any]] = {name: [] for name in self.schema().names}
+        for result in results:
+            row: dict[str, Any] = {**result._asdict(), "shape": None, "scale": None}
+            if result.map is not None:
+                try:
+                    stored, row["scale"] = pack(np.asarray(result.map, np.float32), self.dtype)
+                    row["map"], row["shape"] = stored.reshape(-1), stored.shape
+                except ValueError as cause:
+                    row["map"], row["error"] = None, str(cause)
+            for name, values in columns.items():
+                values.append(row[name])
+        arrays = [pa.array(columns[field.name], field.type) for field in self.schema()]
+        return pa.Table.from_arrays(arrays, schema=self.schema())
+
+    def concatenate(self, tables: list[pa.Table]) -> pa.Table:
+        """Rows of several tables, of shards or new ones, as one shard's."""
+        import pyarrow as pa
+
+        return pa.concat_tables([self.schema().empty_table(), *(each.cast(self.schema()) for each in tables)])
 
 
 def pack(amap: np.ndarray, dtype: str) -> tuple[np.ndarray, float]:
@@ -42,52 +100,12 @@ def pack(amap: np.ndarray, dtype: str) -> tuple[np.ndarray, float]:
         )
     if dtype == "float32":
         return amap, 1.0
-    largest = float(np.abs(amap).max())
+    largest = float(np.abs(amap).max(initial=0))
     if dtype == "uint8":
-        if amap.min() < 0:
+        if amap.min(initial=0) < 0:
             raise ValueError(f"uint8 can't hold the map: its least value is {amap.min():g}")
         scale = np.float32(largest / 255) or np.float32(1)
         return np.rint(amap / scale).clip(0, 255).astype(np.uint8), float(scale)
     # Not below float32's smallest normal number: its reciprocal is one, too.
     scale = np.float32(2.0 ** max(np.frexp(largest)[1] - 1, -126) if largest else 1)
     return (amap / scale).astype(np.float16), float(scale)
-
-
-def schema(dtype: str) -> pa.Schema:
-    """The columns of a shard."""
-    import pyarrow as pa
-
-    values = {"float16": pa.float16(), "float32": pa.float32(), "uint8": pa.uint8()}[dtype]
-    columns = {
-        "key": pa.string(), "text": pa.string(), "map": pa.list_(values), "shape": pa.list_(pa.int32()),
-        "scale": pa.float32(), "width": pa.int32(), "height": pa.int32(), "crop": pa.list_(pa.float32()),
-        "error": pa.string(),
-    }  # fmt: skip
-    return pa.schema(columns.items())
-
-
-def table(results: list[Result], dtype: str) -> pa.Table:
-    """The rows of a shard; a map that can't be stored becomes its row's error."""
-    import pyarrow as pa
-
-    rows: list[tuple[Any, ...]] = []
-    for result in results:
-        flat, shape, scale, error = None, None, None, result.error
-        if result.map is not None:
-            try:
-                stored, scale = pack(np.asarray(result.map, np.float32), dtype)
-                flat, shape = stored.reshape(-1), stored.shape
-            except ValueError as cause:
-                error = str(cause)
-        rows.append((result.key, result.text, flat, shape, scale, result.width, result.height, result.crop, error))
-    fields = schema(dtype)
-    columns = zip(*rows, strict=True)
-    arrays = [pa.array(list(column), field.type) for column, field in zip(columns, fields, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=fields)
-
-
-def concatenate(tables: list[pa.Table], dtype: str) -> pa.Table:
-    """Rows of several tables, of shards or new ones, as one shard's."""
-    import pyarrow as pa
-
-    return pa.concat_tables([schema(dtype).empty_table(), *(each.cast(schema(dtype)) for each in tables)])

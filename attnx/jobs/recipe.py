@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnx.jobs.decoding import Decode, Decoders
+from attnx.jobs.packing import Format
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources import Source, open_source
-from attnx.jobs.worker import Worker
+from attnx.jobs.worker import Extract, Worker
 
 if TYPE_CHECKING:
     import torch
 
-    from attnx.extractor import Extractor
     from attnx.jobs.job import Job
     from attnx.models.loading import Loaded
 
@@ -65,6 +65,7 @@ class Recipe:
     compile: bool
     rolling: dict[str, Any]
     map_dtype: str
+    store: str
     max_pixels: int
 
     def open_source(self) -> Source:
@@ -80,7 +81,6 @@ class Recipe:
         """The model, on a device, and what it needs."""
         import torch
 
-        from attnx.extractor import Extractor
         from attnx.models.loading import load_model
 
         torch.manual_seed(self.seed)
@@ -92,14 +92,24 @@ class Recipe:
         )
         pixels = _pixels(loaded, self.pixels)
         loaded.model.to(device)
-        extractor = Extractor(
-            loaded.model, self.method, layers=self.layers, heads=self.heads, keep=self.keep, compile=self.compile,
-            dtype=None if self.dtype == "float32" else getattr(torch, self.dtype),
-            model_kwargs=loaded.model_kwargs, **self.rolling,
-        )  # fmt: skip
+        extract = self._extract(loaded)
         # The extractor's first call makes its plan in another way, which may round otherwise: it is no image's.
-        shape = tuple(extractor(torch.zeros(1, 3, *loaded.size, device=device)).shape[1:])
-        return Tools(self, loaded, pixels, extractor, device, shape)
+        shape = tuple(extract(torch.zeros(1, 3, *loaded.size, device=device)).shape[1:])
+        return Tools(self, loaded, pixels, extract, device, shape)
+
+    def _extract(self, loaded: Loaded) -> Extract:
+        import torch
+
+        from attnx.extractor import Extractor
+        from attnx.jobs.heads import EveryHead
+
+        dtype = None if self.dtype == "float32" else getattr(torch, self.dtype)
+        if self.store != "map":
+            return EveryHead(loaded.model, self.store == "full", self.layers, dtype, loaded.model_kwargs)
+        return Extractor(
+            loaded.model, self.method, layers=self.layers, heads=self.heads, keep=self.keep, compile=self.compile,
+            dtype=dtype, model_kwargs=loaded.model_kwargs, **self.rolling,
+        )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """For `from_json`."""
@@ -118,7 +128,7 @@ class Tools:
     recipe: Recipe
     loaded: Loaded
     pixels: Pixels
-    extractor: Extractor
+    extract: Extract
     device: torch.device
     shape: tuple[int, ...]
 
@@ -129,6 +139,7 @@ class Tools:
             "model": recipe.model, "weights": self.loaded.fingerprint(), "pixels": self.pixels.describe(),
             "method": recipe.method, "layers": recipe.layers, "heads": recipe.heads, "keep": recipe.keep,
             "dtype": recipe.dtype, "compile": recipe.compile, **recipe.rolling, "map_dtype": recipe.map_dtype,
+            "store": recipe.store,
             "max_pixels": recipe.max_pixels, "versions": _versions(),
         }  # fmt: skip
 
@@ -141,13 +152,15 @@ class Tools:
     def worker(self, job: Job, running: Running, say: Callable[[str], None] = print) -> Iterator[Worker]:
         """What makes the shards of a job. Processes decode from 64 rows on: a smaller job is done before they start."""
         workers = 0 if running.workers is None and job.rows < _FEW else running.workers
-        decode = Decode(self.recipe.open_source().reader(), self.pixels, self.recipe.max_pixels)
+        recipe = self.recipe
+        decode = Decode(recipe.open_source().reader(), self.pixels, recipe.max_pixels)
         with (
             Decoders(decode, workers, running.timeout) as decoders,
             Worker(
-                job, decoders, self.pixels, self.extractor, self.device, running.batch_size, self.recipe.map_dtype, say
+                job, decoders, self.pixels, self.extract, self.device, running.batch_size, Format(recipe.map_dtype),
+                recipe.store, say,
             ) as worker,
-        ):
+        ):  # fmt: skip
             yield worker
 
 

@@ -12,56 +12,34 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+
+from attnx.jobs.tensors import join, split, tensors_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
-    "Row",
+    "SETTINGS",
     "ShardWriter",
     "count_errors",
     "parts",
-    "read_settings",
-    "read_shards",
+    "read_part",
     "sync_folder",
-    "write_atomically",
+    "write_part",
 ]
 
-_SETTINGS = b"attnx"
+SETTINGS = b"attnx"
 _ROWS_PER_GROUP = 256
+_GROUP_BYTES = 4 * 2**20
 # A shard closes early at this size, so that full per-head maps (11 MB an image) don't pile up in memory.
 _BYTES_PER_SHARD = 256 * 2**20
 _FLOAT16_MAX = 65504.0
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One image's result. `map`: of the shape that was stored, or None, and then `error` says why; float16, or float32
-    where it was stored with a scale, which it has been multiplied with.
-
-    `width`, `height`: of the upright picture, in pixels; None where the image could not be read.
-    `text`: the caption, as it was given; `tokens`: its word pieces, one for each of the maps; `word_of`: for each the
-    number of the word it is of, None for [CLS] and [SEP]; `score`: the logit of a match. None where there are none.
-    `crop`: the part of the picture that the map covers (left, top, right, bottom), in its pixels.
-    """
-
-    key: str
-    map: np.ndarray | None
-    width: int | None
-    height: int | None
-    error: str | None
-    text: str | None = None
-    tokens: tuple[str, ...] | None = None
-    word_of: tuple[int | None, ...] | None = None
-    score: float | None = None
-    crop: tuple[float, ...] | None = None
 
 
 class ShardWriter:
@@ -184,66 +162,6 @@ class ShardWriter:
         self.shards, self._buffer, self._bytes = self.shards + 1, [], 0
 
 
-def read_shards(out: Path) -> Iterator[Row]:
-    """The rows of a job's shards, in the order they were written, a few hundred in memory at a time.
-
-    Raises:
-        FileNotFoundError: `out` has no shards; at the call, not at the first row.
-    """
-    return _rows(_shards(out))
-
-
-def read_settings(out: Path) -> dict[str, Any]:
-    """What the job was run with: of its run.json, or of captions from its first shard.
-
-    Raises:
-        FileNotFoundError: `out` has no shards.
-        ValueError: the first shard was not written by attnx.
-    """
-    import pyarrow.parquet as pq
-
-    first = _shards(out)[0]
-    if (run := first.with_name("run.json")).is_file():
-        told: dict[str, Any] = json.loads(run.read_text(encoding="utf-8"))["settings"]
-        return told
-    metadata = pq.read_schema(first).metadata or {}
-    if _SETTINGS not in metadata:
-        raise ValueError(f"out: expected shards with attnx settings, got {first} without")
-    settings: dict[str, Any] = json.loads(metadata[_SETTINGS])
-    return settings
-
-
-def _rows(shards: list[Path]) -> Iterator[Row]:
-    import pyarrow.parquet as pq
-
-    for shard in shards:
-        with pq.ParquetFile(shard) as file:
-            for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP):
-                yield from _batch_rows(batch)
-
-
-def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row]:
-    maps = batch.column("map")
-    values, offsets = maps.values.to_numpy(zero_copy_only=False), maps.offsets.to_numpy()
-    names = [name for name in batch.schema.names if name != "map"]
-    for i, row in enumerate(batch.select(names).to_pylist()):
-        shape = row.pop("shape")
-        # A copy: a view would keep the whole batch in memory, and could not be written to.
-        amap = None if shape is None else values[offsets[i] : offsets[i + 1]].reshape(shape).copy()
-        scale = row.pop("scale", None)
-        if amap is not None and scale is not None:
-            amap = amap * np.float32(scale)
-        lists = {name: tuple(row[name]) for name in ("tokens", "word_of", "crop") if row.get(name) is not None}
-        yield Row(map=amap, **{**row, **lists})
-
-
-def _shards(out: Path) -> list[Path]:
-    found = parts(Path(out)) if Path(out).is_dir() else []
-    if not found:
-        raise FileNotFoundError(f"out: expected a folder with part-*.parquet files, got {out}")
-    return found
-
-
 def parts(out: Path) -> list[Path]:
     """The complete shards in a folder, by number."""
     # By number: in order of names, part-100000 comes before part-99999.
@@ -279,7 +197,7 @@ def _schema(settings: dict[str, Any], captions: bool) -> pa.Schema:
     if captions:
         strings, numbers = pa.list_(pa.string()), pa.list_(pa.int32())
         columns |= {"text": pa.string(), "tokens": strings, "word_of": numbers, "score": pa.float32()}
-    return pa.schema(columns.items(), metadata={_SETTINGS: text})
+    return pa.schema(columns.items(), metadata={SETTINGS: text})
 
 
 def _prepare_folder(out: Path) -> None:
@@ -308,23 +226,45 @@ def _to_float16(key: str, map: np.ndarray) -> tuple[np.ndarray | None, str | Non
     return None, f"float16 can't hold the map: of {map.size} values, {nans} are NaN, {large} are beyond 65504"
 
 
-def write_atomically(table: pa.Table, target: Path) -> None:
-    """Writes a shard: its final name has all of it or is not there. By way of a temporary, fsync and rename."""
+def write_part(table: pa.Table, target: Path, tensors: bool = False) -> None:
+    """Writes a shard, whole or not at all; with `tensors` its maps in a safetensors file beside it, first."""
+    if tensors:
+        table, content = split(table)
+        _write_atomically(tensors_of(target), lambda file: file.write(content))
+    write_atomically(table, target)
+
+
+def read_part(path: Path) -> pa.Table:
+    """A shard as it was given to `write_part`."""
     import pyarrow.parquet as pq
 
+    table = pq.read_table(path)
+    return join(table, tensors_of(path)) if "tensor" in table.column_names else table
+
+
+def write_atomically(table: pa.Table, target: Path) -> None:
+    """Writes a Parquet shard: its final name has all of it or is not there."""
+    import pyarrow.parquet as pq
+
+    # A row is read with its group, which should be no more than a few megabytes.
+    rows = max(1, min(_ROWS_PER_GROUP, len(table) * _GROUP_BYTES // max(table.nbytes, 1)))
+
+    def write(file: IO[bytes]) -> None:
+        # BYTE_STREAM_SPLIT would be smaller, but DuckDB fails on it for float16.
+        pq.write_table(
+            table, file, row_group_size=rows, compression="zstd", use_dictionary=["shape.list.element", "error"],
+            use_byte_stream_split=False, write_statistics=["key", "error"],
+        )  # fmt: skip
+
+    _write_atomically(target, write)
+
+
+def _write_atomically(target: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """By way of a temporary, fsync, rename, and fsync of the folder."""
     temporary = target.with_name(f".{target.stem}-{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
-            # BYTE_STREAM_SPLIT would be smaller, but DuckDB fails on it for float16.
-            pq.write_table(
-                table,
-                file,
-                row_group_size=_ROWS_PER_GROUP,
-                compression="zstd",
-                use_dictionary=["shape.list.element", "error"],
-                use_byte_stream_split=False,
-                write_statistics=["key", "error"],
-            )
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

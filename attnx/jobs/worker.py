@@ -7,26 +7,25 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from attnx.jobs.decoding import Decoders, Picture
 from attnx.jobs.job import Job
-from attnx.jobs.packing import Result, concatenate, table
+from attnx.jobs.packing import Format, Result
 from attnx.jobs.pixels import Pixels
-from attnx.jobs.shards import write_atomically
+from attnx.jobs.shards import read_part, write_part
 from attnx.jobs.sources import Entry
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
-    Extract = Callable[[torch.Tensor], torch.Tensor]
-
-__all__ = ["Made", "Stages", "Worker"]
+__all__ = ["Extract", "Made", "Stages", "Worker"]
 
 _BATCHES_AHEAD = 3
+Extract: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
 
 class Made(NamedTuple):
@@ -63,7 +62,8 @@ class Worker:
     Args:
         extract: [B, 3, h, w] float32 on `device` -> [B, ...] float maps. Where it runs out of memory, the batch is
             halved from then on, and `say` is told.
-        map_dtype: "float16", "float32", "uint8".
+        format: of the shards.
+        store: "map", "rows", or "full", of which maps stand in a file of their own.
     """
 
     job: Job
@@ -72,7 +72,8 @@ class Worker:
     extract: Extract
     device: Any = None
     batch_size: int = 32
-    map_dtype: str = "float16"
+    format: Format = field(default_factory=Format)
+    store: str = "map"
     say: Callable[[str], None] = print
     stages: Stages = field(default_factory=Stages)
 
@@ -183,22 +184,20 @@ class Worker:
             )
             for entry, picture in batch
         ]  # fmt: skip
-        packed = table(results, self.map_dtype)
+        packed = self.format.table(results)
         self.stages.pack += time.perf_counter() - start
         return packed
 
     def _write(self, shard: int, packed: list[Future[pa.Table]]) -> Made:
-        import pyarrow.parquet as pq
-
-        made = concatenate([batch.result() for batch in packed], self.map_dtype)
+        made = self.format.concatenate([batch.result() for batch in packed])
         start = time.perf_counter()
         target, done = self.job.part(shard), made
         if target.is_file():
             failed = self._failed(shard)
             order = np.arange(len(failed))
             order[failed] = len(failed) + np.arange(len(made))
-            done = concatenate([pq.read_table(target), made], self.map_dtype).take(order)
-        write_atomically(done, target)
+            done = self.format.concatenate([read_part(target), made]).take(order)
+        write_part(done, target, tensors=self.store == "full")
         self.stages.write += time.perf_counter() - start
         return Made(shard, len(made), len(made) - int(made.column("error").null_count))
 

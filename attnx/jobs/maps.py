@@ -1,0 +1,184 @@
+"""A job's rows, by their place or by their key: `attnx.open`."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from attnx.jobs.job import Job
+from attnx.jobs.rows import Row, read_settings, read_shards, rows_of, shards_in
+from attnx.jobs.shards import count_errors
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+__all__ = ["Maps", "open"]
+
+_FILES = 16
+_GROUPS = 4
+
+
+def open(folder: str | Path) -> Maps:
+    """The rows that a job has written so far; it may still be running.
+
+    Args:
+        folder: OUT of `attnx extract` or `attnx words`.
+
+    Raises:
+        FileNotFoundError: it holds no shards.
+    """
+    return Maps(Path(folder))
+
+
+class Maps(Sequence[Row]):
+    """Rows of a folder of shards: `len(maps)`, `maps[3]`, `maps["photos/a.jpg"]`, `for row in maps`, `key in maps`.
+
+    A row has its map as it was, times its scale: see `attnx.jobs.rows.Row`. Only what is asked for is read, a row with
+    some of its neighbours. Keys are found by an index that the first one makes: 16 bytes a row. It can be pickled, and
+    used in the processes of a torch DataLoader.
+
+    Attributes:
+        settings: what the maps were made with.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self._shards = shards_in(self.folder)
+        self.settings: dict[str, Any] = read_settings(self.folder)
+        job = Job(self.folder) if (self.folder / "run.json").is_file() else None
+        numbers = [int(shard.stem.removeprefix("part-")) for shard in self._shards]
+        counts = [job.rows_of(i) for i in numbers] if job is not None else list(map(_count, self._shards))
+        self._firsts = np.array([0, *accumulate(counts)])
+        self._index: tuple[np.ndarray, np.ndarray] | None = None
+        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], list[Row]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} maps of {self.settings.get('model')} in {self.folder}>"
+
+    def __getitem__(self, at: int | str) -> Row:  # type: ignore[override]
+        """Raises IndexError or KeyError where there is none."""
+        if isinstance(at, str):
+            at = self._find(at)
+        place = at + len(self) if at < 0 else at
+        if not 0 <= place < len(self):
+            raise IndexError(f"index {at}: expected one of {len(self)} rows")
+        shard = int(np.searchsorted(self._firsts, place, side="right")) - 1
+        return self._row(shard, place - int(self._firsts[shard]))
+
+    def __iter__(self) -> Iterator[Row]:
+        return read_shards(self.folder)
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            return isinstance(key, str) and self._find(key) >= 0
+        except KeyError:
+            return False
+
+    def keys(self) -> Iterator[str]:
+        """All keys, in order."""
+        for file in map(self._file, range(len(self._shards))):
+            for batch in file.iter_batches(columns=["key"]):
+                yield from batch.column("key").to_pylist()
+
+    def errors(self) -> Iterator[tuple[str, str]]:
+        """Of the rows that have no map: their keys, and why."""
+        for number, shard in enumerate(self._shards):
+            if count_errors(shard):
+                for batch in self._file(number).iter_batches(columns=["key", "error"]):
+                    yield from ((row["key"], row["error"]) for row in batch.to_pylist() if row["error"] is not None)
+
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        return len(self._shards)
+
+    def has_map(self, shard: int) -> np.ndarray:
+        """Of each row of a shard, whether it has a map: bool [rows]."""
+        if not count_errors(self._shards[shard]):
+            return np.ones(self._firsts[shard + 1] - self._firsts[shard], bool)
+        return ~self._file(shard).read(["error"]).column("error").is_valid().to_numpy()
+
+    def to_torch(self) -> MapDataset:
+        """A map-style data set of the rows that have a map: {"key", "map": float32 tensor, and "text" of captions}.
+
+        Rows come in order; `torch.utils.data.DataLoader(maps.to_torch(), batch_size=64)` stacks them.
+        """
+        return MapDataset(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict(), "_groups": OrderedDict(), "_index": None}
+
+    def _row(self, shard: int, row: int) -> Row:
+        file = self._file(shard)
+        group, first = 0, 0
+        while row >= first + (count := file.metadata.row_group(group).num_rows):
+            group, first = group + 1, first + count
+        if (shard, group) not in self._groups:
+            batch = file.read_row_group(group, use_threads=False).combine_chunks().to_batches()[0]
+            _keep(self._groups, (shard, group), list(rows_of(batch, self._shards[shard])), _GROUPS)
+        self._groups.move_to_end((shard, group))
+        return self._groups[shard, group][row - first]
+
+    def _file(self, shard: int) -> pq.ParquetFile:
+        import pyarrow.parquet as pq
+
+        if shard not in self._files:
+            _keep(self._files, shard, pq.ParquetFile(self._shards[shard]), _FILES)
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def _find(self, key: str) -> int:
+        if self._index is None:
+            hashes = np.frombuffer(array("q", map(hash, self.keys())), np.int64)
+            order = np.argsort(hashes, kind="stable")
+            self._index = hashes[order], order
+        hashes, order = self._index
+        at = int(np.searchsorted(hashes, hash(key)))
+        # Different keys may have one hash.
+        while at < len(hashes) and hashes[at] == hash(key):
+            if self[int(order[at])].key == key:
+                return int(order[at])
+            at += 1
+        raise KeyError(f"no row has the key {key[:200]!r}, of {len(self)} in {self.folder}")
+
+
+def _keep(cache: OrderedDict, name: Any, value: Any, most: int) -> None:
+    """The newest of them."""
+    while len(cache) >= most:
+        cache.popitem(last=False)
+    cache[name] = value
+
+
+def _count(shard: Path) -> int:
+    import pyarrow.parquet as pq
+
+    return int(pq.read_metadata(shard).num_rows)
+
+
+class MapDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """See `Maps.to_torch`."""
+
+    def __init__(self, maps: Maps) -> None:
+        self.maps = maps
+        good = [np.ones(0, bool), *(maps.has_map(shard) for shard in range(maps.shards))]
+        self._places = np.flatnonzero(np.concatenate(good))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        row = self.maps[int(self._places[at])]
+        assert row.map is not None
+        text = {} if row.text is None else {"text": row.text}
+        return {"key": row.key, "map": torch.from_numpy(row.map.astype(np.float32)), **text}

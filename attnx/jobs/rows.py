@@ -1,0 +1,108 @@
+"""Rows of shards, as they are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attnx.jobs.shards import SETTINGS, parts
+from attnx.jobs.tensors import read_tensor, tensors_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["Row", "read_settings", "read_shards", "rows_of", "shards_in"]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One image's result. `map`: of the shape that was stored, or None, and then `error` says why; float16, or float32
+    where it was stored with a scale, which it has been multiplied with.
+
+    `width`, `height`: of the upright picture, in pixels; None where the image could not be read.
+    `text`: the caption, as it was given; `tokens`: its word pieces, one for each of the maps; `word_of`: for each the
+    number of the word it is of, None for [CLS] and [SEP]; `score`: the logit of a match. None where there are none.
+    `crop`: the part of the picture that the map covers (left, top, right, bottom), in its pixels.
+    """
+
+    key: str
+    map: np.ndarray | None
+    width: int | None
+    height: int | None
+    error: str | None
+    text: str | None = None
+    tokens: tuple[str, ...] | None = None
+    word_of: tuple[int | None, ...] | None = None
+    score: float | None = None
+    crop: tuple[float, ...] | None = None
+
+
+def read_shards(out: Path) -> Iterator[Row]:
+    """The rows of a job's shards, in the order they were written, a few hundred in memory at a time.
+
+    Raises:
+        FileNotFoundError: `out` has no shards; at the call, not at the first row.
+    """
+    return _rows(shards_in(out))
+
+
+def read_settings(out: Path) -> dict[str, Any]:
+    """What the job was run with: of its run.json, or of captions from its first shard.
+
+    Raises:
+        FileNotFoundError: `out` has no shards.
+        ValueError: the first shard was not written by attnx.
+    """
+    import pyarrow.parquet as pq
+
+    first = shards_in(out)[0]
+    if (run := first.with_name("run.json")).is_file():
+        told: dict[str, Any] = json.loads(run.read_text(encoding="utf-8"))["settings"]
+        return told
+    metadata = pq.read_schema(first).metadata or {}
+    if SETTINGS not in metadata:
+        raise ValueError(f"out: expected shards with attnx settings, got {first} without")
+    settings: dict[str, Any] = json.loads(metadata[SETTINGS])
+    return settings
+
+
+def _rows(shards: list[Path]) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+
+    for shard in shards:
+        with pq.ParquetFile(shard) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield from rows_of(batch, shard)
+
+
+def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[Row]:
+    """The rows of a part of a shard."""
+    names = batch.schema.names
+    if "map" in names:
+        maps = batch.column("map")
+        values, offsets = maps.values.to_numpy(zero_copy_only=False), maps.offsets.to_numpy()
+    for i, row in enumerate(batch.select([name for name in names if name != "map"]).to_pylist()):
+        shape, tensor, scale = (row.pop(name, None) for name in ("shape", "tensor", "scale"))
+        amap = None
+        if tensor is not None:
+            amap = read_tensor(tensors_of(shard), tensor)
+        elif shape is not None:
+            # A copy: a view would keep the whole batch in memory, and could not be written to.
+            amap = values[offsets[i] : offsets[i + 1]].reshape(shape).copy()
+        if amap is not None and scale is not None:
+            amap = amap * np.float32(scale)
+        lists = {name: tuple(row[name]) for name in ("tokens", "word_of", "crop") if row.get(name) is not None}
+        yield Row(map=amap, **{**row, **lists})
+
+
+def shards_in(out: Path) -> list[Path]:
+    """The complete shards of a folder, which has at least one."""
+    found = parts(Path(out)) if Path(out).is_dir() else []
+    if not found:
+        raise FileNotFoundError(f"out: expected a folder with part-*.parquet files, got {out}")
+    return found
