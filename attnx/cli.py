@@ -64,7 +64,7 @@ def demo(
     `attnx words --model demo --pairs`. No download, no GPU.
     """
     from attnx.demo.run import run_demo
-    from attnx.jobs.reading import progress_bar
+    from attnx.jobs.progress import progress_bar
 
     verdict = run_demo(out, scenes, progress=progress_bar)
     typer.echo(str(verdict))

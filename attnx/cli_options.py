@@ -1,7 +1,7 @@
 """What the commands share: their options, and how they tell of a mistake."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,6 +97,12 @@ def devices_of(names: str | None) -> list[str]:
     return [str(device_of(name)) for name in (names.split(",") if names else [None])]
 
 
+def one_of(name: str, value: str, known: Sequence[str]) -> None:
+    """Raises ValueError if the option's value is none that is known."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -108,8 +114,7 @@ def autocast_of(dtype: str) -> "torch.dtype | None":
     """
     import torch
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+    one_of("dtype", dtype, DTYPES)
     return None if dtype == "float32" else getattr(torch, dtype)
 
 

@@ -3,12 +3,14 @@
 import os
 import re
 import uuid
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from attnx.images import read_image
+from attnx.jobs.tasks import WordTask
 from attnx.picture import captioned, contact_sheet, overlay, save
 from attnx.show import Style
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from attnx.jobs.recipe import Tools
     from attnx.pairs import CaptionMaps
 
 _TILE = 256
@@ -37,10 +40,28 @@ def draw_words(picture: "Image", found: "CaptionMaps", out: Path, style: Style) 
     return written
 
 
-def save_sheet(out: Path, style: Style, number: int, image: Path, found: "CaptionMaps") -> None:
-    """Writes the sheet of pair `number` to `out`."""
-    out.mkdir(exist_ok=True)
-    save(words_sheet(read_image(image), found, style), out / f"{number:06d}.png")
+def draw_pairs(out: Path, tools: "Tools", style: Style) -> None:
+    """Writes the sheet of every pair that a job has maps of: `out`/pictures/000007.png is of row 7."""
+    import torch
+
+    from attnx.jobs.job import Job
+    from attnx.jobs.maps import Maps
+    from attnx.pairs import CaptionMaps
+
+    job, read = Job(out), tools.recipe.open_source().reader()
+    assert isinstance(tools.task, WordTask)
+    folder, rows = out / "pictures", iter(Maps(out))
+    folder.mkdir(exist_ok=True)
+    for shard in sorted(job.done()):
+        for number, entry in enumerate(job.entries(shard), shard * job.shard_size):
+            row = next(rows)
+            if row.map is not None and row.text is not None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)
+                    caption = tools.task.tokenizer(row.text)
+                found = CaptionMaps(caption, torch.from_numpy(row.map), row.score)
+                sheet = words_sheet(read_image(*read(entry)), found, style)
+                save(sheet, folder / f"{number:06d}.png")
 
 
 def words_sheet(picture: "Image", found: "CaptionMaps", style: Style) -> "Image":

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from attnx.jobs.job import Job, Rank, open_job
-from attnx.jobs.recipe import Recipe, Tools
+from attnx.jobs.recipe import ExtractRecipe, Tools
 
-RECIPE = Recipe(
+RECIPE = ExtractRecipe(
     source="", kind="folder", root=None, split=None, model="demo", pretrained=True, checkpoint=None, image_size=None,
     seed=0, pixels=None, method="cls", layers=None, heads="mean", keep="auto", dtype="float32", compile=False,
     rolling={}, map_dtype="float16", store="map", max_pixels=178_956_970,
@@ -32,7 +32,7 @@ def draw(folder: Path, count: int, broken: tuple[int, ...] = ()) -> Path:
     return folder
 
 
-def recipe(source: Path, **changes: Any) -> Recipe:
+def recipe(source: Path, **changes: Any) -> ExtractRecipe:
     """Of a folder of pictures."""
     return dataclasses.replace(RECIPE, source=str(source), **changes)
 
@@ -47,7 +47,7 @@ def opened(made_with: Tools, out: Path, shard_size: int | None = None, rank: Ran
     """The job of a folder, as `attnx extract` opens it."""
     how = made_with.recipe
     with open_job(
-        out, how.open_source(), how.describe_source(), made_with.settings(), how.to_json(), shard_size,
+        out, how.open_source(), how.describe_source(), made_with.settings, how.to_json(), shard_size,
         made_with.row_bytes, rank,
     ) as job:  # fmt: skip
         yield job

@@ -63,7 +63,7 @@ def test_demo(tmp_path: Path) -> None:
     assert len(list(read_shards(tmp_path / "cls"))) == 4
     extracted = tmp_path / "x" / "rollout"
     assert run("extract", tmp_path / "scenes", "--out", extracted).exit_code == 0
-    assert "expected a folder without part files" in fails("demo", "--out", tmp_path / "x")
+    assert "holds a job with other settings" in fails("demo", "--out", tmp_path / "x")
     assert len(list(read_shards(extracted))) == 4
     assert "scenes: expected at least 1" in fails("demo", "--out", tmp_path / "x", "--scenes", 0)
 
@@ -78,7 +78,7 @@ def test_extract_is_the_api(photos: Path, tmp_path: Path, method: str, options: 
         "extract", photos, "--out", out, "--method", method, *RANDOM, *options, "--batch-size", 2, "--pixels", "whole"
     )
     assert result.exit_code == 0, result.output
-    assert "3 maps in" in result.output
+    assert "maps of 3 images in" in result.output
     rows = list(read_shards(out))
     assert [(r.key, r.width, r.height) for r in rows] == [("a.png", 80, 60), ("b.jpg", 50, 90), ("sub/c.png", 40, 40)]
     torch.manual_seed(0)
@@ -132,7 +132,7 @@ def test_extract_records_what_it_cannot_read(photos: Path, tmp_path: Path) -> No
     (photos / "d.jpg").write_text("no image")
     result = run("extract", photos, "--out", tmp_path / "maps", *RANDOM)
     assert result.exit_code == 1
-    assert "2 maps in" in result.output
+    assert "maps of 2 images in" in result.output
     assert "2 images could not be read" in result.output
     errors = {r.key: r.error for r in read_shards(tmp_path / "maps")}
     assert errors["a.png"] is None

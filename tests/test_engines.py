@@ -167,8 +167,8 @@ def test_ranks_share_a_job(made: Tools, whole: Path, tmp_path: Path) -> None:
     told = [rank.communicate(timeout=200) for rank in ranks]
     # 010.jpg is of shard 2.
     assert [rank.returncode for rank in ranks] == [0, 0, 1], told
-    assert "rank 0 of 3: 15 maps in" in told[0][0]
-    assert "rank 2 of 3: 9 maps in" in told[2][0]
+    assert "rank 0 of 3: maps of 15 images in" in told[0][0]
+    assert "rank 2 of 3: maps of 9 images in" in told[2][0]
     assert files(tmp_path) == files(whole)
     assert Job(tmp_path).done() == set(range(8))
 

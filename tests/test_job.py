@@ -60,7 +60,7 @@ def test_a_job_is_its_files(made: Tools, whole: Path) -> None:
     assert planned["settings"]["pixels"]["kind"] == "whole"
     assert (planned["rows"], planned["shard_size"]) == (30, 7)
     pixels, crop = made.pixels(read_image(Path(made.recipe.source, "000.jpg")))
-    want = made.extract(made.pixels.normalise(torch.from_numpy(pixels.copy())[None]))[0].numpy()
+    want = made.task.extract(made.pixels.normalise(torch.from_numpy(pixels.copy())[None]))[0].numpy()
     np.testing.assert_allclose(rows[0].map, want, rtol=1e-3, atol=1e-4 * want.max())
     assert rows[0].crop == crop
 
@@ -80,7 +80,7 @@ def test_it_goes_on_where_it_was_stopped(made: Tools, whole: Path, tmp_path: Pat
 
 def test_other_settings_are_refused_with_each_difference(made: Tools, whole: Path, tmp_path: Path) -> None:
     before = files(whole)
-    other = dataclasses.replace(made, recipe=dataclasses.replace(made.recipe, map_dtype="uint8", heads="max"))
+    other = tools(Path(made.recipe.source), map_dtype="uint8", heads="max")
     with pytest.raises(ValueError, match=r"other settings. heads: 'mean' there, 'max' asked; map_dtype: 'float16' "):
         run(other, whole)
     with pytest.raises(ValueError, match="shard_size: 7 there, 8 asked"):
@@ -177,7 +177,6 @@ KILLED = """
     import pyarrow.parquet
 
     made, running = tools(Path({source!r})), Running(batch_size=4, workers=0)
-    made.settings()
     out, kills, finished = Path({out!r}), 0, 0
 
     def once(folder):

@@ -110,11 +110,12 @@ def test_a_file_of_pairs(photos: Path, weights: Path, tmp_path: Path) -> None:
         "words", "--pairs", pairs, "--checkpoint", weights, *DEMO, "--out", out, "--batch-size", 3, "--pictures"
     )
     assert result.exit_code == 0, result.output
-    assert "4 captions' maps" in result.output
+    assert "maps of 4 pairs in" in result.output
     rows = list(read_shards(out))
-    assert [(row.key, row.text) for row in rows] == [(line["image"], line["caption"]) for line in lines]
+    assert [row.key for row in rows] == ["a.png#0", "a.png#1", "b.jpg#2", "a.png#3"]
+    assert [row.text for row in rows] == [line["caption"] for line in lines]
     for row in rows:
-        want = expected(weights, photos / row.key, row.text)
+        want = expected(weights, photos / row.key.partition("#")[0], row.text)
         np.testing.assert_allclose(row.map, want, rtol=2e-3, atol=1e-6)
         assert row.tokens[0] == "[CLS]"
         assert row.tokens[-1] == "[SEP]"
@@ -134,15 +135,15 @@ def test_pairs_are_rows_of_plain_parquet(photos: Path, weights: Path, tmp_path: 
     pairs, out = write_pairs(photos / "pairs.jsonl", *pairs_of(("a.png", CAPTION), ("b.jpg", ""))), tmp_path / "out"
     args = ["words", "--pairs", pairs, "--checkpoint", weights, *DEMO, "--method", "gradcam", "--out", out]
     assert run(*args).exit_code == 1
-    table = pq.read_table(out)
-    names = ["key", "map", "shape", "width", "height", "error", "text", "tokens", "word_of", "score"]
-    assert table.column_names == names
+    table = pq.read_table(out / "part-00000.parquet")
+    names = ["key", "text", "map", "shape", "scale", "width", "height", "crop", "error", "tokens", "word_of", "score"]
+    assert table.column_names == [*names, "cut"]
     good, bad = table.to_pylist()
     assert good["tokens"][:3] == ["[CLS]", "a", "red"]
     assert np.isfinite(good["score"])
     assert len(good["map"]) == np.prod(good["shape"])
-    told = "caption: expected words; got ''"
-    assert [bad[name] for name in names] == ["b.jpg", None, None, 50, 90, told, "", None, None, None]
+    told, crop = "caption: expected words; got ''", [0, 0, 50, 90]
+    assert [bad[name] for name in names] == ["b.jpg#1", "", None, None, None, 50, 90, crop, told, None, None, None]
 
 
 def test_an_image_is_encoded_once_for_all_its_captions(
@@ -188,7 +189,7 @@ def test_what_is_wrong_with_a_pair_is_its_row(photos: Path, weights: Path, tmp_p
     good = [0, 10, 11, 13]
     assert [i for i, error in enumerate(told) if error is None] == good
     wanted = [
-        (1, "line 2", "no caption"), (2, "expected words", "''"), (3, "expected words", "?!"), (4, "line 5", "7"),
+        (1, "caption: expected text", "none"), (2, "expected words", "''"), (3, "expected words", "?!"), (4, "line 5", "7"),
         (5, "line 6", "nobody"), (6, "line 7", "Expecting value"), (7, "line 9", "a.png"), (8, "broken.png", "image"),
         (9, "gone.png", "No such file"), (12, "valid Unicode", "ud800"),
     ]  # fmt: skip
@@ -197,7 +198,7 @@ def test_what_is_wrong_with_a_pair_is_its_row(photos: Path, weights: Path, tmp_p
     assert rows[5].key == "line 6"
     assert rows[10].text == long
     assert len(rows[10].tokens) == pair.MAX_TOKENS
-    assert "1 captions were cut: they are longer than 32 tokens" in result.output
+    assert "1 captions were cut: they are longer than the model takes" in result.output
     assert "10 pairs could not be read" in result.output
     assert rows[11].tokens.count("[SEP]") == 1  # markup is text
 
@@ -291,9 +292,10 @@ def test_mistakes_are_told_before_work(photos: Path, weights: Path, tmp_path: Pa
     told = fails("words", image, "a star", *DEMO, "--checkpoint", other, *out)
     assert "doesn't fit ALBEF" in told
     assert "blocks.0.attn.qkv.weight" in told
-    assert "gone.jsonl is none" in fails("words", "--pairs", tmp_path / "gone.jsonl", *demo)
+    assert "gone.jsonl, which does not exist" in fails("words", "--pairs", tmp_path / "gone.jsonl", *demo)
+    assert "is taken for a folder of images" in fails("words", "--pairs", photos, *demo)
     empty = write_pairs(tmp_path / "empty.jsonl", "", "")
-    assert "expected at least one line" in fails("words", "--pairs", empty, *demo)
+    assert "expected at least one row" in fails("words", "--pairs", empty, *demo)
     binary = tmp_path / "binary.jsonl"
     binary.write_bytes(b"\xff\xfe\x00")
     assert "in UTF-8" in fails("words", "--pairs", binary, *demo)
@@ -304,7 +306,9 @@ def test_a_job_leaves_anothers_shards_alone(photos: Path, weights: Path, tmp_pat
     pairs, out = write_pairs(photos / "p.jsonl", *pairs_of(("a.png", "a star"))), tmp_path / "out"
     args = ["words", "--pairs", pairs, "--checkpoint", weights, *DEMO, "--out", out]
     assert run(*args).exit_code == 0
-    assert "without part files" in fails(*args)
+    assert "1 rows of an earlier run" in run(*args).output
+    told = fails(*args, "--layer", 3)
+    assert "holds a job with other settings. layer: 2 there, 3 asked" in told
     assert len(list(read_shards(out))) == 1
 
 

@@ -21,6 +21,7 @@ from attnx.jobs.pixels import Pixels
 from attnx.jobs.rows import Row, read_shards
 from attnx.jobs.sources import Entry, open_source
 from attnx.jobs.sources.folder import Files
+from attnx.jobs.tasks import ImageTask
 from attnx.jobs.worker import Worker
 
 PIXELS = Pixels("whole", (4, 6), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear")
@@ -36,7 +37,7 @@ def made(folder: Path, out: Path, extract: Callable = grey, workers: int = 0, **
     with (
         open_job(out, open_source(folder), {}, {}, shard_size=size) as job,
         Decoders(decode, workers, timeout) as decoders,
-        Worker(job, decoders, PIXELS, extract, **options) as worker,
+        Worker(job, decoders, PIXELS, ImageTask(extract), **options) as worker,
     ):
         for shard in range(job.shards):
             worker.run_shard(shard, shard + 1 if shard + 1 < job.shards else None)
@@ -196,7 +197,7 @@ def test_a_following_shard_that_does_not_follow_is_forgotten(tmp_path: Path) -> 
     with (
         open_job(tmp_path / "out", open_source(folder), {}, {}, shard_size=3),
         Decoders(Decode(Files(folder), PIXELS), 0) as decoders,
-        Worker(Job(tmp_path / "out"), decoders, PIXELS, grey, batch_size=2) as worker,
+        Worker(Job(tmp_path / "out"), decoders, PIXELS, ImageTask(grey), batch_size=2) as worker,
     ):
         for shard, following in ((0, 1), (2, 3), (1, 0), (3, None)):
             worker.run_shard(shard, following)

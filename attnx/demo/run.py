@@ -13,12 +13,11 @@ from torch import Tensor
 
 from attnx.demo.pointing import Pointing, point_at_phrases, words_sheet
 from attnx.demo.scenes import CLASSES, Scene, draw_scene
-from attnx.extractor import Extractor
-from attnx.images import find_images
-from attnx.jobs.extract import extract_images
-from attnx.jobs.rows import read_settings, read_shards
+from attnx.jobs.job import forget_job, open_job
+from attnx.jobs.maps import Maps
+from attnx.jobs.recipe import ExtractRecipe, Running
+from attnx.jobs.run import run_job
 from attnx.methods import pointing_game
-from attnx.models.loading import load_model
 
 FIRST_SEED = 20_000_000  # training draws its scenes below 10 million
 METHODS = ("rollout", "cls")
@@ -101,21 +100,20 @@ def _write(path: Path, text: str) -> None:
 
 def _extract(folder: Path, out: Path, method: str, progress: Progress | None) -> Tensor:
     """[scenes, h, w] maps, by way of the shards that are written to `out`."""
-    loaded = load_model("demo")
-    paths = find_images(folder)
-    settings = {"demo": True, "method": method}
-    _forget(out)
-    with progress(len(paths)) if progress else nullcontext(None) as report:
-        extract_images(paths, folder, loaded.prepare, Extractor(loaded.model, method), out, settings, progress=report)
-    return torch.from_numpy(np.stack([row.map for row in read_shards(out) if row.map is not None])).float()
-
-
-def _forget(out: Path) -> None:
-    """Removes an earlier demo's shards; those of anything else stay, and the writer refuses their folder."""
-    shards = sorted(out.glob("part-*.parquet"))
-    if shards and read_settings(out).get("demo"):
-        for shard in shards:
-            shard.unlink()
+    recipe = ExtractRecipe(
+        source=str(folder.absolute()), kind="folder", root=None, split=None, model="demo", pretrained=True,
+        checkpoint=None, image_size=None, seed=0, method=method, heads="mean", dtype="float32", map_dtype="float16",
+        max_pixels=2**20, pixels=None, layers=None, keep="auto", compile=False, store="map", rolling={},
+    )  # fmt: skip
+    tools, source = recipe.load(torch.device("cpu")), recipe.open_source()
+    described = recipe.describe_source()
+    forget_job(out, described)
+    with (
+        open_job(out, source, described, tools.settings, recipe.to_json(), row_bytes=tools.row_bytes) as job,
+        progress(job.rows) if progress else nullcontext(None) as report,
+    ):
+        run_job(tools, job, Running(workers=0), progress=report)
+    return torch.from_numpy(np.stack([row.map for row in Maps(out) if row.map is not None])).float()
 
 
 def _write_results(out: Path, verdict: Verdict, drawn: list[Scene], hits: dict[str, Tensor]) -> None:

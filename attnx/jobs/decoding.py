@@ -9,7 +9,7 @@ import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -150,7 +150,13 @@ class Decoders:
 def start_server() -> None:
     """Starts what processes are forked from, in the background; called early, nobody has to wait for its imports."""
     forkserver.set_forkserver_preload([__name__])
-    forkserver.ensure_running()
+    resource_tracker.ensure_running()
+    # A terminal's interrupt reaches it, too, and would end its imports with a traceback.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Process:

@@ -20,7 +20,7 @@ from attnx.jobs.manifest import Manifest, write_manifest
 from attnx.jobs.shards import count_errors, parts, sync_folder
 from attnx.jobs.sources import Entry, Source
 
-__all__ = ["Job", "Rank", "open_job", "writing"]
+__all__ = ["Job", "Rank", "default_shard_size", "forget_job", "open_job", "writing"]
 
 _SHARD_BYTES = 256 * 2**20
 _MANIFEST, _RUN, _LOCK = "manifest.parquet", "run.json", ".lock"
@@ -113,6 +113,9 @@ def open_job(
     asked: dict[str, Any] = {"source": described, "settings": settings}
     if shard_size is not None:
         asked["shard_size"] = shard_size
+    if not (out / _RUN).exists():
+        # What is no source raises before there is a folder.
+        next(iter(source.entries()), None)
     with writing(out, rank) as lock:
         with locked(out / ".lock-plan", wait=True) if rank else contextlib.nullcontext():
             if (out / _RUN).exists():
@@ -126,6 +129,16 @@ def open_job(
         _remove_temporaries(out, rank)
         job.lock = lock
         yield job
+
+
+def forget_job(out: Path, described: dict[str, Any]) -> None:
+    """Removes the job of a folder, if there is one of this source; anything else stays."""
+    if not (out / _RUN).is_file():
+        return
+    with writing(out):
+        if json.loads((out / _RUN).read_text(encoding="utf-8"))["source"] == described:
+            for path in (*parts(out), out / _RUN, out / _MANIFEST):
+                path.unlink()
 
 
 def default_shard_size(row_bytes: int) -> int:

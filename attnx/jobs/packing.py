@@ -17,7 +17,7 @@ STORES = ("map", "rows", "full")
 
 
 class Result(NamedTuple):
-    """A row of a shard, with a map or an error; tokens, word_of and score of a caption."""
+    """A row of a shard, with a map or an error; tokens, word_of, score and cut of a caption."""
 
     key: str
     text: str | None
@@ -29,6 +29,7 @@ class Result(NamedTuple):
     tokens: tuple[str, ...] | None = None
     word_of: tuple[int | None, ...] | None = None
     score: float | None = None
+    cut: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Format:
 
     Args:
         dtype: of the stored numbers: "float16", "float32", "uint8".
-        captions: with the columns tokens, word_of and score.
+        captions: with the columns tokens, word_of, score and cut.
     """
 
     dtype: str = "float16"
@@ -54,7 +55,12 @@ class Format:
             "error": pa.string(),
         }  # fmt: skip
         if self.captions:
-            columns |= {"tokens": pa.list_(pa.string()), "word_of": pa.list_(pa.int32()), "score": pa.float32()}
+            columns |= {
+                "tokens": pa.list_(pa.string()),
+                "word_of": pa.list_(pa.int32()),
+                "score": pa.float32(),
+                "cut": pa.int32(),
+            }
         return pa.schema(columns.items())
 
     def table(self, results: list[Result]) -> pa.Table:

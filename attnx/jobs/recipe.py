@@ -7,23 +7,23 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from attnx.jobs.decoding import Decode, Decoders
+from attnx.jobs.job import Job
 from attnx.jobs.packing import Format
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources import Source, open_source
-from attnx.jobs.worker import Extract, Worker
+from attnx.jobs.tasks import Extract, Find, ImageTask, Task, WordTask
+from attnx.jobs.worker import Worker
+from attnx.models.albef import Albef
+from attnx.models.loading import Loaded, load_model
+from attnx.models.pair import find_words, load_pair
 
-if TYPE_CHECKING:
-    import torch
-
-    from attnx.jobs.job import Job
-    from attnx.models.loading import Loaded
-
-__all__ = ["Recipe", "Running", "Tools"]
+__all__ = ["ExtractRecipe", "Recipe", "Running", "Tools", "WordsRecipe", "recipe_of"]
 
 _FEW = 64
 
@@ -42,10 +42,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A source, a model and a method. Fields are as the options of `attnx extract`, paths absolute.
-
-    rolling: further arguments of `attnx.rollout`.
-    """
+    """A source, a model, and how maps are stored. Fields are as the options of the commands, paths absolute."""
 
     source: str
     kind: str
@@ -56,16 +53,10 @@ class Recipe:
     checkpoint: str | None
     image_size: tuple[int, int] | None
     seed: int
-    pixels: str | None
     method: str
-    layers: list[str | int] | None
     heads: str
-    keep: str
     dtype: str
-    compile: bool
-    rolling: dict[str, Any]
     map_dtype: str
-    store: str
     max_pixels: int
 
     def open_source(self) -> Source:
@@ -78,90 +69,144 @@ class Recipe:
         return {"kind": self.kind, "path": self.source, "root": self.root, "split": self.split}
 
     def load(self, device: torch.device) -> Tools:
-        """The model, on a device, and what it needs."""
-        import torch
+        """The model on a device, and what it needs."""
+        raise NotImplementedError
 
-        from attnx.models.loading import load_model
+    def to_json(self) -> dict[str, Any]:
+        """For `recipe_of`."""
+        return {"recipe": type(self).__name__, **asdict(self)}
 
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype that the model runs in, if it isn't its own."""
+        found: torch.dtype | None = None if self.dtype == "float32" else getattr(torch, self.dtype)
+        return found
+
+    def _settings(self, loaded: Loaded, pixels: Pixels) -> dict[str, Any]:
+        """What every recipe's maps depend on."""
+        return {
+            "model": self.model, "weights": loaded.fingerprint(), "pixels": pixels.describe(), "method": self.method,
+            "heads": self.heads, "dtype": self.dtype, "map_dtype": self.map_dtype, "max_pixels": self.max_pixels,
+            "versions": _versions(),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExtractRecipe(Recipe):
+    """Maps of images. rolling: further arguments of `attnx.rollout`."""
+
+    pixels: str | None
+    layers: list[str | int] | None
+    keep: str
+    compile: bool
+    store: str
+    rolling: dict[str, Any]
+
+    def load(self, device: torch.device) -> Tools:
+        """The model on a device, and what it needs."""
         torch.manual_seed(self.seed)
+        checkpoint = None if self.checkpoint is None else Path(self.checkpoint)
         loaded = load_model(
-            self.model,
-            pretrained=self.pretrained,
-            checkpoint=None if self.checkpoint is None else Path(self.checkpoint),
-            image_size=None if self.image_size is None else (self.image_size[0], self.image_size[1]),
+            self.model, pretrained=self.pretrained, checkpoint=checkpoint, image_size=_size(self.image_size)
         )
         pixels = _pixels(loaded, self.pixels)
         loaded.model.to(device)
         extract = self._extract(loaded)
         # The extractor's first call makes its plan in another way, which may round otherwise: it is no image's.
         shape = tuple(extract(torch.zeros(1, 3, *loaded.size, device=device)).shape[1:])
-        return Tools(self, loaded, pixels, extract, device, shape)
+        settings = self._settings(loaded, pixels) | {
+            "layers": self.layers, "keep": self.keep, "compile": self.compile, "store": self.store, **self.rolling
+        }  # fmt: skip
+        task = ImageTask(extract, Format(self.map_dtype))
+        row_bytes = math.prod(shape) * np.dtype(self.map_dtype).itemsize
+        return Tools(self, device, loaded, pixels, task, settings, row_bytes, self.store == "full")
 
     def _extract(self, loaded: Loaded) -> Extract:
-        import torch
-
         from attnx.extractor import Extractor
         from attnx.jobs.heads import EveryHead
 
-        dtype = None if self.dtype == "float32" else getattr(torch, self.dtype)
         if self.store != "map":
-            return EveryHead(loaded.model, self.store == "full", self.layers, dtype, loaded.model_kwargs)
+            return EveryHead(loaded.model, self.store == "full", self.layers, self.autocast, loaded.model_kwargs)
         return Extractor(
             loaded.model, self.method, layers=self.layers, heads=self.heads, keep=self.keep, compile=self.compile,
-            dtype=dtype, model_kwargs=loaded.model_kwargs, **self.rolling,
+            dtype=self.autocast, model_kwargs=loaded.model_kwargs, **self.rolling,
         )  # fmt: skip
 
-    def to_json(self) -> dict[str, Any]:
-        """For `from_json`."""
-        return asdict(self)
 
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Recipe:
-        """Of `to_json`."""
-        return cls(**value)
+@dataclass(frozen=True)
+class WordsRecipe(Recipe):
+    """Maps of the words of captions."""
+
+    vocab: str | None
+    layer: int
+    preset: str | None
+
+    def load(self, device: torch.device) -> Tools:
+        """The model on a device, and what it needs."""
+        loaded, find = self.load_pair(device)
+        albef = loaded.model
+        assert isinstance(albef, Albef)
+        assert albef.tokenizer is not None
+        pixels = _pixels(loaded, "whole")
+        settings = self._settings(loaded, pixels) | {
+            "layer": self.layer, "preset": self.preset, "vocab": albef.tokenizer.fingerprint()
+        }  # fmt: skip
+        task = WordTask(find, albef.tokenizer, Format(self.map_dtype, captions=True))
+        # A caption has about a dozen pieces.
+        patches = math.prod(side // albef.config.patch_size for side in loaded.size)
+        row_bytes = 12 * patches * np.dtype(self.map_dtype).itemsize
+        return Tools(self, device, loaded, pixels, task, settings, row_bytes, tensors=False)
+
+    def load_pair(self, device: torch.device) -> tuple[Loaded, Find]:
+        """The model on a device, and what finds the maps."""
+        torch.manual_seed(self.seed)
+        checkpoint, vocab = (None if path is None else Path(path) for path in (self.checkpoint, self.vocab))
+        loaded = load_pair(self.model, self.pretrained, checkpoint, vocab, _size(self.image_size), self.preset)
+        albef = loaded.model.to(device)
+        assert isinstance(albef, Albef)
+        return loaded, find_words(albef, self.method, self.layer, self.heads, self.preset, self.autocast)
 
 
 @dataclass(frozen=True)
 class Tools:
-    """A recipe's, on a device. shape: of a map."""
+    """A recipe's, on a device.
+
+    settings: all that decides the maps, for JSON; row_bytes: of a map as it is stored; tensors: in a file of its own.
+    """
 
     recipe: Recipe
+    device: torch.device
     loaded: Loaded
     pixels: Pixels
-    extract: Extract
-    device: torch.device
-    shape: tuple[int, ...]
-
-    def settings(self) -> dict[str, Any]:
-        """All that decides the maps, for JSON."""
-        recipe = self.recipe
-        return {
-            "model": recipe.model, "weights": self.loaded.fingerprint(), "pixels": self.pixels.describe(),
-            "method": recipe.method, "layers": recipe.layers, "heads": recipe.heads, "keep": recipe.keep,
-            "dtype": recipe.dtype, "compile": recipe.compile, **recipe.rolling, "map_dtype": recipe.map_dtype,
-            "store": recipe.store,
-            "max_pixels": recipe.max_pixels, "versions": _versions(),
-        }  # fmt: skip
-
-    @property
-    def row_bytes(self) -> int:
-        """Of a map as it is stored."""
-        return math.prod(self.shape) * np.dtype(self.recipe.map_dtype).itemsize
+    task: Task
+    settings: dict[str, Any]
+    row_bytes: int
+    tensors: bool
 
     @contextlib.contextmanager
     def worker(self, job: Job, running: Running, say: Callable[[str], None] = print) -> Iterator[Worker]:
         """What makes the shards of a job. Processes decode from 64 rows on: a smaller job is done before they start."""
         workers = 0 if running.workers is None and job.rows < _FEW else running.workers
-        recipe = self.recipe
-        decode = Decode(recipe.open_source().reader(), self.pixels, recipe.max_pixels)
+        decode = Decode(self.recipe.open_source().reader(), self.pixels, self.recipe.max_pixels)
         with (
             Decoders(decode, workers, running.timeout) as decoders,
             Worker(
-                job, decoders, self.pixels, self.extract, self.device, running.batch_size, Format(recipe.map_dtype),
-                recipe.store, say,
+                job, decoders, self.pixels, self.task, self.device, running.batch_size, self.tensors, say
             ) as worker,
         ):  # fmt: skip
             yield worker
+
+
+def recipe_of(value: dict[str, Any]) -> Recipe:
+    """The recipe of `Recipe.to_json`."""
+    fields = dict(value)
+    kind = {each.__name__: each for each in (ExtractRecipe, WordsRecipe)}[fields.pop("recipe")]
+    return kind(**fields)
+
+
+def _size(size: tuple[int, int] | list[int] | None) -> tuple[int, int] | None:
+    """JSON has lists."""
+    return None if size is None else (size[0], size[1])
 
 
 def _pixels(loaded: Loaded, kind: str | None) -> Pixels:

@@ -21,12 +21,13 @@ __all__ = ["Row", "read_settings", "read_shards", "rows_of", "shards_in"]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One image's result. `map`: of the shape that was stored, or None, and then `error` says why; float16, or float32
-    where it was stored with a scale, which it has been multiplied with.
+    """One image's result. `map`: of the shape that was stored, or None, and then `error` says why; float32,
+    times its scale.
 
     `width`, `height`: of the upright picture, in pixels; None where the image could not be read.
     `text`: the caption, as it was given; `tokens`: its word pieces, one for each of the maps; `word_of`: for each the
-    number of the word it is of, None for [CLS] and [SEP]; `score`: the logit of a match. None where there are none.
+    number of the word it is of, None for [CLS] and [SEP]; `score`: the logit of a match; `cut`: how many words at the
+    end had no room. None where there are none.
     `crop`: the part of the picture that the map covers (left, top, right, bottom), in its pixels.
     """
 
@@ -39,6 +40,7 @@ class Row:
     tokens: tuple[str, ...] | None = None
     word_of: tuple[int | None, ...] | None = None
     score: float | None = None
+    cut: int | None = None
     crop: tuple[float, ...] | None = None
 
 
@@ -52,7 +54,7 @@ def read_shards(out: Path) -> Iterator[Row]:
 
 
 def read_settings(out: Path) -> dict[str, Any]:
-    """What the job was run with: of its run.json, or of captions from its first shard.
+    """What the maps of a folder of shards were made with.
 
     Raises:
         FileNotFoundError: `out` has no shards.
@@ -61,9 +63,6 @@ def read_settings(out: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     first = shards_in(out)[0]
-    if (run := first.with_name("run.json")).is_file():
-        told: dict[str, Any] = json.loads(run.read_text(encoding="utf-8"))["settings"]
-        return told
     metadata = pq.read_schema(first).metadata or {}
     if SETTINGS not in metadata:
         raise ValueError(f"out: expected shards with attnx settings, got {first} without")

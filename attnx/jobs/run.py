@@ -11,7 +11,7 @@ from attnx.jobs.engines.here import run_here
 from attnx.jobs.engines.local import run_on_devices
 from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job, Rank
-from attnx.jobs.reading import Progress
+from attnx.jobs.progress import Progress
 from attnx.jobs.recipe import Running, Tools
 from attnx.jobs.worker import Made, Stages
 

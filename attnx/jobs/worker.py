@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,22 +11,23 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 
 from attnx.jobs.decoding import Decoders, Picture
 from attnx.jobs.job import Job
-from attnx.jobs.packing import Format, Result
+from attnx.jobs.packing import Result
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.shards import read_part, write_part
 from attnx.jobs.sources import Entry
+from attnx.jobs.tasks import Found, Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import torch
 
-__all__ = ["Extract", "Made", "Stages", "Worker"]
+__all__ = ["Made", "Stages", "Worker"]
 
 _BATCHES_AHEAD = 3
-Extract: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
+_Batch: TypeAlias = "list[tuple[list[Entry], Picture]]"
 
 
 class Made(NamedTuple):
@@ -60,20 +62,20 @@ class Worker:
     """Makes shards of a job; a context manager.
 
     Args:
-        extract: [B, 3, h, w] float32 on `device` -> [B, ...] float maps. Where it runs out of memory, the batch is
-            halved from then on, and `say` is told.
-        format: of the shards.
-        store: "map", "rows", or "full", of which maps stand in a file of their own.
+        pixels: how `decoders` prepare images, which are normalised here.
+        task: maps of images on `device`. Where it runs out of memory, the batch is halved from then on, and `say` is
+            told.
+        batch_size: entries at a time; more where one image has more captions.
+        tensors: maps stand in a file of their own, see `attnx.jobs.tensors`.
     """
 
     job: Job
     decoders: Decoders
     pixels: Pixels
-    extract: Extract
+    task: Task
     device: Any = None
-    batch_size: int = 32
-    format: Format = field(default_factory=Format)
-    store: str = "map"
+    batch_size: int = 16
+    tensors: bool = False
     say: Callable[[str], None] = print
     stages: Stages = field(default_factory=Stages)
 
@@ -103,11 +105,11 @@ class Worker:
         begun = [self._begin(number) for number in (shard, following) if number is not None]
         self._begun = {each.shard: each for each in begun}
         packed: list[Future[pa.Table]] = []
-        for size in _batches(len(begun[0].entries), self.batch_size):
+        for groups in _batches(begun[0].groups, self.batch_size):
             start = time.perf_counter()
-            batch = [self._next() for _ in range(size)]
+            batch = [(group, self._next()) for group in groups]
             self.stages.images += time.perf_counter() - start
-            packed.append(self._background.submit(self._pack, batch, self._maps(batch)))
+            packed.append(self._background.submit(self._pack, batch, self._start(batch)))
         del self._begun[shard]
         last, self._last = self._last, self._background.submit(self._write, shard, packed)
         if last is not None:
@@ -122,7 +124,10 @@ class Worker:
         entries = self.job.entries(shard)
         if self.job.part(shard).is_file():
             entries = [entry for entry, failed in zip(entries, self._failed(shard), strict=True) if failed]
-        return _Shard(shard, entries, deque(entries), deque())
+        groups = self.task.groups(entries)
+        # An image is read by an entry that has no error of its own, if there is one.
+        first = (next((entry for entry in group if entry.error is None), group[0]) for group in groups)
+        return _Shard(shard, groups, deque(first), deque())
 
     def _failed(self, shard: int) -> np.ndarray:
         import pyarrow.parquet as pq
@@ -131,36 +136,30 @@ class Worker:
         failed: np.ndarray = column.is_valid().to_numpy()
         return failed
 
-    def _next(self) -> tuple[Entry, Picture]:
-        """The next entry of the shard under way, whose pictures and the following one's are begun ahead."""
+    def _next(self) -> Picture:
+        """The next picture of the shard under way; later ones, and the following shard's, are begun ahead."""
         begun = list(self._begun.values())
         ahead = _BATCHES_AHEAD * self.batch_size + self.decoders.workers - sum(len(each.running) for each in begun)
         for each in begun:
             while each.waiting and ahead > 0:
-                entry = each.waiting.popleft()
-                each.running.append((entry, self.decoders.submit(entry)))
+                each.running.append(self.decoders.submit(each.waiting.popleft()))
                 ahead -= 1
-        entry, future = begun[0].running.popleft()
-        picture = future.result()
+        picture = begun[0].running.popleft().result()
         self.stages.decoding += picture.seconds
-        return entry, picture
+        return picture
 
-    def _maps(self, batch: list[tuple[Entry, Picture]]) -> list[_Fetched]:
-        """The maps of those that have pixels, in as many parts as memory asks for."""
-        import torch
-
-        found: list[_Fetched] = []
-        waiting = [picture.pixels for _, picture in batch if picture.pixels is not None]
+    def _start(self, batch: _Batch) -> list[Callable[[], list[Found]]]:
+        """Begins with those that have pixels, in as many parts as memory asks for."""
+        waits: list[Callable[[], list[Found]]] = []
+        waiting = [(group, picture.pixels) for group, picture in batch if picture.pixels is not None]
         while waiting:
             part = waiting[: self._most]
             try:
                 start = time.perf_counter()
-                images = self.pixels.normalise(_to_device(np.stack(part), self.device))
+                pixels = _to_device(np.stack([pixels for _, pixels in part]), self.device)
+                images = self.pixels.normalise(pixels)
                 ready = time.perf_counter()
-                maps = self.extract(images)
-                if maps.shape[:1] != (len(part),) or not maps.is_floating_point():
-                    raise ValueError(f"extract: expected a float tensor [{len(part)}, ...]; got {list(maps.shape)}")
-                found.append(_fetch(maps))
+                waits.append(self.task.start(images, [group for group, _ in part]))
                 self.stages.device += ready - start
                 self.stages.model += time.perf_counter() - ready
             except torch.OutOfMemoryError:
@@ -172,81 +171,64 @@ class Worker:
                     torch.cuda.empty_cache()
                 continue
             del waiting[: len(part)]
-        return found
+        return waits
 
-    def _pack(self, batch: list[tuple[Entry, Picture]], found: list[_Fetched]) -> pa.Table:
-        maps = iter([amap for fetched in found for amap in fetched.wait()])
+    def _pack(self, batch: _Batch, waits: list[Callable[[], list[Found]]]) -> pa.Table:
+        found = itertools.chain.from_iterable(wait() for wait in waits)
         start = time.perf_counter()
-        results = [
-            Result(
-                entry.key, entry.text, None if picture.pixels is None else next(maps), picture.width, picture.height,
-                picture.crop, picture.error,
-            )
-            for entry, picture in batch
-        ]  # fmt: skip
-        packed = self.format.table(results)
+        results = []
+        for group, picture in batch:
+            for entry in group:
+                error = entry.error or picture.error
+                own = next(found) if picture.pixels is not None else Found()
+                size = picture.width, picture.height, picture.crop
+                results.append(
+                    Result(
+                        entry.key, entry.text, None if error else own.map, *size, error or own.error, own.tokens,
+                        own.word_of, own.score, own.cut,
+                    )
+                )  # fmt: skip
+        packed = self.task.format.table(results)
         self.stages.pack += time.perf_counter() - start
         return packed
 
     def _write(self, shard: int, packed: list[Future[pa.Table]]) -> Made:
-        made = self.format.concatenate([batch.result() for batch in packed])
+        made = self.task.format.concatenate([batch.result() for batch in packed])
         start = time.perf_counter()
         target, done = self.job.part(shard), made
         if target.is_file():
             failed = self._failed(shard)
             order = np.arange(len(failed))
             order[failed] = len(failed) + np.arange(len(made))
-            done = self.format.concatenate([read_part(target), made]).take(order)
-        write_part(done, target, tensors=self.store == "full")
+            done = self.task.format.concatenate([read_part(target), made]).take(order)
+        write_part(done, target, self.job.run["settings"], self.tensors)
         self.stages.write += time.perf_counter() - start
         return Made(shard, len(made), len(made) - int(made.column("error").null_count))
 
 
 class _Shard(NamedTuple):
-    """A shard under way: entries not yet begun, and those whose pictures are, in order."""
+    """A shard under way: groups of entries of one image; of images not yet begun, an entry; and pictures, in order."""
 
     shard: int
-    entries: list[Entry]
+    groups: list[list[Entry]]
     waiting: deque[Entry]
-    running: deque[tuple[Entry, Future[Picture]]]
+    running: deque[Future[Picture]]
 
 
-class _Fetched(NamedTuple):
-    """Maps on their way to the CPU."""
-
-    maps: torch.Tensor
-    event: torch.cuda.Event | None
-
-    def wait(self) -> np.ndarray:
-        """[B, ...] float32."""
-        if self.event is not None:
-            self.event.synchronize()
-        found: np.ndarray = self.maps.numpy()
-        return found
-
-
-def _batches(count: int, size: int) -> Iterator[int]:
-    for first in range(0, count, size):
-        yield min(size, count - first)
+def _batches(groups: list[list[Entry]], size: int) -> Iterator[list[list[Entry]]]:
+    """Whole groups, as many as stay within `size` entries, at least one."""
+    batch: list[list[Entry]] = []
+    for group in groups:
+        if batch and sum(map(len, batch)) + len(group) > size:
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
+        yield batch
 
 
 def _to_device(pixels: np.ndarray, device: Any) -> torch.Tensor:
-    import torch
-
     tensor = torch.from_numpy(pixels)
     if device is None or torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _fetch(maps: torch.Tensor) -> _Fetched:
-    import torch
-
-    if maps.device.type != "cuda":
-        return _Fetched(maps.detach().to("cpu", torch.float32), None)
-    # Not waited for here: the GPU goes on with the next batch.
-    host = torch.empty(maps.shape, dtype=torch.float32, pin_memory=True)
-    host.copy_(maps.detach(), non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(maps.device))
-    return _Fetched(host, event)

@@ -1,5 +1,6 @@
 """Captions to BERT's word pieces, and back to the words they are pieces of."""
 
+import hashlib
 import re
 import warnings
 from collections.abc import Sequence
@@ -85,6 +86,11 @@ class Tokenizer:
     def id_of(self, piece: str) -> int:
         """The number of a piece, such as [MASK]'s."""
         return int(self._tokenizer.token_to_id(piece))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the pieces and their numbers, and of the most tokens."""
+        pieces = sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return hashlib.sha256(repr((pieces, self.max_tokens)).encode()).hexdigest()
 
     def __call__(self, caption: str) -> Caption:
         """The caption's pieces; words at the end that have no room are cut, with a warning.

@@ -39,12 +39,12 @@ class Maker:
 
         import torch
 
-        from attnx.jobs.recipe import Recipe
+        from attnx.jobs.recipe import recipe_of
 
         job = Job(Path(out))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        tools = Recipe.from_json(job.run["recipe"]).load(device)
-        job.check_settings(tools.settings())
+        tools = recipe_of(job.run["recipe"]).load(device)
+        job.check_settings(tools.settings)
         self._open = contextlib.ExitStack()
         self._worker = self._open.enter_context(tools.worker(job, running))
 

@@ -159,11 +159,11 @@ def main(out: str, device: str, running: str) -> None:
     try:
         import torch
 
-        from attnx.jobs.recipe import Recipe
+        from attnx.jobs.recipe import recipe_of
 
         job = Job(Path(out))
-        tools = Recipe.from_json(job.run["recipe"]).load(torch.device(device))
-        job.check_settings(tools.settings())
+        tools = recipe_of(job.run["recipe"]).load(torch.device(device))
+        job.check_settings(tools.settings)
         say = functools.partial(print, "attnx:", file=sys.stderr)
         with tools.worker(job, Running(**json.loads(running)), say) as worker:
             following: int | None = None

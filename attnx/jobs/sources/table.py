@@ -71,6 +71,8 @@ def _entry(row: Mapping[str, Any] | str, name: str, number: int) -> Entry:
     key = key or (text_of(path) if text is None else f"{text_of(path)}#{number}")
     if text is not None and not isinstance(text, str):
         return Entry(key, path, error=f"{name}: expected a text as caption; got {text!r}"[:200])
+    if text is not None and text != text_of(text):
+        return Entry(key, path, error=f"{name}: expected valid Unicode as caption; got {text!r}"[:200])
     return Entry(key, path, text=text)
 
 

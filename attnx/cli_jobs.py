@@ -1,0 +1,151 @@
+"""What the commands that run jobs share: their options, and the run from a recipe to the last line."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from attnx.cli_options import device_of, devices_of, one_of
+
+if TYPE_CHECKING:
+    from attnx.jobs.engines.cluster import Cluster
+    from attnx.jobs.job import Rank
+    from attnx.jobs.recipe import Recipe, Running, Tools
+    from attnx.jobs.run import Report
+    from attnx.jobs.sources import Source
+
+ENGINES = ("local", "ranks", "ray")
+MAX_PIXELS = 178_956_970  # Pillow's own
+
+Kind = Annotated[str | None, typer.Option(help="What the source is: folder, table, tar or dataset.")]
+Root = Annotated[Path | None, typer.Option(help="Folder of a table's paths; its own unless given.")]
+Split = Annotated[str | None, typer.Option(help="Of a data set that has several.")]
+MapDtype = Annotated[str, typer.Option(help="float16, float32 or uint8, beside a scale of each map.")]
+MaxPixels = Annotated[int, typer.Option(help="A larger picture is its row's error.", min=1)]
+ShardSize = Annotated[
+    int | None, typer.Option(help="Rows of a shard; 1024 unless given, fewer of large maps.", show_default=False)
+]
+Workers = Annotated[
+    int | None, typer.Option(help="Processes that decode; one a core unless given; 0: this one does.", min=0)
+]
+DecodeTimeout = Annotated[float, typer.Option(help="Seconds for an image; then that is its row's error.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="[bold]local[/bold]: a process for each of --device cuda:0,cuda:1; [bold]ranks[/bold]: this run is "
+        "one of several that share OUT (torchrun, srun, SLURM arrays, --rank, --world); [bold]ray[/bold]: actors."
+    ),
+]
+RankOf = Annotated[int | None, typer.Option("--rank", help="Ranks: which one this is, from 0.")]
+World = Annotated[int | None, typer.Option(help="Ranks: of how many.")]
+Address = Annotated[str | None, typer.Option(help="Ray: of the cluster; a local one unless given.")]
+Actors = Annotated[int | None, typer.Option(help="Ray: how many; one a GPU, or a machine.", min=1)]
+ActorCpus = Annotated[int | None, typer.Option(help="Ray: of each; what there are, divided.", min=1)]
+Tries = Annotated[int, typer.Option(help="Of a shard whose process dies; then it is set aside.", min=1)]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Do rows with an error again.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell counts, size and time, and keep nothing.")]
+Devices = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1; several with commas; all: every GPU; a GPU if there is one unless given."),
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a job is to run, as the options say."""
+
+    batch_size: int
+    workers: int | None
+    decode_timeout: float
+    shard_size: int | None
+    device: str | None
+    engine: str
+    rank: int | None
+    world: int | None
+    address: str | None
+    actors: int | None
+    actor_cpus: int | None
+    tries: int
+    retry_failed: bool
+    dry_run: bool
+
+    def check(self) -> "tuple[list[str], Rank | None, Cluster | None]":
+        """The devices, and the rank or the cluster of those engines.
+
+        Raises:
+            ValueError: options of another engine; an unknown one.
+        """
+        from attnx.jobs.engines.cluster import Cluster
+        from attnx.jobs.engines.here import rank_of
+
+        one_of("engine", self.engine, ENGINES)
+        if self.engine != "ranks" and (self.rank, self.world) != (None, None):
+            raise ValueError(f"rank, world: they are for --engine ranks; got --engine {self.engine}")
+        if self.engine != "ray" and (self.address, self.actors, self.actor_cpus) != (None, None, None):
+            raise ValueError(f"address, actors, actor-cpus: they are for --engine ray; got --engine {self.engine}")
+        devices = devices_of(self.device)
+        if len(devices) > 1 and self.engine != "local":
+            raise ValueError(f"device: several are for --engine local; got {self.device} with --engine {self.engine}")
+        rank = rank_of(self.rank, self.world) if self.engine == "ranks" else None
+        return devices, rank, Cluster(self.address, self.actors, self.actor_cpus) if self.engine == "ray" else None
+
+    @property
+    def running(self) -> "Running":
+        """What a worker is told."""
+        from attnx.jobs.recipe import Running
+
+        return Running(self.batch_size, self.workers, self.decode_timeout)
+
+
+def absolute(path: Path | None) -> str | None:
+    """As any process understands it."""
+    return None if path is None else str(path.absolute())
+
+
+def run_recipe(
+    recipe: "Recipe",
+    images: "Source",
+    out: Path,
+    asked: Asked,
+    what: str,
+    finish: "Callable[[Tools, Report], str] | None" = None,
+) -> None:
+    """Runs a job, or tells what it would take, and says how it went; exit code 1 if rows have no map.
+
+    Args:
+        what: the rows are.
+        finish: is called at the end, and has more to say.
+    """
+    from attnx.jobs.decoding import start_server
+    from attnx.jobs.estimate import estimate
+    from attnx.jobs.job import open_job
+    from attnx.jobs.progress import progress_bar
+    from attnx.jobs.run import run_job
+
+    devices, rank, cluster = asked.check()
+    start_server()
+    tools = recipe.load(device_of(devices[0]))
+    if asked.dry_run:
+        typer.echo(estimate(tools, asked.running, asked.shard_size))
+        return
+    plan = (recipe.describe_source(), tools.settings, recipe.to_json(), asked.shard_size, tools.row_bytes, rank)
+    with open_job(out, images, *plan) as job, progress_bar(job.rows, what) as progress:
+        report = run_job(
+            tools, job, asked.running, devices=devices, cluster=cluster, rank=rank, tries=asked.tries,
+            retry_failed=asked.retry_failed, progress=progress, say=lambda text: typer.echo(f"attnx: {text}", err=True),
+        )  # fmt: skip
+    if report.made:
+        typer.echo(report.stage_table())
+    of_rank = "" if rank is None else f"rank {rank.rank} of {rank.world}: "
+    before = f", {report.before} rows of an earlier run" if report.before else ""
+    rate = f" ({report.made / report.seconds:.1f} {what}/s)" if report.made else ""
+    more = "" if finish is None else finish(tools, report)
+    wrong = f", {report.errors} {what} could not be read: see their error column" if report.errors else ""
+    if report.set_aside:
+        shards = ", ".join(map(str, sorted(report.set_aside)))
+        wrong += f", shards that could not be made: {shards}; run again to try them again"
+    typer.echo(f"{of_rank}maps of {report.maps} {what} in {out}{before}{rate}{more}{wrong}")
+    if report.errors or report.set_aside:
+        raise typer.Exit(1)
