@@ -1,6 +1,11 @@
 """What a job wrote is read back by place and by key, by attnx and by what others use."""
 
+import io
+import os
 import pickle
+import re
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,7 @@ from torch.utils.data import DataLoader
 import attnx
 from attnx.jobs.engines.here import run_here
 from attnx.jobs.job import Job
+from attnx.jobs.progress import progress_bar
 from attnx.jobs.recipe import Running
 from attnx.jobs.rows import Row
 from attnx.jobs.run import run_job
@@ -130,6 +136,41 @@ def test_full_maps_are_retried_beside_the_others(pictures: Path, tmp_path: Path)
     assert all(equal(a, b) for a, b in zip(after, before, strict=True) if b.map is not None)
     assert after[2].map is not None
     assert Job(out).errors(0) == 0
+
+
+def test_shards_are_read_by_number(out: Path, tmp_path: Path) -> None:
+    """And without their job."""
+    for number, shard in [(99999, 0), (100000, 1)]:
+        (tmp_path / f"part-{number}.parquet").write_bytes((out / f"part-{shard:05d}.parquet").read_bytes())
+    assert [path.name for path in parts(tmp_path)] == ["part-99999.parquet", "part-100000.parquet"]
+    maps = attnx.open(tmp_path)
+    assert [row.key for row in maps] == list(maps.keys()) == [f"{i:03d}.jpg" for i in range(12)]
+    assert maps["007.jpg"].key == maps[7].key
+    assert maps.settings == attnx.open(out).settings
+
+
+def test_file_names_that_are_not_unicode(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "pictures", 1)
+    good, bad = (Path(os.fsdecode(os.fsencode(folder) + name)) for name in (b"/a\xff.jpg", b"/b\xff.jpg"))
+    (folder / "000.jpg").rename(good)
+    bad.touch()
+    rows = list(attnx.open(job(folder, tmp_path / "out")))
+    assert [(row.key, row.map is None) for row in rows] == [("a\\xff.jpg", False), ("b\\xff.jpg", True)]
+
+
+def test_progress_is_of_this_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    drawn = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", drawn)
+    monkeypatch.setenv("COLUMNS", "100")
+    with progress_bar(2_000_000) as progress:
+        progress(1_999_988, 2_000_000)
+        time.sleep(0.1)
+        progress(2_000_000, 2_000_000)
+    assert "2000000/2000000" in drawn.getvalue()
+    assert "ETA" in drawn.getvalue()
+    rate = float(re.findall(r"([0-9.]+) images/s", drawn.getvalue())[-1])
+    assert 0 < rate < 121
+    assert capsys.readouterr().out == ""
 
 
 def read_with_pandas(out: Path) -> tuple[list[str], np.ndarray]:

@@ -189,7 +189,7 @@ def test_what_is_wrong_with_a_pair_is_its_row(photos: Path, weights: Path, tmp_p
     good = [0, 10, 11, 13]
     assert [i for i, error in enumerate(told) if error is None] == good
     wanted = [
-        (1, "caption: expected text", "none"), (2, "expected words", "''"), (3, "expected words", "?!"), (4, "line 5", "7"),
+        (1, "expected text", "none"), (2, "expected words", "''"), (3, "expected words", "?!"), (4, "line 5", "7"),
         (5, "line 6", "nobody"), (6, "line 7", "Expecting value"), (7, "line 9", "a.png"), (8, "broken.png", "image"),
         (9, "gone.png", "No such file"), (12, "valid Unicode", "ud800"),
     ]  # fmt: skip

@@ -204,6 +204,46 @@ def test_a_following_shard_that_does_not_follow_is_forgotten(tmp_path: Path) -> 
     assert same(list(read_shards(tmp_path / "out")), made(folder, tmp_path / "plain"))
 
 
+def test_few_images_are_decoded_ahead(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "pictures", 60)
+    begun: list[int] = []
+
+    class Counting(Files):
+        def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
+            begun.append(1)
+            return super().__call__(entry)
+
+    ahead: list[int] = []
+
+    def slow(images: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        ahead.append(len(begun) - 2 * len(ahead))
+        return grey(images)
+
+    with (
+        open_job(tmp_path / "out", open_source(folder), {}, {}, shard_size=7) as job,
+        Decoders(Decode(Counting(folder), PIXELS), 0) as decoders,
+        Worker(job, decoders, PIXELS, ImageTask(slow), batch_size=2) as worker,
+    ):
+        for shard in range(job.shards):
+            worker.run_shard(shard, shard + 1 if shard + 1 < job.shards else None)
+    # The batch itself, and three batches behind it, of the following shard, too.
+    assert 4 <= max(ahead[:-4]) <= 2 + 3 * 2
+
+
+def test_an_interrupt_does_not_wait_for_what_hangs(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "pictures", 2)
+    os.mkfifo(folder / "000a.jpg")
+
+    def interrupted(images: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        made(folder, tmp_path / "out", interrupted, workers=2, batch_size=1, timeout=100)
+    assert time.perf_counter() - start < 20
+
+
 def test_wrong_options_are_said() -> None:
     decode = Decode(Files(Path()), PIXELS)
     with pytest.raises(ValueError, match="workers: expected at least 0, got -1"):

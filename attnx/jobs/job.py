@@ -118,14 +118,17 @@ def open_job(
         next(iter(source.entries()), None)
     with writing(out, rank) as lock:
         with locked(out / ".lock-plan", wait=True) if rank else contextlib.nullcontext():
+            for left in (*out.glob(f".{_MANIFEST}-*.tmp"), *out.glob(f".{_RUN}-*.tmp")):
+                left.unlink()
             if (out / _RUN).exists():
                 job = Job(out)
                 _check_same(job, asked)
+                if job.run["recipe"] != json.loads(json.dumps(recipe)):
+                    job.run["recipe"] = recipe
+                    _write_json(out / _RUN, job.run)
             else:
-                job = _plan(out, source, {"shard_size": default_shard_size(row_bytes)} | asked)
-            if job.run.get("recipe") != recipe:
-                job.run["recipe"] = recipe
-                _write_json(out / _RUN, job.run)
+                plan = {"shard_size": default_shard_size(row_bytes)} | asked | {"recipe": recipe}
+                job = _plan(out, source, plan)
         _remove_temporaries(out, rank)
         job.lock = lock
         yield job
@@ -149,8 +152,6 @@ def default_shard_size(row_bytes: int) -> int:
 def _plan(out: Path, source: Source, run: dict[str, Any]) -> Job:
     if parts(out):
         raise ValueError(f"out: expected an empty folder or a job's; {out} has shards and no {_RUN}")
-    for left in (*out.glob(f".{_MANIFEST}-*.tmp"), *out.glob(f".{_RUN}-*.tmp")):
-        left.unlink()
     temporary = out / f".{_MANIFEST}-{uuid.uuid4().hex}.tmp"
     try:
         rows = write_manifest(source.entries(), temporary)

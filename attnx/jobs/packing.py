@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from attnx.jobs.sources import text_of
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -76,6 +78,8 @@ class Format:
                     row["map"], row["shape"] = stored.reshape(-1), stored.shape
                 except ValueError as cause:
                     row["map"], row["error"] = None, str(cause)
+            # It may name a file, whose name need be no valid Unicode.
+            row["error"] = None if row["error"] is None else text_of(row["error"])
             for name, values in columns.items():
                 values.append(row[name])
         arrays = [pa.array(columns[field.name], field.type) for field in self.schema()]
