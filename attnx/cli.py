@@ -1,4 +1,4 @@
-"""The command line: attnx demo | show | extract | words | kernels."""
+"""The command line: attnx demo | show | extract | words | summary | kernels."""
 
 import importlib.util
 import os
@@ -32,6 +32,7 @@ from attnx.cli_options import (
     rollout_options,
     told,
 )
+from attnx.cli_summary import summary
 from attnx.cli_words import words
 
 app = typer.Typer(
@@ -44,8 +45,9 @@ app = typer.Typer(
 
     [bold]attnx demo[/bold] shows what it does, without a download. [bold]attnx show photo.jpg --model demo[/bold] draws
     the maps of one image, [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
-    those of a folder. [bold]attnx words photo.jpg "a dog" --checkpoint ALBEF.pth[/bold] draws what each word looks at.
-    [bold]attnx kernels[/bold] compiles the GPU kernels, without a GPU.
+    those of a folder, and [bold]attnx summary maps/[/bold] says what they have in common. [bold]attnx words photo.jpg
+    "a dog" --checkpoint ALBEF.pth[/bold] draws what each word looks at. [bold]attnx kernels[/bold] compiles the GPU
+    kernels, without a GPU.
 
     Exit codes: 0 all is well, 1 some images or captions could not be read or a kernel spills, 2 a mistake in what was
     asked.""",
@@ -113,6 +115,7 @@ def show(
 
 app.command()(extract)
 app.command()(words)
+app.command()(summary)
 
 
 @app.command()

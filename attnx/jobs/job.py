@@ -45,6 +45,10 @@ class Job:
         """The rows of a shard."""
         return self.manifest.entries(shard * self.shard_size, (shard + 1) * self.shard_size)
 
+    def entry(self, row: int) -> Entry:
+        """A row of the manifest."""
+        return self.manifest.entries(row, row + 1)[0]
+
     def rows_of(self, shard: int) -> int:
         """How many they are."""
         return min(self.shard_size, self.rows - shard * self.shard_size)

@@ -53,7 +53,7 @@ class Maps(Sequence[Row]):
         self._shards = shards_in(self.folder)
         self.settings: dict[str, Any] = read_settings(self.folder)
         job = Job(self.folder) if (self.folder / "run.json").is_file() else None
-        numbers = [int(shard.stem.removeprefix("part-")) for shard in self._shards]
+        self._numbers = numbers = [int(shard.stem.removeprefix("part-")) for shard in self._shards]
         counts = [job.rows_of(i) for i in numbers] if job is not None else list(map(_count, self._shards))
         self._firsts = np.array([0, *accumulate(counts)])
         self._index: tuple[np.ndarray, np.ndarray] | None = None
@@ -97,6 +97,11 @@ class Maps(Sequence[Row]):
             if count_errors(shard):
                 for batch in self._file(number).iter_batches(columns=["key", "error"]):
                     yield from ((row["key"], row["error"]) for row in batch.to_pylist() if row["error"] is not None)
+
+    def manifest_row(self, place: int) -> int:
+        """The row of the job's manifest that is at a place, if the folder is a job's."""
+        shard = int(np.searchsorted(self._firsts, place, side="right")) - 1
+        return self._numbers[shard] * Job(self.folder).shard_size + place - int(self._firsts[shard])
 
     @property
     def shards(self) -> int:

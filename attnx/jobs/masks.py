@@ -1,0 +1,156 @@
+"""Maps beside labelled masks: DINO's Jaccard, and the pointing game."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from attnx.jobs.maps import Maps
+from attnx.jobs.rows import Row
+from attnx.methods import mass_mask
+
+__all__ = ["Score", "jaccard", "points_at", "read_labels", "score"]
+
+VOID = 255
+
+
+@dataclass(frozen=True)
+class Score:
+    """images, objects: how many were scored. jaccard: the mean over images of the mean over their objects of the best
+    head's; heads: of each head alone, best first, as (head, jaccard). pointing: the share of images whose map peaks in
+    an object. left: images that were not scored, by why.
+    """
+
+    images: int
+    objects: int
+    jaccard: float
+    heads: list[tuple[int, float]]
+    pointing: float
+    left: Counter[str]
+
+
+def score(maps: Maps, folder: Path, keep: float = 0.6) -> Score:
+    """Scores the maps of a job whose images have a mask in a folder: of a/b.jpg, folder/a/b.png.
+
+    A mask is an image of the picture's size, of palette or grey: 0 is the background, other numbers are objects, and
+    255 is void, which counts nowhere. Of maps of several layers the last one is taken. What counts is the part of the
+    picture that the model saw.
+
+    Args:
+        keep: the share of a head's mass that its mask has.
+
+    Raises:
+        ValueError: no image has a mask; maps of words, or whole ones.
+
+    Reference:
+        DINO's, over ground-truth objects: https://github.com/facebookresearch/dino/issues/54; the pointing game: Zhang
+        et al., https://arxiv.org/abs/1608.00507 (there with a margin of 15 pixels, here without)
+    """
+    if maps.settings.get("store") == "full" or "vocab" in maps.settings:
+        raise ValueError("masks: they are for maps of images over patches; this job has whole maps, or those of words")
+    left: Counter[str] = Counter()
+    best: list[float] = []
+    every: list[np.ndarray] = []
+    hits: list[bool] = []
+    objects = 0
+    for row in maps:
+        path = folder / Path(row.key).with_suffix(".png")
+        if row.map is None or row.crop is None:
+            left["no map"] += 1
+        elif not path.is_file():
+            left["no mask"] += 1
+        else:
+            try:
+                labels = read_labels(path, row)
+            except ValueError as error:
+                left[str(error)] += 1
+                continue
+            heads = _heads(row.map)
+            found = jaccard(heads, labels, row.crop, keep)
+            if not len(found):
+                left["no object in the part that the model saw"] += 1
+                continue
+            objects += len(found)
+            best.append(float(found.max(1).mean()))
+            every.append(found.mean(0))
+            hits.append(points_at(heads.mean(0), labels, row.crop))
+    if not best:
+        told = ", ".join(f"{count} images: {why}" for why, count in left.most_common(3))
+        raise ValueError(f"masks: no image of this job has a mask in {folder} that can be scored ({told})")
+    alone = np.mean(every, 0)
+    order = np.argsort(-alone, kind="stable")
+    ranked = [(int(head), float(alone[head])) for head in order]
+    return Score(len(best), objects, float(np.mean(best)), ranked, float(np.mean(hits)), left)
+
+
+def read_labels(path: Path, row: Row) -> np.ndarray:
+    """[height, width] integers of a mask.
+
+    Raises:
+        ValueError: it is of another size than its picture, or no mask.
+    """
+    with Image.open(path) as image:
+        if image.mode not in ("P", "L", "1", "I", "I;16"):
+            raise ValueError(f"the mask is an image of mode {image.mode}, not of palette or grey")
+        labels = np.asarray(image).astype(np.int64)
+    if labels.shape != (row.height, row.width):
+        raise ValueError("the mask has another size than its image")
+    return labels
+
+
+def jaccard(heads: np.ndarray, labels: np.ndarray, crop: tuple[float, ...], keep: float = 0.6) -> np.ndarray:
+    """[objects, H]: intersection over union of each object and each head's mask, in the part that the model saw.
+
+    Args:
+        heads: [H, h, w] maps over the crop.
+        labels: [height, width]; 0 background, 255 void.
+        crop: (left, top, right, bottom) in the labels' pixels.
+        keep: see `attnx.mass_mask`, whose masks are enlarged to the nearest patch.
+    """
+    masks = mass_mask(torch.from_numpy(np.ascontiguousarray(heads, np.float32)), keep).numpy()
+    left, top, right, bottom = crop
+    rows, row_of = _cells(labels.shape[0], top, bottom, heads.shape[1])
+    columns, column_of = _cells(labels.shape[1], left, right, heads.shape[2])
+    seen = labels[np.ix_(rows, columns)]
+    valid = seen != VOID
+    # [H, pixels]
+    chosen = masks[:, row_of[:, None], column_of[None]][:, valid]
+    numbers = [number for number in np.unique(seen[valid]) if number != 0]
+    found = np.zeros((len(numbers), len(heads)))
+    for i, number in enumerate(numbers):
+        inside = seen[valid] == number
+        found[i] = (chosen & inside).sum(1) / (chosen | inside).sum(1)
+    return found
+
+
+def points_at(amap: np.ndarray, labels: np.ndarray, crop: tuple[float, ...]) -> bool:
+    """Whether a map [h, w], enlarged bilinearly to its part of the picture, peaks in an object."""
+    left, top, right, bottom = crop
+    size = max(1, round(bottom - top)), max(1, round(right - left))
+    tensor = torch.from_numpy(np.ascontiguousarray(amap, np.float32))[None, None]
+    full = F.interpolate(tensor, size=size, mode="bilinear", align_corners=False)[0, 0]
+    y, x = divmod(int(full.argmax()), size[1])
+    y, x = int(y + 0.5 + top), int(x + 0.5 + left)
+    inside = 0 <= y < labels.shape[0] and 0 <= x < labels.shape[1]
+    return inside and int(labels[y, x]) not in (0, VOID)
+
+
+def _heads(amap: np.ndarray) -> np.ndarray:
+    """[H, h, w] of a map of any method: of several layers, the last one's."""
+    if amap.ndim == 4:
+        return amap[-1]
+    return amap if amap.ndim == 3 else amap[None]
+
+
+def _cells(length: int, start: float, stop: float, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a picture's side, the pixels whose middle lies in the crop, and the cell of the map over each."""
+    middles = np.arange(length) + 0.5
+    inside = np.flatnonzero((middles >= start) & (middles < stop))
+    cell = np.floor((middles[inside] - start) / (stop - start) * cells).astype(np.int64)
+    return inside, cell.clip(0, cells - 1)

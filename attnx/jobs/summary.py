@@ -1,0 +1,158 @@
+"""What the maps of a job have in common, in one pass over its shards: `attnx summary`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from attnx.jobs.job import Job
+from attnx.jobs.rows import Row, read_settings, rows_of, shards_in
+from attnx.methods import entropy, entropy_levels
+
+__all__ = ["LEVELS", "Summary", "spatial", "summarise"]
+
+LEVELS = 4
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summarise` found.
+
+    rows: in the shards; planned: in the job, if it is known. errors: how many rows have each kind of error, by what is
+    left of it without its file. per_second: rows, by the times of the files; None where they don't say.
+    places, entropies: of the rows that have a map over patches, and the entropy of each in nats; levels: the quarter of
+    each, 0 the most focused. mean: [h, w], of maps of the shape that most have, each divided by its sum.
+    """
+
+    rows: int
+    planned: int | None
+    errors: Counter[str]
+    per_second: float | None
+    places: np.ndarray
+    entropies: np.ndarray
+    levels: np.ndarray
+    mean: np.ndarray | None
+
+    def of_level(self, level: int, count: int) -> np.ndarray:
+        """Places of at most so many rows of a level, evenly by rank, the most focused first."""
+        return _evenly(self._by_entropy(self.levels == level), count)
+
+    def focused(self, count: int, least: bool = False) -> np.ndarray:
+        """Places of the most focused rows, that first; or of the least."""
+        order = self._by_entropy(np.ones(len(self.places), bool))
+        return order[::-1][:count] if least else order[:count]
+
+    def _by_entropy(self, chosen: np.ndarray) -> np.ndarray:
+        where = np.flatnonzero(chosen)
+        found: np.ndarray = self.places[where[np.argsort(self.entropies[where], kind="stable")]]
+        return found
+
+
+def summarise(out: Path) -> Summary:
+    """Reads all shards of a folder once; a few hundred maps in memory.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    whole = read_settings(out).get("store") == "full"
+    errors: Counter[str] = Counter()
+    of_shapes: dict[tuple[int, ...], _OfShape] = {}
+    rows = 0
+    for group in _groups(out):
+        errors.update(_kind(row.error) for row in group if row.error is not None)
+        found = [(rows + i, spatial(row, whole)) for i, row in enumerate(group)]
+        rows += len(group)
+        alike: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        for place, amap in found:
+            if amap is not None:
+                alike.setdefault(amap.shape, []).append((place, amap))
+        for shape, pairs in alike.items():
+            of_shapes.setdefault(shape, _OfShape(shape)).add(pairs)
+    places = np.concatenate([np.zeros(0, np.int64), *(place for each in of_shapes.values() for place in each.places)])
+    values = np.concatenate([np.zeros(0, np.float32), *(one for each in of_shapes.values() for one in each.entropies)])
+    # A map without mass has no entropy.
+    order = np.argsort(places, kind="stable")
+    order = order[np.isfinite(values[order])]
+    most = max(of_shapes.values(), key=lambda each: each.count, default=None)
+    job = Job(out) if (out / "run.json").is_file() else None
+    levels = entropy_levels(torch.from_numpy(values[order]), LEVELS).numpy()
+    mean = None if most is None else most.mean
+    return Summary(
+        rows, None if job is None else job.rows, errors, _rate(out, rows), places[order], values[order], levels, mean
+    )
+
+
+def spatial(row: Row, whole: bool = False) -> np.ndarray | None:
+    """[h, w]: the mean over layers and heads of a row's map, or over its words; None where it is over no patches.
+
+    whole: maps are of all tokens.
+    """
+    amap = row.map
+    if amap is None or whole or amap.ndim < 2 or amap.size == 0:
+        return None
+    if row.word_of is not None:
+        amap = amap[[word is not None for word in row.word_of]]
+    found: np.ndarray = amap.reshape(-1, *amap.shape[-2:]).mean(0, dtype=np.float32)
+    return found
+
+
+class _OfShape:
+    """What is gathered of maps of one shape: places and entropies by the group, and the sum of their shares."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.places: list[np.ndarray] = []
+        self.entropies: list[np.ndarray] = []
+        self.count = 0
+        self._sum = np.zeros(shape)
+
+    def add(self, pairs: list[tuple[int, np.ndarray]]) -> None:
+        """Places and maps."""
+        maps = np.stack([amap for _, amap in pairs])
+        self.places.append(np.array([place for place, _ in pairs]))
+        self.entropies.append(entropy(torch.from_numpy(maps)).numpy())
+        mass = maps.sum((1, 2), keepdims=True)
+        self._sum += np.divide(maps, mass, out=np.zeros_like(maps), where=mass > 0).sum(0, dtype=np.float64)
+        self.count += len(pairs)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Of maps divided by their sums."""
+        return (self._sum / self.count).astype(np.float32)
+
+
+def _groups(out: Path) -> Iterator[list[Row]]:
+    import pyarrow.parquet as pq
+
+    for shard in shards_in(out):
+        with pq.ParquetFile(shard) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield list(rows_of(batch, shard))
+
+
+def _kind(error: str) -> str:
+    """An error without its file and its numbers."""
+    named = re.search(r"\b\w+Error\b", error)
+    if named:
+        return named[0]
+    head, _, rest = error.partition(": ")
+    return re.sub(r"\d+", "N", re.split("[;,] ", rest if "/" in head or "." in head else error)[0])[:80]
+
+
+def _rate(out: Path, rows: int) -> float | None:
+    """Rows a second, by when the files were written; pauses, of ten times the usual gap, are left out."""
+    start = out / "manifest.parquet"
+    times = sorted(path.stat().st_mtime for path in ([start] if start.is_file() else []) + shards_in(out))
+    gaps = np.diff(times)
+    gaps = gaps[gaps > 0]
+    seconds = float(gaps[gaps <= 10 * np.median(gaps)].sum()) if len(gaps) else 0.0
+    return rows / seconds if seconds > 0 else None
+
+
+def _evenly(values: np.ndarray, count: int) -> np.ndarray:
+    return values[np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))]
