@@ -17,6 +17,7 @@ from attnx.jobs.rows import Row, read_settings, read_shards, rows_of, shards_in
 from attnx.jobs.shards import count_errors
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
 __all__ = ["Maps", "open"]
@@ -58,7 +59,7 @@ class Maps(Sequence[Row]):
         self._firsts = np.array([0, *accumulate(counts)])
         self._index: tuple[np.ndarray, np.ndarray] | None = None
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], list[Row]] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], pa.RecordBatch] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -131,9 +132,9 @@ class Maps(Sequence[Row]):
             group, first = group + 1, first + count
         if (shard, group) not in self._groups:
             batch = file.read_row_group(group, use_threads=False).combine_chunks().to_batches()[0]
-            _keep(self._groups, (shard, group), list(rows_of(batch, self._shards[shard])), _GROUPS)
+            _keep(self._groups, (shard, group), batch, _GROUPS)
         self._groups.move_to_end((shard, group))
-        return self._groups[shard, group][row - first]
+        return next(rows_of(self._groups[shard, group].slice(row - first, 1), self._shards[shard]))
 
     def _file(self, shard: int) -> pq.ParquetFile:
         import pyarrow.parquet as pq
