@@ -77,15 +77,20 @@ class Asked:
         Raises:
             ValueError: options of another engine; an unknown one.
         """
+        import torch
+
         from attnx.jobs.engines.cluster import Cluster
-        from attnx.jobs.engines.here import rank_of
+        from attnx.jobs.engines.here import device_of_rank, rank_of
 
         one_of("engine", self.engine, ENGINES)
         if self.engine != "ranks" and (self.rank, self.world) != (None, None):
             raise ValueError(f"rank, world: they are for --engine ranks; got --engine {self.engine}")
         if self.engine != "ray" and (self.address, self.actors, self.actor_cpus) != (None, None, None):
             raise ValueError(f"address, actors, actor-cpus: they are for --engine ray; got --engine {self.engine}")
-        devices = devices_of(self.device)
+        device = self.device
+        if self.engine == "ranks" and device is None:
+            device = device_of_rank(torch.cuda.device_count())
+        devices = devices_of(device)
         if len(devices) > 1 and self.engine != "local":
             raise ValueError(f"device: several are for --engine local; got {self.device} with --engine {self.engine}")
         rank = rank_of(self.rank, self.world) if self.engine == "ranks" else None

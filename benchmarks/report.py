@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks import plots
 from benchmarks.growth import by_contestant, power
 from benchmarks.machine import ROOT, write_atomically
+from benchmarks.report_jobs import jobs_section
 from benchmarks.report_more import estimate_section, sweep_section
 from benchmarks.report_table import details, ms, number, origin, table
 from benchmarks.report_words import words_section
@@ -37,6 +38,7 @@ make bench        every benchmark on this machine's CPU, some minutes: a file in
 make bench MKL=--mkl-as-on-intel    the same on an AMD processor, with the faster of torch's own products
 make bench-gpu    the CUDA tests, every benchmark and a sweep of block sizes, in less than ten minutes
 python -m benchmarks.words --original ALBEF    word maps and Grad-CAM beside a checkout of the original code
+python -m benchmarks.jobs    the batch job beside its decoders and its model; --many 10000000: one of ten million rows
 make report       this page
 ```
 
@@ -81,6 +83,8 @@ def page(stored: Stored, plot_files: dict[str, list[str]]) -> str:
         parts.append("\n".join(run_section(run, plot_files.get(run.file, []))))
     for file, content in stored.words.items():
         parts.append("\n".join(words_section(file, content)))
+    for file, content in stored.jobs.items():
+        parts.append("\n".join(jobs_section(file, content)))
     if stored.sweeps:
         parts.append("\n".join(sweep_section(stored.sweeps)))
     if stored.estimates:

@@ -116,12 +116,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Stored:
-    """runs: those on GPUs first, the newest first; sweeps, estimates and words: file name -> its content."""
+    """runs: those on GPUs first, the newest first; sweeps, estimates, words and jobs: file name -> its content."""
 
     runs: list[Run]
     sweeps: dict[str, dict[str, Any]]
     estimates: dict[str, dict[str, Any]]
     words: dict[str, dict[str, Any]]
+    jobs: dict[str, dict[str, Any]]
 
 
 def _row(content: dict[str, Any]) -> Row:
@@ -136,7 +137,7 @@ def load(folder: Path) -> Stored:
     Raises:
         ValueError: a file is not a result; says which.
     """
-    runs, sweeps, estimates, words = [], {}, {}, {}
+    runs, sweeps, estimates, words, jobs = [], {}, {}, {}, {}
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text())
@@ -148,6 +149,8 @@ def load(folder: Path) -> Stored:
                 sweeps[path.name] = content
             elif path.name.startswith("words-"):
                 words[path.name] = content
+            elif path.name.startswith("jobs-"):
+                jobs[path.name] = content
             else:
                 rows = [_row(row) for row in content["rows"]]
                 runs.append(Run(path.name, {key: content[key] for key in content if key != "rows"}, rows))
@@ -157,4 +160,4 @@ def load(folder: Path) -> Stored:
             ) from error
     runs.sort(key=lambda run: run.about["date"], reverse=True)
     runs.sort(key=lambda run: not run.cuda)
-    return Stored(runs, sweeps, estimates, words)
+    return Stored(runs, sweeps, estimates, words, jobs)

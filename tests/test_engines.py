@@ -16,7 +16,7 @@ import torch
 from small_job import draw, files, opened, shards, tools
 
 from attnx.jobs.engines.cluster import Cluster
-from attnx.jobs.engines.here import rank_of
+from attnx.jobs.engines.here import device_of_rank, rank_of
 from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job, Rank
 from attnx.jobs.recipe import Running, Tools
@@ -202,6 +202,17 @@ ARRAY = {"SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRA
 )
 def test_launchers_say_which_rank(given: tuple, environment: dict[str, str], rank: Rank) -> None:
     assert rank_of(*given, environment) == rank
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "device"),
+    [
+        (8, {"LOCAL_RANK": "3"}, "cuda:3"), (4, {"SLURM_LOCALID": "5"}, "cuda:1"), (1, {"LOCAL_RANK": "0"}, None),
+        (0, {"LOCAL_RANK": "1"}, None), (8, {}, None),
+    ],
+)  # fmt: skip
+def test_ranks_of_a_machine_take_a_gpu_each(gpus: int, environment: dict[str, str], device: str | None) -> None:
+    assert device_of_rank(gpus, environment) == device
 
 
 def test_a_rank_that_nothing_says_is_refused() -> None:

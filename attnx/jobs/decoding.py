@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
 import signal
+import sys
+import threading
 import time
+import types
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Decode", "Decoders", "Picture", "start_server", "usable_cores"]
 
+_MAIN = threading.Lock()
 _READY_WITHIN = 120.0  # seconds, for a process to start
 
 
@@ -167,7 +173,8 @@ class _Process:
         context = multiprocessing.get_context("forkserver")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, decode), daemon=True)
-        self._process.start()
+        with _without_main():
+            self._process.start()
         theirs.close()
         self._ready = False
 
@@ -199,6 +206,18 @@ class _Process:
             self._process.join(1)
             raise RuntimeError(f"a process that decodes did not start: {_died(self._process.exitcode)}") from error
         self._ready = True
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """A process that is started inside does not run this one's script, which may import much, or have no guard."""
+    with _MAIN:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
 
 
 def _died(code: int | None) -> str:

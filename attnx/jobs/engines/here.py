@@ -11,7 +11,7 @@ from attnx.jobs.job import Job, Rank
 from attnx.jobs.recipe import Running, Tools
 from attnx.jobs.worker import Made, Stages
 
-__all__ = ["rank_of", "run_here"]
+__all__ = ["device_of_rank", "rank_of", "run_here"]
 
 
 def run_here(
@@ -37,6 +37,12 @@ def run_here(
         for last in writing:
             advance(last.result())
         return worker.stages
+
+
+def device_of_rank(gpus: int, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The GPU of a run that is one of several on a machine, as its launcher counts them; None if there is no choice."""
+    local = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", ""))
+    return f"cuda:{int(local) % gpus}" if gpus > 1 and local.isdecimal() else None
 
 
 # Of a launcher: variables with the number of a run, and of how many it is one.
