@@ -2,7 +2,8 @@
 
     python -m benchmarks.jobs --photos DIR               2,000 JPEGs, copies of those in DIR
     python -m benchmarks.jobs --device cuda              ... of drawn pictures of 640 x 480
-    python -m benchmarks.jobs --many 10_000_000          no model and no decoder: what remains is ours
+    python -m benchmarks.jobs --engines 2                one process, then two: local, ranks, Ray
+    python -m benchmarks.jobs --many 10000000            no model and no decoder: what remains is ours
     python -m benchmarks.jobs --quick                    a tiny model, 64 pictures, 20,000 rows
 
 `decode` is the decoding processes alone, `model` the extractor alone, on pixels that are there; both before and after
@@ -16,6 +17,8 @@ are always the same. Resident memory and the rate are noted at every tenth of th
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,8 +32,11 @@ import torch
 from PIL import Image
 
 import attnx
+from attnx.cli_jobs import MAX_PIXELS
+from attnx.cli_options import rollout_options
 from attnx.images import find_images
 from attnx.jobs.decoding import Decode, Decoders, Picture, start_server, usable_cores
+from attnx.jobs.engines.cluster import Cluster
 from attnx.jobs.job import open_job
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.recipe import ExtractRecipe, Running, Tools
@@ -95,18 +101,22 @@ def pipeline(tools: Tools, out: Path, running: Running) -> dict[str, Any]:
     return {"images_per_s": report.made / report.seconds, "seconds": report.seconds, "stages": vars(report.stages)}
 
 
+def _recipe(options: argparse.Namespace, folder: Path) -> ExtractRecipe:
+    """As `attnx extract` makes it."""
+    return ExtractRecipe(
+        source=str(folder / "images"), kind="folder", root=None, split=None,
+        model="demo" if options.quick else options.model, pretrained=options.quick, checkpoint=None, image_size=None,
+        seed=0, method="rollout", heads="mean", dtype=options.dtype, map_dtype="float16", max_pixels=MAX_PIXELS,
+        pixels=None, layers=None, keep="auto", compile=False, store="map", rolling=rollout_options(0.5, 0.0, 0, None),
+    )  # fmt: skip
+
+
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Decoders, model and pipeline, on a folder of pictures."""
     count = 64 if options.quick else options.images
     size = draw(folder / "images", count, options.photos)
-    recipe = ExtractRecipe(
-        source=str(folder / "images"), kind="folder", root=None, split=None,
-        model="demo" if options.quick else options.model, pretrained=options.quick, checkpoint=None, image_size=None,
-        seed=0, method="rollout", heads="mean", dtype=options.dtype, map_dtype="float16", max_pixels=2**30, pixels=None,
-        layers=None, keep="auto", compile=False, store="map", rolling={},
-    )  # fmt: skip
     start_server()
-    tools = recipe.load(torch.device(options.device))
+    tools = _recipe(options, folder).load(torch.device(options.device))
     running = Running(options.batch, options.workers)
     model_alone(tools, options.batch, 2 * options.batch)
     before = decode_alone(tools, options.workers), model_alone(tools, options.batch, count // 2)
@@ -115,11 +125,58 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     decode, model = ((a + b) / 2 for a, b in zip(before, after, strict=True))
     shared = 1 / (1 / model + 1 / decode) if options.device == "cpu" else None
     return {
-        "images": count, "bytes_per_image": size, "model": recipe.model, "batch": options.batch, "dtype": options.dtype,
+        "images": count, "bytes_per_image": size, "model": tools.recipe.model, "batch": options.batch,
+        "dtype": options.dtype,
         "decode_per_s": decode, "model_per_s": model, "pipeline": told,
         "of_slower": told["images_per_s"] / min(decode, model),
         "shared_per_s": shared, "of_shared": None if shared is None else told["images_per_s"] / shared,
     }  # fmt: skip
+
+
+def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The same job by every engine, of so many processes; and whether all wrote the same bytes.
+
+    Seconds are those of the whole job: processes start, import and load the model first. Ranks are timed together.
+    """
+    count = 64 if options.quick else options.images
+    draw(folder / "images", count, options.photos)
+    tools = _recipe(options, folder).load(torch.device("cpu"))
+    found: dict[str, Any] = {}
+    wrote: dict[str, list[bytes]] = {}
+    alone = max(1, usable_cores() // options.engines)
+    of_each = ["--device", "cpu", "--engine", "ranks", "--world", str(options.engines), "--workers", str(alone)]
+    for name in ("here", "local", "ranks", "ray"):
+        out = folder / name
+        start = time.perf_counter()
+        if name == "ranks":
+            command = [sys.executable, "-c", "from attnx.cli import main; main()", "extract", str(folder / "images")]
+            command += ["--model", options.model, "--no-pretrained", "--shard-size", "64", "--out", str(out), *of_each]
+            environment = os.environ | {"OMP_NUM_THREADS": str(alone)}
+            ranks = [
+                subprocess.Popen([*command, "--rank", str(rank)], env=environment, stdout=subprocess.DEVNULL)
+                for rank in range(options.engines)
+            ]
+            assert [rank.wait() for rank in ranks] == [0] * options.engines
+        else:
+            recipe = tools.recipe
+            plan = recipe.open_source(), recipe.describe_source(), tools.settings, recipe.to_json(), 64
+            how: dict[str, Any] = {
+                "local": {"devices": ["cpu"] * options.engines},
+                "ray": {"cluster": Cluster(actors=options.engines)},
+            }
+            with open_job(out, *plan) as job:
+                assert run_job(tools, job, Running(options.batch, options.workers), **how.get(name, {})).maps == count
+        found[name] = {"seconds": (seconds := time.perf_counter() - start), "images_per_s": count / seconds}
+        wrote[name] = [path.read_bytes() for path in sorted(out.glob("part-*.parquet"))]
+        print(name, found[name], flush=True)
+    same = {name: wrote[name] == wrote["local"] for name in wrote}
+    return {
+        "images": count,
+        "model": options.model,
+        "processes": options.engines,
+        "engines": found,
+        "same_as_local": same,
+    }
 
 
 class Numbers:
@@ -225,15 +282,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="processes that decode")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--many", type=int, help="a job of so many rows, and no other")
+    parser.add_argument("--engines", type=int, help="every engine with so many processes, and nothing else")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(argv)
     about = {**environment(options.device), "quick": options.quick, "cores": usable_cores()}
     with tempfile.TemporaryDirectory() as folder:
-        if options.many is None:
-            told, name = measure(options, Path(folder)), "jobs"
-        else:
+        if options.many is not None:
             told, name = many(options.many, Path(folder) / "out"), "jobs-many"
+        elif options.engines is not None:
+            told, name = engines(options, Path(folder)), "jobs-engines"
+        else:
+            told, name = measure(options, Path(folder)), "jobs"
     path = options.out / f"{name}-{file_stem(options.device)}{'-quick' if options.quick else ''}.json"
     write_atomically(path, json.dumps({**about, **told}, indent=1))
     print(json.dumps(told, indent=1))

@@ -10,7 +10,8 @@ _STAGES = {"images": "waiting for images", "device": "to the device", "model": "
 
 def jobs_section(file: str, content: dict[str, Any]) -> Iterator[str]:
     """One file of `benchmarks.jobs`: of a model, or of many rows."""
-    yield from _many(file, content) if "marks" in content else _pipeline(file, content)
+    kind = _many if "marks" in content else _engines if "engines" in content else _pipeline
+    yield from kind(file, content)
     yield ""
 
 
@@ -33,6 +34,21 @@ def _pipeline(file: str, content: dict[str, Any]) -> Iterator[str]:
     yield from table(head, [("-", *line[1:])])
     shares = ", ".join(f"{name} {told['stages'][key] / told['seconds']:.0%}" for key, name in _STAGES.items())
     yield f"\nOf the job's {told['seconds']:.0f} s: {shares}.\n"
+
+
+def _engines(file: str, content: dict[str, Any]) -> Iterator[str]:
+    yield f"## Engines of the batch job: {content['hardware']}, {content['processes']} processes\n"
+    yield f"[`{file}`](results/{file}): {'; '.join(origin(content))}.\n"
+    yield (
+        f"{content['images']:,} JPEGs, {content['model']} with random weights, from the command to the last\n"
+        "file: processes start and load the model first. `here` is one process with all threads.\n"
+    )
+    same = content["same_as_local"]
+    lines = [
+        (name, f"{of['seconds']:.1f}", number(of["images_per_s"]), "yes" if same[name] else "no")
+        for name, of in content["engines"].items()
+    ]
+    yield from table(("engine", "seconds", "images/s", "bytes as of local"), lines)
 
 
 def _many(file: str, content: dict[str, Any]) -> Iterator[str]:
