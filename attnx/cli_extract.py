@@ -8,6 +8,7 @@ import typer
 from attnx.cli_jobs import (
     MAX_PIXELS,
     ActorCpus,
+    ActorGpus,
     Actors,
     Address,
     Asked,
@@ -111,6 +112,7 @@ def extract(
     address: Address = None,
     actors: Actors = None,
     actor_cpus: ActorCpus = None,
+    actor_gpus: ActorGpus = None,
     tries: Tries = 3,
     retry_failed: RetryFailed = False,
     dry_run: DryRun = False,
@@ -133,7 +135,7 @@ def extract(
 
     asked = Asked(
         batch_size, workers, decode_timeout, shard_size, device, engine, rank, world, address, actors, actor_cpus,
-        tries, retry_failed, dry_run,
+        actor_gpus, tries, retry_failed, dry_run,
     )  # fmt: skip
     asked.check()
     autocast_of(dtype)

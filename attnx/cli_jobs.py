@@ -42,7 +42,10 @@ RankOf = Annotated[int | None, typer.Option("--rank", help="Ranks: which one thi
 World = Annotated[int | None, typer.Option(help="Ranks: of how many.")]
 Address = Annotated[str | None, typer.Option(help="Ray: of the cluster; a local one unless given.")]
 Actors = Annotated[int | None, typer.Option(help="Ray: how many; one a GPU, or a machine.", min=1)]
-ActorCpus = Annotated[int | None, typer.Option(help="Ray: of each; what there are, divided.", min=1)]
+ActorCpus = Annotated[int | None, typer.Option(help="Ray: of each; what a machine has, divided.", min=1)]
+ActorGpus = Annotated[
+    float | None, typer.Option(help="Ray: of each; 1 if the cluster has any; give it where none is up yet.", min=0)
+]
 Tries = Annotated[int, typer.Option(help="Of a shard whose process dies; then it is set aside.", min=1)]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Do rows with an error again.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell counts, size and time, and keep nothing.")]
@@ -67,6 +70,7 @@ class Asked:
     address: str | None
     actors: int | None
     actor_cpus: int | None
+    actor_gpus: float | None
     tries: int
     retry_failed: bool
     dry_run: bool
@@ -85,8 +89,11 @@ class Asked:
         one_of("engine", self.engine, ENGINES)
         if self.engine != "ranks" and (self.rank, self.world) != (None, None):
             raise ValueError(f"rank, world: they are for --engine ranks; got --engine {self.engine}")
-        if self.engine != "ray" and (self.address, self.actors, self.actor_cpus) != (None, None, None):
-            raise ValueError(f"address, actors, actor-cpus: they are for --engine ray; got --engine {self.engine}")
+        of_ray = (self.address, self.actors, self.actor_cpus, self.actor_gpus)
+        if self.engine != "ray" and of_ray != (None,) * 4:
+            raise ValueError(
+                f"address, actors, actor-cpus, actor-gpus: they are for --engine ray; got --engine {self.engine}"
+            )
         device = self.device
         if self.engine == "ranks" and device is None:
             device = device_of_rank(torch.cuda.device_count())
@@ -94,7 +101,7 @@ class Asked:
         if len(devices) > 1 and self.engine != "local":
             raise ValueError(f"device: several are for --engine local; got {self.device} with --engine {self.engine}")
         rank = rank_of(self.rank, self.world) if self.engine == "ranks" else None
-        return devices, rank, Cluster(self.address, self.actors, self.actor_cpus) if self.engine == "ray" else None
+        return devices, rank, Cluster(*of_ray) if self.engine == "ray" else None
 
     @property
     def running(self) -> "Running":
@@ -123,6 +130,8 @@ def run_recipe(
         what: the rows are.
         finish: is called at the end, and has more to say.
     """
+    import torch
+
     from attnx.jobs.decoding import start_server
     from attnx.jobs.estimate import estimate
     from attnx.jobs.job import open_job
@@ -132,6 +141,11 @@ def run_recipe(
     devices, rank, cluster = asked.check()
     start_server()
     tools = recipe.load(device_of(devices[0]))
+    if len(devices) > 1 or cluster is not None:
+        # Others make the maps: nothing of it is to lie in a GPU's memory beside theirs.
+        tools.loaded.model.to("cpu")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     if asked.dry_run:
         typer.echo(estimate(tools, asked.running, asked.shard_size))
         return

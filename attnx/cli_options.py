@@ -1,6 +1,7 @@
 """What the commands share: their options, and how they tell of a mistake."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -94,7 +95,17 @@ def devices_of(names: str | None) -> list[str]:
         if not torch.cuda.is_available():
             raise ValueError("device: all is for GPUs; torch finds none here")
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return [str(device_of(name)) for name in (names.split(",") if names else [None])]
+    found = names.split(",") if names else [None]
+    if len(found) == 1:
+        return [str(device_of(found[0]))]
+    for name in found:
+        # Nothing is put on it: this process will not use it.
+        count = torch.cuda.device_count()
+        if not (
+            name == "cpu" or (re.fullmatch(r"cuda:\d+", name or "") and int((name or "").partition(":")[2]) < count)
+        ):
+            raise ValueError(f"device: expected cpu or cuda:N of {count} GPUs, with commas between them; got {name!r}")
+    return [str(name) for name in found]
 
 
 def one_of(name: str, value: str, known: Sequence[str]) -> None:

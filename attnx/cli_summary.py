@@ -36,7 +36,8 @@ def summary(
     from attnx.show import Style
     from attnx.show_summary import draw_summary, numbers, table, write_numbers
 
-    maps, found = Maps(folder), summarise(folder)
+    maps = Maps(folder)
+    found = summarise(maps)
     if masks is not None and not masks.is_dir():
         raise ValueError(f"masks: expected a folder of masks; {masks} is none")
     scored = None if masks is None else score(maps, masks, keep)

@@ -10,6 +10,7 @@ import typer
 from attnx.cli_jobs import (
     MAX_PIXELS,
     ActorCpus,
+    ActorGpus,
     Actors,
     Address,
     Asked,
@@ -106,6 +107,7 @@ def words(
     address: Address = None,
     actors: Actors = None,
     actor_cpus: ActorCpus = None,
+    actor_gpus: ActorGpus = None,
     tries: Tries = 3,
     retry_failed: RetryFailed = False,
     dry_run: DryRun = False,
@@ -135,7 +137,7 @@ def words(
     one_of("map-dtype", map_dtype, DTYPES)
     how = Asked(
         batch_size, workers, decode_timeout, shard_size, device, engine, rank, world, address, actors, actor_cpus,
-        tries, retry_failed, dry_run,
+        actor_gpus, tries, retry_failed, dry_run,
     )  # fmt: skip
     how.check()
     images = None if pairs is None else open_source(pairs, kind, root, split)

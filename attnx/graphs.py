@@ -47,6 +47,7 @@ class Graphs:
                 self.function(given)
         torch.cuda.current_stream(x.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another thread may wait for an event meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = self.function(given)
         return graph, given, result

@@ -6,6 +6,7 @@ skipped.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from PIL import ExifTags, Image
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IMAGE_SUFFIXES", "ImageError", "find_images", "read_image", "to_tensor", "walk_images"]
+__all__ = ["IMAGE_SUFFIXES", "ImageError", "find_images", "large_images", "read_image", "to_tensor", "walk_images"]
 
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif",
@@ -135,6 +136,17 @@ def read_image(path: Path, content: IO[bytes] | None = None, max_pixels: int | N
         picture = picture.transpose(turn)
     picture.info = {}
     return picture
+
+
+@contextlib.contextmanager
+def large_images(max_pixels: int | None) -> Iterator[None]:
+    """Inside, Pillow's own limit of pixels is off, in this process, if there is another: see `read_image`."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = before if max_pixels is None else None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 @functools.cache

@@ -29,8 +29,8 @@ _TILE = 192
 
 
 def draw_summary(maps: Maps, found: Summary, out: Path, style: Style, examples: int) -> dict[Path, str]:
-    """Writes levels.png, focus.png and mean.png to `out`; gives what each shows. Nothing of a job without maps."""
-    if found.mean is None:
+    """Writes levels.png, focus.png and mean.png to `out`; gives what each shows. None without maps over patches."""
+    if found.mean is None or not len(found.places):
         return {}
     out.mkdir(parents=True, exist_ok=True)
     rows = [(f"level {level}", found.of_level(level, examples)) for level in range(LEVELS)]

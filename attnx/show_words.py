@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attnx.images import read_image
+from attnx.images import large_images, read_image
 from attnx.jobs.tasks import WordTask
 from attnx.picture import captioned, contact_sheet, overlay, save
 from attnx.show import Style
@@ -41,27 +41,32 @@ def draw_words(picture: "Image", found: "CaptionMaps", out: Path, style: Style) 
 
 
 def draw_pairs(out: Path, tools: "Tools", style: Style) -> None:
-    """Writes the sheet of every pair that a job has maps of: `out`/pictures/000007.png is of row 7."""
+    """Writes the sheet of every pair that a job has maps of: `out`/pictures/000007.png is of row 7.
+
+    A picture that is there is left: several runs may share the job.
+    """
     import torch
 
     from attnx.jobs.job import Job
     from attnx.jobs.maps import Maps
     from attnx.pairs import CaptionMaps
 
-    job, read = Job(out), tools.recipe.open_source().reader()
+    job, maps, read = Job(out), Maps(out), tools.recipe.open_source().reader()
     assert isinstance(tools.task, WordTask)
-    folder, rows = out / "pictures", iter(Maps(out))
+    folder = out / "pictures"
     folder.mkdir(exist_ok=True)
-    for shard in sorted(job.done()):
-        for number, entry in enumerate(job.entries(shard), shard * job.shard_size):
-            row = next(rows)
-            if row.map is not None and row.text is not None:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", UserWarning)
-                    caption = tools.task.tokenizer(row.text)
-                found = CaptionMaps(caption, torch.from_numpy(row.map), row.score)
-                sheet = words_sheet(read_image(*read(entry)), found, style)
-                save(sheet, folder / f"{number:06d}.png")
+    for place, row in enumerate(maps):
+        number = maps.manifest_row(place)
+        path = folder / f"{number:06d}.png"
+        if row.map is None or row.text is None or path.exists():
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            caption = tools.task.tokenizer(row.text)
+        found = CaptionMaps(caption, torch.from_numpy(row.map), row.score)
+        with large_images(tools.recipe.max_pixels):
+            picture = read_image(*read(job.entry(number)), max_pixels=tools.recipe.max_pixels)
+        save(words_sheet(picture, found, style), path)
 
 
 def words_sheet(picture: "Image", found: "CaptionMaps", style: Style) -> "Image":

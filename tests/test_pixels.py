@@ -60,13 +60,19 @@ def test_hugging_faces_processor(tmp_path) -> None:
         (
             "CLIPImageProcessor",
             {"size": {"shortest_edge": 40}, "crop_size": sides},
-            (16, 6, 64, 54),
+            (10 * 80 / 53, 6, 42 * 80 / 53, 54),
         ),
+        ("DeiTImageProcessor", {"size": {"height": 40, "width": 40}, "crop_size": sides}, (8, 6, 72, 54)),
+        ("ViTImageProcessor", {"size": sides, "do_resize": False, "do_center_crop": True}, None),
     ]:
         processor = getattr(transformers, name)(**options)
         processor.save_pretrained(tmp_path / name)
         ours = Pixels("processor", (32, 32), MEAN, STD, "bicubic", processor=str(tmp_path / name))
         picture = noise(80, 60)
+        if box is None:
+            with pytest.raises(ValueError, match="expected at most"):
+                ours(picture, max_pixels=100)
+            continue
         pixels, crop = ours(picture)
         want = transformers.AutoImageProcessor.from_pretrained(tmp_path / name)(images=picture, return_tensors="np")
         assert np.array_equal(pixels, np.asarray(want["pixel_values"][0]))

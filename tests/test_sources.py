@@ -51,6 +51,25 @@ def tar_of(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
+def test_a_sample_of_several_pictures(tmp_path: Path) -> None:
+    members = {"a.depth.png": picture(1), "a.png": picture(2), "b.c.png": picture(3)}
+    members |= {"d.1.png": picture(4), "d.2.png": picture(5)}
+    source = open_source(tar_of(tmp_path / "x.tar", members))
+    assert reds(source) == [2, 3]
+    assert [entry.error for entry in source.entries()][:2] == [None, None]
+    assert "expected one picture in this sample; got d.1.png, d.2.png" in (list(source.entries())[2].error or "")
+
+
+def test_captions_of_a_data_set_that_are_lists(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [Image.new("RGB", (4, 4))] * 2, "caption": [["a dog", "a cat"], ["a bird"]]}
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Sequence(datasets.Value("string"))})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "data"))
+    entries = list(open_source(tmp_path / "data").entries())
+    assert entries[0].text is None
+    assert "row 0: expected a text as caption; got ['a dog', 'a cat']" in (entries[0].error or "")
+
+
 def test_a_folder_is_in_the_order_of_its_paths(photos: Path) -> None:
     source = open_source(photos)
     assert (source.kind, keys(source), reds(source)) == ("folder", ["a-b.png", "a.png", "a/b.png"], [2, 0, 1])

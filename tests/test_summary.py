@@ -56,7 +56,7 @@ def out(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_numbers_are_plain_arithmetic(out: Path) -> None:
-    found = summarise(out)
+    found = summarise(attnx.open(out))
     rows = list(attnx.open(out))
     assert (found.rows, found.planned) == (SCENES, SCENES)
     assert dict(found.errors) == {"OSError": 2}
@@ -152,6 +152,7 @@ def test_the_peak_is_in_the_object_or_not() -> None:
     amap[:] = 0
     amap[0, 0] = 1
     assert not points_at(amap, labels + 1, (0, -20, 80, 60))
+    assert not points_at(np.eye(1, 40, dtype=np.float32), labels + 1, (-0.9, -0.9, 79.1, 39.1))
 
 
 def test_masks_score_a_trained_model_above_chance(scenes: Path, out: Path) -> None:
@@ -196,6 +197,19 @@ def test_masks_that_are_none_are_said(scenes: Path, out: Path, tmp_path: Path) -
     told = fails("summary", out, "--masks", tmp_path)
     assert "11 images: the mask has another size than its image" in told
     assert "11 images: the mask is an image of mode RGB, not of palette or grey" in told
+
+
+def test_of_several_layers_the_last_counts(scenes: Path, out: Path, tmp_path: Path) -> None:
+    layers = attnx.open(job(scenes / "images", tmp_path / "layers", method="layers"))
+    fused = attnx.open(job(scenes / "images", tmp_path / "cls"))
+    assert score(layers, scenes / "masks").jaccard == pytest.approx(score(fused, scenes / "masks").jaccard, abs=0.01)
+    assert len(score(layers, scenes / "masks").heads) == 1
+    (tmp_path / "masks").mkdir()
+    for path in (scenes / "masks").iterdir():
+        (tmp_path / "masks" / path.name).write_bytes(path.read_bytes()[: 60 if path.name < "12" else None])
+    found = score(fused, tmp_path / "masks")
+    assert found.left["the mask can't be read as an image"] == 11
+    assert found.images == 11
 
 
 def test_pictures_do_not_need_the_images(out: Path, scenes: Path, tmp_path: Path) -> None:

@@ -180,6 +180,7 @@ def test_what_is_wrong_with_a_pair_is_its_row(photos: Path, weights: Path, tmp_p
         {"image": "b.jpg", "caption": "<script>alert('a')</script>\n[SEP] a\tstar\0"},
         '{"image": "b.jpg", "caption": "a \\ud800 star"}',
         {"image": "b.jpg", "caption": "a star", "id": 12},
+        {"image": "b.jpg", "caption": "=" * 600},
     ]
     pairs, out = write_pairs(tmp_path / "pairs.jsonl", *lines), tmp_path / "out"
     result = run("words", "--pairs", pairs, "--root", photos, "--checkpoint", weights, *DEMO, "--out", out)
@@ -191,7 +192,7 @@ def test_what_is_wrong_with_a_pair_is_its_row(photos: Path, weights: Path, tmp_p
     wanted = [
         (1, "expected text", "none"), (2, "expected words", "''"), (3, "expected words", "?!"), (4, "line 5", "7"),
         (5, "line 6", "nobody"), (6, "line 7", "Expecting value"), (7, "line 9", "a.png"), (8, "broken.png", "image"),
-        (9, "gone.png", "No such file"), (12, "valid Unicode", "ud800"),
+        (9, "gone.png", "No such file"), (12, "valid Unicode", "ud800"), (14, "first word", "==="),
     ]  # fmt: skip
     for i, *parts in wanted:
         assert all(part in told[i] for part in parts), told[i]
@@ -199,7 +200,7 @@ def test_what_is_wrong_with_a_pair_is_its_row(photos: Path, weights: Path, tmp_p
     assert rows[10].text == long
     assert len(rows[10].tokens) == pair.MAX_TOKENS
     assert "1 captions were cut: they are longer than the model takes" in result.output
-    assert "10 pairs could not be read" in result.output
+    assert "11 pairs could not be read" in result.output
     assert rows[11].tokens.count("[SEP]") == 1  # markup is text
 
 

@@ -1,5 +1,6 @@
 """What goes wrong with an image, or with a batch, costs its row; and no map depends on how the work was cut up."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,7 @@ from attnx.jobs.pixels import Pixels
 from attnx.jobs.rows import Row, read_shards
 from attnx.jobs.sources import Entry, open_source
 from attnx.jobs.sources.folder import Files
-from attnx.jobs.tasks import ImageTask
+from attnx.jobs.tasks import Found, ImageTask, WordTask
 from attnx.jobs.worker import Worker
 
 PIXELS = Pixels("whole", (4, 6), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear")
@@ -157,6 +158,46 @@ def test_out_of_memory_halves_the_batch_and_says_so(tmp_path: Path) -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         made(folder, tmp_path / "never", none, say=told.append)
+
+
+def test_captions_of_one_image_are_halved_too(tmp_path: Path) -> None:
+    """What has been said of them stays in order."""
+    draw(tmp_path / "pictures", 2)
+    table = tmp_path / "list.csv"
+    lines = [f"pictures/00{i // 10}.jpg,word{i}" for i in range(20)]
+    table.write_text("path,caption\n" + "\n".join(lines))
+    told: list[str] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Words(ImageTask):
+        def groups(self, entries: list[Entry]) -> list[list[Entry]]:
+            return WordTask.groups(self, entries)  # type: ignore[arg-type]
+
+        def start(self, images: torch.Tensor, groups: list[list[Entry]]) -> Callable[[], list[Found]]:
+            if sum(map(len, groups)) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            assert len(images) == len(groups)
+            texts = [entry.text or "" for group in groups for entry in group]
+            return lambda: [Found(np.array([float(text[4:])])) for text in texts]
+
+    with (
+        open_job(tmp_path / "out", open_source(table), {}, {}) as job,
+        Decoders(Decode(Files(tmp_path), PIXELS), 0) as decoders,
+        Worker(job, decoders, PIXELS, Words(grey), batch_size=4, say=told.append) as worker,
+    ):
+        worker.run_shard(0)
+    rows = list(read_shards(tmp_path / "out"))
+    assert [float(row.map[0]) for row in rows if row.map is not None] == list(map(float, range(20)))
+    assert "out of memory with 10 captions of an image: going on with 5" in told
+
+
+def test_long_and_thin_pictures_are_no_bombs(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "pictures", 1)
+    Image.new("L", (20_000, 1)).save(folder / "thin.png")
+    timm = Pixels("timm", (224, 224), (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9, "center")
+    picture = Decode(Files(folder), timm, 10**8)(Entry("thin.png", "thin.png"))
+    assert "expected at most 100,000,000 pixels, got 20000 x 1, which is 4960000 x 248" in (picture.error or "")
+    assert Decode(Files(folder), timm, 10**8)(Entry("000.jpg", "000.jpg")).error is None
 
 
 def test_a_map_that_is_not_finite_is_its_rows_error(tmp_path: Path) -> None:

@@ -18,16 +18,15 @@ from multiprocessing import forkserver, resource_tracker
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
-from attnx.images import ImageError, read_image
+from attnx.images import ImageError, large_images, read_image
 from attnx.jobs.pixels import Crop, Pixels
 from attnx.jobs.sources import Entry, Reader
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-__all__ = ["Decode", "Decoders", "Picture", "start_server", "usable_cores"]
+__all__ = ["Decode", "Decoders", "Picture", "default_workers", "start_server", "usable_cores"]
 
 _MAIN = threading.Lock()
 _READY_WITHIN = 120.0  # seconds, for a process to start
@@ -61,10 +60,11 @@ class Decode:
     def _decode(self, entry: Entry) -> Picture:
         try:
             picture = read_image(*self.read(entry), max_pixels=self.max_pixels)
-            pixels, crop = self.pixels(picture)
+            pixels, crop = self.pixels(picture, self.max_pixels)
         except ImageError as error:
             return Picture(error=str(error))
-        # A reader of a tar or a data set fails as files do; a broken Arrow file or a processor in its own ways.
+        # Long and thin: too large to be resized. A reader of a tar or a data set fails as files do; a broken Arrow file
+        # or a processor in its own ways.
         except Exception as error:
             return Picture(error=f"{entry.path}: {type(error).__name__}: {error}")
         return Picture(pixels, picture.width, picture.height, crop)
@@ -90,22 +90,21 @@ class Decoders:
             raise ValueError(f"workers: expected at least 0, got {workers}")
         if not timeout > 0:
             raise ValueError(f"decode-timeout: expected seconds above 0, got {timeout:g}")
-        self.workers = min(16, usable_cores()) if workers is None else workers
+        self.workers = default_workers() if workers is None else workers
         self.timeout = timeout
         self._decode = decode
         self._closed = False
         self._idle: queue.SimpleQueue[_Process | None] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="attnx-decode")
         self._all: set[_Process] = set()
+        self._open = contextlib.ExitStack()
 
     def submit(self, entry: Entry) -> Future[Picture]:
         """The entry's picture, some time; entries begin in the order of these calls."""
         return self._threads.submit(self._run, entry)
 
     def __enter__(self) -> Decoders:
-        self._pillow_limit = Image.MAX_IMAGE_PIXELS
-        if self._decode.max_pixels is not None:
-            Image.MAX_IMAGE_PIXELS = None
+        self._open.enter_context(large_images(self._decode.max_pixels))
         for _ in range(self.workers):
             self._idle.put(self._start())
         return self
@@ -115,7 +114,7 @@ class Decoders:
         for process in list(self._all):
             process.kill()
         self._threads.shutdown(cancel_futures=True)
-        Image.MAX_IMAGE_PIXELS = self._pillow_limit
+        self._open.close()
 
     def _run(self, entry: Entry) -> Picture:
         if entry.error is not None:
@@ -146,6 +145,8 @@ class Decoders:
     def _start(self) -> _Process:
         process = _Process(self._decode)
         self._all.add(process)
+        if self._closed:
+            process.kill()
         return process
 
     def _drop(self, process: _Process) -> None:
@@ -204,7 +205,10 @@ class _Process:
             self._pipe.recv()
         except (EOFError, OSError) as error:
             self._process.join(1)
-            raise RuntimeError(f"a process that decodes did not start: {_died(self._process.exitcode)}") from error
+            code = self._process.exitcode
+            # Killed, as any other may be, or by a mistake that all of them will make.
+            kind = EOFError if code is not None and code < 0 else RuntimeError
+            raise kind(f"a process that decodes did not start: {_died(code)}") from error
         self._ready = True
 
 
@@ -227,9 +231,7 @@ def _died(code: int | None) -> str:
 def _serve(pipe: Connection, decode: Decode) -> None:
     """A process's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if decode.max_pixels is not None:
-        Image.MAX_IMAGE_PIXELS = None
-    try:
+    with contextlib.suppress(EOFError, OSError), large_images(decode.max_pixels):
         pipe.send(None)
         while True:
             entry, timeout = pipe.recv()
@@ -238,8 +240,11 @@ def _serve(pipe: Connection, decode: Decode) -> None:
             picture = decode(entry)
             signal.setitimer(signal.ITIMER_REAL, 0)
             pipe.send(picture)
-    except (EOFError, OSError):
-        pass
+
+
+def default_workers() -> int:
+    """Processes that decode, unless so many are asked for."""
+    return min(16, usable_cores())
 
 
 def usable_cores() -> int:

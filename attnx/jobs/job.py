@@ -62,6 +62,13 @@ class Job:
         names = {path.name for path in parts(self.out)}
         return {shard for shard in range(self.shards) if self.part(shard).name in names}
 
+    def remove_temporaries(self, rank: Rank | None = None) -> None:
+        """What a kill left of a rank's shards, or of all; their writers are gone, for we hold the lock."""
+        for path in self.out.glob(".part-*.tmp"):
+            shard = int(path.name.split("-")[1])
+            if rank is None or shard % rank.world == rank.rank:
+                path.unlink(missing_ok=True)
+
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Raises ValueError if these settings would make other maps, with each difference."""
         _check_same(self, {"settings": settings})
@@ -133,7 +140,7 @@ def open_job(
             else:
                 plan = {"shard_size": default_shard_size(row_bytes)} | asked | {"recipe": recipe}
                 job = _plan(out, source, plan)
-        _remove_temporaries(out, rank)
+        job.remove_temporaries(rank)
         job.lock = lock
         yield job
 
@@ -144,7 +151,7 @@ def forget_job(out: Path, described: dict[str, Any]) -> None:
         return
     with writing(out):
         if json.loads((out / _RUN).read_text(encoding="utf-8"))["source"] == described:
-            for path in (*parts(out), out / _RUN, out / _MANIFEST):
+            for path in (*parts(out), *out.glob("part-*.safetensors"), out / _RUN, out / _MANIFEST):
                 path.unlink()
 
 
@@ -209,11 +216,12 @@ def writing(out: Path, rank: Rank | None = None) -> Iterator[int]:
     with contextlib.ExitStack() as held:
         lock = held.enter_context(locked(out / _LOCK, shared=rank is not None))
         if rank is not None:
+            # Before the others': of two worlds that begin at once, each finds the other's.
+            held.enter_context(locked(out / f".lock-{rank.rank}-of-{rank.world}"))
             for other in out.glob(".lock-*-of-*"):
                 if not other.name.endswith(f"-of-{rank.world}"):
                     with locked(other):
                         pass
-            held.enter_context(locked(out / f".lock-{rank.rank}-of-{rank.world}"))
         yield lock
 
 
@@ -229,7 +237,8 @@ def locked(path: Path, shared: bool = False, wait: bool = False) -> Iterator[int
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        # To read, too: NFS refuses a shared lock otherwise.
+        file = path.open("a+")
     except OSError as error:
         message = f"out: expected a folder that can be written to ({error.strerror})"
         raise OSError(error.errno, message, str(path.parent)) from error
@@ -246,11 +255,3 @@ def locked(path: Path, shared: bool = False, wait: bool = False) -> Iterator[int
                     raise ValueError(f"out: {told}") from error
                 time.sleep(0.05)
         yield file.fileno()
-
-
-def _remove_temporaries(out: Path, rank: Rank | None) -> None:
-    """What a kill left of the shards that are ours; their writer is gone, for we hold the lock."""
-    for path in out.glob(".part-*.tmp"):
-        shard = int(path.name.split("-")[1])
-        if rank is None or shard % rank.world == rank.rank:
-            path.unlink(missing_ok=True)

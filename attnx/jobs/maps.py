@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from attnx.jobs.job import Job
-from attnx.jobs.rows import Row, read_settings, read_shards, rows_of, shards_in
+from attnx.jobs.rows import Row, read_settings, rows_of, rows_of_shard, shards_in
 from attnx.jobs.shards import count_errors
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Maps(Sequence[Row]):
 
     Attributes:
         settings: what the maps were made with.
+        planned: rows of the job, done or not; None without its run.json.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,6 +55,7 @@ class Maps(Sequence[Row]):
         self._shards = shards_in(self.folder)
         self.settings: dict[str, Any] = read_settings(self.folder)
         job = Job(self.folder) if (self.folder / "run.json").is_file() else None
+        self.planned = None if job is None else job.rows
         self._numbers = numbers = [int(shard.stem.removeprefix("part-")) for shard in self._shards]
         counts = [job.rows_of(i) for i in numbers] if job is not None else list(map(_count, self._shards))
         self._firsts = np.array([0, *accumulate(counts)])
@@ -78,7 +80,7 @@ class Maps(Sequence[Row]):
         return self._row(shard, place - int(self._firsts[shard]))
 
     def __iter__(self) -> Iterator[Row]:
-        return read_shards(self.folder)
+        return (row for shard in self._shards for row in rows_of_shard(shard))
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -98,6 +100,18 @@ class Maps(Sequence[Row]):
             if count_errors(shard):
                 for batch in self._file(number).iter_batches(columns=["key", "error"]):
                     yield from ((row["key"], row["error"]) for row in batch.to_pylist() if row["error"] is not None)
+
+    def groups(self, errors_only: bool = False) -> Iterator[list[Row]]:
+        """All rows, a few hundred at a time; with `errors_only` without maps, which are then not read."""
+        for number, shard in enumerate(self._shards):
+            file = self._file(number)
+            columns = [name for name in file.schema_arrow.names if not errors_only or name not in ("map", "tensor")]
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                yield list(rows_of(batch, shard))
+
+    def written(self) -> list[float]:
+        """When each shard was written, in seconds since 1970."""
+        return [shard.stat().st_mtime for shard in self._shards]
 
     def manifest_row(self, place: int) -> int:
         """The row of the job's manifest that is at a place, if the folder is a job's."""

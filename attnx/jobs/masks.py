@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,12 +67,12 @@ def score(maps: Maps, folder: Path, keep: float = 0.6) -> Score:
         elif not path.is_file():
             left["no mask"] += 1
         else:
+            heads = _heads(row.map, maps.settings.get("method") == "layers")
             try:
                 labels = read_labels(path, row)
             except ValueError as error:
                 left[str(error)] += 1
                 continue
-            heads = _heads(row.map)
             found = jaccard(heads, labels, row.crop, keep)
             if not len(found):
                 left["no object in the part that the model saw"] += 1
@@ -95,10 +96,14 @@ def read_labels(path: Path, row: Row) -> np.ndarray:
     Raises:
         ValueError: it is of another size than its picture, or no mask.
     """
-    with Image.open(path) as image:
-        if image.mode not in ("P", "L", "1", "I", "I;16"):
-            raise ValueError(f"the mask is an image of mode {image.mode}, not of palette or grey")
-        labels = np.asarray(image).astype(np.int64)
+    try:
+        with Image.open(path) as image:
+            mode, labels = image.mode, np.asarray(image).astype(np.int64)
+    # Decoders raise nearly anything on broken bytes.
+    except Exception as error:
+        raise ValueError("the mask can't be read as an image") from error
+    if mode not in ("P", "L", "1", "I", "I;16"):
+        raise ValueError(f"the mask is an image of mode {mode}, not of palette or grey")
     if labels.shape != (row.height, row.width):
         raise ValueError("the mask has another size than its image")
     return labels
@@ -136,15 +141,15 @@ def points_at(amap: np.ndarray, labels: np.ndarray, crop: tuple[float, ...]) -> 
     tensor = torch.from_numpy(np.ascontiguousarray(amap, np.float32))[None, None]
     full = F.interpolate(tensor, size=size, mode="bilinear", align_corners=False)[0, 0]
     y, x = divmod(int(full.argmax()), size[1])
-    y, x = int(y + 0.5 + top), int(x + 0.5 + left)
+    y, x = math.floor(y + 0.5 + top), math.floor(x + 0.5 + left)
     inside = 0 <= y < labels.shape[0] and 0 <= x < labels.shape[1]
     return inside and int(labels[y, x]) not in (0, VOID)
 
 
-def _heads(amap: np.ndarray) -> np.ndarray:
+def _heads(amap: np.ndarray, layers: bool) -> np.ndarray:
     """[H, h, w] of a map of any method: of several layers, the last one's."""
-    if amap.ndim == 4:
-        return amap[-1]
+    if amap.ndim == 4 or layers:
+        amap = amap[-1]
     return amap if amap.ndim == 3 else amap[None]
 
 

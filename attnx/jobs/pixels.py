@@ -50,17 +50,17 @@ class Pixels:
         if self.kind == "processor" and self.processor is None:
             raise ValueError("pixels: processor is for hf: models that ship one")
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of what a picture becomes: uint8 until `normalise`, or what the processor gives."""
-        return np.dtype(np.float32 if self.kind == "processor" else np.uint8)
+    def __call__(self, picture: Image.Image, max_pixels: int | None = None) -> tuple[np.ndarray, Crop]:
+        """RGB picture -> [3, height, width] uint8 (of "processor", float32), and the part that it shows.
 
-    def __call__(self, picture: Image.Image) -> tuple[np.ndarray, Crop]:
-        """RGB picture -> [3, height, width] of `dtype`, and the part that it shows."""
+        Raises:
+            ValueError: on the way it would have more than max_pixels: it is long and thin.
+        """
         if self.kind == "processor":
-            return self._processed(picture)
+            return self._processed(picture, max_pixels)
         height, width = self.size
         resized, (left, top) = self._place(*picture.size)
+        _check_area(picture, resized, max_pixels)
         if resized != picture.size:
             picture_at_size = picture.resize(resized, Image.Resampling[self.interpolation.upper()])
         else:
@@ -76,15 +76,13 @@ class Pixels:
         return np.asarray(picture_at_size).transpose(2, 0, 1), crop
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, 3, height, width] of `dtype`, any device -> float32, by the operations of timm's transform."""
+        """[B, 3, height, width] as called, any device -> float32, by the operations of timm's transform."""
         import torch
 
         if self.kind == "processor":
             return pixels
-        on = pixels.device
-        mean, std = (torch.tensor(values, device=on)[:, None, None] for values in (self.mean, self.std))
-        # Tensors: by a number, CUDA multiplies with its reciprocal.
-        return pixels.to(torch.float32).div_(torch.tensor(255.0, device=on)).sub_(mean).div_(std)
+        most, mean, std = _constants(self.mean, self.std, pixels.device)
+        return pixels.to(torch.float32).div_(most).sub_(mean).div_(std)
 
     def describe(self) -> dict[str, Any]:
         """The fields that matter to this kind."""
@@ -110,22 +108,64 @@ class Pixels:
             resized = (round(width / ratio), round(height / ratio))
         return resized, (_offset(resized[0], w), _offset(resized[1], h))
 
-    def _processed(self, picture: Image.Image) -> tuple[np.ndarray, Crop]:
+    def _processed(self, picture: Image.Image, max_pixels: int | None) -> tuple[np.ndarray, Crop]:
         assert self.processor is not None
         processor = _processor(self.processor)
+        (height, width), (left, top) = _processor_place(processor, picture.size, self.size)
+        _check_area(picture, (width, height), max_pixels)
         pixels = np.asarray(processor(images=picture, return_tensors="np")["pixel_values"][0], np.float32)
         if pixels.shape != (3, *self.size):
             raise ValueError(
                 f"pixels: {self.processor}'s image processor gives {list(pixels.shape)}; "
                 f"the model takes {list(self.size)}"
             )
-        width, height = picture.size
-        resize = getattr(processor, "size", None) or {}
-        if not getattr(processor, "do_center_crop", False) or "shortest_edge" not in resize:
-            return pixels, (0.0, 0.0, float(width), float(height))
-        scale = min(width, height) / resize["shortest_edge"]
-        half = [side * scale / 2 for side in self.size]
-        return pixels, (width / 2 - half[1], height / 2 - half[0], width / 2 + half[1], height / 2 + half[0])
+        across, down = picture.width / width, picture.height / height
+        right, bottom = left + self.size[1], top + self.size[0]
+        return pixels, (left * across, top * down, right * across, bottom * down)
+
+
+def _check_area(picture: Image.Image, resized: tuple[int, int], max_pixels: int | None) -> None:
+    if max_pixels is not None and resized[0] * resized[1] > max_pixels:
+        told = f"{picture.width} x {picture.height}, which is {resized[0]} x {resized[1]} before it is cropped"
+        raise ValueError(f"expected at most {max_pixels:,} pixels, got {told}")
+
+
+@functools.lru_cache(maxsize=8)
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], on: torch.device) -> tuple[torch.Tensor, ...]:
+    """255, mean and std on a device: made once, for making them waits for it.
+
+    Tensors: by a number, CUDA multiplies with its reciprocal.
+    """
+    import torch
+
+    of_channels = (torch.tensor(values, device=on)[:, None, None] for values in (mean, std))
+    return torch.tensor(255.0, device=on), *of_channels
+
+
+def _processor_place(
+    processor: Any, picture: tuple[int, int], size: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The (height, width) that a Hugging Face processor resizes a picture (width, height) to, and where in it (left,
+    top) what it gives begins.
+
+    Raises:
+        ValueError: it resizes in a way that is not known here.
+    """
+    width, height = picture
+    to = dict(getattr(processor, "size", None) or {}) if getattr(processor, "do_resize", False) else {}
+    if "shortest_edge" in to and "longest_edge" not in to:
+        short, long = sorted(picture)
+        other = int(to["shortest_edge"] * long / short)
+        resized = (to["shortest_edge"], other) if height <= width else (other, to["shortest_edge"])
+    elif {"height", "width"} <= set(to):
+        resized = int(to["height"]), int(to["width"])
+    elif not to:
+        resized = height, width
+    else:
+        raise ValueError(f"pixels: expected a processor that resizes to a shortest edge, or a size; got {to}")
+    if getattr(processor, "do_center_crop", False):
+        return resized, (int((resized[1] - size[1]) / 2), int((resized[0] - size[0]) / 2))
+    return resized, (0, 0)
 
 
 def _offset(length: int, wanted: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnx.jobs.decoding import Decode, Decoders
+from attnx.jobs.decoding import Decode, Decoders, default_workers
 from attnx.jobs.job import Job
 from attnx.jobs.packing import Format
 from attnx.jobs.pixels import Pixels
@@ -25,7 +25,7 @@ from attnx.models.pair import find_words, load_pair
 
 __all__ = ["ExtractRecipe", "Recipe", "Running", "Tools", "WordsRecipe", "recipe_of"]
 
-_FEW = 64
+_ROWS_OF_A_PROCESS = 32
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,10 @@ class Tools:
 
     @contextlib.contextmanager
     def worker(self, job: Job, running: Running, say: Callable[[str], None] = print) -> Iterator[Worker]:
-        """What makes the shards of a job. Processes decode from 64 rows on: a smaller job is done before they start."""
-        workers = 0 if running.workers is None and job.rows < _FEW else running.workers
+        """What makes the shards of a job; of a small one a process for every 32 rows decodes, if none are asked for."""
+        workers = running.workers
+        if workers is None:
+            workers = min(default_workers(), -(-job.rows // _ROWS_OF_A_PROCESS))
         decode = Decode(self.recipe.open_source().reader(), self.pixels, self.recipe.max_pixels)
         with (
             Decoders(decode, workers, running.timeout) as decoders,

@@ -16,7 +16,7 @@ from attnx.jobs.tensors import read_tensor, tensors_of
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Row", "read_settings", "read_shards", "rows_of", "shards_in"]
+__all__ = ["Row", "read_settings", "read_shards", "rows_of", "rows_of_shard", "shards_in"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ def read_shards(out: Path) -> Iterator[Row]:
     Raises:
         FileNotFoundError: `out` has no shards; at the call, not at the first row.
     """
-    return _rows(shards_in(out))
+    return (row for shard in shards_in(out) for row in rows_of_shard(shard))
 
 
 def read_settings(out: Path) -> dict[str, Any]:
@@ -70,13 +70,13 @@ def read_settings(out: Path) -> dict[str, Any]:
     return settings
 
 
-def _rows(shards: list[Path]) -> Iterator[Row]:
+def rows_of_shard(shard: Path) -> Iterator[Row]:
+    """The rows of a shard."""
     import pyarrow.parquet as pq
 
-    for shard in shards:
-        with pq.ParquetFile(shard) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from rows_of(batch, shard)
+    with pq.ParquetFile(shard) as file:
+        for batch in file.iter_batches(batch_size=256):
+            yield from rows_of(batch, shard)
 
 
 def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[Row]:
@@ -90,11 +90,11 @@ def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[Row]:
         amap = None
         if tensor is not None:
             amap = read_tensor(tensors_of(shard), tensor)
-        elif shape is not None:
+        elif shape is not None and "map" in names:
             # A copy: a view would keep the whole batch in memory, and could not be written to.
             amap = values[offsets[i] : offsets[i + 1]].reshape(shape).copy()
         if amap is not None and scale is not None:
-            amap = amap * np.float32(scale)
+            amap = amap.astype(np.float32) * np.float32(scale)
         lists = {name: tuple(row[name]) for name in ("tokens", "word_of", "crop") if row.get(name) is not None}
         yield Row(map=amap, **{**row, **lists})
 

@@ -70,13 +70,13 @@ def run_job(
         devices: more than one: a process for each.
         cluster: actors make the shards.
         rank: of several runs that share the job.
-        tries: of a shard that a process or an actor fails on.
+        tries: of a shard; then it is set aside.
         progress: called as progress(done, total) rows after every shard; done counts those of earlier runs.
         say: is told what is out of the ordinary.
 
     Raises:
-        OSError: a shard can't be written; those before it are.
-        RuntimeError: processes or actors fail, whatever they make.
+        OSError: the disk is full; what was written is whole.
+        RuntimeError: one shard after another fails, or what makes them does.
     """
     start = time.perf_counter()
     ours = range(job.shards) if rank is None else range(rank.rank, job.shards, rank.world)
@@ -105,7 +105,9 @@ def run_job(
         makers = len(devices)
         stages = run_on_devices(job, devices, shards, running, advance)
     else:
-        stages = run_here(tools, job, todo, running, advance, say)
+        stages = run_here(tools, job, shards, running, advance, say)
+    # Of processes and actors that died.
+    job.remove_temporaries(rank)
     done = [shard for shard in ours if shard not in shards.set_aside]
     failed = sum(map(job.errors, done))
     maps = sum(map(job.rows_of, done)) - failed

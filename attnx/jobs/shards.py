@@ -97,9 +97,6 @@ def _write_atomically(target: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder last."""
-    # Windows can't open a folder, and needs no sync of one.
-    if os.name == "nt":
-        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from attnx.jobs.job import Job
-from attnx.jobs.rows import Row, read_settings, rows_of, shards_in
+from attnx.jobs.maps import Maps
+from attnx.jobs.rows import Row
 from attnx.methods import entropy, entropy_levels
 
 __all__ = ["LEVELS", "Summary", "spatial", "summarise"]
@@ -54,17 +52,13 @@ class Summary:
         return found
 
 
-def summarise(out: Path) -> Summary:
-    """Reads all shards of a folder once; a few hundred maps in memory.
-
-    Raises:
-        FileNotFoundError: it has none.
-    """
-    whole = read_settings(out).get("store") == "full"
+def summarise(maps: Maps) -> Summary:
+    """Reads all shards once; a few hundred maps in memory."""
+    whole = maps.settings.get("store") == "full"
     errors: Counter[str] = Counter()
     of_shapes: dict[tuple[int, ...], _OfShape] = {}
     rows = 0
-    for group in _groups(out):
+    for group in maps.groups(errors_only=whole):
         errors.update(_kind(row.error) for row in group if row.error is not None)
         found = [(rows + i, spatial(row, whole)) for i, row in enumerate(group)]
         rows += len(group)
@@ -80,12 +74,9 @@ def summarise(out: Path) -> Summary:
     order = np.argsort(places, kind="stable")
     order = order[np.isfinite(values[order])]
     most = max(of_shapes.values(), key=lambda each: each.count, default=None)
-    job = Job(out) if (out / "run.json").is_file() else None
     levels = entropy_levels(torch.from_numpy(values[order]), LEVELS).numpy()
     mean = None if most is None else most.mean
-    return Summary(
-        rows, None if job is None else job.rows, errors, _rate(out, rows), places[order], values[order], levels, mean
-    )
+    return Summary(rows, maps.planned, errors, _rate(maps), places[order], values[order], levels, mean)
 
 
 def spatial(row: Row, whole: bool = False) -> np.ndarray | None:
@@ -126,32 +117,25 @@ class _OfShape:
         return (self._sum / self.count).astype(np.float32)
 
 
-def _groups(out: Path) -> Iterator[list[Row]]:
-    import pyarrow.parquet as pq
-
-    for shard in shards_in(out):
-        with pq.ParquetFile(shard) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield list(rows_of(batch, shard))
-
-
 def _kind(error: str) -> str:
     """An error without its file and its numbers."""
-    named = re.search(r"\b\w+Error\b", error)
-    if named:
-        return named[0]
     head, _, rest = error.partition(": ")
-    return re.sub(r"\d+", "N", re.split("[;,] ", rest if "/" in head or "." in head else error)[0])[:80]
+    text = rest.removeprefix("can't be read as an image: ") if "/" in head or "." in head else error
+    named = re.match(r"(\w+(?:Error|Exception)): ", text)
+    if named and named[1] != "ValueError":
+        return named[1]
+    text = text.removeprefix("ValueError: ")
+    return re.sub(r"\d[\d,.]*", "N", re.split("[;,] (?:got|of) ", text)[0])[:80]
 
 
-def _rate(out: Path, rows: int) -> float | None:
+def _rate(maps: Maps) -> float | None:
     """Rows a second, by when the files were written; pauses, of ten times the usual gap, are left out."""
-    start = out / "manifest.parquet"
-    times = sorted(path.stat().st_mtime for path in ([start] if start.is_file() else []) + shards_in(out))
+    start = maps.folder / "manifest.parquet"
+    times = sorted(([start.stat().st_mtime] if start.is_file() else []) + maps.written())
     gaps = np.diff(times)
     gaps = gaps[gaps > 0]
     seconds = float(gaps[gaps <= 10 * np.median(gaps)].sum()) if len(gaps) else 0.0
-    return rows / seconds if seconds > 0 else None
+    return len(maps) / seconds if seconds > 0 else None
 
 
 def _evenly(values: np.ndarray, count: int) -> np.ndarray:

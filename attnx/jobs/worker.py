@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Made", "Stages", "Worker"]
 
 _BATCHES_AHEAD = 3
+_MOST_OF_ONE = 4
 _Batch: TypeAlias = "list[tuple[list[Entry], Picture]]"
+_Readable: TypeAlias = "tuple[list[Entry], np.ndarray]"
 
 
 class Made(NamedTuple):
@@ -65,7 +67,7 @@ class Worker:
         pixels: how `decoders` prepare images, which are normalised here.
         task: maps of images on `device`. Where it runs out of memory, the batch is halved from then on, and `say` is
             told.
-        batch_size: entries at a time; more where one image has more captions.
+        batch_size: entries at a time; up to four times as many where one image has more captions.
         tensors: maps stand in a file of their own, see `attnx.jobs.tensors`.
     """
 
@@ -105,12 +107,15 @@ class Worker:
         begun = [self._begin(number) for number in (shard, following) if number is not None]
         self._begun = {each.shard: each for each in begun}
         packed: list[Future[pa.Table]] = []
-        for groups in _batches(begun[0].groups, self.batch_size):
-            start = time.perf_counter()
-            batch = [(group, self._next()) for group in groups]
-            self.stages.images += time.perf_counter() - start
-            packed.append(self._background.submit(self._pack, batch, self._start(batch)))
-        del self._begun[shard]
+        try:
+            for groups in _batches(begun[0].groups, self.batch_size):
+                start = time.perf_counter()
+                batch = [(group, self._next()) for group in groups]
+                self.stages.images += time.perf_counter() - start
+                packed.append(self._background.submit(self._pack, batch, self._start(batch)))
+        finally:
+            # Where it failed, it can be begun again.
+            del self._begun[shard]
         last, self._last = self._last, self._background.submit(self._write, shard, packed)
         if last is not None:
             start = time.perf_counter()
@@ -124,7 +129,8 @@ class Worker:
         entries = self.job.entries(shard)
         if self.job.part(shard).is_file():
             entries = [entry for entry, failed in zip(entries, self._failed(shard), strict=True) if failed]
-        groups = self.task.groups(entries)
+        most = _MOST_OF_ONE * self.batch_size
+        groups = [part for group in self.task.groups(entries) for part in _parts(group, most)]
         # An image is read by an entry that has no error of its own, if there is one.
         first = (next((entry for entry in group if entry.error is None), group[0]) for group in groups)
         return _Shard(shard, groups, deque(first), deque())
@@ -153,7 +159,7 @@ class Worker:
         waits: list[Callable[[], list[Found]]] = []
         waiting = [(group, picture.pixels) for group, picture in batch if picture.pixels is not None]
         while waiting:
-            part = waiting[: self._most]
+            part, full = waiting[: self._most], False
             try:
                 start = time.perf_counter()
                 pixels = _to_device(np.stack([pixels for _, pixels in part]), self.device)
@@ -162,16 +168,27 @@ class Worker:
                 waits.append(self.task.start(images, [group for group, _ in part]))
                 self.stages.device += ready - start
                 self.stages.model += time.perf_counter() - ready
+                del waiting[: len(part)]
             except torch.OutOfMemoryError:
-                if len(part) == 1:
-                    raise
-                self._most = len(part) // 2
-                self.say(f"out of memory with {len(part)} images at a time: going on with {self._most}")
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
-            del waiting[: len(part)]
+                waiting[: len(part)] = self._halved(part)
+                full = True
+            # Not where the error still holds what was computed.
+            if full and torch.cuda.is_available():
+                torch.cuda.empty_cache()
         return waits
+
+    def _halved(self, part: list[_Readable]) -> list[_Readable]:
+        """What did not fit into memory, to be tried in smaller parts; re-raises where it can't be cut."""
+        if len(part) > 1:
+            self._most = len(part) // 2
+            self.say(f"out of memory with {len(part)} images at a time: going on with {self._most}")
+            return part
+        (group, pixels) = part[0]
+        if len(group) == 1:
+            raise
+        half = len(group) // 2
+        self.say(f"out of memory with {len(group)} captions of an image: going on with {half}")
+        return [(group[:half], pixels), (group[half:], pixels)]
 
     def _pack(self, batch: _Batch, waits: list[Callable[[], list[Found]]]) -> pa.Table:
         found = itertools.chain.from_iterable(wait() for wait in waits)
@@ -213,6 +230,11 @@ class _Shard(NamedTuple):
     groups: list[list[Entry]]
     waiting: deque[Entry]
     running: deque[Future[Picture]]
+
+
+def _parts(group: list[Entry], most: int) -> Iterator[list[Entry]]:
+    for first in range(0, len(group), most):
+        yield group[first : first + most]
 
 
 def _batches(groups: list[list[Entry]], size: int) -> Iterator[list[list[Entry]]]:

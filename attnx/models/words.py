@@ -96,7 +96,7 @@ class Tokenizer:
         """The caption's pieces; words at the end that have no room are cut, with a warning.
 
         Raises:
-            ValueError: no text, no valid Unicode, or nothing is left of it by `pre_caption`.
+            ValueError: no text, no valid Unicode, nothing left by `pre_caption`, or a first word that is too long.
 
         Warns:
             UserWarning: the caption was cut.
@@ -115,6 +115,10 @@ class Tokenizer:
         if len(encoded.ids) > self.max_tokens:
             room = self.max_tokens - 1
             kept = next(w for w in word_of[room:] if w is not None)
+            if kept == 0:
+                raise ValueError(
+                    f"caption: expected a first word of at most {self.max_tokens - 2} pieces; got {text[:40]!r}..."
+                )
         last = len(encoded.ids) - 1
         chosen = [i for i, w in enumerate(word_of) if w is None or w < kept]
         if kept < words:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from attnx.jobs.engines.queue import Shards
+from attnx.jobs.engines.queue import Shards, is_fatal
 from attnx.jobs.job import Job
 from attnx.jobs.recipe import Running
 from attnx.jobs.worker import Made, Stages
@@ -17,18 +17,20 @@ from attnx.jobs.worker import Made, Stages
 __all__ = ["Cluster", "run_on_cluster"]
 
 _AT_A_TIME = 2
+_PATIENCE = 60.0  # seconds until it is said that nothing happens
 
 
 @dataclass(frozen=True)
 class Cluster:
     """address: of a running cluster; None: the one of RAY_ADDRESS, or a local one is started. actors: how many; one a
-    GPU unless given, or without GPUs one a machine. cpus: of each, for its threads and for decoding; what there are,
-    divided, unless given.
+    GPU unless given, or without GPUs one a machine. gpus: of each; one where the cluster has any, unless given. cpus:
+    of each, for its threads and for decoding; what a machine has, divided, unless given.
     """
 
     address: str | None = None
     actors: int | None = None
     cpus: int | None = None
+    gpus: float | None = None
 
 
 class Maker:
@@ -45,15 +47,19 @@ class Maker:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tools = recipe_of(job.run["recipe"]).load(device)
         job.check_settings(tools.settings)
-        self._open = contextlib.ExitStack()
-        self._worker = self._open.enter_context(tools.worker(job, running))
+        self._open, self._said = contextlib.ExitStack(), list[str]()
+        self._worker = self._open.enter_context(tools.worker(job, running, self._said.append))
 
     def ready(self) -> None:
         """Comes back once the model is there."""
 
-    def run_shard(self, shard: int) -> tuple[Made, dict[str, float]]:
-        """See `Worker.run_shard`; comes back once it is written, with where the actor's time went so far."""
-        return self._worker.run_shard(shard).result(), vars(self._worker.stages)
+    def run_shard(self, shard: int) -> tuple[Made, dict[str, float], list[str]]:
+        """See `Worker.run_shard`; comes back once it is written, with where the actor's time went so far, and what it
+        has to say.
+        """
+        made = self._worker.run_shard(shard).result()
+        said, self._said[:] = self._said[:], []
+        return made, vars(self._worker.stages), said
 
 
 def run_on_cluster(
@@ -104,12 +110,9 @@ class _Actor:
 def _run(
     ray: Any, job: Job, cluster: Cluster, shards: Shards, running: Running, advance: Callable[[Made], None]
 ) -> tuple[Stages, int]:
-    there = ray.cluster_resources()
-    gpus = int(there.get("GPU", 0))
-    count = cluster.actors or gpus or max(1, sum(node["Alive"] for node in ray.nodes()))
-    cpus = cluster.cpus or max(1, int(there.get("CPU", 1)) // count)
+    count, cpus, gpus = _sizes(ray.nodes(), cluster)
     running = replace(running, workers=cpus if running.workers is None else running.workers)
-    kind = ray.remote(num_cpus=cpus, num_gpus=1 if gpus else 0)(Maker)
+    kind = ray.remote(num_cpus=cpus, num_gpus=gpus)(Maker)
 
     def start() -> _Actor:
         handle = kind.remote(str(job.out.absolute()), running)
@@ -121,31 +124,53 @@ def _run(
         while not shards.finished:
             _hand_out(actors, shards)
             events = {actor.next: actor for actor in actors if actor.next is not None}
-            for event in ray.wait(list(events), num_returns=1)[0]:
+            heard = ray.wait(list(events), num_returns=1, timeout=_PATIENCE)[0]
+            if not heard and (waiting := sum(actor.ready is not None for actor in actors)):
+                shards.say(
+                    f"{waiting} of {len(actors)} actors wait for room: each asks for {cpus} CPUs and {gpus:g} GPUs"
+                )
+            for event in heard:
                 actor = events[event]
                 try:
                     answer = ray.get(event)
                 except ray.exceptions.RayError as error:
+                    cause = getattr(error, "cause", None) or error
+                    if is_fatal(cause):
+                        raise cause from error
                     ray.kill(actor.handle)
                     stages += actor.stages
                     actors[actors.index(actor)] = start()
                     told = [shard for shard, _ in actor.theirs]
                     shards.give_back(told[1:])
-                    cause = getattr(error, "cause", None) or error
-                    shards.failed(told[0] if told else None, f"{type(cause).__name__}: {str(cause).splitlines()[0]}")
+                    why = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+                    shards.failed(told[0] if told else None, why, error)
                     continue
                 if event is actor.ready:
                     actor.ready = None
                     continue
                 actor.theirs.popleft()
-                made, seconds = answer
+                made, seconds, said = answer
                 actor.stages = Stages(**seconds)
+                for text in said:
+                    shards.say(text)
                 shards.done()
                 advance(Made(*made))
         return sum((actor.stages for actor in actors), stages), len(actors)
     finally:
         for actor in actors:
             ray.kill(actor.handle)
+
+
+def _sizes(nodes: list[dict[str, Any]], cluster: Cluster) -> tuple[int, int, float]:
+    """How many actors, and the CPUs and GPUs of each, such that the machines that there are have room for one."""
+    there = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    having = [node for node in there if node.get("GPU", 0) >= 1]
+    gpus = (1.0 if having else 0.0) if cluster.gpus is None else cluster.gpus
+    hosts = having if gpus and having else there
+    count = cluster.actors or (sum(int(node["GPU"] // gpus) for node in having) if gpus else len(hosts)) or 1
+    each = [node["GPU"] // gpus if gpus and having else -(-count // len(hosts)) for node in hosts]
+    room = [int(node["CPU"] // max(1, own)) for node, own in zip(hosts, each, strict=True)]
+    return count, cluster.cpus or max(1, min(room, default=1)), gpus
 
 
 def _hand_out(actors: list[_Actor], shards: Shards) -> None:

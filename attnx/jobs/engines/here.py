@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 
+from attnx.jobs.engines.queue import Shards, is_fatal
 from attnx.jobs.job import Job, Rank
 from attnx.jobs.recipe import Running, Tools
 from attnx.jobs.worker import Made, Stages
@@ -17,7 +18,7 @@ __all__ = ["device_of_rank", "rank_of", "run_here"]
 def run_here(
     tools: Tools,
     job: Job,
-    todo: Sequence[int],
+    shards: Shards,
     running: Running,
     advance: Callable[[Made], None],
     say: Callable[[str], None],
@@ -25,18 +26,41 @@ def run_here(
     """Makes the shards, and says where the time went. An interrupt or a kill loses what is not written.
 
     Raises:
-        OSError: a shard can't be written; those before it are.
+        OSError: the disk is full; what was written is whole.
+        RuntimeError: see `Shards.failed`.
     """
+    writing: deque[tuple[int, Future[Made]]] = deque()
+
+    def settle() -> None:
+        shard, made = writing.popleft()
+        try:
+            advance(made.result())
+            shards.done()
+        except Exception as error:
+            _failed(shards, shard, error)
+
     with tools.worker(job, running, say) as worker:
-        writing: deque = deque()
-        for shard, following in pairwise([*todo, None]):
-            assert shard is not None
-            writing.append(worker.run_shard(shard, following))
+        following = shards.take()
+        while not shards.finished:
+            shard, following = following, shards.take()
+            if shard is None:
+                # What is being written may yet fail, and come back.
+                if writing:
+                    settle()
+                continue
+            try:
+                writing.append((shard, worker.run_shard(shard, following)))
+            except Exception as error:
+                _failed(shards, shard, error)
             if len(writing) > 1:
-                advance(writing.popleft().result())
-        for last in writing:
-            advance(last.result())
+                settle()
         return worker.stages
+
+
+def _failed(shards: Shards, shard: int, error: Exception) -> None:
+    if is_fatal(error):
+        raise error
+    shards.failed(shard, f"{type(error).__name__}: {error}", error)
 
 
 def device_of_rank(gpus: int, environment: Mapping[str, str] = os.environ) -> str | None:

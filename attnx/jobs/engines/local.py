@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from attnx.jobs.decoding import usable_cores
-from attnx.jobs.engines.queue import Shards
+from attnx.jobs.engines.queue import Shards, is_fatal
 from attnx.jobs.job import Job
 from attnx.jobs.recipe import Running
 from attnx.jobs.worker import Made, Stages
@@ -60,30 +60,45 @@ def run_on_devices(
         for device in devices:
             processes.append(_Process(job, device, running, cores, events))
         while not shards.finished:
-            _hand_out(processes, shards)
+            _hand_out([process for process in processes if process.ready], shards)
             process, answer = events.get()
             if "made" in answer:
-                made = Made(*answer["made"])
-                process.theirs.remove(made.shard)
-                process.stages = Stages(**answer["stages"])
+                process.made(Made(*answer["made"]), Stages(**answer["stages"]))
                 shards.done()
-                advance(made)
+                advance(Made(*answer["made"]))
+            elif "begun" in answer:
+                process.ready, process.making = True, answer["begun"]
             elif process in processes:
-                ended = process.end()
+                processes.remove(process)
                 stages += process.stages
-                processes[processes.index(process)] = _Process(job, process.device, running, cores, events)
-                shards.give_back([*process.theirs][1:])
-                # Without a shard, it did not even start: that is the job's failure, and no shard's.
-                shards.failed(process.theirs[0] if process.theirs else None, answer.get("failed") or ended)
+                processes += _after(process, answer, shards, len(processes))
         return sum((process.stages for process in processes), stages)
     finally:
         for process in processes:
             process.end()
 
 
+def _after(process: _Process, answer: dict[str, Any], shards: Shards, others: int) -> list[_Process]:
+    """What comes after a process that ended: another on its device, if that did not fail too often."""
+    why = answer.get("failed") or process.end()
+    process.end()
+    if answer.get("fatal"):
+        raise OSError(answer["fatal"], why)
+    blamed = answer.get("shard", process.making)
+    shards.give_back([shard for shard in process.theirs if shard != blamed])
+    if blamed is not None:
+        shards.failed(blamed, why)
+    if process.failures + 1 < shards.tries:
+        return [process.again()]
+    if not others and not shards.finished:
+        raise RuntimeError(f"no device is left: {process.device} failed {shards.tries} times in a row; the last: {why}")
+    shards.say(f"{process.device} is left out after {shards.tries} failures in a row: {why}")
+    return []
+
+
 def _hand_out(processes: list[_Process], shards: Shards) -> None:
     """To the one that has fewest first."""
-    while True:
+    while processes:
         process = min(processes, key=lambda each: len(each.theirs))
         if len(process.theirs) == _AT_A_TIME or (shard := shards.take()) is None:
             return
@@ -92,13 +107,19 @@ def _hand_out(processes: list[_Process], shards: Shards) -> None:
 
 @dataclass(eq=False)
 class _Process:
-    """A process, the shards that it was told, and where its time went."""
+    """A process, the shards that it was told, which of them it is making, and where its time went.
+
+    ready: it has loaded the model; failures: how many processes before it, on its device, ended without a shard.
+    """
 
     job: Job
     device: str
     running: Running
     cores: int
     events: _Events
+    failures: int = 0
+    ready: bool = False
+    making: int | None = None
     theirs: deque[int] = field(default_factory=deque)
     stages: Stages = field(default_factory=Stages)
 
@@ -121,6 +142,16 @@ class _Process:
                 if line.endswith(b"\n"):
                     self.events.put((self, json.loads(line)))
         self.events.put((self, {}))
+
+    def made(self, made: Made, stages: Stages) -> None:
+        """It wrote a shard."""
+        self.theirs.remove(made.shard)
+        self.making = None if self.making == made.shard else self.making
+        self.stages, self.failures = stages, 0
+
+    def again(self) -> _Process:
+        """Another one in its place."""
+        return _Process(self.job, self.device, self.running, self.cores, self.events, self.failures + 1)
 
     def tell(self, shard: int) -> None:
         """One more shard."""
@@ -149,13 +180,14 @@ def main(out: str, device: str, running: str) -> None:
     told: queue.Queue[int] = queue.Queue()
     threading.Thread(target=_listen, args=(told,), daemon=True).start()
 
-    def answer(future: Future[Made]) -> None:
+    def answer(shard: int, future: Future[Made]) -> None:
         error = future.exception()
         if error is None:
             answers.write(json.dumps({"made": future.result(), "stages": vars(worker.stages)}) + "\n")
         else:
-            _fail(answers, error)
+            _fail(answers, error, shard)
 
+    shard: int | None = None
     try:
         import torch
 
@@ -167,12 +199,15 @@ def main(out: str, device: str, running: str) -> None:
         say = functools.partial(print, "attnx:", file=sys.stderr)
         with tools.worker(job, Running(**json.loads(running)), say) as worker:
             following: int | None = None
+            # Of none: it is ready for the first.
+            answers.write(json.dumps({"begun": None}) + "\n")
             while True:
                 shard = told.get() if following is None else following
                 following = told.get_nowait() if not told.empty() else None
-                worker.run_shard(shard, following).add_done_callback(answer)
+                answers.write(json.dumps({"begun": shard}) + "\n")
+                worker.run_shard(shard, following).add_done_callback(functools.partial(answer, shard))
     except Exception as error:
-        _fail(answers, error)
+        _fail(answers, error, shard)
 
 
 def _listen(told: queue.Queue[int]) -> None:
@@ -182,9 +217,11 @@ def _listen(told: queue.Queue[int]) -> None:
     os._exit(1)
 
 
-def _fail(answers: IO[str], error: BaseException) -> None:
-    """At once, and without waiting for anything: what is half-written is a temporary file."""
-    answers.write(json.dumps({"failed": f"{type(error).__name__}: {error}"}) + "\n")
+def _fail(answers: IO[str], error: BaseException, shard: int | None) -> None:
+    """Says why, of which shard, and ends the process at once: what is half-written is a temporary file."""
+    fatal = {"fatal": error.errno} if isinstance(error, OSError) and is_fatal(error) else {}
+    own = {} if shard is None else {"shard": shard}
+    answers.write(json.dumps({"failed": f"{type(error).__name__}: {error}", **own, **fatal}) + "\n")
     answers.flush()
     os._exit(1)
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-__all__ = ["Shards"]
+__all__ = ["Shards", "is_fatal"]
+
+_FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def is_fatal(error: BaseException | None) -> bool:
+    """Whether no other try, and no other shard, would do better: the disk is full or can't be written to."""
+    return isinstance(error, OSError) and error.errno in _FATAL
 
 
 class Shards:
@@ -20,7 +28,7 @@ class Shards:
             raise ValueError(f"tries: expected at least 1, got {tries}")
         self._waiting = deque(todo)
         self._left = len(todo)
-        self._tries, self._say = tries, say
+        self.tries, self.say = tries, say
         self._failures: Counter[int] = Counter()
         self._any_done = False
         self._in_a_row = 0
@@ -40,24 +48,25 @@ class Shards:
         self._in_a_row = 0
         self._left -= 1
 
-    def failed(self, shard: int | None, why: str) -> None:
+    def failed(self, shard: int | None, why: str, cause: BaseException | None = None) -> None:
         """A shard could not be made, or whoever makes them fails before it gets one.
 
         Raises:
             RuntimeError: so many failures in a row that it can't be the shards.
         """
         self._in_a_row += 1
-        if self._in_a_row >= self._tries * (4 if self._any_done else 1):
-            raise RuntimeError(f"stopped after {self._in_a_row} failures in a row; the last, of shard {shard}: {why}")
+        if self._in_a_row >= self.tries * (4 if self._any_done else 1):
+            told = f"stopped after {self._in_a_row} failures in a row; the last, of shard {shard}: {why}"
+            raise RuntimeError(told) from cause
         if shard is None:
-            self._say(f"tried again: {why}")
+            self.say(f"tried again: {why}")
             return
         self._failures[shard] += 1
-        if self._failures[shard] < self._tries:
-            self._say(f"shard {shard} failed and is tried again: {why}")
+        if self._failures[shard] < self.tries:
+            self.say(f"shard {shard} failed and is tried again: {why}")
             self._waiting.append(shard)
         else:
-            self._say(f"shard {shard} is set aside after {self._tries} tries: {why}")
+            self.say(f"shard {shard} is set aside after {self.tries} tries: {why}")
             self.set_aside[shard] = why
             self._left -= 1
 

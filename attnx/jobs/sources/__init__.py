@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol, TypeAlias
 
-__all__ = ["KINDS", "Entry", "Reader", "Source", "open_source", "text_of"]
+__all__ = ["KINDS", "Entry", "Reader", "Source", "open_source", "text_of", "wrong_caption"]
 
 KINDS = ("folder", "table", "tar", "dataset")
 
@@ -92,6 +92,14 @@ def open_source(path: Path, kind: str | None = None, root: Path | None = None, s
     if kind == "tar":
         return Tars(path)
     return DataSet(path, split) if kind == "dataset" else Folder(path)
+
+
+def wrong_caption(caption: object) -> str | None:
+    """Why what a source has for a caption is none; None where all is well, and where there is no caption."""
+    if caption is None or (isinstance(caption, str) and caption == text_of(caption)):
+        return None
+    kind = "valid Unicode as caption" if isinstance(caption, str) else "a text as caption"
+    return f"expected {kind}; got {caption!r}"[:200]
 
 
 def text_of(value: object) -> str:

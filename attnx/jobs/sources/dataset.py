@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from attnx.jobs.sources import Entry, text_of
+from attnx.jobs.sources import Entry, text_of, wrong_caption
 from attnx.jobs.sources.table import CAPTION
 
 
@@ -30,7 +30,10 @@ class DataSet:
         rows = data.select_columns(columns) if columns else [{}] * len(data)
         for number, row in enumerate(rows):
             own = str(number) if key is None or row[key] is None else text_of(row[key])
-            yield Entry(own, image, number, text=row[text] if text is not None else None)
+            caption = None if text is None else row[text]
+            wrong = wrong_caption(caption)
+            error = None if wrong is None else f"row {number}: {wrong}"
+            yield Entry(own, image, number, text=None if wrong else caption, error=error)
 
     def reader(self) -> "Rows":
         """Single pictures, by their row."""

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from attnx.jobs.sources import Entry, text_of
+from attnx.jobs.sources import Entry, text_of, wrong_caption
 from attnx.jobs.sources.folder import Files
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
@@ -69,11 +69,8 @@ def _entry(row: Mapping[str, Any] | str, name: str, number: int) -> Entry:
         told = f"{name}: expected a path in {' or '.join(PATH)}; got {text_of(json.dumps(row, default=str))[:80]}"
         return Entry(key or name, None, error=told)
     key = key or (text_of(path) if text is None else f"{text_of(path)}#{number}")
-    if text is not None and not isinstance(text, str):
-        return Entry(key, path, error=f"{name}: expected a text as caption; got {text!r}"[:200])
-    if text is not None and text != text_of(text):
-        return Entry(key, path, error=f"{name}: expected valid Unicode as caption; got {text!r}"[:200])
-    return Entry(key, path, text=text)
+    wrong = wrong_caption(text)
+    return Entry(key, path, text=text) if wrong is None else Entry(key, path, error=f"{name}: {wrong}")
 
 
 def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:

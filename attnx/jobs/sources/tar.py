@@ -98,11 +98,17 @@ def _ends_in_a_header(tar: Path, offset: int) -> bool:
 
 def _entry(file: tarfile.TarFile, name: str, sample: str, members: list[tarfile.TarInfo], size: int) -> Entry | None:
     """None: a sample without a picture."""
-    parts = {Path(_name(member)).suffix.lower(): member for member in reversed(members)}
-    pictures = [member for suffix, member in parts.items() if suffix in IMAGE_SUFFIXES]
+    # x.jpg is sample x's picture, and x.depth.png another part of it.
+    parts = {member.name.removeprefix(sample).lower(): member for member in reversed(members)}
+    pictures = [member for part, member in parts.items() if part in IMAGE_SUFFIXES]
+    pictures = pictures or [member for part, member in parts.items() if part.endswith(IMAGE_SUFFIXES)]
     if not pictures:
         return None
-    picture, text, key = pictures[-1], None, f"{name}/{text_of(sample)}"
+    text, key = None, f"{name}/{text_of(sample)}"
+    if len(pictures) > 1:
+        told = ", ".join(text_of(_name(picture)) for picture in reversed(pictures))
+        return Entry(key, None, error=f"{name}: expected one picture in this sample; got {told}")
+    picture = pictures[0]
     if any(member.offset_data + member.size > size for member in members):
         return Entry(key, None, error=f"{name}: the tar ends early, in this sample")
     for suffix in _TEXT:
