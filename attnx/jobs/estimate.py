@@ -54,7 +54,7 @@ def estimate(tools: Tools, running: Running, shard_size: int | None) -> str:
         files += [worker.run_shard(shard).result() for shard in range(1, job.shards)]
         seconds = time.perf_counter() - start
         rows = sum(made.rows for made in files[1:])
-        written = sum(job.part(shard).stat().st_size for shard in range(job.shards)) / job.rows
+        written = sum(path.stat().st_size for path in job.out.glob("part-*")) / job.rows
     text = f"{first.count} images in {-(-first.count // size)} shards of {size}; about {_size(written * first.count)}"
     if rows:
         text += f" and {_duration(seconds / rows * first.count)} at {rows / seconds:.1f} images/s"
