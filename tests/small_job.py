@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from attnx.jobs.job import Job, Rank, open_job
-from attnx.jobs.recipe import ExtractRecipe, Tools
+from attnx.jobs.recipe import ExtractRecipe, Running, Tools
+from attnx.jobs.run import run_job
 
 RECIPE = ExtractRecipe(
     source="", kind="folder", root=None, split=None, model="demo", pretrained=True, checkpoint=None, image_size=None,
@@ -61,3 +62,12 @@ def files(out: Path) -> dict[str, bytes]:
 def shards(out: Path) -> dict[str, bytes]:
     """Of its shards."""
     return {path.name: path.read_bytes() for path in sorted(out.glob("part-*.parquet"))}
+
+
+def made_job(folder: Path, out: Path, shard_size: int, **changes: Any) -> Path:
+    """The job of a folder of pictures, done in this process."""
+    torch.set_num_threads(1)
+    made_with = tools(folder, **changes)
+    with opened(made_with, out, shard_size) as planned:
+        run_job(made_with, planned, Running(batch_size=4, workers=0))
+    return out

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_job import draw, opened, tools
+from small_job import draw, made_job, opened, tools
 from torch.utils.data import DataLoader
 
 import attnx
@@ -28,14 +28,6 @@ from attnx.jobs.tensors import tensors_of
 BROKEN = (4, 17)
 
 
-def job(folder: Path, out: Path, **changes: object) -> Path:
-    torch.set_num_threads(1)
-    made = tools(folder, **changes)
-    with opened(made, out, 6) as planned:
-        run_job(made, planned, Running(batch_size=4, workers=0))
-    return out
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw(tmp_path_factory.mktemp("pictures"), 20, BROKEN)
@@ -43,7 +35,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def out(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return job(pictures, tmp_path_factory.mktemp("out"))
+    return made_job(pictures, tmp_path_factory.mktemp("out"), 6)
 
 
 def equal(left: Row, right: Row) -> bool:
@@ -106,7 +98,7 @@ def test_a_torch_data_set_of_the_maps_that_are_there(out: Path) -> None:
 @pytest.mark.parametrize("map_dtype", ["float16", "float32", "uint8"])
 def test_stores_of_every_head(pictures: Path, tmp_path: Path, store: str, map_dtype: str) -> None:
     made = tools(pictures, store=store, map_dtype=map_dtype)
-    maps = attnx.open(job(pictures, tmp_path, store=store, map_dtype=map_dtype))
+    maps = attnx.open(made_job(pictures, tmp_path, 6, store=store, map_dtype=map_dtype))
     pixels, _ = made.pixels(attnx.images.read_image(pictures / "006.jpg"))
     images = made.pixels.normalise(torch.from_numpy(pixels.copy())[None])
     with torch.no_grad(), attnx.capture(made.loaded.model, heads="each") as trace:
@@ -125,7 +117,7 @@ def test_stores_of_every_head(pictures: Path, tmp_path: Path, store: str, map_dt
 
 def test_full_maps_are_retried_beside_the_others(pictures: Path, tmp_path: Path) -> None:
     folder, out = draw(tmp_path / "pictures", 8, broken=(2,)), tmp_path / "out"
-    job(folder, out, store="full")
+    made_job(folder, out, 6, store="full")
     before = list(attnx.open(out))
     draw(folder, 8)
     made = tools(folder, store="full")
@@ -155,7 +147,7 @@ def test_file_names_that_are_not_unicode(tmp_path: Path) -> None:
     good, bad = (Path(os.fsdecode(os.fsencode(folder) + name)) for name in (b"/a\xff.jpg", b"/b\xff.jpg"))
     (folder / "000.jpg").rename(good)
     bad.touch()
-    rows = list(attnx.open(job(folder, tmp_path / "out")))
+    rows = list(attnx.open(made_job(folder, tmp_path / "out", 6)))
     assert [(row.key, row.map is None) for row in rows] == [("a\\xff.jpg", False), ("b\\xff.jpg", True)]
 
 

@@ -6,28 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from small_job import draw, opened, tools
+from small_job import draw, made_job
 from test_cli import fails, run
 
 import attnx
 from attnx.demo.scenes import draw_scene
 from attnx.jobs.masks import jaccard, points_at, score
-from attnx.jobs.recipe import Running
 from attnx.jobs.rows import Row
-from attnx.jobs.run import run_job
 from attnx.jobs.summary import spatial, summarise
 
 SCENES = 24
-
-
-def job(folder: Path, out: Path, **changes: object) -> Path:
-    torch.set_num_threads(1)
-    made = tools(folder, **changes)
-    with opened(made, out, 7) as planned:
-        run_job(made, planned, Running(batch_size=4, workers=0))
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +41,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def out(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return job(scenes / "images", tmp_path_factory.mktemp("out"), heads="each")
+    return made_job(scenes / "images", tmp_path_factory.mktemp("out"), 7, heads="each")
 
 
 def test_the_numbers_are_plain_arithmetic(out: Path) -> None:
@@ -200,8 +189,8 @@ def test_masks_that_are_none_are_said(scenes: Path, out: Path, tmp_path: Path) -
 
 
 def test_of_several_layers_the_last_counts(scenes: Path, out: Path, tmp_path: Path) -> None:
-    layers = attnx.open(job(scenes / "images", tmp_path / "layers", method="layers"))
-    fused = attnx.open(job(scenes / "images", tmp_path / "cls"))
+    layers = attnx.open(made_job(scenes / "images", tmp_path / "layers", 7, method="layers"))
+    fused = attnx.open(made_job(scenes / "images", tmp_path / "cls", 7))
     assert score(layers, scenes / "masks").jaccard == pytest.approx(score(fused, scenes / "masks").jaccard, abs=0.01)
     assert len(score(layers, scenes / "masks").heads) == 1
     (tmp_path / "masks").mkdir()
@@ -223,7 +212,7 @@ def test_pictures_do_not_need_the_images(out: Path, scenes: Path, tmp_path: Path
 
 @pytest.mark.parametrize("store", ["rows", "full"])
 def test_stores(tmp_path: Path, store: str) -> None:
-    folder = job(draw(tmp_path / "pictures", 5, broken=(1,)), tmp_path / "out", store=store)
+    folder = made_job(draw(tmp_path / "pictures", 5, broken=(1,)), tmp_path / "out", 7, store=store)
     result = run("summary", folder)
     assert result.exit_code == 0, result.output
     assert "5 rows: 4 maps, 1 errors" in result.output

@@ -19,9 +19,7 @@ from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources import Source, open_source
 from attnx.jobs.tasks import Extract, Find, ImageTask, Task, WordTask
 from attnx.jobs.worker import Worker
-from attnx.models.albef import Albef
 from attnx.models.loading import Loaded, load_model
-from attnx.models.pair import find_words, load_pair
 
 __all__ = ["ExtractRecipe", "Recipe", "Running", "Tools", "WordsRecipe", "recipe_of"]
 
@@ -143,6 +141,8 @@ class WordsRecipe(Recipe):
 
     def load(self, device: torch.device) -> Tools:
         """The model on a device, and what it needs."""
+        from attnx.models.albef import Albef
+
         loaded, find = self.load_pair(device)
         albef = loaded.model
         assert isinstance(albef, Albef)
@@ -159,6 +159,9 @@ class WordsRecipe(Recipe):
 
     def load_pair(self, device: torch.device) -> tuple[Loaded, Find]:
         """The model on a device, and what finds the maps."""
+        from attnx.models.albef import Albef
+        from attnx.models.pair import find_words, load_pair
+
         torch.manual_seed(self.seed)
         checkpoint, vocab = (None if path is None else Path(path) for path in (self.checkpoint, self.vocab))
         loaded = load_pair(self.model, self.pretrained, checkpoint, vocab, _size(self.image_size), self.preset)
