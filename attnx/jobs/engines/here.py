@@ -32,12 +32,14 @@ def run_here(
     writing: deque[tuple[int, Future[Made]]] = deque()
 
     def settle() -> None:
-        shard, made = writing.popleft()
+        shard, future = writing.popleft()
         try:
-            advance(made.result())
-            shards.done()
+            made = future.result()
         except Exception as error:
             _failed(shards, shard, error)
+        else:
+            shards.done()
+            advance(made)
 
     with tools.worker(job, running, say) as worker:
         following = shards.take()

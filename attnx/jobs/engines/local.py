@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from attnx.jobs.decoding import usable_cores
 from attnx.jobs.engines.queue import Shards, is_fatal
@@ -175,7 +175,7 @@ def main(out: str, device: str, running: str) -> None:
     # An interrupt is for the one that started us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What else prints goes to the standard error.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.dup(1)
     os.dup2(2, 1)
     told: queue.Queue[int] = queue.Queue()
     threading.Thread(target=_listen, args=(told,), daemon=True).start()
@@ -183,7 +183,7 @@ def main(out: str, device: str, running: str) -> None:
     def answer(shard: int, future: Future[Made]) -> None:
         error = future.exception()
         if error is None:
-            answers.write(json.dumps({"made": future.result(), "stages": vars(worker.stages)}) + "\n")
+            _answer(answers, made=future.result(), stages=vars(worker.stages))
         else:
             _fail(answers, error, shard)
 
@@ -200,11 +200,11 @@ def main(out: str, device: str, running: str) -> None:
         with tools.worker(job, Running(**json.loads(running)), say) as worker:
             following: int | None = None
             # Of none: it is ready for the first.
-            answers.write(json.dumps({"begun": None}) + "\n")
+            _answer(answers, begun=None)
             while True:
                 shard = told.get() if following is None else following
                 following = told.get_nowait() if not told.empty() else None
-                answers.write(json.dumps({"begun": shard}) + "\n")
+                _answer(answers, begun=shard)
                 worker.run_shard(shard, following).add_done_callback(functools.partial(answer, shard))
     except Exception as error:
         _fail(answers, error, shard)
@@ -217,12 +217,16 @@ def _listen(told: queue.Queue[int]) -> None:
     os._exit(1)
 
 
-def _fail(answers: IO[str], error: BaseException, shard: int | None) -> None:
+def _answer(answers: int, **what: Any) -> None:
+    """One write of less than a pipe takes at once: two threads answer."""
+    os.write(answers, json.dumps(what).encode() + b"\n")
+
+
+def _fail(answers: int, error: BaseException, shard: int | None) -> None:
     """Says why, of which shard, and ends the process at once: what is half-written is a temporary file."""
     fatal = {"fatal": error.errno} if isinstance(error, OSError) and is_fatal(error) else {}
     own = {} if shard is None else {"shard": shard}
-    answers.write(json.dumps({"failed": f"{type(error).__name__}: {error}", **own, **fatal}) + "\n")
-    answers.flush()
+    _answer(answers, failed=f"{type(error).__name__}: {error}"[:500], **own, **fatal)
     os._exit(1)
 
 
