@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything a CUDA machine can say, in less than ten minutes and a few files: the op's tests, the benchmarks (those of
-# words beside the original where ALBEF names a checkout of it), the sweep. attnx itself needn't be installed.
+# words beside the original where ALBEF names a checkout of it), the batch job, the sweep. attnx itself needn't be installed.
 # A step that fails or takes too long does not stop the next; the exit code is that of the last one that failed.
 # STEPS="tests:130 words:85" takes these alone, each for so many seconds. QUICK=1 tries the script itself, without a
 # GPU: tiny shapes on the CPU, few tests, no timings worth it.
@@ -39,13 +39,14 @@ if [[ -n $QUICK ]]; then
     step tests 140 "$PYTHON" -m pytest tests/test_ops.py -k eager -x -p no:cacheprovider
     step benchmarks 300 "$PYTHON" -m benchmarks.run --quick --device cpu --out "$OUT"
     step words 100 "$PYTHON" -m benchmarks.words --quick --out "$OUT"
+    step jobs 100 "$PYTHON" -m benchmarks.jobs --quick --out "$OUT"
     step sweep 130 "$PYTHON" -m benchmarks.sweep --compile-only --quick --out "$OUT"
     exit "$status"
 fi
 # Most of the tests' time is compilation: where pytest-xdist is there, in parallel.
 parallel=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 12")
-tests=(tests/test_{ops,ops_contract,vecmat,keep,gradient,gradient_map,gradient_kernel,capture,widths}.py)
-for timed in ${STEPS:-tests:130 benchmarks:280 words:85 sweep:85}; do
+tests=(tests/test_{ops,ops_contract,vecmat,keep,gradient,gradient_map,gradient_kernel,capture,widths,worker,maps}.py)
+for timed in ${STEPS:-tests:130 benchmarks:230 words:75 jobs:75 sweep:75}; do
     name=${timed%:*} seconds=${timed#*:}
     case $name in
         # shellcheck disable=SC2086
@@ -53,8 +54,9 @@ for timed in ${STEPS:-tests:130 benchmarks:280 words:85 sweep:85}; do
         benchmarks) step benchmarks "$seconds" "$PYTHON" -m benchmarks.run --device cuda --limit $((seconds - 25)) --out "$OUT" ;;
         # shellcheck disable=SC2086
         words) step words "$seconds" "$PYTHON" -m benchmarks.words --device cuda --only "384 px b16" ${ALBEF:+--original "$ALBEF"} --out "$OUT" ;;
+        jobs) step jobs "$seconds" "$PYTHON" -m benchmarks.jobs --device cuda --dtype bfloat16 --batch 64 --out "$OUT" ;;
         sweep) step sweep "$seconds" "$PYTHON" -m benchmarks.sweep --limit $((seconds - 10)) --out "$OUT" ;;
-        *) echo "STEPS: expected tests, benchmarks, words or sweep, each with :SECONDS; got $timed" >&2; exit 2 ;;
+        *) echo "STEPS: expected tests, benchmarks, words, jobs or sweep, each with :SECONDS; got $timed" >&2; exit 2 ;;
     esac
 done
 exit "$status"

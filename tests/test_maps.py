@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_job import draw, made_job, opened, tools
+from small_job import draw, made_job, opened, recipe, tools
 from torch.utils.data import DataLoader
 
 import attnx
@@ -113,6 +113,24 @@ def test_stores_of_every_head(pictures: Path, tmp_path: Path, store: str, map_dt
     assert all(equal(maps[row.key], row) for row in maps)
     beside = [tensors_of(part).is_file() for part in parts(tmp_path)]
     assert beside == [store == "full"] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("store", ["map", "rows"])
+def test_a_gpu_makes_the_same_maps(pictures: Path, tmp_path: Path, store: str, compiled: bool) -> None:
+    """With copies, the model and packing under way together; and with recorded graphs."""
+    if compiled and store != "map":
+        pytest.skip("graphs are for --store map")
+    made = recipe(pictures, store=store, compile=compiled).load(torch.device("cuda"))
+    with opened(made, tmp_path / "gpu", 6) as planned:
+        run_job(made, planned, Running(batch_size=4, workers=2))
+    want = list(attnx.open(made_job(pictures, tmp_path / "cpu", 6, store=store)))
+    found = list(attnx.open(tmp_path / "gpu"))
+    assert [(row.key, row.error) for row in found] == [(row.key, row.error) for row in want]
+    for row, other in zip(found, want, strict=True):
+        if other.map is not None:
+            np.testing.assert_allclose(row.map, other.map, rtol=5e-2, atol=1e-2 * other.map.max())
 
 
 def test_full_maps_are_retried_beside_the_others(pictures: Path, tmp_path: Path) -> None:
