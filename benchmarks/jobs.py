@@ -7,9 +7,9 @@
     python -m benchmarks.jobs --quick                    a tiny model, 64 pictures, 20,000 rows
 
 `decode` is the decoding processes alone, `model` the extractor alone, on pixels that are there; both before and after
-`pipeline`, `attnx extract`'s own way through all the files, and their means count; of three rounds the middle one. The pipeline can't be faster than
-the slower of them; where they share the cores of a CPU, it can't even be as fast: `shared` is what it could be then, if
-their times simply add up.
+`pipeline`, `attnx extract`'s own way through all the files, and their means count; of three rounds the middle one.
+The pipeline can't be faster than the slower of them; where they share the cores of a CPU, it can't even be as fast:
+`shared` is what it could be then, if their times simply add up.
 
 Of many rows everything is real, the manifest, the queues, packing, Parquet, fsync, but the pixels and the maps, which
 are always the same. Resident memory and the rate are noted at every tenth of the way.

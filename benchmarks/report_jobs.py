@@ -32,8 +32,8 @@ def _pipeline(file: str, content: dict[str, Any]) -> Iterator[str]:
         f"≥ 0.9: {'**met**' if content['of_slower'] >= 0.9 else '**missed**'}", number(content["of_shared"]),
     )  # fmt: skip
     yield from table(head, [("-", *line[1:])])
-    if "rounds_of_slower" in content:
-        yield f"\nThe middle one of {len(content['rounds_of_slower'])} rounds: {', '.join(f'{x:.2f}' for x in content['rounds_of_slower'])}."
+    if rounds := content.get("rounds_of_slower"):
+        yield f"\nThe middle one of {len(rounds)} rounds, of the slower {', '.join(f'{each:.2f}' for each in rounds)}."
     shares = ", ".join(f"{name} {told['stages'][key] / told['seconds']:.0%}" for key, name in _STAGES.items())
     yield f"\nOf the job's {told['seconds']:.0f} s: {shares}.\n"
 
