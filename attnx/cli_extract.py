@@ -137,7 +137,6 @@ def extract(
         batch_size, workers, decode_timeout, shard_size, device, engine, rank, world, address, actors, actor_cpus,
         actor_gpus, tries, retry_failed, dry_run,
     )  # fmt: skip
-    asked.check()
     autocast_of(dtype)
     one_of("map-dtype", map_dtype, DTYPES)
     one_of("store", store, STORES)

@@ -141,14 +141,14 @@ def run_recipe(
     devices, rank, cluster = asked.check()
     start_server()
     tools = recipe.load(device_of(devices[0]))
+    if asked.dry_run:
+        typer.echo(estimate(tools, asked.running, asked.shard_size))
+        return
     if len(devices) > 1 or cluster is not None:
         # Others make the maps: nothing of it is to lie in a GPU's memory beside theirs.
         tools.loaded.model.to("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    if asked.dry_run:
-        typer.echo(estimate(tools, asked.running, asked.shard_size))
-        return
     plan = (recipe.describe_source(), tools.settings, recipe.to_json(), asked.shard_size, tools.row_bytes, rank)
     with open_job(out, images, *plan) as job, progress_bar(job.rows, what) as progress:
         report = run_job(

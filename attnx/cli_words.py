@@ -139,7 +139,6 @@ def words(
         batch_size, workers, decode_timeout, shard_size, device, engine, rank, world, address, actors, actor_cpus,
         actor_gpus, tries, retry_failed, dry_run,
     )  # fmt: skip
-    how.check()
     images = None if pairs is None else open_source(pairs, kind, root, split)
     if images is not None and images.kind == "folder":
         raise ValueError(f"pairs: expected a source with captions; {pairs} is taken for a folder of images")

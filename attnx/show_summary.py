@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from attnx.images import read_image
+from attnx.jobs.files import replacing
 from attnx.jobs.job import Job
 from attnx.jobs.maps import Maps
 from attnx.jobs.recipe import recipe_of
@@ -52,12 +51,11 @@ def _sheet(rows: list[tuple[str, np.ndarray]], pictures: _Pictures, found: Summa
     """A line of pictures for each of some places, under their entropies."""
     columns = max(len(places) for _, places in rows)
     tiles, titles = [], []
-    values = dict(zip(found.places.tolist(), found.entropies.tolist(), strict=True))
     for name, places in rows:
         for i in range(columns):
             if i < len(places):
                 tiles.append(pictures(int(places[i])))
-                titles.append(f"{name}: {values[int(places[i])]:.2f}")
+                titles.append(f"{name}: {found.entropy_at(int(places[i])):.2f}")
             else:
                 tiles.append(Image.new("RGB", (_TILE, _TILE), "white"))
                 titles.append("")
@@ -105,9 +103,9 @@ def numbers(maps: Maps, found: Summary, scored: Score | None) -> dict[str, Any]:
     keys = [maps[int(place)].key for place in found.focused(5)]
     least = [maps[int(place)].key for place in found.focused(5, least=True)]
     levels = [
-        {"level": level, "images": int(chosen.sum()), "entropy": [float(of.min()), float(of.max())]}
+        {"level": level, "images": len(of), "entropy": [float(of.min()), float(of.max())]}
         for level in range(LEVELS)
-        if (chosen := found.levels == level).any() and len(of := found.entropies[chosen])
+        if len(of := found.entropies[found.levels == level])
     ]
     score = (
         {}
@@ -152,9 +150,5 @@ def table(told: dict[str, Any]) -> str:
 
 def write_numbers(told: dict[str, Any], path: Path) -> None:
     """Whole or not at all."""
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
+    with replacing(path) as unfinished:
         unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -41,7 +41,7 @@ from attnx.jobs.job import open_job
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.recipe import ExtractRecipe, Running, Tools
 from attnx.jobs.run import run_job
-from attnx.jobs.sources import Entry, Reader
+from attnx.jobs.sources import Entry
 from attnx.jobs.tasks import ImageTask
 from attnx.jobs.worker import Worker
 from benchmarks.machine import ROOT, environment, file_stem, write_atomically
@@ -189,8 +189,6 @@ def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 class Numbers:
     """A source of so many rows, of which nothing is there."""
 
-    kind = "folder"
-
     def __init__(self, count: int) -> None:
         self._count = count
 
@@ -200,17 +198,12 @@ class Numbers:
             name = f"train/{i // 1000:06d}/{i:09d}.jpg"
             yield Entry(name, name)
 
-    def reader(self) -> Reader:
-        """Unused."""
-        raise NotImplementedError
 
-
-class NoDecoders:
+class NoDecoders(Decoders):
     """Pictures that are there."""
 
-    workers = 0
-
     def __init__(self) -> None:
+        self.workers = 0
         self._future: Future[Picture] = Future()
         self._future.set_result(Picture(np.zeros((3, 2, 2), np.uint8), 640, 480, (0.0, 0.0, 640.0, 480.0)))
 
@@ -228,7 +221,7 @@ def many(count: int, out: Path) -> dict[str, Any]:
     start = time.perf_counter()
     with open_job(out, source, {}, {"model": "none"}) as job:
         planned, resident = time.perf_counter() - start, _resident()
-        worker = Worker(job, NoDecoders(), pixels, task, None, 256)  # type: ignore[arg-type]
+        worker = Worker(job, NoDecoders(), pixels, task, None, 256)
         with worker:
             begin = last = time.perf_counter()
             for shard in range(job.shards):

@@ -54,6 +54,8 @@ def test_rows_by_place_and_by_key(out: Path) -> None:
     assert all(equal(maps[int(i)], rows[i]) for i in order)
     assert all(equal(maps[i - 20], rows[i]) for i in range(20))
     assert all(equal(maps[names[i]], rows[i]) for i in order)
+    assert [row.key for row in maps[3:9:2]] == names[3:9:2]
+    assert [row.key for row in maps[-2:]] == names[-2:]
     assert "007.jpg" in maps
     assert "nothing" not in maps
     assert 7 not in maps

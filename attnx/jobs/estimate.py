@@ -11,7 +11,7 @@ from pathlib import Path
 
 from attnx.jobs.job import default_shard_size, open_job
 from attnx.jobs.recipe import Running, Tools
-from attnx.jobs.sources import Entry, Reader, Source
+from attnx.jobs.sources import Entry, Listing
 
 __all__ = ["estimate"]
 
@@ -21,9 +21,7 @@ _BATCHES = 4
 class _First:
     """The first entries of a source, all of which are counted."""
 
-    kind = "first"
-
-    def __init__(self, source: Source, count: int) -> None:
+    def __init__(self, source: Listing, count: int) -> None:
         entries = source.entries()
         self._first = list(islice(entries, count))
         self.count = len(self._first) + sum(1 for _ in entries)
@@ -31,10 +29,6 @@ class _First:
     def entries(self) -> Iterator[Entry]:
         """The first ones."""
         return iter(self._first)
-
-    def reader(self) -> Reader:
-        """Unused: a job's worker has its own."""
-        raise NotImplementedError
 
 
 def estimate(tools: Tools, running: Running, shard_size: int | None) -> str:

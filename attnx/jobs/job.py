@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attnx.jobs.files import replacing
 from attnx.jobs.manifest import Manifest, write_manifest
-from attnx.jobs.shards import count_errors, parts, sync_folder
-from attnx.jobs.sources import Entry, Source
+from attnx.jobs.shards import count_errors, parts
+from attnx.jobs.sources import Entry, Listing
 
 __all__ = ["Job", "Rank", "default_shard_size", "forget_job", "open_job", "writing"]
 
@@ -75,7 +74,9 @@ class Job:
 
     def errors(self, shard: int) -> int:
         """How many rows of a done shard have an error."""
-        return count_errors(self.part(shard))
+        import pyarrow.parquet as pq
+
+        return count_errors(pq.read_metadata(self.part(shard)))
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Rank:
 @contextlib.contextmanager
 def open_job(
     out: Path,
-    source: Source,
+    source: Listing,
     described: dict[str, Any],
     settings: dict[str, Any],
     recipe: dict[str, Any] | None = None,
@@ -129,7 +130,7 @@ def open_job(
         next(iter(source.entries()), None)
     with writing(out, rank) as lock:
         with locked(out / ".lock-plan", wait=True) if rank else contextlib.nullcontext():
-            for left in (*out.glob(f".{_MANIFEST}-*.tmp"), *out.glob(f".{_RUN}-*.tmp")):
+            for left in (*out.glob(".manifest-*.tmp"), *out.glob(".run-*.tmp")):
                 left.unlink()
             if (out / _RUN).exists():
                 job = Job(out)
@@ -160,33 +161,19 @@ def default_shard_size(row_bytes: int) -> int:
     return max(1, min(1024, _SHARD_BYTES // row_bytes))
 
 
-def _plan(out: Path, source: Source, run: dict[str, Any]) -> Job:
+def _plan(out: Path, source: Listing, run: dict[str, Any]) -> Job:
     if parts(out):
         raise ValueError(f"out: expected an empty folder or a job's; {out} has shards and no {_RUN}")
-    temporary = out / f".{_MANIFEST}-{uuid.uuid4().hex}.tmp"
-    try:
-        rows = write_manifest(source.entries(), temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(out / _MANIFEST)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(out / _MANIFEST) as path:
+        rows = write_manifest(source.entries(), path)
     # Last, for it is what says that there is a job.
     _write_json(out / _RUN, {**run, "rows": rows})
     return Job(out)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+def _write_json(target: Path, value: dict[str, Any]) -> None:
+    with replacing(target) as path:
+        path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def _check_same(job: Job, asked: dict[str, Any]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ def open(folder: str | Path) -> Maps:
     return Maps(Path(folder))
 
 
-class Maps(Sequence[Row]):
-    """Rows of a folder of shards: `len(maps)`, `maps[3]`, `maps["photos/a.jpg"]`, `for row in maps`, `key in maps`.
+class Maps:
+    """Rows of a folder of shards: `maps[3]`, `maps[3:9]`, `maps["a.jpg"]`, `key in maps`, `len(maps)`, iteration.
 
     A row has its map as it was, times its scale: see `attnx.jobs.rows.Row`. Only what is asked for is read, a row with
     some of its neighbours. Keys are found by an index that the first one makes: 16 bytes a row. It can be pickled, and
@@ -55,7 +55,8 @@ class Maps(Sequence[Row]):
         self._shards = shards_in(self.folder)
         self.settings: dict[str, Any] = read_settings(self.folder)
         job = Job(self.folder) if (self.folder / "run.json").is_file() else None
-        self.planned = None if job is None else job.rows
+        self.planned: int | None = None if job is None else job.rows
+        self._shard_size = 0 if job is None else job.shard_size
         self._numbers = numbers = [int(shard.stem.removeprefix("part-")) for shard in self._shards]
         counts = [job.rows_of(i) for i in numbers] if job is not None else list(map(_count, self._shards))
         self._firsts = np.array([0, *accumulate(counts)])
@@ -69,15 +70,20 @@ class Maps(Sequence[Row]):
     def __repr__(self) -> str:
         return f"<{len(self)} maps of {self.settings.get('model')} in {self.folder}>"
 
-    def __getitem__(self, at: int | str) -> Row:  # type: ignore[override]
+    @overload
+    def __getitem__(self, at: int | str) -> Row: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Row]: ...
+    def __getitem__(self, at: int | str | slice) -> Row | list[Row]:
         """Raises IndexError or KeyError where there is none."""
+        if isinstance(at, slice):
+            return [self[place] for place in range(*at.indices(len(self)))]
         if isinstance(at, str):
             at = self._find(at)
         place = at + len(self) if at < 0 else at
         if not 0 <= place < len(self):
             raise IndexError(f"index {at}: expected one of {len(self)} rows")
-        shard = int(np.searchsorted(self._firsts, place, side="right")) - 1
-        return self._row(shard, place - int(self._firsts[shard]))
+        return self._row(*self._located(place))
 
     def __iter__(self) -> Iterator[Row]:
         return (row for shard in self._shards for row in rows_of_shard(shard))
@@ -96,8 +102,8 @@ class Maps(Sequence[Row]):
 
     def errors(self) -> Iterator[tuple[str, str]]:
         """Of the rows that have no map: their keys, and why."""
-        for number, shard in enumerate(self._shards):
-            if count_errors(shard):
+        for number in range(self.shards):
+            if count_errors(self._file(number).metadata):
                 for batch in self._file(number).iter_batches(columns=["key", "error"]):
                     yield from ((row["key"], row["error"]) for row in batch.to_pylist() if row["error"] is not None)
 
@@ -115,8 +121,8 @@ class Maps(Sequence[Row]):
 
     def manifest_row(self, place: int) -> int:
         """The row of the job's manifest that is at a place, if the folder is a job's."""
-        shard = int(np.searchsorted(self._firsts, place, side="right")) - 1
-        return self._numbers[shard] * Job(self.folder).shard_size + place - int(self._firsts[shard])
+        shard, row = self._located(place)
+        return self._numbers[shard] * self._shard_size + row
 
     @property
     def shards(self) -> int:
@@ -125,7 +131,7 @@ class Maps(Sequence[Row]):
 
     def has_map(self, shard: int) -> np.ndarray:
         """Of each row of a shard, whether it has a map: bool [rows]."""
-        if not count_errors(self._shards[shard]):
+        if not count_errors(self._file(shard).metadata):
             return np.ones(self._firsts[shard + 1] - self._firsts[shard], bool)
         return ~self._file(shard).read(["error"]).column("error").is_valid().to_numpy()
 
@@ -138,6 +144,11 @@ class Maps(Sequence[Row]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict(), "_groups": OrderedDict(), "_index": None}
+
+    def _located(self, place: int) -> tuple[int, int]:
+        """Which of the shards that are there, and the row in it."""
+        shard = int(np.searchsorted(self._firsts, place, side="right")) - 1
+        return shard, place - int(self._firsts[shard])
 
     def _row(self, shard: int, row: int) -> Row:
         file = self._file(shard)

@@ -69,7 +69,8 @@ class Format:
         """The rows; a map that can't be stored becomes its row's error."""
         import pyarrow as pa
 
-        columns: dict[str, list[Any]] = {name: [] for name in self.schema().names}
+        schema = self.schema()
+        columns: dict[str, list[Any]] = {name: [] for name in schema.names}
         for result in results:
             row: dict[str, Any] = {**result._asdict(), "shape": None, "scale": None}
             if result.map is not None:
@@ -82,14 +83,15 @@ class Format:
             row["error"] = None if row["error"] is None else text_of(row["error"])
             for name, values in columns.items():
                 values.append(row[name])
-        arrays = [pa.array(columns[field.name], field.type) for field in self.schema()]
-        return pa.Table.from_arrays(arrays, schema=self.schema())
+        arrays = [pa.array(columns[field.name], field.type) for field in schema]
+        return pa.Table.from_arrays(arrays, schema=schema)
 
     def concatenate(self, tables: list[pa.Table]) -> pa.Table:
         """Rows of several tables, of shards or new ones, as one shard's."""
         import pyarrow as pa
 
-        return pa.concat_tables([self.schema().empty_table(), *(each.cast(self.schema()) for each in tables)])
+        schema = self.schema()
+        return pa.concat_tables([schema.empty_table(), *(each.cast(schema) for each in tables)])
 
 
 def pack(amap: np.ndarray, dtype: str) -> tuple[np.ndarray, float]:

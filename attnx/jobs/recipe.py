@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(ABC):
     """A source, a model, and how maps are stored. Fields are as the options of the commands, paths absolute."""
 
     source: str
@@ -66,9 +67,9 @@ class Recipe:
         """Which source it is, for JSON."""
         return {"kind": self.kind, "path": self.source, "root": self.root, "split": self.split}
 
+    @abstractmethod
     def load(self, device: torch.device) -> Tools:
         """The model on a device, and what it needs."""
-        raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
         """For `recipe_of`."""

@@ -6,21 +6,20 @@ Parquet reader reads the files.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
+from attnx.jobs.files import replacing
 from attnx.jobs.tensors import join, split, tensors_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-__all__ = ["SETTINGS", "count_errors", "parts", "read_part", "sync_folder", "write_part"]
+__all__ = ["SETTINGS", "count_errors", "parts", "read_part", "write_part"]
 
 SETTINGS = b"attnx"
 _ROWS_PER_GROUP = 256
@@ -35,25 +34,31 @@ def parts(out: Path) -> list[Path]:
     return [out / name for _, name in sorted((int(match[1]), name) for name, match in numbers.items() if match)]
 
 
-def count_errors(path: Path) -> int:
+def count_errors(metadata: pq.FileMetaData) -> int:
     """How many rows of a shard have an error: by its statistics, without reading a row."""
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_metadata(path)
     column = metadata.schema.to_arrow_schema().get_field_index("error")
     # Columns of lists are one leaf each, as here: a leaf's number is its field's.
-    nulls = sum(
-        metadata.row_group(group).column(column).statistics.null_count for group in range(metadata.num_row_groups)
-    )
-    return int(metadata.num_rows - nulls)
+    groups = (metadata.row_group(group).column(column) for group in range(metadata.num_row_groups))
+    return int(metadata.num_rows - sum(group.statistics.null_count for group in groups))
 
 
 def write_part(table: pa.Table, target: Path, settings: dict[str, Any], tensors: bool = False) -> None:
     """Writes a shard, whole or not at all; with `tensors` its maps in a safetensors file beside it, first."""
+    import pyarrow.parquet as pq
+
     if tensors:
         table, content = split(table)
-        _write_atomically(tensors_of(target), lambda file: file.write(content))
-    _write_table(table.replace_schema_metadata({SETTINGS: json.dumps(settings)}), target)
+        with replacing(tensors_of(target)) as path:
+            path.write_bytes(content)
+    # A row is read with its group, which should be no more than a few megabytes.
+    rows = max(1, min(_ROWS_PER_GROUP, len(table) * _GROUP_BYTES // max(table.nbytes, 1)))
+    with replacing(target) as path:
+        # BYTE_STREAM_SPLIT would be smaller, but DuckDB fails on it for float16.
+        pq.write_table(
+            table.replace_schema_metadata({SETTINGS: json.dumps(settings)}), path, row_group_size=rows,
+            compression="zstd", use_dictionary=["shape.list.element", "error"], use_byte_stream_split=False,
+            write_statistics=["key", "error"],
+        )  # fmt: skip
 
 
 def read_part(path: Path) -> pa.Table:
@@ -62,43 +67,3 @@ def read_part(path: Path) -> pa.Table:
 
     table = pq.read_table(path)
     return join(table, tensors_of(path)) if "tensor" in table.column_names else table
-
-
-def _write_table(table: pa.Table, target: Path) -> None:
-    import pyarrow.parquet as pq
-
-    # A row is read with its group, which should be no more than a few megabytes.
-    rows = max(1, min(_ROWS_PER_GROUP, len(table) * _GROUP_BYTES // max(table.nbytes, 1)))
-
-    def write(file: IO[bytes]) -> None:
-        # BYTE_STREAM_SPLIT would be smaller, but DuckDB fails on it for float16.
-        pq.write_table(
-            table, file, row_group_size=rows, compression="zstd", use_dictionary=["shape.list.element", "error"],
-            use_byte_stream_split=False, write_statistics=["key", "error"],
-        )  # fmt: skip
-
-    _write_atomically(target, write)
-
-
-def _write_atomically(target: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """By way of a temporary, fsync, rename, and fsync of the folder."""
-    temporary = target.with_name(f".{target.stem}-{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-    sync_folder(target.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

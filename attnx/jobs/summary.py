@@ -46,6 +46,10 @@ class Summary:
         order = self._by_entropy(np.ones(len(self.places), bool))
         return order[::-1][:count] if least else order[:count]
 
+    def entropy_at(self, place: int) -> float:
+        """Of a row that has one."""
+        return float(self.entropies[np.searchsorted(self.places, place)])
+
     def _by_entropy(self, chosen: np.ndarray) -> np.ndarray:
         where = np.flatnonzero(chosen)
         found: np.ndarray = self.places[where[np.argsort(self.entropies[where], kind="stable")]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -58,7 +59,7 @@ class ImageTask:
     """A map of every image. extract: [B, 3, h, w] float32 -> [B, ...] float maps, on any device."""
 
     extract: Extract
-    format: Format = Format()  # noqa: RUF009 - it is frozen
+    format: Format = field(default_factory=Format)
 
     def groups(self, entries: list[Entry]) -> list[list[Entry]]:
         """One by one."""
@@ -84,7 +85,7 @@ class WordTask:
 
     find: Find
     tokenizer: Tokenizer
-    format: Format = Format(captions=True)  # noqa: RUF009 - it is frozen
+    format: Format = field(default_factory=partial(Format, captions=True))
 
     def groups(self, entries: list[Entry]) -> list[list[Entry]]:
         """Consecutive entries of one image, which is encoded once."""

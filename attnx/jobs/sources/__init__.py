@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol, TypeAlias
 
-__all__ = ["KINDS", "Entry", "Reader", "Source", "open_source", "text_of", "wrong_caption"]
+__all__ = ["KINDS", "Entry", "Listing", "Reader", "Source", "open_source", "text_of", "wrong_caption"]
 
 KINDS = ("folder", "table", "tar", "dataset")
 
@@ -34,10 +34,8 @@ class Entry(NamedTuple):
 Reader: TypeAlias = Callable[[Entry], tuple[Path, IO[bytes] | None]]
 
 
-class Source(Protocol):
+class Listing(Protocol):
     """Something that lists its images."""
-
-    kind: str
 
     def entries(self) -> Iterator[Entry]:
         """All there is, in an order that does not change.
@@ -45,6 +43,12 @@ class Source(Protocol):
         Raises:
             ValueError, OSError: the source itself is none; what is wrong with one row is that entry's `error`.
         """
+
+
+class Source(Listing, Protocol):
+    """And reads them."""
+
+    kind: str
 
     def reader(self) -> Reader:
         """Reads an entry; can be pickled."""
