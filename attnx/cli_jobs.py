@@ -1,5 +1,6 @@
 """What the commands that run jobs share: their options, and the run from a recipe to the last line."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,8 @@ class Asked:
             raise ValueError(
                 f"address, actors, actor-cpus, actor-gpus: they are for --engine ray; got --engine {self.engine}"
             )
+        if self.engine == "ray" and importlib.util.find_spec("ray") is None:
+            raise ValueError("engine ray: expected ray, which is not installed; pip install 'attnx[ray]'")
         device = self.device
         if self.engine == "ranks" and device is None:
             device = device_of_rank(torch.cuda.device_count())

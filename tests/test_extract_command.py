@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 
@@ -142,6 +143,12 @@ def test_what_is_no_job_is_said_in_one_line(photos: Path, tmp_path: Path) -> Non
     assert "shard-size: expected at least 1, got 0" in fails("extract", photos, *out, "--shard-size", 0)
     assert "decode-timeout: expected seconds above 0" in fails("extract", photos, *out, "--decode-timeout", 0)
     assert not shards(tmp_path / "out") if (tmp_path / "out").exists() else True
+
+
+def test_ray_that_is_not_there_is_said(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    told = fails("extract", photos, "--out", tmp_path / "out", "--engine", "ray")
+    assert "expected ray, which is not installed; pip install 'attnx[ray]'" in told
 
 
 def test_a_bomb_is_a_row(photos: Path, tmp_path: Path) -> None:

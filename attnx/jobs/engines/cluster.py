@@ -78,10 +78,8 @@ def run_on_cluster(
         ImportError: no ray.
         RuntimeError: see `Shards.failed`; ConnectionError: no cluster at the address.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError("engine ray: expected ray, which is not installed; pip install 'attnx[ray]'") from error
+    import ray
+
     ours = not ray.is_initialized()
     if ours:
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
