@@ -7,7 +7,7 @@
     python -m benchmarks.jobs --quick                    a tiny model, 64 pictures, 20,000 rows
 
 `decode` is the decoding processes alone, `model` the extractor alone, on pixels that are there; both before and after
-`pipeline`, `attnx extract`'s own way through all the files, and their means count; of three rounds the middle one.
+`pipeline`, `attnx extract`'s own way through all the files, and their means count; of seven rounds the middle one.
 The pipeline can't be faster than the slower of them; where they share the cores of a CPU, it can't even be as fast:
 `shared` is what it could be then, if their times simply add up.
 
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--many", type=int, help="a job of so many rows, and no other")
     parser.add_argument("--engines", type=int, help="every engine with so many processes, and nothing else")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(argv)
     about = {**environment(options.device), "quick": options.quick, "cores": usable_cores()}

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any
 
@@ -158,6 +159,69 @@ def test_out_of_memory_halves_the_batch_and_says_so(tmp_path: Path) -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         made(folder, tmp_path / "never", none, say=told.append)
+
+
+def test_batches_are_filled_up_where_only_one_shape_will_do(tmp_path: Path) -> None:
+    """Of every length: a broken image leaves a hole, a shard's end a short batch."""
+    folder = draw(tmp_path / "pictures", 20, broken=(3, 12))
+    sizes: list[int] = []
+
+    def fixed(images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return grey(images)
+
+    rows = made(folder, tmp_path / "filled", fixed, batch_size=4, shard_size=10, fill=True)
+    assert sizes == [4] * 6
+    assert same(rows, made(folder, tmp_path / "plain", batch_size=4, shard_size=10))
+
+
+class Prepared(Decoders):
+    """Pictures that take 3 ms, of which so much is said to be computing."""
+
+    def __init__(self, computing: float) -> None:
+        super().__init__(Decode(Files(Path()), PIXELS), 0)
+        self.computing = computing
+        self.submitted: list[Future[Picture]] = []
+
+    def submit(self, entry: Entry) -> Future[Picture]:
+        def decode() -> Picture:
+            time.sleep(0.003)
+            return Picture(np.zeros((3, 4, 6), np.uint8), 6, 4, (0.0, 0.0, 6.0, 4.0), None, 1.0, self.computing)
+
+        self.submitted.append(self._threads.submit(decode))
+        return self.submitted[-1]
+
+
+@pytest.mark.parametrize(("computing", "turns"), [(0.9, True), (0.5, False)])
+def test_on_a_cpu_what_computes_takes_turns_with_the_model(tmp_path: Path, computing: float, turns: bool) -> None:
+    folder = draw(tmp_path / "pictures", 40)
+    alone: list[bool] = []
+
+    def model(images: torch.Tensor) -> torch.Tensor:
+        alone.append(all(future.done() for future in decoders.submitted))
+        return grey(images)
+
+    with (
+        open_job(tmp_path / "out", open_source(folder), {}, {}, shard_size=20) as job,
+        Prepared(computing) as decoders,
+        Worker(job, decoders, PIXELS, ImageTask(model), batch_size=2) as worker,
+    ):
+        for shard, following in ((0, 1), (1, None)):
+            worker.run_shard(shard, following)
+    assert len(decoders.submitted) == 40
+    assert all(alone) == turns
+
+
+def test_a_decoder_says_for_how_long_it_computed(tmp_path: Path) -> None:
+    class Slow(Files):
+        def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
+            time.sleep(0.3)
+            return super().__call__(entry)
+
+    folder = draw(tmp_path / "pictures", 1)
+    picture = Decode(Slow(folder), PIXELS)(Entry("000.jpg", "000.jpg"))
+    assert picture.error is None
+    assert 0 < picture.computing < picture.seconds - 0.3 + 0.01
 
 
 def test_captions_of_one_image_are_halved_too(tmp_path: Path) -> None:

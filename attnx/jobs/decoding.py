@@ -34,7 +34,10 @@ _READY_WITHIN = 120.0  # seconds, for a process to start
 
 @dataclass(frozen=True)
 class Picture:
-    """What an entry's image is to a model, [3, h, w], or why there is none. seconds: what decoding took."""
+    """What an entry's image is to a model, [3, h, w], or why there is none.
+
+    seconds: what decoding took; computing: those of them in which it did not wait for a disk, a network or a core.
+    """
 
     pixels: np.ndarray | None = None
     width: int | None = None
@@ -42,6 +45,7 @@ class Picture:
     crop: Crop | None = None
     error: str | None = None
     seconds: float = 0.0
+    computing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,9 @@ class Decode:
 
     def __call__(self, entry: Entry) -> Picture:
         """Reads, decodes and prepares an entry."""
-        start = time.perf_counter()
-        return replace(self._decode(entry), seconds=time.perf_counter() - start)
+        start, begin = time.perf_counter(), time.thread_time()
+        picture = self._decode(entry)
+        return replace(picture, seconds=time.perf_counter() - start, computing=time.thread_time() - begin)
 
     def _decode(self, entry: Entry) -> Picture:
         try:

@@ -118,7 +118,7 @@ class ExtractRecipe(Recipe):
         }  # fmt: skip
         task = ImageTask(extract, Format(self.map_dtype))
         row_bytes = math.prod(shape) * np.dtype(self.map_dtype).itemsize
-        return Tools(self, device, loaded, pixels, task, settings, row_bytes, self.store == "full")
+        return Tools(self, device, loaded, pixels, task, settings, row_bytes, self.store == "full", self.compile)
 
     def _extract(self, loaded: Loaded) -> Extract:
         from attnx.extractor import Extractor
@@ -156,7 +156,7 @@ class WordsRecipe(Recipe):
         # A caption has about a dozen pieces.
         patches = math.prod(side // albef.config.patch_size for side in loaded.size)
         row_bytes = 12 * patches * np.dtype(self.map_dtype).itemsize
-        return Tools(self, device, loaded, pixels, task, settings, row_bytes, tensors=False)
+        return Tools(self, device, loaded, pixels, task, settings, row_bytes, tensors=False, fill=False)
 
     def load_pair(self, device: torch.device) -> tuple[Loaded, Find]:
         """The model on a device, and what finds the maps."""
@@ -175,7 +175,7 @@ class WordsRecipe(Recipe):
 class Tools:
     """A recipe's, on a device.
 
-    settings: all that decides the maps, for JSON; row_bytes: of a map as it is stored; tensors: in a file of its own.
+    settings: all that decides the maps, for JSON; row_bytes: of a map as it is stored; tensors, fill: see `Worker`.
     """
 
     recipe: Recipe
@@ -186,6 +186,7 @@ class Tools:
     settings: dict[str, Any]
     row_bytes: int
     tensors: bool
+    fill: bool
 
     @contextlib.contextmanager
     def worker(self, job: Job, running: Running, say: Callable[[str], None] = print) -> Iterator[Worker]:
@@ -197,7 +198,7 @@ class Tools:
         with (
             Decoders(decode, workers, running.timeout) as decoders,
             Worker(
-                job, decoders, self.pixels, self.task, self.device, running.batch_size, self.tensors, say
+                job, decoders, self.pixels, self.task, self.device, running.batch_size, self.tensors, self.fill, say
             ) as worker,
         ):  # fmt: skip
             yield worker

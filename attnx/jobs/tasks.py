@@ -66,12 +66,12 @@ class ImageTask:
         return [[entry] for entry in entries]
 
     def start(self, images: torch.Tensor, groups: list[list[Entry]]) -> Callable[[], list[Found]]:
-        """The maps are on their way to the CPU."""
+        """The maps are on their way to the CPU; images beyond the groups only fill the batch up."""
         maps = self.extract(images)
         if maps.shape[:1] != (len(images),) or not maps.is_floating_point():
             raise ValueError(f"extract: expected a float tensor [{len(images)}, ...]; got {list(maps.shape)}")
         wait = _fetch(maps)
-        return lambda: [Found(amap) for amap in wait()]
+        return lambda: [Found(amap) for amap in wait()[: len(groups)]]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ __all__ = ["Made", "Stages", "Worker"]
 
 _BATCHES_AHEAD = 3
 _MOST_OF_ONE = 4
+_COMPUTES = 0.75  # of a decoder's time: below that, it mostly waits
+_PATIENCE = 5.0  # seconds, with a picture that holds up the others
 _Batch: TypeAlias = "list[tuple[list[Entry], Picture]]"
 _Readable: TypeAlias = "tuple[list[Entry], np.ndarray]"
 
@@ -69,6 +71,7 @@ class Worker:
             told.
         batch_size: entries at a time; up to four times as many where one image has more captions.
         tensors: maps stand in a file of their own, see `attnx.jobs.tensors`.
+        fill: every batch is filled up with black images: what runs the model is made for one shape.
     """
 
     job: Job
@@ -78,6 +81,7 @@ class Worker:
     device: Any = None
     batch_size: int = 16
     tensors: bool = False
+    fill: bool = False
     say: Callable[[str], None] = print
     stages: Stages = field(default_factory=Stages)
 
@@ -86,6 +90,7 @@ class Worker:
             raise ValueError(f"batch-size: expected at least 1, got {self.batch_size}")
         self._most = self.batch_size
         self._begun: dict[int, _Shard] = {}
+        self._turns = False
         self._background = ThreadPoolExecutor(1, thread_name_prefix="attnx-write")
         self._last: Future[Made] | None = None
 
@@ -107,6 +112,7 @@ class Worker:
         begun = [self._begin(number) for number in (shard, following) if number is not None]
         self._begun = {each.shard: each for each in begun}
         packed: list[Future[pa.Table]] = []
+        self._turns = self.device is None or torch.device(self.device).type == "cpu"
         try:
             for groups in _batches(begun[0].groups, self.batch_size):
                 start = time.perf_counter()
@@ -143,13 +149,20 @@ class Worker:
         return failed
 
     def _next(self) -> Picture:
-        """The next picture of the shard under way; later ones, and the following shard's, are begun ahead."""
+        """The next picture of the shard under way; later ones, and the following shard's, are begun ahead.
+
+        On a CPU, decoders and model take turns of a few batches: threads of a model that meet after every operation
+        wait for one that shares its core. Not where decoding mostly waits: each shard's first turn tells.
+        """
         begun = list(self._begun.values())
-        ahead = _BATCHES_AHEAD * self.batch_size + self.decoders.workers - sum(len(each.running) for each in begun)
-        for each in begun:
-            while each.waiting and ahead > 0:
-                each.running.append(self.decoders.submit(each.waiting.popleft()))
-                ahead -= 1
+        if not (self._turns and begun[0].running):
+            ahead = _BATCHES_AHEAD * self.batch_size + self.decoders.workers - sum(len(each.running) for each in begun)
+            for each in begun:
+                while each.waiting and ahead > 0:
+                    each.running.append(self.decoders.submit(each.waiting.popleft()))
+                    ahead -= 1
+            if self._turns:
+                self._turns = _computes([future for each in begun for future in each.running])
         picture = begun[0].running.popleft().result()
         self.stages.decoding += picture.seconds
         return picture
@@ -163,7 +176,7 @@ class Worker:
             try:
                 start = time.perf_counter()
                 pixels = _to_device(np.stack([pixels for _, pixels in part]), self.device)
-                images = self.pixels.normalise(pixels)
+                images = self._filled(self.pixels.normalise(pixels))
                 ready = time.perf_counter()
                 waits.append(self.task.start(images, [group for group, _ in part]))
                 self.stages.device += ready - start
@@ -176,6 +189,11 @@ class Worker:
             if full and torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return waits
+
+    def _filled(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.fill or len(images) == self._most:
+            return images
+        return torch.nn.functional.pad(images, (0, 0) * (images.dim() - 1) + (0, self._most - len(images)))
 
     def _halved(self, part: list[_Readable]) -> list[_Readable]:
         """What did not fit into memory, to be tried in smaller parts; re-raises where it can't be cut."""
@@ -247,6 +265,18 @@ def _batches(groups: list[list[Entry]], size: int) -> Iterator[list[list[Entry]]
         batch.append(group)
     if batch:
         yield batch
+
+
+def _computes(pictures: list[Future[Picture]]) -> bool:
+    """Waits for them, and says whether a core is what they take."""
+    seconds = computing = 0.0
+    for future in pictures:
+        try:
+            picture = future.result(_PATIENCE)
+        except TimeoutError:
+            return False
+        seconds, computing = seconds + picture.seconds, computing + picture.computing
+    return computing >= _COMPUTES * seconds
 
 
 def _to_device(pixels: np.ndarray, device: Any) -> torch.Tensor:
