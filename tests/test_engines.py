@@ -268,7 +268,8 @@ def test_actors_of_a_cluster(ray, made: Tools, whole: Path, tmp_path: Path) -> N
     assert "Is a directory" in report.set_aside[6]
     assert report.stages.model > 0
     assert sum("Is a directory" in text for text in said) == 2
-    assert len(said) == 3
+    # Besides, on a busy machine, that an actor waits for room.
+    assert len([text for text in said if "wait for room" not in text]) == 3
     assert not list(tmp_path.glob(".part*"))
 
 

@@ -336,9 +336,12 @@ def test_few_images_are_decoded_ahead(tmp_path: Path) -> None:
     assert 4 <= max(ahead[:-4]) <= 2 + 3 * 2
 
 
-def test_an_interrupt_does_not_wait_for_what_hangs(tmp_path: Path) -> None:
+def test_an_interrupt_does_not_wait_for_what_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = draw(tmp_path / "pictures", 2)
     os.mkfifo(folder / "000a.jpg")
+
+    # Nor do the images before it.
+    monkeypatch.setattr("attnx.jobs.worker._PATIENCE", 0.5)
 
     def interrupted(images: torch.Tensor) -> torch.Tensor:
         raise KeyboardInterrupt
