@@ -144,7 +144,7 @@ def extract(
         raise ValueError(f"method, heads, compile: they are for --store map; got --store {store}")
     images, method = open_source(source, kind, root, split), method or "rollout"
     recipe = ExtractRecipe(
-        source=str(source.absolute()), kind=images.kind, root=absolute(root), split=split, model=_absolute(model),
+        source=absolute(source), kind=images.kind, root=absolute(root), split=split, model=_absolute(model),
         pretrained=pretrained, checkpoint=absolute(checkpoint), image_size=pixels_of(image_size), seed=seed,
         method=method, heads=heads, dtype=dtype, map_dtype=map_dtype, max_pixels=max_pixels, pixels=pixels,
         layers=layers_of(layer), keep=keep, compile=compile, store=store,

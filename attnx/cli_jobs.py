@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, overload
 
 import typer
 
@@ -114,9 +114,13 @@ class Asked:
         return Running(self.batch_size, self.workers, self.decode_timeout)
 
 
+@overload
+def absolute(path: Path) -> str: ...
+@overload
+def absolute(path: Path | None) -> str | None: ...
 def absolute(path: Path | None) -> str | None:
-    """As any process understands it."""
-    return None if path is None else str(path.absolute())
+    """As any process understands it, and from wherever it is given."""
+    return None if path is None else str(path.resolve() if ".." in path.parts else path.absolute())
 
 
 def run_recipe(
@@ -141,11 +145,11 @@ def run_recipe(
     from attnx.jobs.progress import progress_bar
     from attnx.jobs.run import run_job
 
-    devices, rank, cluster = asked.check()
+    (devices, rank, cluster), running = asked.check(), asked.running
     start_server()
     tools = recipe.load(device_of(devices[0]))
     if asked.dry_run:
-        typer.echo(estimate(tools, asked.running, asked.shard_size))
+        typer.echo(estimate(tools, running, asked.shard_size, what))
         return
     if len(devices) > 1 or cluster is not None:
         # Others make the maps: nothing of it is to lie in a GPU's memory beside theirs.
@@ -153,11 +157,16 @@ def run_recipe(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     plan = (recipe.describe_source(), tools.settings, recipe.to_json(), asked.shard_size, tools.row_bytes, rank)
-    with open_job(out, images, *plan) as job, progress_bar(job.rows, what) as progress:
-        report = run_job(
-            tools, job, asked.running, devices=devices, cluster=cluster, rank=rank, tries=asked.tries,
-            retry_failed=asked.retry_failed, progress=progress, say=lambda text: typer.echo(f"attnx: {text}", err=True),
-        )  # fmt: skip
+    try:
+        with open_job(out, images, *plan) as job, progress_bar(job.rows, what) as progress:
+            report = run_job(
+                tools, job, running, devices=devices, cluster=cluster, rank=rank, tries=asked.tries,
+                retry_failed=asked.retry_failed, progress=progress,
+                say=lambda text: typer.echo(f"attnx: {text}", err=True),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        typer.echo("attnx: interrupted; the same command goes on with the first shard that is not there", err=True)
+        raise
     if report.made:
         typer.echo(report.stage_table())
     of_rank = "" if rank is None else f"rank {rank.rank} of {rank.world}: "

@@ -143,7 +143,7 @@ def words(
     if images is not None and images.kind == "folder":
         raise ValueError(f"pairs: expected a source with captions; {pairs} is taken for a folder of images")
     recipe = WordsRecipe(
-        source=str((image or pairs or Path()).absolute()), kind="folder" if images is None else images.kind,
+        source=absolute(image or pairs or Path()), kind="folder" if images is None else images.kind,
         root=absolute(root), split=split, model=model, pretrained=pretrained, checkpoint=absolute(checkpoint),
         image_size=pixels_of(image_size), seed=seed, method=method, heads=heads, dtype=dtype, map_dtype=map_dtype,
         max_pixels=max_pixels, vocab=absolute(vocab), layer=default_layer(model) if layer is None else layer,

@@ -28,6 +28,7 @@ IMAGE_SUFFIXES = (
 
 # Only these decoders are tried: Pillow goes by content, and would hand an EPS file named .jpg to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_OF_A_JOB = {"manifest.parquet", "run.json"}
 _INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -50,7 +51,8 @@ def find_images(source: Path) -> list[Path]:
     Args:
         source: a file, taken whatever its suffix, or a folder, read recursively. In a folder, a file counts
             when its suffix (any case) is in `IMAGE_SUFFIXES`; files and folders whose name begins with a dot
-            are skipped. Links to folders are followed, except one that leads back to a folder it stands in.
+            are skipped, and so are folders that jobs have written. Links to folders are followed, except one that
+            leads back to a folder it stands in.
 
     Returns:
         At least one path, each beginning with `source`.
@@ -84,7 +86,9 @@ def walk_images(source: Path) -> Iterator[Path]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     with os.scandir(folder) as entries:
-        seen = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+        seen = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
+    if {name for name, _ in seen} >= _OF_A_JOB:
+        return
     # A folder sorts as its paths do, by the slash that follows its name: then the whole is in order of paths.
     for name, is_folder in sorted(seen, key=lambda item: f"{item[0]}/" if item[1] else item[0]):
         if not is_folder:
@@ -92,6 +96,14 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield folder / name
         elif not _leads_back(folder, name):
             yield from _walk(folder / name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    # A link to itself.
+    except OSError:
+        return False
 
 
 def _leads_back(folder: Path, name: str) -> bool:
@@ -131,7 +143,9 @@ def read_image(path: Path, content: IO[bytes] | None = None, max_pixels: int | N
             turn = _UPRIGHT.get(_orientation(image))
     # Decoders raise nearly anything on broken bytes: SyntaxError, EOFError, struct.error, KeyError.
     except Exception as error:
-        raise ImageError(f"{path}: can't be read as an image: {type(error).__name__}: {error}") from error
+        # Pillow names the object that it read from, by its address, which is another one in every run.
+        told = str(error).replace(f" {content!r}", "")
+        raise ImageError(f"{path}: can't be read as an image: {type(error).__name__}: {told}") from error
     if turn is not None:
         picture = picture.transpose(turn)
     picture.info = {}

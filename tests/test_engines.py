@@ -239,6 +239,13 @@ def test_ranks_of_a_machine_take_a_gpu_each(gpus: int, environment: dict[str, st
     assert device_of_rank(gpus, environment) == device
 
 
+def test_an_array_with_gaps_does_not_say_which_rank() -> None:
+    array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"}
+    assert rank_of(None, None, array | {"SLURM_ARRAY_TASK_MAX": "13", "SLURM_ARRAY_TASK_STEP": "6"}) == Rank(1, 3)
+    with pytest.raises(ValueError, match=r"array of all numbers from 1 to 7; got 3 of them.*give --rank and --world"):
+        rank_of(None, None, array | {"SLURM_ARRAY_TASK_MAX": "7"})
+
+
 def test_a_rank_that_nothing_says_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected --rank and --world, or in the environment RANK and WORLD_SIZE"):
         rank_of(None, None, {"RANK": "1"})

@@ -142,7 +142,7 @@ def test_what_is_no_job_is_said_in_one_line(photos: Path, tmp_path: Path) -> Non
     assert "root: it is for a table's paths" in fails("extract", photos, *out, "--root", tmp_path)
     assert "shard-size: expected at least 1, got 0" in fails("extract", photos, *out, "--shard-size", 0)
     assert "decode-timeout: expected seconds above 0" in fails("extract", photos, *out, "--decode-timeout", 0)
-    assert not shards(tmp_path / "out") if (tmp_path / "out").exists() else True
+    assert not (tmp_path / "out" / "run.json").exists()
 
 
 def test_ray_that_is_not_there_is_said(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

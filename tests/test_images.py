@@ -221,7 +221,17 @@ def test_find_images_follows_links_but_not_in_circles(tmp_path):
     (tmp_path / "source" / "a").mkdir(parents=True)
     (tmp_path / "source" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "source" / "a" / "up").symlink_to(tmp_path / "source")
-    assert find_images(tmp_path / "source") == [tmp_path / "source" / "link" / "1.png"]
+    (tmp_path / "source" / "self.png").symlink_to("self.png")
+    # The last one is a file that can't be read.
+    names = ["link/1.png", "self.png"]
+    assert find_images(tmp_path / "source") == [tmp_path / "source" / name for name in names]
+
+
+def test_what_a_job_wrote_is_no_source(tmp_path):
+    for name in ("photo.png", "maps/summary/mean.png", "maps/run.json", "maps/manifest.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images(tmp_path) == [tmp_path / "photo.png"]
 
 
 def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):

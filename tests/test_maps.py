@@ -92,6 +92,7 @@ def test_a_torch_data_set_of_the_maps_that_are_there(out: Path) -> None:
         found = torch.cat([batch["map"] for batch in batches])
         assert found.dtype == torch.float32
         assert torch.equal(found, torch.from_numpy(np.stack([row.map for row in want])))
+        assert {text for batch in batches for text in batch["text"]} == {""}
     again = pickle.loads(pickle.dumps(data))
     assert torch.equal(again[3]["map"], data[3]["map"])
 

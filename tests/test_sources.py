@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from attnx.images import find_images, read_image
+from attnx.images import ImageError, find_images, read_image
 from attnx.jobs import manifest
 from attnx.jobs.manifest import Manifest, write_manifest
 from attnx.jobs.sources import Entry, Source, open_source
+from attnx.jobs.sources.dataset import DataSet
 
 
 def picture(value: int) -> bytes:
@@ -107,6 +108,20 @@ def test_keys_of_a_table_without(photos: Path) -> None:
     table = photos / "t.jsonl"
     table.write_text('{"image": "a.png"}\n{"image": "a.png", "caption": "one"}\n{"image": "a.png", "text": "two"}')
     assert keys(open_source(table)) == ["a.png", "a.png#1", "a.png#2"]
+    # A caption that is not there names its row, too.
+    table.write_text('{"image": "a.png", "caption": null}\n{"image": "a.png", "caption": "one"}\n{"image": "a.png"}')
+    assert keys(open_source(table)) == ["a.png#0", "a.png#1", "a.png"]
+    (photos / "t.csv").write_text("path,caption\na.png,\na.png,one\na.png,\n")
+    assert keys(open_source(photos / "t.csv")) == ["a.png#0", "a.png#1", "a.png#2"]
+
+
+def test_a_path_that_is_too_long_for_a_file_is_one_row(photos: Path) -> None:
+    table = photos / "t.csv"
+    table.write_text("path\n" + "p" * 5000 + "\na.png\n")
+    assert keys(open_source(table)) == ["p" * 5000, "a.png"]
+    table.write_text("path\n" + "p" * 5000 + "\n")
+    with pytest.raises(FileNotFoundError, match="none of the first 1 paths"):
+        keys(open_source(table))
 
 
 def test_rows_that_are_none(photos: Path) -> None:
@@ -169,6 +184,43 @@ def test_a_tar_that_ends_early(tmp_path: Path) -> None:
     assert "without compression" in (next(iter(open_source(tar).entries())).error or "")
 
 
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("stem", ["{}", "./some/{}", "d" * 95 + "/{}", "n" * 120 + "{}", "\u00e9/{}"])
+def test_a_tar_that_was_changed_gives_no_picture_of_another_key(tmp_path: Path, stem: str, format: int) -> None:
+    def write(order: list[int], longer: bytes = b"") -> None:
+        with tarfile.open(tmp_path / "x.tar", "w", format=format) as file:
+            for i in order:
+                member = tarfile.TarInfo(stem.format(i) + ".png")
+                content = picture(i) + longer
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+
+    if format == tarfile.USTAR_FORMAT and len(stem) > 100:
+        pytest.skip("this format has no such names")
+    write([1, 2])
+    source = open_source(tmp_path / "x.tar")
+    one, two = source.entries()
+    read = source.reader()
+    assert [read_image(*read(entry)).getpixel((0, 0))[0] for entry in (one, two)] == [1, 2]
+    if stem.isascii() and len(stem) < 90:
+        write([2, 1])
+        with pytest.raises(ValueError, match=r"the tar has changed since the job was planned: expected .*1 of \d+"):
+            read(one)
+    write([1, 2], b"longer")
+    with pytest.raises(ValueError, match=r"the tar has changed since the job was planned: .* bytes; got .* bytes$"):
+        read(one)
+    with pytest.raises(ValueError, match="got something else"):
+        read(one._replace(offset=513))
+
+
+def test_an_error_is_the_same_in_every_run(tmp_path: Path) -> None:
+    """No address of an object in it: rows are compared by their bytes."""
+    source = open_source(tar_of(tmp_path / "x.tar", {"a.png": b"no picture"}))
+    (entry,) = source.entries()
+    with pytest.raises(ImageError, match=r"UnidentifiedImageError: cannot identify image file$"):
+        read_image(*source.reader()(entry))
+
+
 def test_a_data_set(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
@@ -184,6 +236,13 @@ def test_a_data_set(tmp_path: Path) -> None:
     assert read_image(*read(first)).getpixel((0, 0))[0] == 3
     with pytest.raises(ValueError, match="row 1; got none"):
         read(second)
+    data.select([1, 0]).save_to_disk(tmp_path / "other")
+    assert isinstance(source, DataSet)
+    assert source.fingerprint == DataSet(tmp_path / "set", None).fingerprint
+    assert source.fingerprint != DataSet(tmp_path / "other", None).fingerprint
+    data.select([]).save_to_disk(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"expected (a data set with rows|at least one row)"):
+        keys(open_source(tmp_path / "empty"))
     datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "sets")
     assert keys(open_source(tmp_path / "sets", split="train")) == ["x", "y"]
     with pytest.raises(ValueError, match="split: expected one of train; got 'test'"):
@@ -193,6 +252,10 @@ def test_a_data_set(tmp_path: Path) -> None:
 def test_sources_that_are_none(photos: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         open_source(photos / "gone")
+    for name in ("list.txt", "x.json", "x.tar.gz"):
+        (photos / name).touch()
+        with pytest.raises(ValueError, match=rf"expected an image, a table \(.parquet .*\) or a .tar; got .*{name}"):
+            open_source(photos / name)
     with pytest.raises(ValueError, match="expected one of folder, table, tar, dataset; got 'zip'"):
         open_source(photos, kind="zip")
     with pytest.raises(ValueError, match="taken for a folder"):

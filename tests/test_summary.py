@@ -12,7 +12,7 @@ from test_cli import fails, run
 
 import attnx
 from attnx.demo.scenes import draw_scene
-from attnx.jobs.masks import jaccard, points_at, score
+from attnx.jobs.masks import jaccard, mask_of, points_at, score
 from attnx.jobs.rows import Row
 from attnx.jobs.summary import spatial, summarise
 
@@ -186,6 +186,15 @@ def test_masks_that_are_none_are_said(scenes: Path, out: Path, tmp_path: Path) -
     told = fails("summary", out, "--masks", tmp_path)
     assert "11 images: the mask has another size than its image" in told
     assert "11 images: the mask is an image of mode RGB, not of palette or grey" in told
+
+
+@pytest.mark.parametrize("key", ["/", "..", "../a", "/etc/a", "a" * 5000, "a\0b", ".", ""])
+def test_keys_that_name_no_file_have_no_mask(tmp_path: Path, key: str) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "masks").mkdir()
+    assert mask_of(key, tmp_path / "masks") is None
+    assert mask_of("a.b.jpg", tmp_path) is None
+    assert mask_of("a.jpg", tmp_path) == tmp_path / "a.png"
 
 
 def test_of_several_layers_the_last_counts(scenes: Path, out: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from attnx.jobs.decoding import Decode, Decoders, Picture
 from attnx.jobs.job import Job, open_job
 from attnx.jobs.packing import Format, Result, pack
 from attnx.jobs.pixels import Pixels
+from attnx.jobs.recipe import Running
 from attnx.jobs.rows import Row, read_shards
 from attnx.jobs.sources import Entry, open_source
 from attnx.jobs.sources.folder import Files
@@ -352,12 +353,19 @@ def test_an_interrupt_does_not_wait_for_what_hangs(tmp_path: Path, monkeypatch: 
     assert time.perf_counter() - start < 20
 
 
-def test_wrong_options_are_said() -> None:
-    decode = Decode(Files(Path()), PIXELS)
-    with pytest.raises(ValueError, match="workers: expected at least 0, got -1"):
-        Decoders(decode, -1)
-    with pytest.raises(ValueError, match="decode-timeout: expected seconds above 0, got 0"):
-        Decoders(decode, 1, 0)
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"batch_size": 0}, "batch-size: expected at least 1, got 0"),
+        ({"workers": -1}, "workers: expected at least 0, got -1"),
+        ({"timeout": 0.0}, "decode-timeout: expected seconds above 0, at most 1,000,000; got 0"),
+        ({"timeout": float("nan")}, "decode-timeout: .* got nan"),
+        ({"timeout": float("inf")}, "decode-timeout: .* got inf"),
+    ],
+)
+def test_wrong_options_are_said(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Running(**options)
 
 
 @pytest.mark.parametrize("largest", [1.0, 3e-3, 1e-4, 1e-7, 6e-8, 1e-20, 1e-38, 1e-42, 5e4, 1e30])

@@ -30,6 +30,7 @@ __all__ = ["Decode", "Decoders", "Picture", "default_workers", "start_server", "
 
 _MAIN = threading.Lock()
 _READY_WITHIN = 120.0  # seconds, for a process to start
+_GRACE = 0.5  # seconds, for processes to end
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,9 @@ class Decoders:
         timeout: seconds that one image may take; then its process is killed, and the row has that as its error.
 
     While they are open, Pillow's own limit of pixels is off in this process where `decode` has one.
-
-    Raises:
-        ValueError: fewer than 0 workers; a timeout that is none.
     """
 
     def __init__(self, decode: Decode, workers: int | None = None, timeout: float = 120.0) -> None:
-        if workers is not None and workers < 0:
-            raise ValueError(f"workers: expected at least 0, got {workers}")
-        if not timeout > 0:
-            raise ValueError(f"decode-timeout: expected seconds above 0, got {timeout:g}")
         self.workers = default_workers() if workers is None else workers
         self.timeout = timeout
         self._decode = decode
@@ -116,8 +110,11 @@ class Decoders:
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
-        for process in list(self._all):
-            process.kill()
+        everyone, end = list(self._all), time.monotonic() + _GRACE
+        for process in everyone:
+            process.terminate()
+        for process in everyone:
+            process.kill(max(0.0, end - time.monotonic()))
         self._threads.shutdown(cancel_futures=True)
         self._open.close()
 
@@ -198,8 +195,14 @@ class _Process:
             raise EOFError(_died(self._process.exitcode)) from error
         return answer
 
-    def kill(self) -> None:
-        """Ends it, whatever it is doing."""
+    def terminate(self) -> None:
+        """Lets it end by itself, and release what is held by name: libraries that read have semaphores."""
+        self._process.terminate()
+
+    def kill(self, after: float = 0.0) -> None:
+        """Ends it, whatever it is doing; after so many seconds, if it is still there."""
+        if after > 0:
+            self._process.join(after)
         self._process.kill()
         self._process.join()
 
@@ -236,6 +239,7 @@ def _died(code: int | None) -> str:
 def _serve(pipe: Connection, decode: Decode) -> None:
     """A process's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with contextlib.suppress(EOFError, OSError), large_images(decode.max_pixels):
         pipe.send(None)
         while True:

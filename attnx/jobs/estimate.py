@@ -31,8 +31,8 @@ class _First:
         return iter(self._first)
 
 
-def estimate(tools: Tools, running: Running, shard_size: int | None) -> str:
-    """Says how many images and shards there are, how large they will be and how long it will take on this device.
+def estimate(tools: Tools, running: Running, shard_size: int | None, what: str = "images") -> str:
+    """Says how many rows and shards there are, how large they will be and how long it will take on this device.
 
     Measured on the first images, with files in a temporary folder; the first batch is left out of the time.
     """
@@ -49,9 +49,9 @@ def estimate(tools: Tools, running: Running, shard_size: int | None) -> str:
         seconds = time.perf_counter() - start
         rows = sum(made.rows for made in files[1:])
         written = sum(path.stat().st_size for path in job.out.glob("part-*")) / job.rows
-    text = f"{first.count} images in {-(-first.count // size)} shards of {size}; about {_size(written * first.count)}"
+    text = f"{first.count} {what} in {-(-first.count // size)} shards of {size}; about {_size(written * first.count)}"
     if rows:
-        text += f" and {_duration(seconds / rows * first.count)} at {rows / seconds:.1f} images/s"
+        text += f" and {_duration(seconds / rows * first.count)} at {rows / seconds:.1f} {what}/s"
     return f"{text}, from the first {job.rows}. Nothing was written."
 
 

@@ -136,7 +136,7 @@ class Maps:
         return ~self._file(shard).read(["error"]).column("error").is_valid().to_numpy()
 
     def to_torch(self) -> MapDataset:
-        """A map-style data set of the rows that have a map: {"key", "map": float32 tensor, and "text" of captions}.
+        """A map-style data set of the rows that have a map: {"key", "map": float32 tensor, "text": "" without caption}.
 
         Rows come in order; `torch.utils.data.DataLoader(maps.to_torch(), batch_size=64)` stacks them.
         """
@@ -211,5 +211,4 @@ class MapDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, at: int) -> dict[str, Any]:
         row = self.maps[int(self._places[at])]
         assert row.map is not None
-        text = {} if row.text is None else {"text": row.text}
-        return {"key": row.key, "map": torch.from_numpy(row.map.astype(np.float32)), **text}
+        return {"key": row.key, "map": torch.from_numpy(row.map.astype(np.float32)), "text": row.text or ""}

@@ -16,7 +16,7 @@ from attnx.jobs.maps import Maps
 from attnx.jobs.rows import Row
 from attnx.methods import mass_mask
 
-__all__ = ["Score", "jaccard", "points_at", "read_labels", "score"]
+__all__ = ["Score", "jaccard", "mask_of", "points_at", "read_labels", "score"]
 
 VOID = 255
 
@@ -61,10 +61,10 @@ def score(maps: Maps, folder: Path, keep: float = 0.6) -> Score:
     hits: list[bool] = []
     objects = 0
     for row in maps:
-        path = folder / Path(row.key).with_suffix(".png")
+        path = mask_of(row.key, folder)
         if row.map is None or row.crop is None:
             left["no map"] += 1
-        elif not path.is_file():
+        elif path is None:
             left["no mask"] += 1
         else:
             heads = _heads(row.map, maps.settings.get("method") == "layers")
@@ -88,6 +88,18 @@ def score(maps: Maps, folder: Path, keep: float = 0.6) -> Score:
     order = np.argsort(-alone, kind="stable")
     ranked = [(int(head), float(alone[head])) for head in order]
     return Score(len(best), objects, float(np.mean(best)), ranked, float(np.mean(hits)), left)
+
+
+def mask_of(key: str, folder: Path) -> Path | None:
+    """The mask of a key, below the folder, if there is one."""
+    path = Path(key)
+    if not path.name or path.is_absolute() or ".." in path.parts:
+        return None
+    try:
+        return mask if (mask := folder / path.with_suffix(".png")).is_file() else None
+    # A key that is too long for a file, or has a zero byte.
+    except (OSError, ValueError):
+        return None
 
 
 def read_labels(path: Path, row: Row) -> np.ndarray:

@@ -18,6 +18,7 @@ from attnx.jobs.job import Job
 from attnx.jobs.packing import Format
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources import Source, open_source
+from attnx.jobs.sources.dataset import DataSet
 from attnx.jobs.tasks import Extract, Find, ImageTask, Task, WordTask
 from attnx.jobs.worker import Worker
 from attnx.models.loading import Loaded, load_model
@@ -25,6 +26,7 @@ from attnx.models.loading import Loaded, load_model
 __all__ = ["ExtractRecipe", "Recipe", "Running", "Tools", "WordsRecipe", "recipe_of"]
 
 _ROWS_OF_A_PROCESS = 32
+_LONGEST = 1_000_000  # seconds
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,22 @@ class Running:
     """How a job runs, which no map depends on, but for the batch size where a sum's order does.
 
     batch_size: images at a time; workers: processes that decode, see `Decoders`; timeout: seconds for an image.
+
+    Raises:
+        ValueError: one of them is out of range.
     """
 
     batch_size: int = 16
     workers: int | None = None
     timeout: float = 120.0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch-size: expected at least 1, got {self.batch_size}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers: expected at least 0, got {self.workers}")
+        if not 0 < self.timeout <= _LONGEST:
+            raise ValueError(f"decode-timeout: expected seconds above 0, at most {_LONGEST:,}; got {self.timeout:g}")
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,9 @@ class Recipe(ABC):
 
     def describe_source(self) -> dict[str, Any]:
         """Which source it is, for JSON."""
-        return {"kind": self.kind, "path": self.source, "root": self.root, "split": self.split}
+        source = self.open_source()
+        rows = {"fingerprint": source.fingerprint} if isinstance(source, DataSet) else {}
+        return {"kind": self.kind, "path": self.source, "root": self.root, "split": self.split, **rows}
 
     @abstractmethod
     def load(self, device: torch.device) -> Tools:

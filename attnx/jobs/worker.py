@@ -86,8 +86,6 @@ class Worker:
     stages: Stages = field(default_factory=Stages)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch-size: expected at least 1, got {self.batch_size}")
         self._most = self.batch_size
         self._begun: dict[int, _Shard] = {}
         self._turns = False

@@ -104,5 +104,11 @@ def rank_of(rank: int | None, world: int | None, environment: Mapping[str, str] 
     if not array:
         return of_task
     # An array may begin anywhere and go in steps.
-    place = (number(f"{_ARRAY}ID") - number(f"{_ARRAY}MIN", "0")) // number(f"{_ARRAY}STEP", "1")
-    return Rank(place * of_task.world + of_task.rank, number(f"{_ARRAY}COUNT") * of_task.world)
+    first, step, count = number(f"{_ARRAY}MIN", "0"), number(f"{_ARRAY}STEP", "1"), number(f"{_ARRAY}COUNT")
+    last = number(f"{_ARRAY}MAX", str(first + (count - 1) * step))
+    if (last - first) // step + 1 != count:
+        raise ValueError(
+            f"engine ranks: expected a SLURM array of all numbers from {first} to {last}; got {count} of them, "
+            "of which this task can't know its place; give --rank and --world"
+        )
+    return Rank((number(f"{_ARRAY}ID") - first) // step * of_task.world + of_task.rank, count * of_task.world)

@@ -69,6 +69,7 @@ def open_source(path: Path, kind: str | None = None, root: Path | None = None, s
         FileNotFoundError: there is nothing.
         ValueError: options that this kind doesn't have; an unknown kind.
     """
+    from attnx.images import IMAGE_SUFFIXES
     from attnx.jobs.sources.dataset import DataSet
     from attnx.jobs.sources.folder import Folder
     from attnx.jobs.sources.table import SUFFIXES, Table
@@ -86,7 +87,11 @@ def open_source(path: Path, kind: str | None = None, root: Path | None = None, s
             kind = "dataset" if any((path / name).is_file() for name in markers) else "folder"
             kind = "tar" if kind == "folder" and tars_in(path, alone=True) else kind
         else:
-            kind = "table" if path.suffix.lower() in SUFFIXES else "tar" if path.suffix.lower() == ".tar" else "folder"
+            kinds = dict.fromkeys(SUFFIXES, "table") | dict.fromkeys((*IMAGE_SUFFIXES, ""), "folder") | {".tar": "tar"}
+            kind = kinds.get(path.suffix.lower())
+            if kind is None:
+                told = f"an image, a table ({' '.join(SUFFIXES)}) or a .tar; got {path}; --kind says what it is"
+                raise ValueError(f"source: expected {told}")
     if root is not None and kind != "table":
         raise ValueError(f"root: it is for a table's paths; {path} is taken for a {kind}")
     if split is not None and kind != "dataset":

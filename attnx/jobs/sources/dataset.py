@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from attnx.jobs.sources import Entry, text_of, wrong_caption
 from attnx.jobs.sources.table import CAPTION
@@ -21,7 +21,7 @@ class DataSet:
 
     def entries(self) -> Iterator[Entry]:
         """Rows in order; pictures are not touched."""
-        data, image = _load(self.path, self.split)
+        data, image, _ = _load(self.path, self.split)
         names = data.column_names
         key, text = (next((name for name in wanted if name in names), None) for wanted in (("key", "id"), CAPTION))
         if not len(data):
@@ -39,6 +39,11 @@ class DataSet:
         """Single pictures, by their row."""
         return Rows(self.path, self.split)
 
+    @property
+    def fingerprint(self) -> str:
+        """What `datasets` knows these rows by: it tells them from others that are saved at the same path."""
+        return _load(self.path, self.split).fingerprint
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -48,7 +53,7 @@ class Rows:
     split: str | None
 
     def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
-        data, image = _load(self.path, self.split)
+        data, image, _ = _load(self.path, self.split)
         value = data[entry.offset][image]
         if value is None:
             raise ValueError(f"expected a picture in row {entry.offset}; got none")
@@ -56,14 +61,26 @@ class Rows:
         return (Path(value["path"]), None) if content is None else (self.path / entry.key, io.BytesIO(content))
 
 
+class _Loaded(NamedTuple):
+    """A data set, its pictures not decoded, and the name of their column."""
+
+    rows: Any
+    image: str
+    fingerprint: str
+
+
 @functools.lru_cache(maxsize=1)
-def _load(path: Path, split: str | None) -> tuple[Any, str]:
-    """The data set, its pictures not decoded, and the name of their column."""
+def _load(path: Path, split: str | None) -> _Loaded:
     try:
         import datasets
     except ImportError as error:
         raise ValueError("source: a data set needs the package datasets: pip install 'attnx[datasets]'") from error
-    data = datasets.load_from_disk(str(path))
+    try:
+        data = datasets.load_from_disk(str(path))
+    # Of no rows it raises IndexError, of a broken file nearly anything.
+    except Exception as error:
+        expected = "source: expected a data set with rows, as save_to_disk writes it"
+        raise ValueError(f"{expected}; {path} can't be loaded: {type(error).__name__}: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise ValueError(f"split: expected one of {', '.join(data)}; got {split!r}")
@@ -73,4 +90,4 @@ def _load(path: Path, split: str | None) -> tuple[Any, str]:
     images = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
     if len(images) != 1:
         raise ValueError(f"source: expected one column of images; {path} has {', '.join(images) or 'none'}")
-    return data.cast_column(images[0], datasets.Image(decode=False)), images[0]
+    return _Loaded(data.cast_column(images[0], datasets.Image(decode=False)), images[0], str(data._fingerprint))

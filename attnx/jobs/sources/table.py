@@ -18,7 +18,8 @@ _TRIED = 100
 
 @dataclass(frozen=True)
 class Table:
-    """Keys are the column `key`; without one the path, and of captions the path, # and the row's number from 0.
+    """Keys are the column `key`; without one the path, and of rows with a column of captions the path, # and the row's
+    number from 0.
 
     A row that is none is an entry with its error. Of the first hundred paths at least one must exist.
     """
@@ -34,7 +35,7 @@ class Table:
         if not first:
             raise ValueError(f"source: expected at least one row; {self.path} has none")
         paths = [entry.path for entry in first if entry.path is not None]
-        if paths and not any((self.root / path).exists() for path in paths):
+        if paths and not any(_exists(self.root / path) for path in paths):
             raise FileNotFoundError(
                 f"source: none of the first {len(paths)} paths of {self.path} exists below {self.root}, such as "
                 f"{paths[0][:200]}; --root says where they are"
@@ -59,6 +60,14 @@ class Table:
             raise ValueError(f"source: expected a table in UTF-8; {self.path}: {error}") from error
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    # A name that is too long for a file.
+    except OSError:
+        return False
+
+
 def _entry(row: Mapping[str, Any] | str, name: str, number: int) -> Entry:
     """Of a row, or of what is wrong with it."""
     if isinstance(row, str):
@@ -68,7 +77,8 @@ def _entry(row: Mapping[str, Any] | str, name: str, number: int) -> Entry:
     if not isinstance(path, str) or not path or "\0" in path:
         told = f"{name}: expected a path in {' or '.join(PATH)}; got {text_of(json.dumps(row, default=str))[:80]}"
         return Entry(key or name, None, error=told)
-    key = key or (text_of(path) if text is None else f"{text_of(path)}#{number}")
+    # Also where this row's caption is empty: others of its image may have one.
+    key = key or (f"{text_of(path)}#{number}" if set(CAPTION) & set(row) else text_of(path))
     wrong = wrong_caption(text)
     return Entry(key, path, text=text) if wrong is None else Entry(key, path, error=f"{name}: {wrong}")
 
@@ -106,7 +116,7 @@ def _csv(path: Path, suffix: str) -> Iterator[tuple[str, Mapping[str, Any] | str
             if None in row:
                 yield name, f"expected {len(rows.fieldnames or [])} columns; got more"
             else:
-                yield name, {column: value for column, value in row.items() if value != ""}
+                yield name, {column: value or None for column, value in row.items()}
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:

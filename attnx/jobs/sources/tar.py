@@ -55,8 +55,24 @@ class Members:
         assert entry.path is not None
         assert entry.offset is not None
         with (self.root / entry.path).open("rb") as file:
-            file.seek(entry.offset)
+            file.seek(entry.offset - tarfile.BLOCKSIZE)
+            _check_header(file.read(tarfile.BLOCKSIZE), entry)
             return self.root / entry.path / entry.key.rpartition("/")[2], io.BytesIO(file.read(entry.size))
+
+
+def _check_header(block: bytes, entry: Entry) -> None:
+    """Raises ValueError if it is not that of the entry's picture: another tar has been put in its place."""
+    sample = entry.key.removeprefix(f"{text_of(entry.path)}/")
+    try:
+        member = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+        found = f"{text_of(_sample(member))} of {member.size:,} bytes"
+    except tarfile.HeaderError:
+        member, found = None, "something else"
+    # Of other names it has a part, or question marks.
+    whole = sample.isascii() and len(sample) < tarfile.LENGTH_NAME
+    if member is None or member.size != entry.size or (whole and text_of(_sample(member)) != sample):
+        expected = f"{sample[:200]} of {entry.size:,} bytes"
+        raise ValueError(f"the tar has changed since the job was planned: expected {expected}; got {found[:200]}")
 
 
 def tars_in(folder: Path, alone: bool = False) -> list[Path]:
