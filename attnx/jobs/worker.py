@@ -71,7 +71,7 @@ class Worker:
             told.
         batch_size: entries at a time; up to four times as many where one image has more captions.
         tensors: maps stand in a file of their own, see `attnx.jobs.tensors`.
-        fill: every batch is filled up with black images: what runs the model is made for one shape.
+        fill: every batch is filled up with images of zeros: what runs the model is made for one shape.
     """
 
     job: Job
