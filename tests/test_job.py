@@ -91,6 +91,16 @@ def test_other_settings_are_refused_with_each_difference(made: Tools, whole: Pat
     assert files(whole) == before
 
 
+def test_a_plan_without_shards_makes_room_for_another(made: Tools, whole: Path, tmp_path: Path) -> None:
+    with opened(made, tmp_path, 3):
+        pass
+    with pytest.raises(ValueError, match="shard_size: 3 there, 7 asked"), opened(made, tmp_path, 7, Rank(0, 2)):
+        pass
+    (tmp_path / "part-00000.safetensors").write_bytes(b"left by a kill")
+    assert run(made, tmp_path).made == 30
+    assert files(tmp_path) == files(whole)
+
+
 def test_only_one_run_writes(made: Tools, tmp_path: Path) -> None:
     with opened(made, tmp_path, 7), pytest.raises(ValueError, match="another run writes to"):
         run(made, tmp_path)

@@ -117,7 +117,8 @@ def open_job(
 
     Raises:
         ValueError: the job that is there has another source, other settings or another shard size, with each
-            difference; another run writes to the folder; it holds shards without a job; a wrong source.
+            difference, and shards, or ranks; another run writes to the folder; it holds shards without a job; a wrong
+            source.
         OSError: the folder can't be written to.
     """
     if shard_size is not None and shard_size < 1:
@@ -132,15 +133,13 @@ def open_job(
         with locked(out / ".lock-plan", wait=True) if rank else contextlib.nullcontext():
             for left in (*out.glob(".manifest-*.tmp"), *out.glob(".run-*.tmp")):
                 left.unlink()
-            if (out / _RUN).exists():
-                job = Job(out)
-                _check_same(job, asked)
-                if job.run["recipe"] != json.loads(json.dumps(recipe)):
-                    job.run["recipe"] = recipe
-                    _write_json(out / _RUN, job.run)
-            else:
+            job = _planned(out, asked, alone=rank is None)
+            if job is None:
                 plan = {"shard_size": default_shard_size(row_bytes)} | asked | {"recipe": recipe}
                 job = _plan(out, source, plan)
+            elif job.run["recipe"] != json.loads(json.dumps(recipe)):
+                job.run["recipe"] = recipe
+                _write_json(out / _RUN, job.run)
         job.remove_temporaries(rank)
         job.lock = lock
         yield job
@@ -161,6 +160,19 @@ def default_shard_size(row_bytes: int) -> int:
     return max(1, min(1024, _SHARD_BYTES // row_bytes))
 
 
+def _planned(out: Path, asked: dict[str, Any], alone: bool) -> Job | None:
+    """The job that is there. If it has no shard yet, and nobody else works on it, another one may take its place."""
+    if not (out / _RUN).exists():
+        return None
+    job = Job(out)
+    if alone and not parts(out) and _differences(job, asked):
+        for path in (out / _RUN, *out.glob("part-*.safetensors")):
+            path.unlink()
+        return None
+    _check_same(job, asked)
+    return job
+
+
 def _plan(out: Path, source: Listing, run: dict[str, Any]) -> Job:
     if parts(out):
         raise ValueError(f"out: expected an empty folder or a job's; {out} has shards and no {_RUN}")
@@ -177,14 +189,19 @@ def _write_json(target: Path, value: dict[str, Any]) -> None:
 
 
 def _check_same(job: Job, asked: dict[str, Any]) -> None:
+    if differences := _differences(job, asked):
+        told = "; ".join(differences)
+        raise ValueError(f"out: {job.out} holds a job with other settings. {told}. Choose another folder")
+
+
+def _differences(job: Job, asked: dict[str, Any]) -> list[str]:
     now = _flat(json.loads(json.dumps(asked)))
     there = _flat({name: job.run.get(name) for name in asked})
-    names = [name for name in {**there, **now} if there.get(name) != now.get(name)]
-    if names:
-        told = "; ".join(
-            f"{name.removeprefix('settings.')}: {there.get(name)!r} there, {now.get(name)!r} asked" for name in names
-        )
-        raise ValueError(f"out: {job.out} holds a job with other settings. {told}. Choose another folder")
+    return [
+        f"{name.removeprefix('settings.')}: {there.get(name)!r} there, {now.get(name)!r} asked"
+        for name in {**there, **now}
+        if there.get(name) != now.get(name)
+    ]
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
