@@ -89,8 +89,10 @@ def kill_once(kill: Callable[[], None]) -> Callable[[int, int], None]:
 
 
 def test_a_process_for_each_device_and_one_that_is_killed_costs_a_shard(
-    made: Tools, whole: Path, tmp_path: Path
+    made: Tools, whole: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(temporary))
     said: list[str] = []
     told: list[tuple[int, int]] = []
     kill = kill_once(lambda: os.kill(children(os.getpid(), "engines.local")[0], signal.SIGKILL))
@@ -107,6 +109,8 @@ def test_a_process_for_each_device_and_one_that_is_killed_costs_a_shard(
     assert report.stages.decoding > 0
     assert all("failed and is tried again: its process ended with SIGKILL" in text for text in said)
     assert len(said) <= 1  # none, if it was killed between two shards
+    # Of the one that was killed; the others clean up.
+    assert len(list(temporary.iterdir())) <= 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that is not there")

@@ -31,6 +31,8 @@ from attnx.jobs.worker import Made, Stages
 __all__ = ["run_on_devices"]
 
 _AT_A_TIME = 3
+_END = "end"
+_GRACE = 5.0  # seconds, for processes to end by themselves
 _Events: TypeAlias = "queue.Queue[tuple[_Process, dict[str, Any]]]"
 
 
@@ -75,6 +77,8 @@ def run_on_devices(
         return sum((process.stages for process in processes), stages)
     finally:
         for process in processes:
+            process.dismiss()
+        for process in processes:
             process.end()
 
 
@@ -109,7 +113,8 @@ def _hand_out(processes: list[_Process], shards: Shards) -> None:
 class _Process:
     """A process, the shards that it was told, which of them it is making, and where its time went.
 
-    ready: it has loaded the model; failures: how many processes before it, on its device, ended without a shard.
+    ready: it has loaded the model; failures: how many processes before it, on its device, ended without a shard;
+    patience: seconds in which it may end by itself.
     """
 
     job: Job
@@ -122,6 +127,7 @@ class _Process:
     making: int | None = None
     theirs: deque[int] = field(default_factory=deque)
     stages: Stages = field(default_factory=Stages)
+    patience: float = 0.0
 
     def __post_init__(self) -> None:
         lock = () if self.job.lock is None else (self.job.lock,)
@@ -156,14 +162,25 @@ class _Process:
     def tell(self, shard: int) -> None:
         """One more shard."""
         self.theirs.append(shard)
+        self._write(str(shard))
+
+    def _write(self, line: str) -> None:
         assert self._process.stdin is not None
         # Of a process that is gone we hear at the end of its answers.
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(f"{shard}\n".encode())
+            self._process.stdin.write(f"{line}\n".encode())
             self._process.stdin.flush()
+
+    def dismiss(self) -> None:
+        """Lets it end by itself, and clean up, if it has nothing to do."""
+        if self.ready and not self.theirs:
+            self._write(_END)
+            self.patience = _GRACE
 
     def end(self) -> str:
         """Ends it, and says how it ended if it had."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(self.patience)
         if self._process.poll() is None:
             self._process.kill()
         code = self._process.wait()
@@ -177,7 +194,7 @@ def main(out: str, device: str, running: str) -> None:
     # What else prints goes to the standard error.
     answers = os.dup(1)
     os.dup2(2, 1)
-    told: queue.Queue[int] = queue.Queue()
+    told: queue.Queue[int | None] = queue.Queue()
     threading.Thread(target=_listen, args=(told,), daemon=True).start()
 
     def answer(shard: int, future: Future[Made]) -> None:
@@ -203,6 +220,8 @@ def main(out: str, device: str, running: str) -> None:
             _answer(answers, begun=None)
             while True:
                 shard = told.get() if following is None else following
+                if shard is None:
+                    return
                 following = told.get_nowait() if not told.empty() else None
                 _answer(answers, begun=shard)
                 worker.run_shard(shard, following).add_done_callback(functools.partial(answer, shard))
@@ -210,9 +229,9 @@ def main(out: str, device: str, running: str) -> None:
         _fail(answers, error, shard)
 
 
-def _listen(told: queue.Queue[int]) -> None:
+def _listen(told: queue.Queue[int | None]) -> None:
     for line in sys.stdin:
-        told.put(int(line))
+        told.put(None if line.strip() == _END else int(line))
     # Whoever started us is gone.
     os._exit(1)
 
