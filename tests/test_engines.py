@@ -103,8 +103,10 @@ def test_a_process_for_each_device_and_one_that_is_killed_costs_a_shard(
 
     report = run(made, tmp_path, **TWO, progress=progress, say=said.append)
     assert files(tmp_path) == files(whole)
-    assert (report.maps, report.errors, report.made, report.makers) == (39, 1, 40, 2)
-    assert (told[0], told[-1], report.set_aside) == ((0, 40), (40, 40), {})
+    assert (report.maps, report.errors, report.makers, report.set_aside) == (39, 1, 2, {})
+    # Less a shard, if it was killed between writing it and saying so: only its failed rows were done again.
+    assert 35 <= report.made <= 40
+    assert (told[0], told[-1]) == ((0, 40), (report.made, 40))
     assert report.stages.model > 0
     assert report.stages.decoding > 0
     assert all("failed and is tried again: its process ended with SIGKILL" in text for text in said)
