@@ -42,12 +42,15 @@ def capture(
     *,
     keep: str = "map",
     grad: bool | str = False,
+    calls: str = "last",
     layout: TokenLayout | None = None,
     backend: str = "auto",
 ) -> Iterator[Trace]:
     """The attention maps of the model's own forward pass, for the length of a `with`.
 
-    The model runs as it always did and gives its own output. A compiled model runs uncompiled inside the `with`.
+    The model runs as it always did and gives its own output. A compiled model runs uncompiled inside the `with`. Where
+    gradients are on the output is that of the model's own attention, so that a backward pass, inside the `with` or
+    after it, is the model's own too. With `grad` gradient checkpointing is off inside the `with`.
 
     Args:
         model: any torch model whose attention ends in `F.scaled_dot_product_attention`; timm and Hugging Face models
@@ -64,18 +67,24 @@ def capture(
         grad: True: the maps are weighted by their own gradients, see `attnx.gradient_map`. They come with the backward
             pass, `trace.backward(score)` or `score.backward()`, and anew with every one; below the first layer that is
             captured nothing needs a gradient, if the model's parameters don't. "signed": without the clamp.
+        calls: which of the model's passes inside the `with` are kept. "last": a new pass replaces the last one's maps.
+            "all": `trace.calls` has a Trace of each, in order, as around `generate()`; the trace itself is the last
+            one's. "mean": the trace has each layer's mean over the passes in which it attended.
         layout: the tokens of the maps, where the model can't tell.
         backend: as in `attnx.attention`.
 
     Raises:
-        ValueError: a pattern or index that matches nothing, dropout that is active, an unknown `keep` or `heads`; grad
-            where gradients are off.
-        RuntimeError: at the end, if a layer that was asked for was not heard, or nothing was.
+        ValueError: a pattern or index that matches nothing, dropout that is active, an unknown `keep`, `heads` or
+            `calls`; grad where gradients are off; calls="mean" of maps whose shapes differ.
+        NotImplementedError: a layer that was asked for attends in a shape that is not [B, H, M, D].
+        RuntimeError: at the end, if a layer that was asked for was not heard (says why, or in which earlier pass it
+            was), if nothing was, or if several threads ran the same layer at once.
 
     Warns:
-        UserWarning: at the end, of attention blocks that were not heard while layers=None asked for every one that is.
+        UserWarning: at the end, of attention blocks that were not heard while layers=None asked for every one that is;
+            says why.
     """
-    listener = Listener(model, layers, Recorder(model, heads, rows, keep, layout, backend, grad=grad))
+    listener = Listener(model, layers, Recorder(model, heads, rows, keep, layout, backend, grad=grad, calls=calls))
     with ExitStack() as stack:
         stack.enter_context(uncompiled())
         stack.callback(listener.uninstall)
@@ -123,6 +132,7 @@ def patch(
     *,
     keep: str = "map",
     grad: bool | str = False,
+    calls: str = "last",
     layout: TokenLayout | None = None,
     backend: str = "auto",
 ) -> Handle:
@@ -135,6 +145,6 @@ def patch(
     """
     if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
         raise ValueError("patch: expected a model that is not compiled; use attnx.capture, or patch model._orig_mod")
-    listener = Listener(model, layers, Recorder(model, heads, rows, keep, layout, backend, grad=grad))
+    listener = Listener(model, layers, Recorder(model, heads, rows, keep, layout, backend, grad=grad, calls=calls))
     listener.install()
     return Handle(listener)

@@ -151,6 +151,8 @@ class KeptQK:
     rows: Tensor | None = None
     backend: str = "auto"
     versions: tuple[int | None, ...] = ()
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -197,7 +199,7 @@ class KeptQK:
             return torch.stack([vecmat(row, self.q, self.k, **self._call(), lse=self.lse) for row in r.unbind(1)], 1)
 
     def _whole_mean(self) -> bool:
-        return self.heads == "mean" and self.rows is None
+        return self.heads == "mean" and self.rows is None and self.sinks is None
 
     def _rows(self, rows: Tensor | None) -> Tensor:
         # q and k are what autocast made of them already, and lse is theirs.
@@ -207,7 +209,9 @@ class KeptQK:
     def _call(self) -> dict[str, Any]:
         if self.versions and _versions(self.q, self.k, self.bias) != self.versions:
             raise RuntimeError("q, k or the mask of a layer was changed in place after it ran; capture with keep='map'")
-        return dict(bias=self.bias, is_causal=self.is_causal, scale=self.scale, backend=self.backend)
+        beyond = dict(softcap=self.softcap, sinks=self.sinks)
+        given = {name: value for name, value in beyond.items() if value is not None}
+        return dict(bias=self.bias, is_causal=self.is_causal, scale=self.scale, backend=self.backend, **given)
 
 
 def attend(
@@ -238,10 +242,10 @@ def attend(
             out, amap = None, attention_map(q, k, **options)
         else:
             out, amap = attention(q, k, v, **options)
-        return out, KeptMap(amap, stochastic=mean and call["bias"] is None and k.shape[2] > 0)
+        return out, KeptMap(amap, stochastic=mean and call["bias"] is None and call.get("sinks") is None and k.shape[2] > 0)
     with torch.set_grad_enabled(output and torch.is_grad_enabled()):
         out, lse = attention_lse(q, k, v, **call)
-    call["bias"] = None if call["bias"] is None else call["bias"].detach()
+    call = {name: value.detach() if isinstance(value, Tensor) else value for name, value in call.items()}
     q, k = _own(q), _own(k)
     versions = _versions(q, k, call["bias"])
     return out if output else None, KeptQK(q, k, lse, heads=heads, rows=rows, versions=versions, **call)

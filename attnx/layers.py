@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from os.path import commonprefix
 
-from torch import nn
+import torch.nn.functional as F
+from torch import fx, nn
 
 Layers = str | int | Sequence[str | int] | None
 
@@ -31,6 +33,29 @@ def _is_attention(module: nn.Module) -> bool:
 def clean_name(name: str) -> str:
     """A module's name without the wrapper that torch.compile puts around a module."""
     return name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
+
+
+def names_in_graph(graph: fx.GraphModule) -> tuple[str, ...]:
+    """Names of the attention modules that a graph was traced from, one for every call of SDPA in it; "" if unknown.
+
+    torch.fx puts a block's own code into the graph and keeps the modules inside: a call belongs to the module around
+    those that its queries, keys and values come from.
+    """
+    names = []
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
+            around, seen, waiting = set[str](), set[fx.Node](), list(node.all_input_nodes[:3])
+            while waiting:
+                before = waiting.pop()
+                if before in seen:
+                    continue
+                seen.add(before)
+                if before.op in ("call_module", "get_attr"):
+                    around.add(str(before.target).rpartition(".")[0])
+                else:
+                    waiting += before.all_input_nodes
+            names.append(".".join(commonprefix([name.split(".") for name in around])) if around else "")
+    return tuple(names)
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -12,6 +12,10 @@ _HF_PREFIX = {
     "clip": 1, "clip_vision_model": 1, "siglip": 0, "siglip_vision_model": 0, "siglip2_vision_model": 0, "beit": 1,
 }  # fmt: skip
 
+# Names of parameters, and of attributes that count further tokens: in the original code of DINOv2, DINOv3 and DeiT.
+_CLASS_TOKENS = {"cls_token", "class_token", "class_embedding"}
+_REGISTERS = ("num_register_tokens", "n_storage_tokens", "num_registers")
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -65,9 +69,11 @@ def declared_prefix(model: nn.Module) -> tuple[int, bool] | None:
             return None  # it shuffles its patches: no grid is theirs
         if kind in _HF_PREFIX:
             return _HF_PREFIX[kind] + (getattr(config, "num_register_tokens", 0) or 0), _HF_PREFIX[kind] > 0
-    if any(name.rpartition(".")[2] in ("cls_token", "class_token") for name, _ in model.named_parameters()):
-        return 1, True
-    return None
+    own = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    if not own & _CLASS_TOKENS:
+        return None
+    counts = (getattr(model, name, 0) for name in _REGISTERS)
+    return 1 + ("dist_token" in own) + next((n for n in counts if isinstance(n, int) and n), 0), True
 
 
 def declared_input(model: nn.Module) -> tuple[int, int, int] | None:

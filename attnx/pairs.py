@@ -138,7 +138,7 @@ def word_maps(
     pairs = _Pairs(albef, images, captions)
     recorder = Recorder(block, heads, None, "map", None, backend, private=True)
     # Another capture of the model is to see all of its pass.
-    recorder.last = None if heard(block) else "self"
+    recorder.last = None if heard([block]) else "self"
     listener = Listener(block, None, recorder, get_ident())
     layers = albef.cross_layers if preset else None
     with torch.inference_mode(), uncompiled():

@@ -17,7 +17,7 @@ from attnx.layers import clean_name
 from attnx.layout import grid_of
 from attnx.listener import Listener, heard, reopen_ears
 from attnx.ops import cast_as_sdpa
-from attnx.recorder import Recorder, Stop
+from attnx.recorder import Call, Recorder, Stop
 
 
 class Step(NamedTuple):
@@ -48,7 +48,7 @@ class Plan:
         split: how the last layer's projections are split, where they can be.
         bound: whether the blocks' own forwards can be run with another attention. Else all of the model is listened to.
         blocks: the modules that attend in the wanted layers, by name.
-        convolutions: those that cut images into patches.
+        convolutions: those that cut images into patches, by name.
     """
 
     steps: tuple[Step, ...]
@@ -58,7 +58,7 @@ class Plan:
     split: Split | None
     bound: bool
     blocks: dict[str, nn.Module] = field(repr=False)
-    convolutions: tuple[nn.Module, ...] = field(repr=False)
+    convolutions: dict[str, nn.Module] = field(repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -99,13 +99,15 @@ class Plan:
         """Has the pass of this thread recorded as long as the stack is open."""
         recorder.clear()
         # Another capture of the model is to see all of its pass.
-        alone = not any(heard(block) for block in self.blocks.values())
+        alone = not heard(self.blocks.values())
         recorder.last, recorder.last_row = (self.last, self.row) if alone else (None, None)
         stack.callback(setattr, recorder, "last", None)
         thread = get_ident()
         forwards = {}
         if alone and self.bound:
-            found = {name: own_forward(block, _answer(recorder, name, thread)) for name, block in self.blocks.items()}
+            found = {
+                name: own_forward(block, _answer(recorder, name, block, thread)) for name, block in self.blocks.items()
+            }
             forwards = {name: forward for name, forward in found.items() if forward is not None}
         if len(forwards) == len(self.blocks):
             stack.callback(reopen_ears)
@@ -115,8 +117,8 @@ class Plan:
                 # Not by setattr: nn.Module's takes longer than some layers.
                 vars(block)["forward"] = MethodType(forwards[name], block)
                 stack.callback(vars(block).pop, "forward", None)
-            for convolution in self.convolutions:
-                hook = partial(_note_grid, recorder, thread)
+            for name, convolution in self.convolutions.items():
+                hook = partial(_note_grid, recorder, name, thread)
                 stack.callback(convolution.register_forward_hook(hook).remove)
         else:
             if not set(self.blocks) <= {clean_name(name) for name, _ in model.named_modules()}:
@@ -147,18 +149,18 @@ def sole_input(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     return given[0] if len(given) == 1 and isinstance(given[0], Tensor) else None
 
 
-def _answer(recorder: Recorder, layer: str, thread: int) -> Callable[..., Tensor]:
+def _answer(recorder: Recorder, layer: str, block: nn.Module, thread: int) -> Callable[..., Tensor]:
     """Attention that is recorded; in other threads, which may run the same model meanwhile, plain attention."""
 
     def answer(*args: Any, **kwargs: Any) -> Tensor:
         if get_ident() != thread:
             return SDPA(*args, **kwargs)
-        return recorder.answer(recorder.key(layer), SDPA, True, *args, **kwargs)
+        return recorder.answer(recorder.key(layer), Call.of(SDPA, block, args, kwargs), True)
 
     return answer
 
 
-def _note_grid(recorder: Recorder, thread: int, module: nn.Module, args: Any, output: Any) -> None:
+def _note_grid(recorder: Recorder, name: str, thread: int, module: nn.Module, args: Any, output: Any) -> None:
     grid = grid_of(output)
     if grid is not None and get_ident() == thread:
-        recorder.trace.add_grid(grid)
+        recorder.trace.add_grid(name, grid)

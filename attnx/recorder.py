@@ -1,18 +1,85 @@
 """Answers the attention calls of a forward pass, and keeps of each what was asked for."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnx.adapters.huggingface import unpacked
 from attnx.kept import KeptMap, KeptRows, attend, check_keep, qk_bytes
 from attnx.layout import TokenLayout
-from attnx.ops import attention_map, cast_as_sdpa
-from attnx.reducers import Heads
-from attnx.trace import Trace
+from attnx.ops import attention, attention_map, cast_as_sdpa
+from attnx.reducers import HIDDEN, Heads
+from attnx.sides import Facts
+from attnx.trace import CALLS, Trace
 from attnx.weighted import attend_with_gradient
+
+
+@dataclass
+class Call:
+    """One attention call of a model: its scores, and what gives the output that the model would have.
+
+    Attributes:
+        q, k, v, bias: as in `attnx.attention`; with one row a query, whatever the model packs into its rows.
+        dropout: of the weights.
+        scores: the arguments of `attnx.attention` that say more of the scores: is_causal, scale; softcap and sinks of a
+            model that calls it.
+        output: the model's own attention; the result's first, where it gives more.
+        shape: of the output's leading dimensions, as the model wants it.
+        found: all that the model's own attention gave.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    dropout: float
+    scores: dict[str, Any]
+    own: Callable[[], Any]
+    shape: tuple[int, ...]
+    ours: bool = False
+    found: Any = field(default=None)
+
+    @classmethod
+    def of(cls, func: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "Call":
+        """The call of `F.scaled_dot_product_attention`, or of `attnx.attention`, with these arguments."""
+        if func is attention:
+            q, k, v, *_ = args
+            names = ("is_causal", "scale", "softcap", "sinks")
+            scores = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            return cls(q, k, v, kwargs.get("bias"), 0.0, scores, lambda: func(*args, **kwargs), q.shape[:3], True)
+        return cls._of_sdpa(func, module, *args, **kwargs)
+
+    @classmethod
+    def _of_sdpa(
+        cls,
+        func: Callable[..., Tensor],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> "Call":
+        def own() -> Tensor:
+            return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+        q, bias = query, attn_mask
+        if query.dim() == 4:
+            q, bias = unpacked(module, query, key, attn_mask) or (query, attn_mask)
+        scores: dict[str, Any] = dict(is_causal=is_causal, scale=scale)
+        return cls(q, key, value, bias, dropout_p, scores, own, query.shape[:3])
+
+    def output(self) -> Tensor:
+        """The output of the model's own attention."""
+        self.found = self.own()
+        return self.found[0] if self.ours else self.found
 
 
 class Stop(Exception):  # noqa: N818  (no error: it leaves a model's forward where nothing more of it is wanted)
@@ -25,13 +92,15 @@ class Recorder:
     Attributes:
         last: the layer after which nothing is wanted: its output is not computed, and `Stop` is raised in its place.
         last_row: the only query row of it that is wanted; None: as in the other layers.
-        calls: if a dict, it is given what every layer attended with: bias, is_causal, scale, backend, nbytes (of q, k
+        attended: if a dict, it is given what every layer attended with: bias, is_causal, scale, backend, nbytes (of q, k
             and what else would be kept with them), and of the last one q and k.
+        calls: "last", "all" or "mean", see `attnx.capture`.
 
     Args:
         model, heads, rows, keep, layout, backend: as in `attnx.capture`.
         private: nobody but this package's methods is given the maps, so that nobody writes to them.
         grad: as in `attnx.capture`.
+        calls: which passes are kept, as in `attnx.capture`.
 
     Raises:
         ValueError: an unknown `keep`, `heads` or `grad`, rows that are no integers.
@@ -47,8 +116,13 @@ class Recorder:
         backend: str,
         private: bool = False,
         grad: bool | str = False,
+        calls: str = "last",
     ) -> None:
         Heads.parse(heads)
+        if calls not in CALLS:
+            raise ValueError(f"calls: expected one of {', '.join(CALLS)}; got {calls!r}")
+        if calls == "mean" and (grad or keep == "qk"):
+            raise ValueError("calls: expected 'last' or 'all' beside grad and keep='qk', which have no maps to average")
         if grad not in (False, True, "signed"):
             raise ValueError(f"grad: expected False, True or 'signed'; got {grad!r}")
         if grad and keep == "qk":
@@ -57,77 +131,70 @@ class Recorder:
             chosen = None if rows is None else tuple(index(row) for row in rows)
         except TypeError as error:
             raise ValueError(f"rows: expected a sequence of integers; got {rows!r}") from error
-        self.trace = Trace(model, heads, chosen, layout)
+        self.trace = Trace(model, heads, chosen, layout, calls)
+        self.calls = calls
         self.keep = check_keep(keep)
         self.backend = backend
         self.last: str | None = None
         self.last_row: int | None = None
         self.private = private
         self.grad = grad
-        self.calls: dict[str, dict[str, Any]] | None = None
+        self.attended: dict[str, dict[str, Any]] | None = None
         self._rows: dict[tuple[Any, ...], Tensor] = {}
+        self._hides: dict[tuple[int, int], tuple[Tensor, bool]] = {}  # masks of this pass, and what they hide
 
     def clear(self) -> None:
         """Forgets the last pass."""
         self.trace.clear()
+        self._hides.clear()
+
+    def begin_call(self) -> None:
+        """Another pass of the model begins."""
+        self.trace.begin_call()
+        self._hides.clear()
 
     def key(self, layer: str) -> str:
         """The layer's name, numbered when it attends again in the same pass."""
         again = sum(name.partition("#")[0] == layer for name in self.trace)
         return f"{layer}#{again + 1}" if again else layer
 
-    def answer(
-        self,
-        layer: str,
-        sdpa: Callable[..., Tensor],
-        alone: bool,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """What the layer asked `sdpa` for; keeps what is wanted of it.
+    def answer(self, layer: str, call: Call, alone: bool, facts: Facts | None = None) -> Tensor:
+        """The output that the layer asked for; keeps what is wanted of the call.
 
         Args:
             layer: its name in the trace.
-            sdpa: gives the output where somebody else is to hear the call, which is to say unless `alone`.
+            alone: nobody else is to hear the call: the model's own attention need not be run.
+            facts: what the call shows of the map's sides, if that is not known already.
 
         Raises:
             ValueError, NotImplementedError: as in `attnx.attention`, with the layer's name; dropout that is active.
             Stop: this was the last layer that is wanted.
         """
-        if dropout_p:
-            raise ValueError(f"{layer}: expected dropout_p = 0; got {dropout_p}; call model.eval()")
-        if query.dim() != 4:
-            raise NotImplementedError(f"{layer}: expected q of [B, H, M, D]; got {list(query.shape)}; leave it out")
-        q, k, v = query, key, value
+        if call.dropout:
+            raise ValueError(f"{layer}: expected dropout_p = 0; got {call.dropout}; call model.eval()")
+        q, k, v = call.q, call.k, call.v
         if not len(q) == len(k) == len(v):
             batch = torch.broadcast_shapes(q.shape[:1], k.shape[:1], v.shape[:1])[0]
             q, k, v = (t.expand(batch, -1, -1, -1) for t in (q, k, v))
-        call: dict[str, Any] = dict(bias=attn_mask, is_causal=is_causal, scale=scale, backend=self.backend)
-
-        def asked() -> Tensor:
-            return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-
-        if self.calls is not None:
+        given: dict[str, Any] = dict(bias=call.bias, backend=self.backend, **call.scores)
+        if self.attended is not None:
             # q and k of one layer at a time: they are views of a qkv that would be kept whole.
-            for earlier in self.calls.values():
+            for earlier in self.attended.values():
                 earlier.pop("q", None), earlier.pop("k", None)
-            self.calls[layer] = dict(call, q=q, k=k, nbytes=qk_bytes(q, k, attn_mask))
+            self.attended[layer] = dict(given, q=q, k=k, nbytes=qk_bytes(q, k, call.bias))
+        if facts is not None:
+            self.trace.note(layer, facts)
         if layer == self.last and self.last_row is not None:
-            self.keep_row(layer, *cast_as_sdpa(q, k), rows=self._index((self.last_row,), q), **call)
+            self.keep_row(layer, *cast_as_sdpa(q, k), rows=self._index((self.last_row,), q), **given)
         try:
             rows = None if self.trace.rows is None else self._index(self.trace.rows, q)
-            options = dict(heads=self.trace.heads, rows=rows, **call)
+            options = dict(heads=self.trace.heads, rows=rows, **given)
             if self.grad:
-                answer, weighted = attend_with_gradient(asked, q, k, v, clamp=self.grad != "signed", **options)
+                answer, weighted = attend_with_gradient(call.output, q, k, v, clamp=self.grad != "signed", **options)
                 self.trace.add(layer, weighted)
                 return answer
-            out, kept = attend(q, k, v, self.keep, output=alone and layer != self.last, **options)
+            ours = alone and not call.ours and layer != self.last and not self._is_theirs(q, k, v, call.bias)
+            out, kept = attend(q, k, v, self.keep, output=ours, **options)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{layer}: {error}") from error
         if isinstance(kept, KeptMap) and not self.private:
@@ -135,7 +202,29 @@ class Recorder:
         self.trace.add(layer, kept)
         if layer == self.last:
             raise Stop
-        return asked() if out is None else out
+        if out is None:
+            return call.output()
+        return out if out.shape[:3] == call.shape else out.reshape(len(out), *call.shape[1:], -1)
+
+    def _is_theirs(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+        """Whether the output must be that of the model's own attention, and not the kernel's that gives the map.
+
+        Where a graph is made: gradients are then the model's own, and gradient checkpointing finds in the backward pass
+        what it found before. Where all keys of a row are hidden by finite numbers, by which SDPA still attends.
+        """
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, bias) if t is not None):
+            return True
+        if bias is None or bias.dtype == torch.bool or not bias.numel():
+            return False
+        if bias.device.type != "cpu" and (bias.dim() == 4 and bias.shape[1] > 1):
+            return False  # one of every layer's own, as a rule of relative positions: a GPU is not waited for each time
+        key = (id(bias), bias._version if not bias.is_inference() else 0)
+        if key not in self._hides:
+            if bias.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return False
+            top = bias.detach().amax(-1)
+            self._hides[key] = bias, bool(((top < HIDDEN) & (top > -torch.inf)).any())
+        return self._hides[key][1]
 
     def keep_row(self, layer: str, q: Tensor, k: Tensor, **call: Any) -> None:
         """Keeps the last layer's only wanted row, and stops.

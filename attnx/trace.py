@@ -1,30 +1,49 @@
-"""What a capture gives: the maps of one forward pass, and the layout of their tokens."""
+"""What a capture gives: the maps of a forward pass, and what their rows and columns stand for."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from attnx.kept import Kept, KeptMap
+from attnx.layers import Layers, matches
 from attnx.layout import TokenLayout, infer_layout
+from attnx.sides import Facts, Parts, Tokens, sides, stack_of
 from attnx.weighted import KeptGradient
+
+CALLS = ("last", "all", "mean")
 
 
 class Trace(Mapping[str, Tensor]):
     """The maps of one forward pass: layer name -> float32 map, in the order of the calls.
 
     A map is [B, M, N]; [B, R, N] for R chosen rows; [B, H, M, N] for heads="each". `trace[-1]` is the last layer's.
-    A layer that attends twice in one pass appears a second time as "name#2". A new pass replaces the last one's maps.
+    A layer that attends twice in one pass appears a second time as "name#2". A new pass replaces the last one's maps;
+    `calls` has those of every pass, if the capture keeps them (calls="all"), or the trace is their mean (calls="mean").
     Of a layer that was captured with keep="qk" the map is made when it is read, every time; `kept` gives the rest.
     """
 
-    def __init__(self, model: nn.Module, heads: str, rows: tuple[int, ...] | None, layout: TokenLayout | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        heads: str,
+        rows: tuple[int, ...] | None,
+        layout: TokenLayout | None,
+        calls: str = "last",
+    ) -> None:
         self.heads = heads
         self.rows = rows
         self._model = model
         self._layout = layout
+        self._mode = calls
         self._kept: dict[str, Kept] = {}
-        self._grids: list[tuple[int, int]] = []
+        self._grids: dict[str, tuple[int, int]] = {}
+        # What is known of the layers whatever the pass.
+        self._facts: dict[str, Facts] = {}
+        self._parts: dict[tuple[str, ...], Parts] = {}
+        self._calls: list[Trace] = []
+        self._means: dict[str, tuple[int, Tensor]] = {}
 
     def __getitem__(self, layer: str | int) -> Tensor:
         return self.kept(layer).map()
@@ -61,12 +80,19 @@ class Trace(Mapping[str, Tensor]):
                 raise KeyError(f"layer {layer}: expected an index into {len(names)} layers: {', '.join(names)}")
             layer = names[layer]
         if layer not in self._kept:
-            raise KeyError(f"layer {layer!r}: expected one of {', '.join(self._kept) or 'none (nothing was heard)'}")
+            earlier = [i for i, call in enumerate(self._calls) if layer in call and call._kept is not self._kept]
+            where = f"; call {earlier[-1]} has it: trace.calls[{earlier[-1]}]" if earlier else ""
+            known = ", ".join(self._kept) or "none (nothing was heard)"
+            raise KeyError(f"layer {layer!r}: expected one of {known}{where}")
         return self._kept[layer]
 
     def add(self, layer: str, kept: Tensor | Kept) -> None:
         """Keeps a layer's map, or what it is made of."""
         self._kept[layer] = KeptMap(kept) if isinstance(kept, Tensor) else kept
+
+    def note(self, layer: str, facts: Facts) -> None:
+        """Keeps what a layer's call shows of its sides, for this pass and later ones."""
+        self._facts[layer.partition("#")[0]] = facts
 
     def backward(self, score: Tensor, retain_graph: bool = False) -> None:
         """Has a capture with `grad` make its maps: those of the gradient of `score`. No parameter gets a gradient.
@@ -79,6 +105,8 @@ class Trace(Mapping[str, Tensor]):
             ValueError: the capture has no `grad`, or the score does not depend on any captured layer.
         """
         outs = [kept.out for kept in self._kept.values() if isinstance(kept, KeptGradient) and kept.out is not None]
+        if not self._kept:
+            raise ValueError("backward: no attention was captured yet: call the model first, inside the capture")
         if not outs:
             raise ValueError("backward: expected a capture with grad=True, and a graph that was not freed before")
         if not score.requires_grad or score.numel() != 1:
@@ -94,35 +122,182 @@ class Trace(Mapping[str, Tensor]):
                 if isinstance(kept, KeptGradient):
                     kept.out = None
 
+    @property
+    def calls(self) -> "Calls":
+        """Every pass that was kept, a Trace each: all with calls="all", else the last; a call of a layer by its name."""
+        return Calls(self._calls or [self])
+
+    def select(self, layers: Layers) -> "Trace":
+        """The same pass with some of its layers: names, globs, or indices into the trace.
+
+        Raises:
+            ValueError: a name or index that matches no layer of the trace.
+        """
+        asked = [layers] if isinstance(layers, (str, int)) else list(layers or [])
+        names = list(self._kept)
+        chosen: set[str] = set()
+        for one in asked:
+            if isinstance(one, int) and not isinstance(one, bool):
+                found = names[one : one + 1 or None] if -len(names) <= one < len(names) else []
+            else:
+                found = [name for name in names if isinstance(one, str) and _names(one, name)]
+            if not found:
+                raise ValueError(f"layers: {one!r} matches no layer of the trace; expected some of {', '.join(names)}")
+            chosen |= set(found)
+        if not chosen:
+            raise ValueError("layers: expected at least one layer; got none")
+        return self._with({name: self._kept[name] for name in names if name in chosen})
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Trace":
         """The same with each map, as it is now, replaced by what the function makes of it."""
+        return self._with({layer: KeptMap(function(kept.map())) for layer, kept in self._kept.items()})
+
+    def _with(self, kept: dict[str, Kept]) -> "Trace":
+        """A trace of the same pass that has these layers."""
         other = Trace(self._model, self.heads, self.rows, self._layout)
-        other._grids = list(self._grids)
-        for layer, kept in self._kept.items():
-            other.add(layer, function(kept.map()))
+        other._kept, other._grids = kept, dict(self._grids)
+        other._facts, other._parts = self._facts, self._parts
         return other
 
-    def add_grid(self, grid: tuple[int, int]) -> None:
-        """Keeps a grid (rows, columns) that a patch convolution gave; the newest stands first."""
-        if grid in self._grids:
-            self._grids.remove(grid)
-        self._grids.insert(0, grid)
+    def add_grid(self, convolution: str, grid: tuple[int, int]) -> None:
+        """Keeps the grid (rows, columns) that a patch convolution gave; the newest stands first."""
+        self._grids.pop(convolution, None)
+        self._grids = {convolution: grid, **self._grids}
+        if self._calls:
+            self._calls[-1]._grids = self._grids
+
+    def begin_call(self) -> None:
+        """A new pass of the model: the last one's maps are kept, folded into the mean, or forgotten."""
+        self.fold()
+        call = self._with({})
+        call._grids = {}
+        self._kept, self._grids = call._kept, call._grids
+        self._calls = [*self._calls, call] if self._mode == "all" else [call]
 
     def clear(self) -> None:
-        """Forgets the last pass."""
-        self._kept.clear()
-        self._grids.clear()
+        """Forgets every pass."""
+        self._kept, self._grids, self._calls, self._means = {}, {}, [], {}
+
+    def fold(self) -> None:
+        """The pass is over: with calls="mean" its maps become the mean of all passes so far.
+
+        Raises:
+            ValueError: a layer's maps have another shape than before.
+        """
+        if self._mode != "mean":
+            return
+        for layer, kept in list(self._kept.items()):
+            count, mean = self._means.get(layer, (0, kept.map()))
+            if kept.map() is mean and count:
+                continue  # it was folded before
+            if kept.shape != tuple(mean.shape):
+                raise ValueError(
+                    f"calls='mean': expected maps of one shape; {layer} has {list(mean.shape)}, then "
+                    f"{list(kept.shape)}; use calls='all'"
+                )
+            mean = torch.lerp(mean, kept.map(), 1 / (count + 1))
+            self._means[layer] = count + 1, mean
+            self._kept[layer] = KeptMap(mean)
+        for layer, (_, mean) in self._means.items():
+            self._kept.setdefault(layer, KeptMap(mean))
+
+    def sides(self, layer: str | int) -> tuple[Tokens, Tokens]:
+        """What the rows and the columns of a layer's map stand for: (queries, keys).
+
+        Raises:
+            KeyError: no such layer was captured.
+        """
+        kept = self.kept(layer)
+        name = list(self._kept)[layer] if isinstance(layer, int) else layer
+        facts = self._facts.get(name.partition("#")[0], Facts())
+        queries, keys = sides(self._structure(), name, kept.shape, facts, self._grids)
+        if self._layout is not None and keys.count == self._layout.tokens:
+            given = Tokens(
+                "image", self._layout.prefix, self._layout.grid, None, keys.count, self._layout.cls is True, keys.part
+            )
+            return (given if queries == keys else queries), given
+        return queries, keys
+
+    @property
+    def has_layout(self) -> bool:
+        """Whether the layout was given to the capture."""
+        return self._layout is not None
+
+    def _structure(self) -> Parts:
+        names = tuple(dict.fromkeys(name.partition("#")[0] for name in self._kept))
+        if names not in self._parts:
+            self._parts[names] = Parts(self._model, names)
+        return self._parts[names]
 
     @property
     def layout(self) -> TokenLayout:
-        """The tokens of the maps, from the model and its actual input, or as given to `capture`.
+        """The tokens of the maps' columns, from the model and its actual input, or as given to `capture`.
 
         Raises:
-            ValueError: the model doesn't say; pass `layout=`.
+            ValueError: the layers have different ones (names them), or the model doesn't say; pass `layout=`.
         """
         if self._layout is not None:
             return self._layout
         if not self._kept:
             raise ValueError("layout: the model has not been called yet")
-        counts = [kept.shape[-1] for kept in self._kept.values()]
-        return infer_layout(self._model, self._grids, max(set(counts), key=counts.count))
+        keys = {layer: self.sides(layer)[1] for layer in self._kept}
+        if len(set(keys.values())) > 1:
+            raise ValueError(f"layout: the layers' maps are of different tokens: {describe(self)}; choose layers= of one of them")
+        found = next(iter(keys.values()))
+        if found.layout is not None:
+            return found.layout
+        if found.kind in ("text", "channels"):
+            raise ValueError(f"layout: expected maps over patches of an image; got maps over {found}")
+        parts = self._structure()
+        part: nn.Module = parts.modules[found.part] if found.part in parts.modules else self._model
+        own = parts.kinds.get(found.part, {})
+        return infer_layout(part, [g for name, g in self._grids.items() if name in own], found.count)
+
+
+class Calls(Sequence[Trace]):
+    """The passes of a capture: `calls[i]` is the Trace of pass i, `calls[name]` {i: map} of a layer's every pass."""
+
+    def __init__(self, calls: Sequence[Trace]) -> None:
+        self._calls = tuple(calls)
+
+    @overload
+    def __getitem__(self, which: int) -> Trace: ...
+    @overload
+    def __getitem__(self, which: slice) -> "Calls": ...
+    @overload
+    def __getitem__(self, which: str) -> dict[int, Tensor]: ...
+    def __getitem__(self, which: int | slice | str) -> "Trace | Calls | dict[int, Tensor]":
+        if isinstance(which, slice):
+            return Calls(self._calls[which])
+        if isinstance(which, str):
+            found = {i: call[which] for i, call in enumerate(self._calls) if which in call}
+            if not found:
+                known = ", ".join(dict.fromkeys(name for call in self._calls for name in call)) or "none"
+                raise KeyError(f"layer {which!r}: expected one of {known}")
+            return found
+        return self._calls[which]
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __repr__(self) -> str:
+        return f"Calls({', '.join(map(repr, self._calls))})"
+
+
+def describe(trace: Trace, by_stack: bool = False) -> str:
+    """A trace's layers grouped by the tokens of their maps, in words: "12 text of text_model: text_model.layers.0 ..."."""
+    told_of: dict[tuple[str, str], list[str]] = {}
+    for layer in trace:
+        queries, keys = trace.sides(layer)
+        what = f"{queries} over {keys}" if queries != keys else f"{keys}"
+        told_of.setdefault((what, stack_of(layer) if by_stack else ""), []).append(layer)
+    told = [
+        f"{what}: {names[0]}" + (f" ... {names[-1]} ({len(names)} layers)" if len(names) > 1 else "")
+        for (what, _), names in told_of.items()
+    ]
+    return "; ".join(told)
+
+
+def _names(pattern: str, layer: str) -> bool:
+    """Whether a pattern means a layer of a trace: by name, glob or block, with or without the number of its call."""
+    return matches(pattern, layer) or matches(pattern, layer.partition("#")[0])

@@ -38,8 +38,8 @@ class Trial:
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            self.recorder.last, self.recorder.calls = None, self.calls
-            stack.callback(setattr, self.recorder, "calls", None)
+            self.recorder.last, self.recorder.attended = None, self.calls
+            stack.callback(setattr, self.recorder, "attended", None)
             stack.callback(self.listener.uninstall)
             self.listener.install()
             for name, module in self.model.named_modules():
@@ -68,6 +68,7 @@ class Trial:
         """
         last = wanted[-1]
         modules = {clean_name(name): module for name, module in self.model.named_modules()}
+        convolutions = {id(module) for module in patch_convolutions(self.model)}
         blocks = {name.partition("#")[0]: modules[name.partition("#")[0]] for name in wanted}  # "x#2" is x again
         split = self._split(last, modules.get(last), row)
         return Plan(
@@ -78,7 +79,7 @@ class Trial:
             split=split,
             bound=all(own_forward(block, SDPA) is not None for block in blocks.values()),
             blocks=blocks,
-            convolutions=tuple(patch_convolutions(self.model)),
+            convolutions={name: module for name, module in modules.items() if id(module) in convolutions},
         )
 
     def _split(self, last: str, block: nn.Module | None, row: int | None) -> Split | None:
@@ -90,6 +91,7 @@ class Trial:
             or x is None
             or call["bias"] is not None
             or call["is_causal"]
+            or not {"softcap", "sinks"}.isdisjoint(call)
             or "q" not in call
         ):
             return None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnx.adapters.checkpointing import is_checkpointed
 from attnx.kept import KeptMap, no_autocast
 from attnx.ops import cast_as_sdpa, gradient_map
 from attnx.reducers import Heads
@@ -30,6 +31,8 @@ class KeptGradient:
     def weigh(self, grad: Tensor) -> None:
         """A hook on the output: the gradient has come."""
         with no_autocast(self.q):
+            # transformers packs the heads of a group into rows.
+            grad = grad.reshape(*self.q.shape[:3], -1)
             self.amap = gradient_map(grad, self.q, self.k, self.v, **self.call)
 
     @property
@@ -74,12 +77,20 @@ def attend_with_gradient(
     """SDPA's own output, and a map that comes with its gradient. Where nothing below asks for one, the graph begins.
 
     Raises:
-        ValueError: gradients are off.
+        ValueError: gradients are off; the graph would begin inside of what gradient checkpointing runs again.
     """
     if not torch.is_grad_enabled():
-        raise ValueError("grad: expected gradients to be on; they are off: leave torch.no_grad, torch.inference_mode")
+        raise ValueError(
+            "grad: expected gradients to be on; they are off: leave torch.no_grad, torch.inference_mode, and "
+            "torch.utils.checkpoint with use_reentrant=True"
+        )
     out = sdpa()
     if not out.requires_grad:
+        if is_checkpointed():
+            raise ValueError(
+                "grad: expected no torch.utils.checkpoint around layers whose input needs no gradient; turn gradient "
+                "checkpointing off, or let the model's input or parameters require gradients"
+            )
         out = out.detach().requires_grad_()
     q, k, v = (t.detach() for t in cast_as_sdpa(q, k, v))
     kept = KeptGradient(q, k, v, out, call)

@@ -20,14 +20,16 @@ Reference:
 import dis
 import inspect
 from collections.abc import Callable
-from functools import cache, partial
-from types import FunctionType, MethodType
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as registry
+
+from attnx.adapters.switches import bind, own_forward_only
 
 _BERT = ("hidden_states", "attention_mask", "head_mask", "encoder_hidden_states", "encoder_attention_mask",
          "past_key_value", "output_attentions")  # fmt: skip
@@ -50,20 +52,12 @@ def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
     undo: list[Callable[[], None]] = []
     for module in model.modules():
         kind = type(module)
-        if kind.__name__ not in ("BertSelfAttention", "Attention", "Block") or "forward" in vars(module):
+        if kind.__name__ not in ("BertSelfAttention", "Attention", "Block") or not own_forward_only(module):
             continue
         forward = _rewritten(kind.__name__, kind.forward) if isinstance(kind.forward, FunctionType) else None
         if forward is not None and not kind.__module__.startswith(("transformers.", "timm.")):
-            bound = MethodType(forward, module)
-            # Not by setattr: nn.Module's takes longer than some layers.
-            vars(module)["forward"] = bound
-            undo.append(partial(_unbind, module, bound))
+            undo.append(bind(module, forward))
     return undo
-
-
-def _unbind(module: nn.Module, bound: MethodType) -> None:
-    if vars(module).get("forward") is bound:
-        del vars(module)["forward"]
 
 
 @cache

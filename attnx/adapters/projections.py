@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as registry
 
+from attnx.adapters.switches import own_forward_only
+
 # Blocks whose queries and keys are linear maps of their input, normalised at most: no rotation, no scale of their own.
 _TIMM = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
 _TRANSFORMERS = ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "ViTMSN", "ViTMAE", "CLIP", "IJepa", "AST", "Yolos")
@@ -61,8 +63,11 @@ def _weights(module: nn.Module, heads: Heads) -> list[tuple[Tensor, Tensor | Non
 
 
 def _plain(linear: Any) -> bool:
-    """A linear map and nothing more: no adapter, no hook, no forward of its own."""
-    if type(linear) is not nn.Linear or "forward" in vars(linear):
+    """A linear map and nothing more: no adapter, no hook, no forward of its own, no weight of a tensor subclass."""
+    if type(linear) is not nn.Linear or not own_forward_only(linear):
+        return False
+    # Quantised and sharded weights (torchao's, DTensor) can't all be sliced.
+    if any(type(t) not in (Tensor, nn.Parameter) for t in (linear.weight, linear.bias) if t is not None):
         return False
     hooks = (linear._forward_hooks, linear._forward_pre_hooks)
     return not any((*hooks, registry._global_forward_hooks, registry._global_forward_pre_hooks))

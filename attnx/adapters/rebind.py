@@ -2,7 +2,7 @@
 
 import dis
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -10,18 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attnx.adapters.mha import MHA, multi_head_attention
+from attnx.adapters.switches import own_forward_only
+
 SDPA = F.scaled_dot_product_attention
 
 
 def own_forward(module: nn.Module, sdpa: Callable[..., Any]) -> Callable[..., Any] | None:
     """The function that is the module's forward, but for the attention, which `sdpa` computes.
 
-    It is the same code, with other globals: the names by which it reaches `F.scaled_dot_product_attention`, or
-    transformers' table of attention functions, lead to `sdpa`. None where the code names neither, so that somebody
-    else may call it, or where the forward is no plain function of the class.
+    It is the same code, with other globals: the names by which it reaches `F.scaled_dot_product_attention`,
+    `F.multi_head_attention_forward`, or transformers' table of attention functions, lead to `sdpa`. None where the code
+    names none of them, so that somebody else may call it, or where the forward is no plain function of the class.
     """
     function = getattr(type(module), "forward", None)
-    if "forward" in vars(module) or not isinstance(function, FunctionType) or _writes_globals(function.__code__):
+    if not own_forward_only(module) or not isinstance(function, FunctionType) or _writes_globals(function.__code__):
         return None
     return _with_sdpa(function, sdpa)
 
@@ -33,15 +36,19 @@ def _writes_globals(code: CodeType) -> bool:
 
 
 def _with_sdpa(function: FunctionType, sdpa: Callable[..., Any]) -> FunctionType | None:
-    functional = _Instead(F, scaled_dot_product_attention=sdpa)
+    packed = partial(multi_head_attention, sdpa)
+    functional = _Instead(F, scaled_dot_product_attention=sdpa, multi_head_attention_forward=packed)
     neural = _Instead(nn, functional=functional)
-    instead = {id(SDPA): sdpa, id(F): functional, id(nn): neural, id(torch): _Instead(torch, nn=neural)}
+    # nn.MultiheadAttention's fast path calls neither function.
+    slow = _Instead(torch.backends, mha=_Instead(torch.backends.mha, get_fastpath_enabled=lambda: False))
+    others = _Instead(torch, nn=neural, backends=slow)
+    instead = {id(SDPA): sdpa, id(F): functional, id(nn): neural, id(torch): others}
     names = function.__code__.co_names
     known = {name: function.__globals__[name] for name in names if name in function.__globals__}
     replaced: dict[str, Any] = {}
     if "ALL_ATTENTION_FUNCTIONS" in known:
         replaced = {"ALL_ATTENTION_FUNCTIONS": _Table(known["ALL_ATTENTION_FUNCTIONS"], sdpa)}
-    elif SDPA.__name__ in names:
+    elif SDPA.__name__ in names or MHA.__name__ in names:
         replaced = {name: instead[id(value)] for name, value in known.items() if id(value) in instead}
     if not replaced:
         return None

@@ -5,6 +5,8 @@ from functools import partial
 
 from torch import nn
 
+from attnx.adapters.switches import On
+
 
 def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
     """Sets `fused_attn` where it is off; gives the functions that set it back."""
@@ -12,6 +14,6 @@ def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
     for module in model.modules():
         # Not by getattr: nn.Module's takes microseconds to find that there is none.
         if vars(module).get("fused_attn", getattr(type(module), "fused_attn", True)) is False:
-            setattr(module, "fused_attn", True)  # noqa: B010  (a plain flag, which nn.Module is not typed to have)
+            setattr(module, "fused_attn", On(True))  # noqa: B010  (a plain flag, which nn.Module is not typed to have)
             undo.append(partial(setattr, module, "fused_attn", False))
     return undo

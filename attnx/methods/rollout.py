@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from attnx.kept import Kept, KeptMap
+from attnx.layers import Layers
 from attnx.layout import TokenLayout
 from attnx.methods.maps import fusion
-from attnx.trace import Trace
+from attnx.sides import Tokens, stack_of
+from attnx.trace import Trace, describe
 
 
 def rollout(
@@ -21,6 +23,7 @@ def rollout(
     heads: str | None = None,
     preset: str | None = None,
     rows: str | int | None = None,
+    layers: Layers = None,
 ) -> Tensor:
     """Attention rollout: how much of each patch reaches the class token through all layers.
 
@@ -39,17 +42,20 @@ def rollout(
             by its maximum. Give `discard` yourself (its class's default is 0.9).
         rows: the query to follow: an index, "mean" over the patches, or "all". Unless given: the class token, or where
             the model has none, its attention-pooling layer if that was captured too, else "mean".
+        layers: those of the trace that count, as in `Trace.select` ("vision_model.*"); None: all.
 
     Returns:
         [B, h, w] float32; for rows="all" the product itself, [B, N, N].
 
     Raises:
-        ValueError: the trace has no whole maps of one size, or an argument is out of range.
+        ValueError: the layers are not one row of self-attention over the same tokens (lists what they are: choose some
+            of them by `layers`), or an argument is out of range.
 
     Reference:
         Abnar & Zuidema, "Quantifying Attention Flow in Transformers", https://arxiv.org/abs/2005.00928;
         https://github.com/jacobgil/vit-explain
     """
+    trace = trace if layers is None else trace.select(layers)
     return _rollout(trace, residual, discard, start, heads, preset, rows)
 
 
@@ -61,6 +67,7 @@ def gradient_rollout(
     *,
     preset: str | None = None,
     rows: str | int | None = None,
+    layers: Layers = None,
 ) -> Tensor:
     """Rollout of the maps weighted by their gradients: ``F_l = max(mean_h dP_l P_l, 0)``, and then as `rollout`.
 
@@ -70,13 +77,14 @@ def gradient_rollout(
     Args:
         trace: a capture with grad="signed" after its backward pass.
         discard: as in `rollout`, but that the class token's own entry is not spared, as in vit-explain.
-        residual, start, preset, rows: as in `rollout`.
+        residual, start, preset, rows, layers: as in `rollout`.
 
     Returns, Raises: as in `rollout`. A RuntimeError where no gradient has come.
 
     Reference:
         https://github.com/jacobgil/vit-explain/blob/main/vit_grad_rollout.py
     """
+    trace = trace if layers is None else trace.select(layers)
     positive = trace.mapped(lambda weighted: weighted.clamp(min=0))
     return _rollout(positive, residual, discard, start, None, preset, rows, spare=False)
 
@@ -96,8 +104,11 @@ def _rollout(
         raise ValueError(f"expected residual in [0, 1] and discard in [0, 1); got {residual} and {discard}")
     if preset not in (None, "vit-explain"):
         raise ValueError(f"preset: expected None or 'vit-explain'; got {preset!r}")
-    layout, kind = trace.layout, fusion(trace, heads)
+    if heads == "each":
+        raise ValueError("heads: expected mean, max or min; got 'each': rollout fuses the heads of every layer")
+    kind = fusion(trace, heads)
     layers, pool = self_attention(trace)
+    layout = trace.layout
     if not 0 <= start < len(layers):
         raise ValueError(f"start: expected a layer index in 0..{len(layers) - 1}; got {start}")
     mean = "mean" in (trace.heads, kind.name.lower())
@@ -146,28 +157,57 @@ def _inverse(sums: Tensor) -> Tensor:
 
 
 def self_attention(trace: Trace) -> tuple[list[tuple[str, Kept]], tuple[str, Kept] | None]:
-    """Names and layers of [N, N] maps from first to last; and a final pooling layer's, [1, N]."""
+    """Names and layers of [N, N] maps from first to last; and a final pooling layer's, [1, N].
+
+    Raises:
+        ValueError: the layers are not in a row, or not all of the same tokens.
+    """
     if trace.rows is not None:
         raise ValueError(f"rollout needs whole maps: expected a capture with rows=None; got rows={list(trace.rows)}")
-    n = trace.layout.tokens
     layers: list[tuple[str, Kept]] = []
     pool: tuple[str, Kept] | None = None
+    rows: set[tuple[Tokens, str]] = set()
+    fits = True
     for name in trace:
-        if "#" in name or re.search(r"\.attns\.\d", name):
+        if "#" in name:
+            first = name.partition("#")[0] or "the model itself"
+            raise ValueError(f"rollout: expected layers in a row; {first} attends more than once in a pass ({name})")
+        if re.search(r"\.attns\.\d", name):
             raise ValueError(f"rollout: expected layers in a row; {name} attends beside another; choose layers=")
         kept = trace.kept(name)
-        if kept.shape[-2:] == (n, n) and pool is None:
+        queries, keys = trace.sides(name)
+        if queries == keys and keys.kind != "channels" and pool is None:
             layers.append((name, kept))
-        elif kept.shape[-2:] == (1, n) and pool is None:
+            # Of a layout that was given it is known that the tokens are the same, whatever their blocks are called.
+            rows.add((keys, "" if trace.has_layout else stack_of(name)))
+        elif kept.shape[-2] == 1 and pool is None and layers and keys == trace.sides(layers[-1][0])[1]:
             pool = name, kept
         else:
+            fits = False
+    if fits and trace.has_layout:
+        n = trace.layout.tokens
+        odd = next((name for name in trace if trace.kept(name).shape[-1] != n), None)
+        if odd is not None:
             raise ValueError(
-                f"rollout: expected maps of {n} x {n} tokens; got {list(kept.shape[-2:])} from {name}; "
+                f"rollout: expected maps of {n} x {n} tokens; got {list(trace.kept(odd).shape[-2:])} from {odd}; "
                 "choose layers= of one self-attention stack"
             )
+    if not fits or len(rows) > 1:
+        raise ValueError(
+            "rollout: expected self-attention layers over the same tokens, one after the other; got "
+            f"{describe(trace, by_stack=True)}; choose some of one kind, such as {_choice(trace)}"
+        )
     if not layers:
         raise ValueError("rollout: expected at least one self-attention layer in the trace; got none")
     return layers, pool
+
+
+def _choice(trace: Trace) -> str:
+    """An example of a choice of layers that rollout takes."""
+    square = [name for name in trace if trace.sides(name)[0] == trace.sides(name)[1]]
+    images = [name for name in square if trace.sides(name)[1].grid] or square
+    stem = stack_of(images[-1]) if images else ""
+    return f"rollout(trace, layers='{stem}*')" if stem else "rollout(trace, layers=[...])"
 
 
 def chain_start(
