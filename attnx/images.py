@@ -45,7 +45,7 @@ class ImageError(ValueError):
     """A file that can't be used as an image. The message has its path and the cause."""
 
 
-def find_images(source: Path) -> list[Path]:
+def find_images(source: str | Path) -> list[Path]:
     """The image files of `source`, sorted by their POSIX path relative to it.
 
     Args:
@@ -65,7 +65,7 @@ def find_images(source: Path) -> list[Path]:
     return list(walk_images(source))
 
 
-def walk_images(source: Path) -> Iterator[Path]:
+def walk_images(source: str | Path) -> Iterator[Path]:
     """`find_images`, one at a time: a folder of any number of images takes no memory but for one folder's names."""
     source = Path(source)
     looked_for = f"an image or a folder with images ({' '.join(IMAGE_SUFFIXES)})"
@@ -111,7 +111,7 @@ def _leads_back(folder: Path, name: str) -> bool:
     return path.is_symlink() and folder.resolve().is_relative_to(path.resolve())
 
 
-def read_image(path: Path, content: IO[bytes] | None = None, max_pixels: int | None = None) -> Image.Image:
+def read_image(path: str | Path, content: IO[bytes] | None = None, max_pixels: int | None = None) -> Image.Image:
     """The picture in a file, fully decoded, upright, as 8-bit RGB.
 
     The EXIF orientation is applied; an EXIF block that can't be parsed counts as upright. Alpha is dropped,

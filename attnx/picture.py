@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,19 +27,23 @@ if TYPE_CHECKING:
 
 
 def heat(
-    amap: Map, size: tuple[int, int], *, interpolation: str = "bilinear", normalize: str | None = "minmax"
+    amap: Map, size: tuple[int, int] | Picture, *, interpolation: str = "bilinear", normalize: str | None = "minmax"
 ) -> np.ndarray:
     """[H, W] float32 in 0..1: a map at the size of its image.
 
     Args:
         amap: [h, w] real; NaN or inf raises `ValueError` with how many.
-        size: (H, W) in pixels.
+        size: the image itself (recommended), or (height, width) in pixels. PIL's `image.size` is (width, height).
         interpolation: "bilinear" | "nearest", as `F.interpolate` with `align_corners=False`.
         normalize: "minmax" stretches the resized map to 0..1, a constant one to zeros; "max" divides it by
             its maximum, what is negative gives 0; None takes it as it is, which must be in 0..1.
+
+    Warns:
+        UserWarning: the map is wider than high and `size`, given in numbers, higher than wide; or the reverse.
     """
     _check(normalize in ("minmax", "max", None), "normalize", "minmax, max or None", repr(normalize))
-    resized = _resize(_floats(amap, "amap", 2), size, interpolation)
+    array = _floats(amap, "amap", 2)
+    resized = _resize(array, _target(size, array.shape), interpolation)
     low, high = resized.min(), resized.max()
     if normalize is None:
         _check(low > -1e-5 and high < 1 + 1e-5, "amap", "0..1 with normalize=None", f"{low:.4g}..{high:.4g}")
@@ -65,7 +70,7 @@ def overlay(
     _check(colormap in colormaps, "colormap", "turbo, jet, viridis or another of matplotlib", repr(colormap))
     _check(0 <= alpha <= 1, "alpha", "0..1", alpha)
     image = _rgb(image)
-    scores = heat(amap, (image.height, image.width), interpolation=interpolation)
+    scores = heat(amap, image, interpolation=interpolation)
     return Image.blend(image, Image.fromarray(colormaps[colormap](scores, bytes=True)[..., :3]), alpha)
 
 
@@ -240,6 +245,23 @@ def _floats(value: Map, name: str, ndim: int, kinds: str = "fiub") -> np.ndarray
     bad = array.size - np.isfinite(array).sum()
     _check(bad == 0, name, "finite values", f"{bad} of {array.size} NaN or inf")
     return array
+
+
+def _target(size: tuple[int, int] | Picture, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(H, W) of a size, or of the image that was given for it."""
+    if isinstance(size, Image.Image) or (isinstance(size, np.ndarray) and size.ndim != 1):
+        image = size if isinstance(size, Image.Image) else _rgb(size)
+        return image.height, image.width
+    pair = len(size) == 2 if isinstance(size, (tuple, list, np.ndarray)) else False
+    _check(pair and min(size) > 0, "size", "(H, W), both at least 1, or the image", size)
+    (height, width), (rows, columns) = size, shape
+    if (height - width) * (rows - columns) < 0:
+        warnings.warn(
+            f"size: taken as (height, width) = ({height}, {width}), which turns a map of {rows} x {columns} patches "
+            "(height x width); PIL's `size` is (width, height): pass the image itself",
+            stacklevel=3,
+        )
+    return int(height), int(width)
 
 
 def _resize(array: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,3 +207,44 @@ def test_the_hubs_vocabulary(tmp_path, vocab, monkeypatch):
     monkeypatch.setattr(words, "HUB", "no such name/at/all")
     with pytest.raises(ConnectionError, match=r"vocabulary of .* could not be downloaded.*--vocab"):
         Tokenizer()
+
+
+def test_files_names_may_be_text_and_one_number_is_a_square(tmp_path, vocab):
+    model, path = small_albef(3), tmp_path / "ALBEF.pth"
+    torch.save(published("retrieval", model), path)
+    loaded = load_albef(str(path), vocab=str(vocab), config=CONFIG)
+    assert loaded.name == load_albef(path, vocab, config=CONFIG).name == f"albef:{path}"
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.model.state_dict().items())
+    assert load_albef(str(path), str(vocab), 48, CONFIG).size == (48, 48)
+    with pytest.raises(FileNotFoundError, match="checkpoint: expected a file"):
+        load_albef(str(tmp_path / "none.pth"), vocab)
+    for size in (0, "48", (48,), 48.0):
+        with pytest.raises(ValueError, match="image size: expected a positive int"):
+            load_albef(None, vocab, size, CONFIG)
+    with pytest.raises(ValueError, match="image size: expected multiples of the patch of 8; got 30x30"):
+        load_albef(None, vocab, 30, CONFIG)
+
+
+def test_words_that_are_not_in_the_vocabulary_are_named():
+    tokenizer = Tokenizer(VOCAB, CONFIG.max_tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer("The man skateboarding on a red circle")
+    with pytest.warns(UserWarning, match="caption") as told:
+        read = tokenizer("a zebra left of the Gnu, the zebra")
+    assert [str(one.message) for one in told] == ["caption: not in the vocabulary, read as [UNK]: zebra, gnu"]
+    assert read.tokens.count("[UNK]") == 3
+    with pytest.warns(UserWarning, match=r"\[UNK\]: zebra, gnu; no word is known: the maps mean nothing$"):
+        tokenizer("zebra gnu")
+    with pytest.warns(UserWarning, match=r"\[UNK\]: w0, .*, w9 and 5 more; no word"):
+        tokenizer(" ".join(f"w{i}" for i in range(15)))
+    with pytest.warns(UserWarning, match="caption") as told:
+        tokenizer("zebra\nz\x1b[2Jgnu\u200b dog")
+    assert all(c.isprintable() for c in str(told[0].message))
+
+
+def test_words_that_are_cut_are_not_named_as_unknown():
+    with pytest.warns(UserWarning, match="caption") as told:
+        Tokenizer(VOCAB, 6)("a red zebra dog gnu")
+    assert "cut before word 5 of 5" in str(told[0].message)
+    assert str(told[1].message) == "caption: not in the vocabulary, read as [UNK]: zebra"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from attnx.models.loading import load_checkpoint, load_model
+from attnx.models.loading import load_checkpoint, load_model, read_weights
 
 NAME = "vit_tiny_patch16_224"
 
@@ -188,3 +188,51 @@ def test_how_a_folders_images_are_prepared(tmp_path: Path) -> None:
     transformers.ViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3, resample=2).save_pretrained(tmp_path)
     loaded = load_model(f"hf:{tmp_path}")
     assert (list(loaded.mean), list(loaded.std), loaded.interpolation) == ([0.5] * 3, [0.25] * 3, "bilinear")
+
+
+def test_a_files_name_may_be_text(tmp_path: Path) -> None:
+    weights = timm.create_model(NAME, img_size=48).state_dict()
+    path = str(tmp_path / "w.pth")
+    torch.save(weights, path)
+    assert differs(load_model(f"timm:{NAME}", checkpoint=path, image_size=48).model, weights) == []
+    assert set(read_weights(path)) == set(weights)
+    load_checkpoint(timm.create_model(NAME, img_size=48), path)
+    save_file(weights, tmp_path / "w.safetensors")
+    assert set(read_weights(str(tmp_path / "w.safetensors"))) == set(weights)
+
+
+@pytest.mark.parametrize("name", ["none.pth", "none.safetensors"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_file_that_is_not_there(tmp_path: Path, name: str, kind: type) -> None:
+    path = kind(tmp_path / name)
+    for read in (
+        lambda: load_model(f"timm:{NAME}", checkpoint=path),
+        lambda: load_checkpoint(tiny(), path),
+        lambda: read_weights(path),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"checkpoint: expected a file; .*none\."):
+            read()
+
+
+def test_one_number_is_a_square() -> None:
+    loaded = load_model(f"timm:{NAME}", pretrained=False, image_size=48)
+    assert loaded.size == (48, 48)
+    assert loaded.model(torch.randn(1, 3, 48, 48)).shape == (1, 1000)
+    assert load_model("hf:vit", pretrained=False, image_size=48).size == (48, 48)
+    assert load_model("demo", image_size=128).size == (128, 128)
+
+
+WRONG_SIZES = [0, -48, 48.0, "48", True, (48,), (48, 48, 3), (48, 0), (48, 48.0), (48, None)]
+
+
+@pytest.mark.parametrize("size", WRONG_SIZES, ids=repr)
+def test_a_size_that_is_none(size: object) -> None:
+    with pytest.raises(ValueError, match=r"image size: expected a positive int, or \(height, width\) of two; got"):
+        load_model(f"timm:{NAME}", pretrained=False, image_size=size)
+
+
+def test_the_folder_of_masks_may_be_text(tmp_path: Path) -> None:
+    from attnx.jobs.masks import mask_of
+
+    (tmp_path / "a.png").touch()
+    assert mask_of("a.jpg", str(tmp_path)) == tmp_path / "a.png"

@@ -42,6 +42,7 @@ def resized(amap: torch.Tensor, size: tuple[int, int], mode: str) -> np.ndarray:
 SIZES = [((14, 14), (224, 224)), ((3, 5), (48, 80)), ((7, 4), (33, 61)), ((12, 10), (5, 7)), ((1, 1), (6, 9))]
 
 
+@pytest.mark.filterwarnings("ignore:size. taken as")
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 @pytest.mark.parametrize(("grid", "size"), SIZES)
 def test_heat_is_torch_interpolate(grid, size, mode):
@@ -135,7 +136,7 @@ def test_overlay_ends_of_alpha(size):
     image, amap = noise(*size), scores(3, 5)
     np.testing.assert_array_equal(pixels(picture.overlay(image, amap, alpha=0)), pixels(image))
     for name in ("turbo", "jet", "viridis"):
-        colours = colormaps[name](picture.heat(amap, size), bytes=True)[..., :3]
+        colours = colormaps[name](picture.heat(amap, image), bytes=True)[..., :3]
         np.testing.assert_array_equal(pixels(picture.overlay(image, amap, alpha=1, colormap=name)), colours)
 
 
@@ -482,3 +483,37 @@ def test_module_loads_neither_matplotlib_nor_torch():
     command = [sys.executable, "-c", code, picture.__file__]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 50), (50, 30)])
+def test_heat_takes_the_image_for_its_size(height, width):
+    image, amap = noise(height, width), scores(5, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for size in (image, image.convert("L"), np.asarray(image)):
+            got = picture.heat(amap, size)
+            assert got.shape == (height, width)
+        assert picture.overlay(image, amap).size == (width, height)
+        picture.mask_contour(image, amap > 0.5)
+        picture.heads_grid(image, amap[None])
+    if height > width:
+        np.testing.assert_array_equal(got, picture.heat(amap, (height, width)))
+
+
+@pytest.mark.parametrize(("grid", "size"), [((3, 5), (50, 30)), ((5, 3), (30, 50))])
+def test_a_size_that_turns_the_map_is_said(grid, size):
+    amap = scores(*grid)
+    with pytest.warns(UserWarning, match=r"taken as \(height, width\) = .*PIL's `size` is \(width, height\)") as told:
+        assert picture.heat(amap, size).shape == size
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture.heat(amap, size[::-1])
+        picture.heat(amap, (40, 40))
+        picture.heat(scores(4, 4), size)
+
+
+@pytest.mark.parametrize("size", [40, "40", None, np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)], ids=str)
+def test_what_is_no_size(size):
+    with pytest.raises(ValueError, match=r"(size|image): expected"):
+        picture.heat(scores(3, 3), size)

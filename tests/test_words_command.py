@@ -324,3 +324,21 @@ def test_the_caption_is_set_as_it_is() -> None:
     assert captioned(white, "a\n\nb\tc").size == captioned(white, "a b c").size
     assert captioned(white, "word " * 60).height > 2 * captioned(white, "word").height
     assert not np.array_equal(captioned(white, "$x^2$"), captioned(white, "x2"))
+
+
+def test_words_that_are_not_in_the_vocabulary_are_said(photos: Path, weights: Path, tmp_path: Path) -> None:
+    args = ("--checkpoint", weights, *DEMO, "--out")
+    result = run("words", photos / "a.png", "a red zebra", *args, tmp_path / "one")
+    assert result.exit_code == 0
+    assert [line for line in result.stderr.splitlines() if "[UNK]" in line] == [
+        "attnx: caption: not in the vocabulary, read as [UNK]: zebra"
+    ]
+    result = run("words", photos / "a.png", "zebra gnu", *args, tmp_path / "two")
+    assert "read as [UNK]: zebra, gnu; no word is known: the maps mean nothing\n" in result.stderr
+    # The rows of a job say so.
+    pairs = write_pairs(photos / "pairs.jsonl", *pairs_of(("a.png", "a red zebra"), ("b.jpg", "gnu")))
+    result = run("words", "--pairs", pairs, "--pictures", *args, tmp_path / "job")
+    assert result.exit_code == 0
+    assert "[UNK]" not in result.stderr
+    assert "UserWarning" not in result.stderr
+    assert [row.tokens.count("[UNK]") for row in read_shards(str(tmp_path / "job"))] == [1, 1]

@@ -76,16 +76,16 @@ def demo_pair(pretrained: bool = True) -> Albef:
 
 
 def load_demo_pair(
-    checkpoint: Path | None = None, image_size: tuple[int, int] | None = None, pretrained: bool = True
+    checkpoint: str | Path | None = None, image_size: int | tuple[int, int] | None = None, pretrained: bool = True
 ) -> Loaded:
     """The pair, and how its images are prepared.
 
     checkpoint: a file of weights of its sizes; the bundled ones unless given.
-    image_size: (height, width) in pixels, multiples of the patch.
+    image_size: (height, width) in pixels, or one number for a square; multiples of the patch.
     """
     from attnx.models.albef_checkpoint import load_albef
 
-    weights = checkpoint or (WEIGHTS if pretrained else None)
+    weights = (WEIGHTS if pretrained else None) if checkpoint is None else checkpoint
     loaded = load_albef(weights, VOCAB, image_size, pair_config())
     return replace(loaded, name="demo", mean=MEAN, std=STD)
 

@@ -42,7 +42,7 @@ class Verdict:
         return f"{found}\n{self.words}"
 
 
-def run_demo(out: Path, scenes: int = 48, seed: int = FIRST_SEED, progress: Progress | None = None) -> Verdict:
+def run_demo(out: str | Path, scenes: int = 48, seed: int = FIRST_SEED, progress: Progress | None = None) -> Verdict:
     """Draws scenes, extracts their maps, plays the pointing game; then that of words, on as many captioned scenes.
 
     Writes into `out` scenes/*.png, the shards rollout/ and cls/, results.json, contact_sheet.png and words.png; and the
@@ -58,6 +58,7 @@ def run_demo(out: Path, scenes: int = 48, seed: int = FIRST_SEED, progress: Prog
         raise ValueError(f"scenes: expected at least 1; got {scenes}")
     from attnx.picture import save
 
+    out = Path(out)
     drawn = [draw_scene(seed + i) for i in range(scenes)]
     folder = out / "scenes"
     _write_pictures(folder, [scene.image for scene in drawn])

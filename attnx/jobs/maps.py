@@ -50,7 +50,7 @@ class Maps:
         planned: rows of the job, done or not; None without its run.json.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._shards = shards_in(self.folder)
         self.settings: dict[str, Any] = read_settings(self.folder)

@@ -36,7 +36,7 @@ class Score:
     left: Counter[str]
 
 
-def score(maps: Maps, folder: Path, keep: float = 0.6) -> Score:
+def score(maps: Maps, folder: str | Path, keep: float = 0.6) -> Score:
     """Scores the maps of a job whose images have a mask in a folder: of a/b.jpg, folder/a/b.png.
 
     A mask is an image of the picture's size, of palette or grey: 0 is the background, other numbers are objects, and
@@ -90,13 +90,13 @@ def score(maps: Maps, folder: Path, keep: float = 0.6) -> Score:
     return Score(len(best), objects, float(np.mean(best)), ranked, float(np.mean(hits)), left)
 
 
-def mask_of(key: str, folder: Path) -> Path | None:
+def mask_of(key: str, folder: str | Path) -> Path | None:
     """The mask of a key, below the folder, if there is one."""
     path = Path(key)
     if not path.name or path.is_absolute() or ".." in path.parts:
         return None
     try:
-        return mask if (mask := folder / path.with_suffix(".png")).is_file() else None
+        return mask if (mask := Path(folder) / path.with_suffix(".png")).is_file() else None
     # A key that is too long for a file, or has a zero byte.
     except (OSError, ValueError):
         return None

@@ -44,7 +44,7 @@ class Row:
     crop: tuple[float, ...] | None = None
 
 
-def read_shards(out: Path) -> Iterator[Row]:
+def read_shards(out: str | Path) -> Iterator[Row]:
     """The rows of a job's shards, in the order they were written, a few hundred in memory at a time.
 
     Raises:
@@ -53,7 +53,7 @@ def read_shards(out: Path) -> Iterator[Row]:
     return (row for shard in shards_in(out) for row in rows_of_shard(shard))
 
 
-def read_settings(out: Path) -> dict[str, Any]:
+def read_settings(out: str | Path) -> dict[str, Any]:
     """What the maps of a folder of shards were made with.
 
     Raises:
@@ -99,7 +99,7 @@ def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[Row]:
         yield Row(map=amap, **{**row, **lists})
 
 
-def shards_in(out: Path) -> list[Path]:
+def shards_in(out: str | Path) -> list[Path]:
     """The complete shards of a folder, which has at least one."""
     found = parts(Path(out)) if Path(out).is_dir() else []
     if not found:

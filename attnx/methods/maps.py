@@ -1,7 +1,9 @@
 """What is read from single maps: CLS maps, layer-wise maps, masks, entropy, pointing."""
 
+import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,52 +55,94 @@ def layer_maps(trace: Trace, heads: str | None = None) -> LayerMaps:
     return LayerMaps(tuple(trace), trace.layout.patches(torch.stack(fused, 1)))
 
 
-def mass_mask(maps: Tensor, keep: float = 0.6) -> Tensor:
+def mass_mask(maps: Tensor | np.ndarray, keep: float = 0.6) -> Tensor:
     """The largest patches that together hold `keep` of each map's mass: [..., h, w] -> bool [..., h, w].
 
     Sorted ascending and divided by their sum, a patch stays where the running sum is above 1 - keep.
+
+    Args:
+        maps: [..., h, w], a tensor or a numpy array of any real dtype; summed in float32, or float64 of float64.
+        keep: a share in [0, 1].
+
+    Raises:
+        ValueError: maps or keep are something else.
+
+    Warns:
+        UserWarning: these look like attention maps [N, N], not like pictures.
 
     Reference:
         DINO, https://github.com/facebookresearch/dino/blob/main/visualize_attention.py (--threshold)
     """
     if not 0.0 <= keep <= 1.0:
         raise ValueError(f"keep: expected a share in [0, 1]; got {keep}")
+    maps = _tensor("maps", maps, "[..., h, w]", 2)
+    _warn_of_attention(maps)
     flat = maps.flatten(-2)
+    # The running sum of half precision stops growing where a patch is less than its last bit.
+    flat = flat if flat.dtype == torch.float64 else flat.float()
     values, order = torch.sort(flat, dim=-1)
     values = values / values.sum(-1, keepdim=True)
     kept = torch.cumsum(values, dim=-1) > (1 - keep)
     return torch.zeros_like(kept).scatter_(-1, order, kept).view(maps.shape)
 
 
-def entropy(maps: Tensor) -> Tensor:
+def entropy(maps: Tensor | np.ndarray) -> Tensor:
     """Entropy in nats of each map over its patches, [..., h, w] -> [...], the map first divided by its sum.
 
-    0 for a map of a single patch, log(h * w) for an even one; NaN for a map without mass.
+    0 for a map of a single patch, log(h * w) for an even one; NaN for a map without mass. Of attention maps [N, N],
+    `torch.special.entr(maps).sum(-1)` is the entropy of each row.
+
+    Args:
+        maps: [..., h, w], a tensor or a numpy array of any real dtype; summed in float32.
+
+    Raises:
+        ValueError: maps are something else.
+
+    Warns:
+        UserWarning: these look like attention maps [N, N], not like pictures.
     """
+    maps = _tensor("maps", maps, "[..., h, w]", 2)
+    _warn_of_attention(maps)
     p = maps.flatten(-2).float()
     p = p / p.sum(-1, keepdim=True)
     return torch.special.entr(p).sum(-1)
 
 
-def entropy_levels(values: Tensor, levels: int = 4) -> Tensor:
-    """Equal groups by rank: [K] entropies -> [K] int64, 0 the most focused quarter, levels - 1 the most spread."""
+def entropy_levels(values: Tensor | np.ndarray, levels: int = 4) -> Tensor:
+    """Equal groups by rank: [K] entropies -> [K] int64, 0 the most focused quarter, levels - 1 the most spread.
+
+    Args:
+        values: [K], a tensor or a numpy array of any real dtype.
+        levels: how many groups, at least 1.
+
+    Raises:
+        ValueError: values or levels are something else.
+    """
+    values = _tensor("values", values, "[K]")
     if values.dim() != 1 or levels < 1:
         raise ValueError(f"expected 1-D values and levels >= 1; got {list(values.shape)} and {levels}")
     rank = values.argsort(stable=True).argsort(stable=True)
     return rank * levels // max(1, len(values))
 
 
-def pointing_game(maps: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def pointing_game(maps: Tensor | np.ndarray, boxes: Tensor | np.ndarray, size: tuple[int, int]) -> Tensor:
     """Whether each map's peak, at the image's own size, lies inside its box: bool [B].
 
     Args:
         maps: [B, h, w], upsampled bilinearly to `size`.
         boxes: [B, 4] pixels (x0, y0, x1, y1), half-open.
-        size: (height, width) of the images in pixels.
+        size: (height, width) of the images in pixels. PIL's `image.size` is (width, height).
+
+    Maps and boxes are tensors or numpy arrays of any real dtype; boxes go to the device of the maps.
+
+    Raises:
+        ValueError: maps or boxes are something else.
 
     Reference:
         Zhang et al., "Top-down Neural Attention by Excitation Backprop", https://arxiv.org/abs/1608.00507
     """
+    maps = _tensor("maps", maps, "[B, h, w]")
+    boxes = _tensor("boxes", boxes, "[B, 4]").to(maps.device)
     if maps.dim() != 3 or boxes.shape != (len(maps), 4):
         raise ValueError(f"expected maps [B, h, w] and boxes [B, 4]; got {list(maps.shape)} and {list(boxes.shape)}")
     full = F.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)
@@ -119,6 +163,35 @@ def fusion(trace: Trace, heads: str | None) -> Heads:
     if heads not in (None, trace.heads):
         raise ValueError(f"heads: the capture fused them by {trace.heads!r}; got {heads!r}; capture with that")
     return Heads.EACH
+
+
+def _tensor(name: str, value: object, shape: str, least: int = 0) -> Tensor:
+    """A real tensor as it is, or a numpy array as one: a copy."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.dtype.itemsize <= 8:
+        # torch has few operations on other unsigned integers than bytes, and no other byte order than the machine's.
+        dtype = np.dtype(np.int64) if value.dtype.kind == "u" else value.dtype.newbyteorder("=")
+        value = torch.from_numpy(np.array(value, dtype=dtype, order="C"))
+    if not isinstance(value, Tensor) or value.is_complex() or value.dim() < least:
+        if isinstance(value, (Tensor, np.ndarray)):
+            got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        else:
+            got = type(value).__name__
+        raise ValueError(f"{name}: expected a real tensor or numpy array {shape}; got {got}")
+    return value
+
+
+def _warn_of_attention(maps: Tensor) -> None:
+    """Warns of maps [..., N, N] whose rows all sum to 1, which only attention's do."""
+    if maps.shape[-2] != maps.shape[-1] or maps.shape[-1] < 2 or maps.numel() == 0:
+        return
+    sums = maps.detach().sum(-1, dtype=torch.float32)
+    if bool(((sums - 1).abs() <= 1e-3).all()):
+        warnings.warn(
+            f"maps: {list(maps.shape)} with rows that sum to 1 looks like attention maps [N, N] and not like pictures "
+            "[h, w]; pass trace.layout.patches(trace[layer][:, 0]) or attnx.cls_map(trace, layer) for a picture; "
+            "torch.special.entr(maps).sum(-1) is the entropy of each row",
+            stacklevel=3,
+        )
 
 
 def _cls_rows(trace: Trace, layer: str | int) -> Tensor:

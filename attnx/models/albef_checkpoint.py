@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnx.models.albef import CLIP_MEAN, CLIP_STD, Albef, AlbefConfig, interpolate_positions
-from attnx.models.loading import Loaded, misfit, read_weights
+from attnx.models.loading import Loaded, height_and_width, misfit, read_weights, weights_file
 from attnx.models.words import Tokenizer
 
 # Momentum copies, queues, the masked-language and answering heads, and buffers that old versions of BERT stored.
@@ -27,9 +27,9 @@ _POSITIONS = "visual_encoder.pos_embed"
 
 
 def load_albef(
-    checkpoint: Path | None,
-    vocab: Path | Sequence[str] | None = None,
-    image_size: tuple[int, int] | None = None,
+    checkpoint: str | Path | None,
+    vocab: str | Path | Sequence[str] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     config: AlbefConfig | None = None,
 ) -> Loaded:
     """An ALBEF in eval mode, on the CPU, with its tokenizer and the preparation of its images.
@@ -38,32 +38,33 @@ def load_albef(
         checkpoint: of pretraining, retrieval, RefCOCO, VQA or visual entailment, as published, or a state dict of
             `Albef` (.safetensors too); read with weights_only=True. None: random weights.
         vocab: bert-base-uncased's vocab.txt, or the pieces themselves; None: from the Hugging Face hub.
-        image_size: (height, width) in pixels, multiples of the patch; the checkpoint's own unless given. Position
-            embeddings are interpolated once, here.
+        image_size: (height, width) in pixels, or one number for a square; multiples of the patch; the checkpoint's own
+            unless given. Position embeddings are interpolated once, here.
         config: sizes, where they are not those of the published checkpoints.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the checkpoint is of another model: names the keys; an image size that is not made of patches.
+        ValueError: the checkpoint is of another model: names the keys; an image size that is none, or is not
+            made of patches.
         ConnectionError: the vocabulary could not be downloaded.
     """
     config = config or AlbefConfig()
-    if checkpoint is not None and not checkpoint.is_file():
-        raise FileNotFoundError(f"checkpoint: expected a file; {checkpoint} is none")
+    path = None if checkpoint is None else weights_file(checkpoint)
+    size = height_and_width(image_size)
     tokenizer = Tokenizer(vocab, config.max_tokens)
-    weights = None if checkpoint is None else _own_names(read_weights(checkpoint))
-    if image_size is None and weights is not None and _POSITIONS in weights:
+    weights = None if path is None else _own_names(read_weights(path))
+    if size is None and weights is not None and _POSITIONS in weights:
         side = round((weights[_POSITIONS].shape[1] - 1) ** 0.5) * config.patch_size
-        image_size = side, side
-    config = replace(config, image_size=image_size or config.image_size)
+        size = side, side
+    config = replace(config, image_size=size or config.image_size)
     if any(pixels % config.patch_size for pixels in config.image_size):
         height, width = config.image_size
         raise ValueError(f"image size: expected multiples of the patch of {config.patch_size}; got {height}x{width}")
     model = Albef(config, tokenizer)
-    if weights is not None and checkpoint is not None:
-        _load(model, weights, checkpoint)
+    if weights is not None and path is not None:
+        _load(model, weights, path)
     model.eval().requires_grad_(False)
-    name = "albef" if checkpoint is None else f"albef:{checkpoint}"
+    name = "albef" if path is None else f"albef:{path}"
     return Loaded(name, model, config.image_size, CLIP_MEAN, CLIP_STD)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,8 +61,8 @@ def load_model(
     name: str,
     *,
     pretrained: bool = True,
-    checkpoint: Path | None = None,
-    image_size: tuple[int, int] | None = None,
+    checkpoint: str | Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Loaded:
     """The model called `name`, on the CPU, in eval mode.
 
@@ -70,38 +71,66 @@ def load_model(
             dinov2_with_registers in its default size), or "demo".
         pretrained: download the model's own weights; False: random ones.
         checkpoint: a file of weights (.safetensors, or a torch file, read with weights_only=True) to load instead.
-        image_size: (height, width) in pixels; the model's own unless given. Position embeddings are interpolated.
+        image_size: (height, width) in pixels, or one number for a square; the model's own unless given. Position
+            embeddings are interpolated.
 
     Raises:
-        ValueError: an unknown name, a checkpoint that doesn't fit (says which keys).
+        ValueError: an unknown name, a checkpoint that doesn't fit (says which keys), an image size that is none.
         FileNotFoundError: no such checkpoint.
         ConnectionError: the weights could not be downloaded; says what to pass instead.
     """
-    if checkpoint is not None and not checkpoint.is_file():
-        raise FileNotFoundError(f"checkpoint: expected a file; {checkpoint} is none")
+    path = None if checkpoint is None else weights_file(checkpoint)
+    size = height_and_width(image_size)
     kind, _, rest = name.partition(":")
-    download = pretrained and checkpoint is None
+    download = pretrained and path is None
     with _quiet_hub():
         if name == "demo":
-            loaded = _demo(pretrained, image_size)
+            loaded = _demo(pretrained, size)
         elif kind == "timm" and rest:
-            loaded = _timm(rest, download, image_size)
+            loaded = _timm(rest, download, size)
         elif kind == "hf" and rest:
-            loaded = _huggingface(rest, download, image_size)
+            loaded = _huggingface(rest, download, size)
         else:
             raise ValueError(f"model: expected timm:NAME, hf:NAME or demo; got {name!r}")
-    if image_size is not None:
-        _check_size(name, loaded.model, image_size)
-    if checkpoint is not None:
-        load_checkpoint(loaded.model, checkpoint)
+    if size is not None:
+        _check_size(name, loaded.model, size)
+    if path is not None:
+        load_checkpoint(loaded.model, path)
     loaded.model.eval().requires_grad_(False)
     return loaded
 
 
-def load_checkpoint(model: nn.Module, path: Path) -> None:
+def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """(height, width) of an image size: of one number, a square; None of None.
+
+    Raises:
+        ValueError: it is neither a positive int nor a pair of them.
+    """
+    if size is None:
+        return None
+    pair: Sequence[object] = size if isinstance(size, (tuple, list)) else (size, size)
+    whole = [int(n) for n in pair if isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n > 0]
+    if len(pair) != 2 or len(whole) != 2:
+        raise ValueError(f"image size: expected a positive int, or (height, width) of two; got {size!r}")
+    return whole[0], whole[1]
+
+
+def weights_file(path: str | Path) -> Path:
+    """The path of a checkpoint.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint: expected a file; {path} is none")
+    return Path(path)
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Loads a file of weights, whatever usual container or prefix they are wrapped in. A classifier may be missing.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: not a file of weights, or keys or shapes that don't fit; says which.
     """
     filtered = _timm_filter(model, read_weights(path))
@@ -128,12 +157,14 @@ def misfit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     return "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in wrong.items() if keys)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file of weights, out of whatever usual container and without wrappers' prefixes.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: not a file of weights only.
     """
+    path = weights_file(path)
     return _unwrap(_read(path), path)
 
 

@@ -23,9 +23,9 @@ VL_DINO_SIZE = (480, 480)
 def load_pair(
     model: str,
     pretrained: bool,
-    checkpoint: Path | None,
-    vocab: Path | None,
-    image_size: tuple[int, int] | None,
+    checkpoint: str | Path | None,
+    vocab: str | Path | None,
+    image_size: int | tuple[int, int] | None,
     preset: str | None,
 ) -> Loaded:
     """The model, an `Albef`, on the CPU, in eval mode.
@@ -35,7 +35,7 @@ def load_pair(
         pretrained: its own weights; False: random ones.
         checkpoint: a file of weights; ALBEF's own can't be downloaded by us.
         vocab: bert-base-uncased's vocab.txt; the hub's unless given.
-        image_size: (height, width) in pixels; the model's own unless given, 480 of VL-DINO.
+        image_size: (height, width) in pixels, or one number for a square; the model's own unless given, 480 of VL-DINO.
         preset: "vl-dino": ImageNet's colours.
 
     Raises:

@@ -61,7 +61,7 @@ class Tokenizer:
         ConnectionError: the hub's could not be downloaded; says what to pass instead.
     """
 
-    def __init__(self, vocab: Path | Sequence[str] | None = None, max_tokens: int = 512) -> None:
+    def __init__(self, vocab: str | Path | Sequence[str] | None = None, max_tokens: int = 512) -> None:
         self.max_tokens = max_tokens
         if vocab is None:
             self._tokenizer = _from_hub()
@@ -99,7 +99,7 @@ class Tokenizer:
             ValueError: no text, no valid Unicode, nothing left by `pre_caption`, or a first word that is too long.
 
         Warns:
-            UserWarning: the caption was cut.
+            UserWarning: the caption was cut; or words are not in the vocabulary, which the warning names.
         """
         if not isinstance(caption, str):
             raise ValueError(f"caption: expected text; got {type(caption).__name__}")
@@ -133,7 +133,7 @@ class Tokenizer:
             if w is not None:
                 start, end = encoded.offsets[i]
                 spans[w] = min(spans[w][0], start), max(spans[w][1], end)
-        return Caption(
+        read = Caption(
             text=text[: spans[-1][1]] if kept < words else text,
             ids=tuple(encoded.ids[i] for i in chosen),
             tokens=tuple(encoded.tokens[i] for i in chosen),
@@ -141,6 +141,10 @@ class Tokenizer:
             word_of=tuple(word_of[i] for i in chosen),
             cut=words - kept,
         )
+        told = _unknown(read)
+        if told:
+            warnings.warn(told, stacklevel=2)
+        return read
 
 
 def _words(encoded: "Encoding") -> list[int | None]:
@@ -155,6 +159,19 @@ def _words(encoded: "Encoding") -> list[int | None]:
         end = stop
         found.append(word)
     return found
+
+
+def _unknown(read: Caption, most: int = 10) -> str:
+    """What a warning says of the words that are not in the vocabulary; nothing where all are."""
+    of = [w for token, w in zip(read.tokens, read.word_of, strict=True) if token == "[UNK]" and w is not None]
+    if not of:
+        return ""
+    # Each once; what could move the cursor of a terminal is escaped.
+    names = list(dict.fromkeys(word if word.isprintable() else repr(word) for word in (read.words[w] for w in of)))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    told = f"caption: not in the vocabulary, read as [UNK]: {', '.join(names[:most])}{more}"
+    alone = len(of) == sum(w is not None for w in read.word_of)
+    return f"{told}; no word is known: the maps mean nothing" if alone else told
 
 
 def _from_hub() -> Any:

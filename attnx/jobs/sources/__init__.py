@@ -54,7 +54,9 @@ class Source(Listing, Protocol):
         """Reads an entry; can be pickled."""
 
 
-def open_source(path: Path, kind: str | None = None, root: Path | None = None, split: str | None = None) -> Source:
+def open_source(
+    path: str | Path, kind: str | None = None, root: str | Path | None = None, split: str | None = None
+) -> Source:
     """The source at a path.
 
     Args:
@@ -97,7 +99,7 @@ def open_source(path: Path, kind: str | None = None, root: Path | None = None, s
     if split is not None and kind != "dataset":
         raise ValueError(f"split: it is for a data set; {path} is taken for a {kind}")
     if kind == "table":
-        return Table(path, path.parent if root is None else root)
+        return Table(path, path.parent if root is None else Path(root))
     if kind == "tar":
         return Tars(path)
     return DataSet(path, split) if kind == "dataset" else Folder(path)
