@@ -123,6 +123,10 @@ def absolute(path: Path | None) -> str | None:
     return None if path is None else str(path.resolve() if ".." in path.parts else path.absolute())
 
 
+def _say(text: str) -> None:
+    typer.echo(f"attnx: {text}", err=True)
+
+
 def run_recipe(
     recipe: "Recipe",
     images: "Source",
@@ -149,7 +153,7 @@ def run_recipe(
     start_server()
     tools = recipe.load(device_of(devices[0]))
     if asked.dry_run:
-        typer.echo(estimate(tools, running, asked.shard_size, what))
+        typer.echo(estimate(tools, running, asked.shard_size, what, _say))
         return
     if len(devices) > 1 or cluster is not None:
         # Others make the maps: nothing of it is to lie in a GPU's memory beside theirs.
@@ -159,10 +163,13 @@ def run_recipe(
     plan = (recipe.describe_source(), tools.settings, recipe.to_json(), asked.shard_size, tools.row_bytes, rank)
     try:
         with open_job(out, images, *plan) as job, progress_bar(job.rows, what) as progress:
+            # Nothing, unless this run has listed the source.
+            for line in images.skipped.lines():
+                _say(line)
             report = run_job(
                 tools, job, running, devices=devices, cluster=cluster, rank=rank, tries=asked.tries,
                 retry_failed=asked.retry_failed, progress=progress,
-                say=lambda text: typer.echo(f"attnx: {text}", err=True),
+                say=_say,
             )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo("attnx: interrupted; the same command goes on with the first shard that is not there", err=True)

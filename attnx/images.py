@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -19,15 +20,39 @@ from PIL import ExifTags, Image
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IMAGE_SUFFIXES", "ImageError", "find_images", "large_images", "read_image", "to_tensor", "walk_images"]
+__all__ = [
+    "HEIF_SUFFIXES",
+    "IMAGE_SUFFIXES",
+    "ImageError",
+    "find_images",
+    "image_suffixes",
+    "large_images",
+    "looks_like_an_image",
+    "read_image",
+    "to_tensor",
+    "walk_images",
+]
 
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif",
     ".tiff", ".webp",
 )  # fmt: skip
 
+# Read where pillow-heif is installed.
+HEIF_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")
+
+# Of pictures that are not read: they are left out, and that is said.
+_OTHER_SUFFIXES = (
+    ".3fr", ".ai", ".apng", ".arw", ".avifs", ".bpg", ".cr2", ".cr3", ".crw", ".cur", ".dcm", ".dcr", ".dds", ".dib",
+    ".djvu", ".dng", ".emf", ".eps", ".erf", ".exr", ".fff", ".flif", ".hdp", ".hdr", ".icns", ".ico", ".iiq", ".j2c",
+    ".j2k", ".jng", ".jpc", ".jpf", ".jpm", ".jpx", ".jxl", ".jxr", ".k25", ".kdc", ".mef", ".mos", ".mpo", ".mrw",
+    ".nef", ".nrw", ".orf", ".ori", ".pam", ".pbm", ".pcx", ".pef", ".pfm", ".pjp", ".pjpeg", ".psb", ".psd", ".qoi",
+    ".raf", ".ras", ".raw", ".rw2", ".rwl", ".sgi", ".sr2", ".srf", ".srw", ".svg", ".svgz", ".tga", ".wdp", ".wmf",
+    ".x3f", ".xbm", ".xcf", ".xpm",
+)  # fmt: skip
+
 # Only these decoders are tried: Pillow goes by content, and would hand an EPS file named .jpg to Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 _OF_A_JOB = {"manifest.parquet", "run.json"}
 _INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 _UPRIGHT = {
@@ -50,7 +75,7 @@ def find_images(source: str | Path) -> list[Path]:
 
     Args:
         source: a file, taken whatever its suffix, or a folder, read recursively. In a folder, a file counts
-            when its suffix (any case) is in `IMAGE_SUFFIXES`; files and folders whose name begins with a dot
+            when its suffix (any case) is in `image_suffixes()`; files and folders whose name begins with a dot
             are skipped, and so are folders that jobs have written. Links to folders are followed, except one that
             leads back to a folder it stands in.
 
@@ -65,10 +90,13 @@ def find_images(source: str | Path) -> list[Path]:
     return list(walk_images(source))
 
 
-def walk_images(source: str | Path) -> Iterator[Path]:
-    """`find_images`, one at a time: a folder of any number of images takes no memory but for one folder's names."""
+def walk_images(source: str | Path, left_out: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """`find_images`, one at a time: a folder of any number of images takes no memory but for one folder's names.
+
+    left_out: is told each file that looks like an image and is none that can be read here.
+    """
     source = Path(source)
-    looked_for = f"an image or a folder with images ({' '.join(IMAGE_SUFFIXES)})"
+    looked_for = f"an image or a folder with images ({' '.join(image_suffixes())})"
     if source.is_file():
         yield source
         return
@@ -76,15 +104,34 @@ def walk_images(source: str | Path) -> Iterator[Path]:
         raise FileNotFoundError(f"source: expected {looked_for}, got {source}, which does not exist")
     if not source.is_dir():
         raise ValueError(f"source: expected {looked_for}, got {source}, which is neither a file nor a folder")
-    found = False
+    found, readable, others, example = False, image_suffixes(), 0, ""
     for path in _walk(source):
-        found = True
-        yield path
+        if path.name.lower().endswith(readable):
+            found = True
+            yield path
+            continue
+        others += 1
+        example = example or path.name
+        if left_out is not None:
+            left_out(path)
     if not found:
-        raise ValueError(f"source: expected {looked_for}, got {source}, a folder without any")
+        such = f" but {others} that can't be read, such as {example[:200]!r}" if others else ""
+        raise ValueError(f"source: expected {looked_for}, got {source}, a folder without any{such}")
+
+
+def image_suffixes() -> tuple[str, ...]:
+    """The suffixes that are read here: `IMAGE_SUFFIXES`, and `HEIF_SUFFIXES` where pillow-heif is installed."""
+    return IMAGE_SUFFIXES + (HEIF_SUFFIXES if "HEIF" in _formats() else ())
+
+
+def looks_like_an_image(name: str) -> bool:
+    """Whether a file of this name looks like a picture that can't be read here."""
+    suffixes = (*HEIF_SUFFIXES, *_OTHER_SUFFIXES)
+    return name.lower().endswith(suffixes) and not name.lower().endswith(image_suffixes())
 
 
 def _walk(folder: Path) -> Iterator[Path]:
+    """Files that are or look like images."""
     with os.scandir(folder) as entries:
         seen = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
     if {name for name, _ in seen} >= _OF_A_JOB:
@@ -92,7 +139,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     # A folder sorts as its paths do, by the slash that follows its name: then the whole is in order of paths.
     for name, is_folder in sorted(seen, key=lambda item: f"{item[0]}/" if item[1] else item[0]):
         if not is_folder:
-            if name.lower().endswith(IMAGE_SUFFIXES):
+            if name.lower().endswith(image_suffixes()) or looks_like_an_image(name):
                 yield folder / name
         elif not _leads_back(folder, name):
             yield from _walk(folder / name)
@@ -120,8 +167,8 @@ def read_image(path: str | Path, content: IO[bytes] | None = None, max_pixels: i
     an animation or a multi-page file, the first frame.
 
     Args:
-        path: JPEG, PNG, WebP, GIF, BMP, TIFF, PNM, JPEG 2000 or AVIF (what the installed Pillow has of them),
-            recognised by content.
+        path: JPEG, PNG, WebP, GIF, BMP, TIFF, PNM, JPEG 2000 or AVIF (what the installed Pillow has of them), or
+            HEIF where pillow-heif is installed, recognised by content.
         content: what to read in place of the file, which then only names it in an error.
         max_pixels: the most pixels that are decoded; what remains is Pillow's own limit.
 
@@ -167,6 +214,9 @@ def large_images(max_pixels: int | None) -> Iterator[None]:
 def _formats() -> tuple[str, ...]:
     # `Image.open` answers a KeyError to a format that this Pillow was built without.
     Image.init()
+    # Its opener is not found by `Image.init`; every process that decodes needs it.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -31,13 +31,23 @@ class _First:
         return iter(self._first)
 
 
-def estimate(tools: Tools, running: Running, shard_size: int | None, what: str = "images") -> str:
+def estimate(
+    tools: Tools,
+    running: Running,
+    shard_size: int | None,
+    what: str = "images",
+    say: Callable[[str], None] = print,
+) -> str:
     """Says how many rows and shards there are, how large they will be and how long it will take on this device.
 
     Measured on the first images, with files in a temporary folder; the first batch is left out of the time.
+    say: is told what the listing left out.
     """
     size = shard_size or default_shard_size(tools.row_bytes)
-    first = _First(tools.recipe.open_source(), (1 + _BATCHES) * running.batch_size)
+    source = tools.recipe.open_source()
+    first = _First(source, (1 + _BATCHES) * running.batch_size)
+    for line in source.skipped.lines():
+        say(line)
     with (
         tempfile.TemporaryDirectory() as folder,
         open_job(Path(folder), first, {}, {}, None, running.batch_size) as job,

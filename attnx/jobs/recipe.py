@@ -19,6 +19,7 @@ from attnx.jobs.packing import Format
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources import Source, open_source
 from attnx.jobs.sources.dataset import DataSet
+from attnx.jobs.sources.table import Table
 from attnx.jobs.tasks import Extract, Find, ImageTask, Task, WordTask
 from attnx.jobs.worker import Worker
 from attnx.models.loading import Loaded, load_model
@@ -79,7 +80,8 @@ class Recipe(ABC):
     def describe_source(self) -> dict[str, Any]:
         """Which source it is, for JSON."""
         source = self.open_source()
-        rows = {"fingerprint": source.fingerprint} if isinstance(source, DataSet) else {}
+        fingerprint = source.fingerprint if isinstance(source, DataSet | Table) else None
+        rows = {} if fingerprint is None else {"fingerprint": fingerprint}
         return {"kind": self.kind, "path": self.source, "root": self.root, "split": self.split, **rows}
 
     @abstractmethod

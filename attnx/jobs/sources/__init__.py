@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol, TypeAlias
+from typing import IO, TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from attnx.jobs.sources.skipped import Skipped
 
 __all__ = ["KINDS", "Entry", "Listing", "Reader", "Source", "open_source", "text_of", "wrong_caption"]
 
@@ -19,7 +22,8 @@ class Entry(NamedTuple):
     """One row of a job, before it is done.
 
     key: the row's name, once in a job. path: the file, relative to the source's root, or absolute. offset, size: of a
-    tar's member in bytes; of a data set, offset is the row. text: the caption. error: why there is nothing to read.
+    tar's member in bytes; of a data set, or of a table with pictures in it, offset is the row. text: the caption.
+    error: why there is nothing to read.
     """
 
     key: str
@@ -46,9 +50,12 @@ class Listing(Protocol):
 
 
 class Source(Listing, Protocol):
-    """And reads them."""
+    """And reads them. skipped: what the last listing left out."""
 
     kind: str
+
+    @property
+    def skipped(self) -> Skipped: ...
 
     def reader(self) -> Reader:
         """Reads an entry; can be pickled."""
@@ -61,8 +68,8 @@ def open_source(
 
     Args:
         path: a folder of images or one image; a table (.parquet, .csv, .tsv, .jsonl) with the columns path (or image),
-            and if you like key and caption (or text); a tar of samples, or a folder of them; a Hugging Face data set
-            written by save_to_disk.
+            and if you like key and caption (or text); Parquet with pictures in it, as the Hugging Face hub has it; a
+            tar of samples, or a folder of them; a Hugging Face data set written by save_to_disk.
         kind: "folder", "table", "tar" or "dataset", where the path doesn't tell.
         root: what a table's paths are relative to; its own folder unless given.
         split: of a data set that has several.
@@ -71,7 +78,7 @@ def open_source(
         FileNotFoundError: there is nothing.
         ValueError: options that this kind doesn't have; an unknown kind.
     """
-    from attnx.images import IMAGE_SUFFIXES
+    from attnx.images import image_suffixes
     from attnx.jobs.sources.dataset import DataSet
     from attnx.jobs.sources.folder import Folder
     from attnx.jobs.sources.table import SUFFIXES, Table
@@ -89,7 +96,9 @@ def open_source(
             kind = "dataset" if any((path / name).is_file() for name in markers) else "folder"
             kind = "tar" if kind == "folder" and tars_in(path, alone=True) else kind
         else:
-            kinds = dict.fromkeys(SUFFIXES, "table") | dict.fromkeys((*IMAGE_SUFFIXES, ""), "folder") | {".tar": "tar"}
+            kinds = (
+                dict.fromkeys(SUFFIXES, "table") | dict.fromkeys((*image_suffixes(), ""), "folder") | {".tar": "tar"}
+            )
             kind = kinds.get(path.suffix.lower())
             if kind is None:
                 told = f"an image, a table ({' '.join(SUFFIXES)}) or a .tar; got {path}; --kind says what it is"

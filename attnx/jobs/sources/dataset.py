@@ -3,11 +3,12 @@
 import functools
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from attnx.jobs.sources import Entry, text_of, wrong_caption
+from attnx.jobs.sources.skipped import Skipped
 from attnx.jobs.sources.table import CAPTION
 
 
@@ -17,6 +18,7 @@ class DataSet:
 
     path: Path
     split: str | None
+    skipped: Skipped = field(default_factory=Skipped, compare=False, repr=False)
     kind = "dataset"
 
     def entries(self) -> Iterator[Entry]:

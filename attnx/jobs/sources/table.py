@@ -1,15 +1,23 @@
-"""A table of paths: Parquet, CSV, TSV or JSON lines; columns path (or image), and key and caption (or text) if any."""
+"""A table of paths: Parquet, CSV, TSV or JSON lines; columns path (or image), and key and caption (or text) if any.
 
+Parquet may have the pictures themselves: see `embedded`.
+"""
+
+import contextlib
 import csv
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attnx.jobs.sources import Entry, text_of, wrong_caption
-from attnx.jobs.sources.folder import Files
+from attnx.jobs.sources.embedded import Pictures, footer_hash, is_text, picture_column, picture_entries
+from attnx.jobs.sources.skipped import Skipped
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
 PATH, CAPTION = ("path", "image"), ("caption", "text")
@@ -26,6 +34,7 @@ class Table:
 
     path: Path
     root: Path
+    skipped: Skipped = field(default_factory=Skipped, compare=False, repr=False)
     kind = "table"
 
     def entries(self) -> Iterator[Entry]:
@@ -34,7 +43,11 @@ class Table:
         first = list(islice(rows, _TRIED))
         if not first:
             raise ValueError(f"source: expected at least one row; {self.path} has none")
-        paths = [entry.path for entry in first if entry.path is not None]
+        if all(entry.path is None for entry in first):
+            raise ValueError(
+                f"source: expected rows with a path; {self.path}, of the first {len(first)}: {first[0].error}"
+            )
+        paths = [entry.path for entry in first if entry.path is not None and entry.offset is None]
         if paths and not any(_exists(self.root / path) for path in paths):
             raise FileNotFoundError(
                 f"source: none of the first {len(paths)} paths of {self.path} exists below {self.root}, such as "
@@ -43,17 +56,25 @@ class Table:
         yield from first
         yield from rows
 
-    def reader(self) -> Files:
-        """Paths below the root."""
-        return Files(self.root)
+    def reader(self) -> Pictures:
+        """Paths below the root, and pictures in the table."""
+        return Pictures(self.path, self.root)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What tells a table with pictures in it from another one at the same path; None of a table of paths."""
+        if self.path.suffix.lower() != ".parquet":
+            return None
+        with _opened(self.path) as file:
+            return None if _pictures(self.path, self.root, file) is None else footer_hash(self.path)
 
     def _rows(self) -> Iterator[Entry]:
         suffix = self.path.suffix.lower()
         try:
             if suffix == ".parquet":
-                rows = _parquet(self.path)
-            else:
-                rows = _json_lines(self.path) if suffix in (".jsonl", ".ndjson") else _csv(self.path, suffix)
+                yield from _parquet(self.path, self.root)
+                return
+            rows = _json_lines(self.path) if suffix in (".jsonl", ".ndjson") else _csv(self.path, suffix)
             for number, (name, row) in enumerate(rows):
                 yield _entry(row, name, number)
         except UnicodeDecodeError as error:
@@ -119,21 +140,61 @@ def _csv(path: Path, suffix: str) -> Iterator[tuple[str, Mapping[str, Any] | str
                 yield name, {column: value or None for column, value in row.items()}
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
+@contextlib.contextmanager
+def _opened(path: Path) -> "Iterator[pq.ParquetFile]":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            _check(path, file.schema_arrow.names)
-            wanted = [name for name in file.schema_arrow.names if name in (*PATH, *CAPTION, "key")]
-            number = 0
-            for batch in file.iter_batches(columns=wanted):
-                for row in batch.to_pylist():
-                    yield f"row {number}", row
-                    number += 1
+            yield file
     except pa.ArrowException as error:
         raise ValueError(f"source: expected a Parquet file; {path}: {error}") from error
+
+
+def _parquet(path: Path, root: Path) -> Iterator[Entry]:
+    with _opened(path) as file:
+        pictures = _pictures(path, root, file)
+        if pictures is not None:
+            yield from picture_entries(file, path, pictures, CAPTION)
+            return
+        names = file.schema_arrow.names
+        wanted = [name for name in names if name in (*_text_columns(file), *CAPTION, "key")]
+        number = 0
+        for batch in file.iter_batches(columns=wanted):
+            for row in batch.to_pylist():
+                yield _entry(row, f"row {number}", number)
+                number += 1
+
+
+def _pictures(path: Path, root: Path, file: "pq.ParquetFile") -> str | None:
+    """The column of pictures; None: a table of paths, which it also is where it has pictures, and the paths exist.
+
+    Raises:
+        ValueError: neither.
+    """
+    texts = _text_columns(file)
+    if texts:
+        rows = next(file.iter_batches(_TRIED, columns=texts), None)
+        paths = [value for row in ([] if rows is None else rows.to_pylist()) for value in row.values() if value]
+        if any(_exists(root / text) for text in paths if "\0" not in text):
+            return None
+    try:
+        found = picture_column(file)
+    except ValueError as error:
+        if texts:
+            return None
+        raise ValueError(f"source: {path}: {error}") from error
+    if found is None and not texts:
+        columns = ", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow)
+        expected = f"a column {' or '.join(PATH)} of texts, or pictures as {{bytes, path}} or as bytes named image"
+        advice = "rename or add a column, or write the pictures to files and a table of their paths"
+        raise ValueError(f"source: expected {expected}; {path} has {columns[:400] or 'none'}; {advice}")
+    return found
+
+
+def _text_columns(file: "pq.ParquetFile") -> list[str]:
+    return [column.name for column in file.schema_arrow if column.name in PATH and is_text(column.type)]
 
 
 def _check(path: Path, columns: "list[str] | Any") -> None:
