@@ -3,13 +3,16 @@
 Docstrings, validation and the choice of a backend; the operators themselves are in `attnx/operators.py`.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
-import attnx.operators  # noqa: F401  (registers them)
 from attnx.dispatch import call
+from attnx.operators import differentiable
 from attnx.reducers import Heads
 
 BACKENDS = ("auto", "triton", "native", "eager")
@@ -23,6 +26,8 @@ def attention(
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     heads: str = "mean",
     rows: Sequence[int] | Tensor | None = None,
     backend: str = "auto",
@@ -31,7 +36,14 @@ def attention(
 
     ``P = softmax(q k^T * scale + bias)``, ``out = P v``, ``map = mean_h P`` (or max, min, or each head's P). No
     [B, H, M, N] tensor is made unless ``heads="each"`` asks for it. The output is differentiable with respect to q, k,
-    v and bias; the map is detached.
+    v, bias and sinks; the map is detached. Forward-mode derivatives are not supported.
+
+    With ``softcap`` the scores are ``softcap * tanh(q k^T * scale / softcap)``, before the bias and the masks. With
+    ``sinks`` the head's sink is one more key, whose value is zero: ``P = softmax(cat(scores + bias, sink))`` without
+    its last column, so that a row's weights sum to less than 1.
+
+    A `TorchFunctionMode` or a tensor subclass with `__torch_function__` sees the call as those of torch's own
+    functions: q, k and v by position, every other argument by keyword.
 
     Args:
         q: [B, H, M, D] float16, bfloat16, float32 (float64 on the eager backend), any strides. (Native copies what has
@@ -43,6 +55,9 @@ def attention(
             else is zero, where SDPA attends by what digits are left.
         is_causal: row i sees the keys 0..i, also where M != N (as in SDPA).
         scale: of the scores; ``D ** -0.5`` unless given.
+        softcap: the bound of the scores' magnitude, above 0; None: no bound. Only the eager backend has it: "auto"
+            takes eager then.
+        sinks: [H] floating point on q's device, any float dtype: the logit of each head's sink.
         heads: "mean", "max", "min" over the heads, or "each".
         rows: indices in 0..M-1 of the query rows whose map is wanted; the others cost nothing. None: all.
         backend: "triton", "native" (a C++ kernel for CPUs), "eager" (plain torch, any device), or "auto": Triton on
@@ -57,12 +72,23 @@ def attention(
         ValueError: a shape, dtype, device, index or name that doesn't fit; says what was expected and what came.
         NotImplementedError: the named backend can't take these inputs; says every reason.
     """
+    if has_torch_function((q, k, v)):
+        options: dict[str, Any] = dict(
+            bias=bias, is_causal=is_causal, scale=scale, softcap=softcap, sinks=sinks, heads=heads
+        )
+        return handle_torch_function(attention, (q, k, v), q, k, v, **options, rows=rows, backend=backend)
     q, k, v = cast_as_sdpa(q, k, v)
     bias = _check(q, k, v, bias, is_causal, heads)
     index = _row_index(rows, q.shape[2], q.device)
-    scale = _scale(scale, q)
-    out, amap = call("attention", q, k, v, bias, is_causal, scale, heads, index, _known(backend))
-    return out, amap.detach()
+    scale, cap, name = _scale(scale, q), _cap(softcap), _known(backend)
+    if sinks is None:
+        out, amap = differentiable("attention", q, k, v, bias, is_causal, scale, cap, heads, index, name)
+        return out, amap.detach()
+    _check_sinks(sinks, q)
+    out, lse = differentiable("attention_lse", q, k, v, bias, is_causal, scale, cap, name)
+    out, lse = _with_sinks(out, lse, sinks)
+    q, k, bias = q.detach(), k.detach(), None if bias is None else bias.detach()
+    return out, call("attention_map", q, k, bias, is_causal, scale, cap, heads, index, lse, name)
 
 
 def attention_map(
@@ -72,6 +98,8 @@ def attention_map(
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     heads: str = "mean",
     rows: Sequence[int] | Tensor | None = None,
     lse: Tensor | None = None,
@@ -82,15 +110,18 @@ def attention_map(
     Args:
         lse: [B, H, M] float32, the natural log-sum-exp of the scaled, biased scores, where a forward pass has it
             already; the weights are then ``exp(scores - lse)``. A row without keys has minus or plus infinity.
+            With sinks it is what `attention_lse` gives with the same sinks. Where it isn't given, sinks cost as much
+            as the attention of all rows.
     """
     (q, k), v = cast_as_sdpa(q, k), None
     bias = _check(q, k, v, bias, is_causal, heads)
     index = _row_index(rows, q.shape[2], q.device)
     _check_float32("lse", lse, q.shape[:3], q.device)
-    name = _known(backend)
+    scale, cap, name = _scale(scale, q), _cap(softcap), _known(backend)
     q, k = q.detach(), k.detach()
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
-    return call("attention_map", q, k, bias, is_causal, _scale(scale, q), heads, index, lse, name)
+    lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
+    return call("attention_map", q, k, bias, is_causal, scale, cap, heads, index, lse, name)
 
 
 def attention_lse(
@@ -101,21 +132,30 @@ def attention_lse(
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention output, and the log-sum-exp of every row of scores: with q and k all that a map is made of.
 
     ``lse = log sum_j exp(q k_j^T * scale + bias_j)``, natural; then ``P = exp(q k^T * scale + bias - lse)``. It costs
-    what attention costs, in time and memory. Arguments and errors as in `attention`.
+    what attention costs, in time and memory. Arguments and errors as in `attention`. With ``sinks`` the sum includes
+    the head's sink, ``lse = log(exp(sink) + sum_j exp(score_j))``: the weights are still ``exp(score - lse)``.
 
     Returns:
         out [B, H, M, Dv] in q's dtype, differentiable as `attention`'s, and lse [B, H, M] float32, detached. A row
-        whose keys are all masked has zero and minus infinity; so has every row without keys (N = 0).
+        whose keys are all masked has zero and minus infinity; so has every row without keys (N = 0). With sinks its
+        lse is the sink.
     """
     q, k, v = cast_as_sdpa(q, k, v)
     bias = _check(q, k, v, bias, is_causal, "mean")
-    out, lse = call("attention_lse", q, k, v, bias, is_causal, _scale(scale, q), _known(backend))
-    return out, lse.detach()
+    if sinks is not None:
+        _check_sinks(sinks, q)
+    scale, cap, name = _scale(scale, q), _cap(softcap), _known(backend)
+    out, lse = differentiable("attention_lse", q, k, v, bias, is_causal, scale, cap, name)
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks)
+    return out, lse.detach().float()
 
 
 def vecmat(
@@ -126,6 +166,8 @@ def vecmat(
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     lse: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -133,12 +175,12 @@ def vecmat(
 
     A step of rollout in memory linear in M and N. It gives what the rows pass on, not the map's entries: the row sums
     that are left when small entries are discarded are out of its reach. (The plain row sums are known: the share of
-    heads in which the row has a key, ``(lse > -inf).mean(1)``.)
+    heads in which the row has a key, ``(lse > -inf).mean(1)``, unless there are sinks.)
 
     Args:
         r: [B, M] float32, any strides. A row whose r is zero passes nothing on, not even a NaN among its weights.
-        q, k, bias, is_causal, scale, backend: as in `attention`.
-        lse: [B, H, M] float32 as `attention_lse` gives it, where it is known already.
+        q, k, bias, is_causal, scale, softcap, sinks, backend: as in `attention`.
+        lse: [B, H, M] float32 as `attention_lse` gives it, with the same sinks, where it is known already.
 
     Returns:
         [B, N] float32. Rows whose keys are all masked pass nothing on; zero for M = 0. The same inputs give the same
@@ -151,10 +193,11 @@ def vecmat(
     bias = _check(q, k, None, bias, is_causal, "mean")
     _check_float32("r", r, (q.shape[0], q.shape[2]), q.device)
     _check_float32("lse", lse, q.shape[:3], q.device)
-    name = _known(backend)
+    scale, cap, name = _scale(scale, q), _cap(softcap), _known(backend)
     r, q, k = r.detach(), q.detach(), k.detach()
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
-    return call("vecmat", r, q, k, bias, is_causal, _scale(scale, q), lse, name)
+    lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
+    return call("vecmat", r, q, k, bias, is_causal, scale, cap, lse, name)
 
 
 def gradient_map(
@@ -166,6 +209,8 @@ def gradient_map(
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     heads: str = "mean",
     clamp: bool = True,
     rows: Sequence[int] | Tensor | None = None,
@@ -179,10 +224,10 @@ def gradient_map(
 
     Args:
         grad: [B, H, M, Dv] in q's dtype, the gradient of a scalar with respect to the attention's output.
-        q, k, v, bias, is_causal, scale, rows, backend: as in `attention`.
+        q, k, v, bias, is_causal, scale, softcap, sinks, rows, backend: as in `attention`.
         heads: how the products of the heads are fused: "mean", "max", "min", or "each".
         clamp: False: ``mean_h dP P``, signs and all.
-        lse: [B, H, M] float32 as `attention_lse` gives it, where it is known already.
+        lse: [B, H, M] float32 as `attention_lse` gives it, with the same sinks, where it is known already.
 
     Returns:
         float32, shaped as `attention`'s map. A row whose keys are all masked is zero.
@@ -204,9 +249,41 @@ def gradient_map(
     _check_float32("lse", lse, q.shape[:3], q.device)
     grad, q, k, v = (t.detach() for t in (grad, q, k, v))
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
-    return call(
-        "gradient_map", grad, q, k, v, bias, is_causal, _scale(scale, q), heads, clamp, index, lse, _known(backend)
-    )
+    scale, cap, name = _scale(scale, q), _cap(softcap), _known(backend)
+    lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
+    return call("gradient_map", grad, q, k, v, bias, is_causal, scale, cap, heads, clamp, index, lse, name)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp once each head's sink has joined the softmax; the log-sum-exp is detached.
+
+    ``lse' = log(exp(lse) + exp(sink))`` and ``out' = out * exp(lse - lse')``, whose factor is ``sigmoid(lse - sink)``.
+    """
+    sink = sinks.to(lse.dtype)[:, None]
+    # Infinity minus infinity is NaN where a row without keys meets a sink of minus infinity.
+    kept = (lse - sink).masked_fill(lse == -torch.inf, -torch.inf).sigmoid()
+    return (out * kept[..., None]).to(out.dtype), torch.logaddexp(lse.detach(), sink.detach())
+
+
+def _lse_with_sinks(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    cap: float,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+    backend: str,
+) -> Tensor | None:
+    """The given log-sum-exp; where none is given and there are sinks, one that includes them."""
+    if sinks is None:
+        return lse
+    _check_sinks(sinks, q)
+    if lse is not None:
+        return lse
+    found = call("attention_lse", q, k, k, bias, is_causal, scale, cap, backend)[1]
+    return torch.logaddexp(found, sinks.detach().to(found.dtype)[:, None])
 
 
 def _known(backend: str) -> str:
@@ -233,6 +310,25 @@ def cast_as_sdpa(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _scale(scale: float | None, q: Tensor) -> float:
     return max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
+
+
+def _cap(softcap: float | None) -> float:
+    """The softcap as the operators take it: 0 for none."""
+    if softcap is None:
+        return 0.0
+    if not isinstance(softcap, int | float) or not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap: expected a finite number above 0, or None; got {softcap!r}")
+    return float(softcap)
+
+
+def _check_sinks(sinks: Tensor, q: Tensor) -> None:
+    if isinstance(sinks, Tensor):
+        if sinks.shape == q.shape[1:2] and sinks.is_floating_point() and sinks.device == q.device:
+            return
+        came = f"{sinks.dtype} {list(sinks.shape)} on {sinks.device}"
+    else:
+        came = type(sinks).__name__
+    raise ValueError(f"sinks: expected a floating-point tensor [{q.shape[1]}] on {q.device}; got {came}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, is_causal: bool, heads: str) -> Tensor | None:

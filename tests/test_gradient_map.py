@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_said(wrong):
 
 def test_as_an_operator():
     case = Case(bias="B1MN")
-    arguments = (random_gradient(case), *random_inputs(case), False, 0.25, "mean", True, None, None, "auto")
+    arguments = (random_gradient(case), *random_inputs(case), False, 0.25, 0.0, "mean", True, None, None, "auto")
     torch.library.opcheck(torch.ops.attnx.gradient_map, arguments)
 
 

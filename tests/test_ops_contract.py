@@ -185,10 +185,10 @@ def test_operators_are_registered_as_they_behave(case, rows, backend, device):
     q, k, v, bias = random_inputs(case, device=device)
     index = None if rows is None else torch.tensor(rows, device=device)
     leaves = [None if t is None else t.requires_grad_(t.is_floating_point()) for t in (q, k, v, bias)]
-    opcheck(torch.ops.attnx.attention, (*leaves, case.is_causal, 0.3, case.heads, index, backend))
+    opcheck(torch.ops.attnx.attention, (*leaves, case.is_causal, 0.3, 0.0, case.heads, index, backend))
     q, k, v, bias = (None if t is None else t.detach() for t in leaves)
     lse = torch.zeros(q.shape[:3], device=device) if rows else None
-    opcheck(torch.ops.attnx.attention_map, (q, k, bias, case.is_causal, 0.3, case.heads, index, lse, backend))
+    opcheck(torch.ops.attnx.attention_map, (q, k, bias, case.is_causal, 0.3, 0.0, case.heads, index, lse, backend))
     opcheck(torch.ops.attnx.attention_backward, (v.new_ones(*q.shape), q, k, v, bias, q, case.is_causal, 0.3))
 
 

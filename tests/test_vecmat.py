@@ -311,11 +311,11 @@ def test_compiles_without_a_break(compiler, device):
 def test_operators_are_registered_as_they_behave(case, backend, device):
     q, k, v, bias = random_inputs(case, device=device)
     leaves = [None if t is None else t.requires_grad_(t.is_floating_point()) for t in (q, k, v, bias)]
-    opcheck(torch.ops.attnx.attention_lse, (*leaves, case.is_causal, 0.3, backend))
+    opcheck(torch.ops.attnx.attention_lse, (*leaves, case.is_causal, 0.3, 0.0, backend))
     q, k, v, bias = (None if t is None else t.detach() for t in leaves)
     r = random_vector(case, device=device)
     for lse in (None, torch.zeros(q.shape[:3], device=device)):
-        opcheck(torch.ops.attnx.vecmat, (r, q, k, bias, case.is_causal, 0.3, lse, backend))
+        opcheck(torch.ops.attnx.vecmat, (r, q, k, bias, case.is_causal, 0.3, 0.0, lse, backend))
 
 
 def test_autocast_casts_as_sdpa_does(device):

@@ -25,15 +25,18 @@ def attention(
     scale: float,
     heads: Heads,
     rows: Tensor | None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Output [B,H,M,Dv] in q's dtype (rows before heads in memory, as blocks want it) and map, see `ops.attention`."""
     if rows is not None:
-        amap = attention_map(q, k, bias, is_causal, scale, heads, rows, None)
+        amap = attention_map(q, k, bias, is_causal, scale, heads, rows, None, softcap)
+        if softcap:
+            return attention_lse(q, k, v, bias, is_causal, scale, softcap)[0], amap
         return _output(q, k, v, bias, is_causal, scale), amap
     B, H, M, _ = q.shape
     out = q.new_empty(B, M, H, v.shape[3])
     v = v.to(_compute_dtype(q))
-    amap = _map(q, k, v, bias, is_causal, scale, heads, None, None, out)
+    amap = _map(q, k, v, bias, is_causal, scale, heads, None, None, out, softcap)
     return out.transpose(1, 2), amap
 
 
@@ -46,25 +49,29 @@ def attention_map(
     heads: Heads,
     rows: Tensor | None,
     lse: Tensor | None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """The map alone, see `ops.attention_map`. Rows are gathered first, so R rows cost R rows."""
     if rows is not None:
         q, bias, lse = _take_rows(q, bias, lse, rows)
-    return _map(q, k, None, bias, is_causal, scale, heads, rows, lse, None)
+    return _map(q, k, None, bias, is_causal, scale, heads, rows, lse, None, softcap)
 
 
 def attention_lse(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Output [B,H,M,Dv] and lse [B,H,M], see `ops.attention_lse`: the vendor's, or else by blocks."""
-    served = output_and_lse(q, k, v, bias, is_causal, scale)
+    """Output [B,H,M,Dv] and lse [B,H,M], see `ops.attention_lse`: the vendor's, or else by blocks.
+
+    The lse is float32, of float64 inputs float64. The vendor knows no softcap.
+    """
+    served = None if softcap else output_and_lse(q, k, v, bias, is_causal, scale)
     if served is not None:
         return served
     (B, H, M, _), group, compute = q.shape, q.shape[1] // k.shape[1], _compute_dtype(q)
     out = q.new_empty(B, M, H, v.shape[3])
-    lse = torch.empty(B, H, M, dtype=torch.float32, device=q.device)
+    lse = torch.empty(B, H, M, dtype=compute, device=q.device)
     v = v.to(compute)
-    for block, h, s in _scores(q, k.to(compute), bias, is_causal, scale, None):
+    for block, h, s in _scores(q, k.to(compute), bias, is_causal, scale, None, softcap):
         top = s.amax(-1, keepdim=True)
         # A row without keys has no maximum to subtract: its weights are then exp(-inf) = 0, its lse log(0).
         p = s.sub_(top.masked_fill(top == -torch.inf, 0.0)).exp_()
@@ -75,7 +82,14 @@ def attention_lse(
 
 
 def vecmat(
-    r: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float, lse: Tensor | None
+    r: Tensor,
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    lse: Tensor | None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """[B,N]: r times the mean map, see `ops.vecmat`. On CPUs rows whose r is zero in every item cost nothing."""
     rows = None
@@ -90,7 +104,7 @@ def vecmat(
     skip = r == 0
     some = r.device.type != "cpu" or bool(skip.any())
     passed = k.new_zeros(r.shape[0], 1, k.shape[2], dtype=compute)
-    for block, _, p in _weights(q, k.to(compute), bias, is_causal, scale, rows, lse):
+    for block, _, p in _weights(q, k.to(compute), bias, is_causal, scale, rows, lse, softcap):
         if some:
             p.masked_fill_(skip[:, block, None], 0.0)  # zero times NaN is NaN
         passed.baddbmm_(r[:, None, block], p)
@@ -109,6 +123,7 @@ def gradient_map(
     clamp: bool,
     rows: Tensor | None,
     lse: Tensor | None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """The gradient-weighted map, see `ops.gradient_map`. Rows are gathered first, so R rows cost R rows."""
     if rows is not None:
@@ -117,7 +132,7 @@ def gradient_map(
     compute, group = _compute_dtype(q), q.shape[1] // k.shape[1]
     amap = _empty_map(q, k, heads)
     v = v.to(compute)
-    for block, h, p in _weights(q, k.to(compute), bias, is_causal, scale, rows, lse):
+    for block, h, p in _weights(q, k.to(compute), bias, is_causal, scale, rows, lse, softcap):
         da = torch.bmm(grad[:, h, block].to(compute), v[:, h // group].transpose(1, 2))
         p.mul_(da.clamp_(min=0) if clamp else da)
         _fuse_block(amap, p, block, h, q.shape[1], heads)
@@ -125,28 +140,49 @@ def gradient_map(
 
 
 def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, is_causal: bool, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    is_causal: bool,
+    scale: float,
+    softcap: float = 0.0,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and of an additive bias (None for a boolean one), the weights recomputed block by block."""
+    """Gradients of q, k, v and of an additive bias (None for a boolean one), the weights recomputed block by block.
+
+    ``dS = P (dP - sum_j dP_j P_j + dlse)``, times ``1 - tanh^2`` before it reaches q and k of capped scores.
+
+    Args:
+        grad: [B, H, M, Dv], the gradient of the output.
+        dlse: [B, H, M] float, the gradient of the log-sum-exp; None: zero.
+    """
     compute = _compute_dtype(q)
     group = q.shape[1] // k.shape[1]
     dq, dk, dv = (torch.zeros(t.shape, dtype=compute, device=t.device) for t in (q, k, v))
     additive = bias is not None and bias.dtype != torch.bool
     dbias = torch.zeros(bias.shape, dtype=compute, device=q.device) if bias is not None and additive else None
     k_, v_, grad, out = (t.to(compute) for t in (k, v, grad, out))
-    for block, h, p in _weights(q, k_, bias, is_causal, scale, None, None):
+    for block, h, p in _weights(q, k_, bias, is_causal, scale, None, None, softcap):
         hk = h // group
         q_block = q[:, h, block].to(compute)
         grad_block = grad[:, h, block]
         ds = torch.bmm(grad_block, v_[:, hk].transpose(1, 2))
-        ds -= (grad_block * out[:, h, block]).sum(-1, keepdim=True)
+        delta = (grad_block * out[:, h, block]).sum(-1, keepdim=True)
+        ds -= delta if dlse is None else delta - dlse[:, h, block, None]
         ds *= p
         dv[:, hk].baddbmm_(p.transpose(1, 2), grad_block)
-        dq[:, h, block] = torch.bmm(ds, k_[:, hk]).mul_(scale)
-        dk[:, hk].baddbmm_(ds.transpose(1, 2), q_block, alpha=scale)
         if dbias is not None:
             target = _bias_block(dbias, h, block)
             target += ds.sum_to_size(target.shape)
+        if softcap:
+            # The weights are no longer needed: their room takes the capped scores.
+            tanh = torch.bmm(q_block, k_[:, hk].transpose(1, 2), out=p).mul_(scale / softcap).tanh_()
+            ds *= tanh.square_().neg_().add_(1)
+        dq[:, h, block] = torch.bmm(ds, k_[:, hk]).mul_(scale)
+        dk[:, hk].baddbmm_(ds.transpose(1, 2), q_block, alpha=scale)
     if bias is not None and dbias is not None:
         dbias = dbias.to(bias.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias
@@ -183,11 +219,12 @@ def _map(
     rows: Tensor | None,
     lse: Tensor | None,
     out: Tensor | None,
+    softcap: float,
 ) -> Tensor:
     """The map [B,M,N] (each: [B,H,M,N]); with v, writes the output into out [B,M,H,Dv] on the way."""
     H, group = q.shape[1], q.shape[1] // k.shape[1]
     amap = _empty_map(q, k, heads)
-    for block, h, p in _weights(q, k.to(_compute_dtype(q)), bias, is_causal, scale, rows, lse):
+    for block, h, p in _weights(q, k.to(_compute_dtype(q)), bias, is_causal, scale, rows, lse, softcap):
         _fuse_block(amap, p, block, h, H, heads)
         if v is not None and out is not None:
             out[:, block, h] = torch.bmm(p, v[:, h // group])
@@ -219,10 +256,11 @@ def _weights(
     scale: float,
     rows: Tensor | None,
     lse: Tensor | None,
+    softcap: float,
 ) -> Iterator[tuple[slice, int, Tensor]]:
     """(rows of the block, head, P [B, rows, N]) for every block and head. The P given is overwritten by the next."""
     room = k.new_empty(k.shape[0] * _rows_in_a_block(q, k) * k.shape[2] if lse is None else 0)
-    for block, h, s in _scores(q, k, bias, is_causal, scale, rows):
+    for block, h, s in _scores(q, k, bias, is_causal, scale, rows, softcap):
         # A row without keys: softmax gives NaN, and the answer is zero.
         empty = (s == -torch.inf).all(-1, keepdim=True) if bias is not None else None
         if lse is None:
@@ -235,19 +273,22 @@ def _weights(
 
 
 def _scores(
-    q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float, rows: Tensor | None
+    q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float, rows: Tensor | None, softcap: float
 ) -> Iterator[tuple[slice, int, Tensor]]:
     """(rows of the block, head, scores [B, rows, N]) for every block and head. Overwritten by the next."""
     (B, H, M, _), N = q.shape, k.shape[2]
     group, step = H // k.shape[1], _rows_in_a_block(q, k)
     room = k.new_empty(B * step * N)
+    alpha = scale / softcap if softcap else scale
     for start in range(0, M, step):
         block = slice(start, min(M, start + step))
         s = room[: B * (block.stop - start) * N].view(B, block.stop - start, N)
         hidden = _causal_mask(block, rows, N, q.device) if is_causal else None
         for h in range(H):
             q_block = q[:, h, block].to(k.dtype)
-            torch.baddbmm(s, q_block, k[:, h // group].transpose(1, 2), beta=0, alpha=scale, out=s)
+            torch.baddbmm(s, q_block, k[:, h // group].transpose(1, 2), beta=0, alpha=alpha, out=s)
+            if softcap:
+                s.tanh_().mul_(softcap)
             if bias is not None:
                 tile = _bias_block(bias, h, block)
                 if bias.dtype != torch.bool:

@@ -18,7 +18,9 @@ from attnx.reducers import HIDDEN
 def output_and_lse(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Output [B,H,M,Dv] in q's dtype and lse [B,H,M] float32, as `ops.attention_lse`; None where it can't serve.
+    """Output [B,H,M,Dv] in q's dtype and lse [B,H,M], as `ops.attention_lse`; None where it can't serve.
+
+    The lse is float32, of float64 inputs float64.
 
     On GPUs what SDPA itself would choose, cuDNN or flash attention, for half precision without a bias. On CPUs any bias
     or mask, which is copied in the dtype of the computation; half precision is copied to float32 first, since the
@@ -71,7 +73,7 @@ def _on_cpu(
     wide = [q.to(compute), *(t.to(compute).repeat_interleave(group, 1) if group > 1 else t.to(compute) for t in (k, v))]
     mask = None if bias is None else _additive(bias, compute)
     out, lse = flash(*wide, 0.0, is_causal, attn_mask=mask, scale=scale)
-    out, lse = _rows_first(out.to(q.dtype)), lse.float().contiguous()
+    out, lse = _rows_first(out.to(q.dtype)), lse.contiguous()
     lse.masked_fill_(lse == torch.inf, torch.nan)  # an infinite score: its row of the output is NaN
     if mask is not None:
         empty = _rows_without_keys(mask, is_causal, q.shape[2], k.shape[2])

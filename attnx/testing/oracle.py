@@ -4,6 +4,7 @@ The oracle uses plain softmax in float64 and shares no code with any backend, so
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +22,28 @@ def oracle(
     scale: float | None = None,
     heads: str = "mean",
     rows: Sequence[int] | Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and map in float64, by plain softmax; arguments as in `attnx.attention`.
 
     A row without keys is zero in both; a NaN or an infinity among the scores makes its row NaN.
     """
-    p = _softmax(_biased_scores(q, k, bias, is_causal, scale), _hidden(q, k, bias, is_causal))
+    p = _softmax(_biased_scores(q, k, bias, is_causal, scale, softcap=softcap), _hidden(q, k, bias, is_causal), sinks)
     return p @ _per_query_head(v.double(), q), fuse_heads(_chosen(p, rows), Heads.parse(heads))
 
 
 def oracle_lse(
-    q: Tensor, k: Tensor, bias: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """[B, H, M] float64 natural log-sum-exp of the scores; minus infinity for a row without keys."""
-    return _biased_scores(q, k, bias, is_causal, scale).logsumexp(-1)
+    """[B, H, M] float64 natural log-sum-exp of the scores; minus infinity, or the sink, for a row without keys."""
+    return _lse(_biased_scores(q, k, bias, is_causal, scale, softcap=softcap), sinks)
 
 
 def oracle_vecmat(
@@ -44,9 +53,11 @@ def oracle_vecmat(
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """[B, N] float64: r times the mean map; arguments as in `attnx.vecmat`."""
-    return (r.double()[:, None] @ oracle(q, k, k, bias, is_causal, scale)[1])[:, 0]
+    return (r.double()[:, None] @ oracle(q, k, k, bias, is_causal, scale, softcap=softcap, sinks=sinks)[1])[:, 0]
 
 
 def oracle_gradient_map(
@@ -61,12 +72,14 @@ def oracle_gradient_map(
     clamp: bool = True,
     rows: Sequence[int] | Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The gradient-weighted map by autograd through an eager softmax; arguments as in `attnx.ops.gradient_map`.
 
     dtype: of the computation: float64 for the oracle, q's own for torch's answer to the same inputs.
     """
-    p = _softmax(_biased_scores(q, k, bias, is_causal, scale, dtype), _hidden(q, k, bias, is_causal))
+    p = _softmax(_biased_scores(q, k, bias, is_causal, scale, dtype, softcap), _hidden(q, k, bias, is_causal), sinks)
     p = p.detach().requires_grad_()
     with torch.enable_grad():
         (dp,) = torch.autograd.grad(p @ _per_query_head(v.to(dtype), q), p, grad.to(dtype))
@@ -83,15 +96,23 @@ def torch_reference(
     scale: float | None = None,
     heads: str = "mean",
     rows: Sequence[int] | Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Torch's own answer, whose error ours is measured against: SDPA's output, and the map of an eager softmax.
 
-    The output is `F.scaled_dot_product_attention` in q's dtype; gradients flow through it. The map is fp32 whatever the
+    The output is `F.scaled_dot_product_attention` in q's dtype; gradients flow through it. SDPA has neither softcap nor
+    sinks: with them it is the eager map of every head, rounded to q's dtype, times v. The map is fp32 whatever the
     inputs are, since products of half-precision numbers are exact in fp32 and are summed there. So its reference is the
     eager map of the same inputs widened to fp32, which is far stricter than that of scores rounded to bfloat16: a
     backend that rounds its weights before it fuses the heads fails.
     """
     hidden = _hidden(q, k, bias, is_causal)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    p = _softmax(_biased_scores(q, k, bias, is_causal, scale, wide, softcap), hidden, sinks)
+    amap = fuse_heads(_chosen(p, rows), Heads.parse(heads)).float()
+    if softcap is not None or sinks is not None:
+        return p.to(q.dtype) @ _per_query_head(v, q), amap
     # No is_causal: on CPUs SDPA hides before it scales, and a scale of 0 or less then gives NaN.
     mask = None
     if bias is not None and bias.dtype != torch.bool:
@@ -101,9 +122,7 @@ def torch_reference(
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     if mask is not None:  # some of its kernels for GPUs give rows without keys the mean of all values
         out = out.masked_fill(hidden.all(-1, keepdim=True), 0.0)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    p = _softmax(_biased_scores(q, k, bias, is_causal, scale, wide), hidden)
-    return out, fuse_heads(_chosen(p, rows), Heads.parse(heads)).float()
+    return out, amap
 
 
 def budget(exact: Tensor, reference: Tensor, dtype: torch.dtype, exponent: float = 1.0) -> float:
@@ -126,11 +145,17 @@ def budget(exact: Tensor, reference: Tensor, dtype: torch.dtype, exponent: float
 
 
 def score_size(
-    q: Tensor, k: Tensor, bias: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> float:
     """The largest magnitude among the finite scores and log-sum-exps, at least 1."""
-    s = _biased_scores(q, k, bias, is_causal, scale)
-    lse = s.logsumexp(-1)
+    s = _biased_scores(q, k, bias, is_causal, scale, softcap=softcap)
+    lse = _lse(s, sinks)
     return max(1.0, _largest(s[s.isfinite()]), _largest(lse[lse.isfinite()]))
 
 
@@ -157,18 +182,20 @@ def assert_attention(
     scale: float | None = None,
     heads: str = "mean",
     rows: Sequence[int] | Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Raises AssertionError unless output (if given) and map are a backend's right answer to these inputs.
 
     Right: dtypes as promised, errors within budget, and a weight that is zero in the oracle exactly zero.
     """
-    exact_map = oracle(q, k, v, bias, is_causal, scale, heads, rows)[1]
-    torch_map = torch_reference(q, k, v, bias, is_causal, scale, heads, rows)[1]
+    exact_map = oracle(q, k, v, bias, is_causal, scale, heads, rows, softcap, sinks)[1]
+    torch_map = torch_reference(q, k, v, bias, is_causal, scale, heads, rows, softcap, sinks)[1]
     assert amap.dtype == torch.float32, f"map: dtype {amap.dtype}, expected torch.float32"
-    assert_within_budget(amap, exact_map, torch_map, "map", score_size(q, k, bias, is_causal, scale))
+    assert_within_budget(amap, exact_map, torch_map, "map", score_size(q, k, bias, is_causal, scale, softcap, sinks))
     assert not amap[exact_map == 0].any(), "map: weights of keys that may not be attended are not zero"
     if out is not None:
-        assert_output(out, q, k, v, bias, is_causal, scale)
+        assert_output(out, q, k, v, bias, is_causal, scale, softcap, sinks)
 
 
 def assert_attention_lse(
@@ -180,13 +207,16 @@ def assert_attention_lse(
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Raises AssertionError unless output and log-sum-exp are a backend's right answer to these inputs."""
     wide = torch.promote_types(q.dtype, torch.float32)
     assert lse.dtype == torch.float32, f"lse: dtype {lse.dtype}, expected torch.float32"
-    torch_lse = _biased_scores(q, k, bias, is_causal, scale, wide).logsumexp(-1)
-    assert_within_budget(lse, oracle_lse(q, k, bias, is_causal, scale), torch_lse, "lse")
-    assert_output(out, q, k, v, bias, is_causal, scale)
+    torch_lse = _lse(_biased_scores(q, k, bias, is_causal, scale, wide, softcap), sinks)
+    exact = oracle_lse(q, k, bias, is_causal, scale, softcap, sinks)
+    assert_within_budget(lse, exact, torch_lse, "lse")
+    assert_output(out, q, k, v, bias, is_causal, scale, softcap, sinks)
 
 
 def assert_vecmat(
@@ -197,12 +227,15 @@ def assert_vecmat(
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Raises AssertionError unless ours is a backend's right answer; the reference is r times torch's float32 map."""
-    exact = oracle_vecmat(r, q, k, bias, is_causal, scale)
-    reference = (r[:, None] @ torch_reference(q, k, k, bias, is_causal, scale)[1])[:, 0]
+    exact = oracle_vecmat(r, q, k, bias, is_causal, scale, softcap, sinks)
+    amap = torch_reference(q, k, k, bias, is_causal, scale, softcap=softcap, sinks=sinks)[1]
+    reference = (r[:, None] @ amap)[:, 0]
     assert ours.dtype == torch.float32, f"vecmat: dtype {ours.dtype}, expected torch.float32"
-    assert_within_budget(ours, exact, reference, "vecmat", score_size(q, k, bias, is_causal, scale))
+    assert_within_budget(ours, exact, reference, "vecmat", score_size(q, k, bias, is_causal, scale, softcap, sinks))
     assert not ours[exact == 0].any(), "vecmat: keys that no row attends are not zero"
 
 
@@ -218,14 +251,19 @@ def assert_gradient_map(
     heads: str = "mean",
     clamp: bool = True,
     rows: Sequence[int] | Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Raises AssertionError unless ours is a backend's right answer, and zero where the oracle is."""
     call = (grad, q, k, v, bias, is_causal, scale, heads, clamp, rows)
-    exact = oracle_gradient_map(*call)
-    reference = oracle_gradient_map(*call, dtype=torch.promote_types(q.dtype, torch.float32))
+    more: dict[str, Any] = dict(softcap=softcap, sinks=sinks)
+    exact = oracle_gradient_map(*call, **more)
+    reference = oracle_gradient_map(*call, **more, dtype=torch.promote_types(q.dtype, torch.float32))
     assert ours.dtype == torch.float32, f"gradient map: dtype {ours.dtype}, expected torch.float32"
     # The weights as in a map, and the gradients' own digits.
-    assert_within_budget(ours, exact, reference, "gradient map", 1 + score_size(q, k, bias, is_causal, scale))
+    assert_within_budget(
+        ours, exact, reference, "gradient map", 1 + score_size(q, k, bias, is_causal, scale, softcap, sinks)
+    )
     assert not ours[exact == 0].any(), "gradient map: entries that are zero in the oracle are not"
 
 
@@ -237,9 +275,12 @@ def assert_output(
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Raises AssertionError unless the output is within budget, and zero for rows without keys."""
-    exact, reference = oracle(q, k, v, bias, is_causal, scale)[0], torch_reference(q, k, v, bias, is_causal, scale)[0]
+    call: dict[str, Any] = dict(bias=bias, is_causal=is_causal, scale=scale, softcap=softcap, sinks=sinks)
+    exact, reference = oracle(q, k, v, **call)[0], torch_reference(q, k, v, **call)[0]
     assert out.dtype == q.dtype, f"out: dtype {out.dtype}, expected {q.dtype}"
     assert_within_budget(out, exact, reference, "out")
     assert not out[(exact == 0).all(-1)].any(), "out: rows without keys are not zero"
@@ -250,18 +291,36 @@ def _largest(t: Tensor) -> float:
 
 
 def _biased_scores(
-    q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float | None, dtype: torch.dtype = torch.float64
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dtype: torch.dtype = torch.float64,
+    softcap: float | None = None,
 ) -> Tensor:
     """[B, H, M, N]; minus infinity where a key may not be attended."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     s = q.to(dtype) @ _per_query_head(k.to(dtype), q).transpose(-1, -2) * scale
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
     if bias is not None and bias.dtype != torch.bool:
         s = s + bias.to(dtype)
     return s.masked_fill(_hidden(q, k, bias, is_causal), -torch.inf)
 
 
-def _softmax(s: Tensor, hidden: Tensor) -> Tensor:
-    return torch.softmax(s, -1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
+def _softmax(s: Tensor, hidden: Tensor, sinks: Tensor | None = None) -> Tensor:
+    p = torch.softmax(_beside_sinks(s, sinks), -1)[..., : s.shape[-1]]
+    return p.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+
+
+def _lse(s: Tensor, sinks: Tensor | None) -> Tensor:
+    return _beside_sinks(s, sinks).logsumexp(-1)
+
+
+def _beside_sinks(s: Tensor, sinks: Tensor | None) -> Tensor:
+    """[B, H, M, N + 1]: the scores and each head's sink, as one more key; the scores alone without sinks."""
+    return s if sinks is None else torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], -1)
 
 
 def _hidden(q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
