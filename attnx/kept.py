@@ -242,7 +242,8 @@ def attend(
             out, amap = None, attention_map(q, k, **options)
         else:
             out, amap = attention(q, k, v, **options)
-        return out, KeptMap(amap, stochastic=mean and call["bias"] is None and call.get("sinks") is None and k.shape[2] > 0)
+        whole = call["bias"] is None and call.get("sinks") is None and k.shape[2] > 0
+        return out, KeptMap(amap, stochastic=mean and whole)
     with torch.set_grad_enabled(output and torch.is_grad_enabled()):
         out, lse = attention_lse(q, k, v, **call)
     call = {name: value.detach() if isinstance(value, Tensor) else value for name, value in call.items()}

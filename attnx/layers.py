@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from os.path import commonprefix
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -39,23 +38,27 @@ def names_in_graph(graph: fx.GraphModule) -> tuple[str, ...]:
     """Names of the attention modules that a graph was traced from, one for every call of SDPA in it; "" if unknown.
 
     torch.fx puts a block's own code into the graph and keeps the modules inside: a call belongs to the module around
-    those that its queries, keys and values come from.
+    those that its queries and keys come from.
     """
-    names = []
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
-            around, seen, waiting = set[str](), set[fx.Node](), list(node.all_input_nodes[:3])
-            while waiting:
-                before = waiting.pop()
-                if before in seen:
-                    continue
-                seen.add(before)
-                if before.op in ("call_module", "get_attr"):
-                    around.add(str(before.target).rpartition(".")[0])
-                else:
-                    waiting += before.all_input_nodes
-            names.append(".".join(commonprefix([name.split(".") for name in around])) if around else "")
-    return tuple(names)
+    calls = [
+        node
+        for node in graph.graph.nodes
+        if node.op == "call_function" and node.target is F.scaled_dot_product_attention
+    ]
+    return tuple(_around(*map(_origin, node.all_input_nodes[:2])) for node in calls)
+
+
+def _origin(node: fx.Node) -> list[str]:
+    """Path of the module or parameter that a node's first operand comes from."""
+    while node.op not in ("call_module", "get_attr") and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return str(node.target).split(".")[:-1] if node.op in ("call_module", "get_attr") else []
+
+
+def _around(a: list[str], b: list[str]) -> str:
+    """Name of the innermost module around both paths."""
+    same = [x == y for x, y in zip(a, b, strict=False)]
+    return ".".join(a[: same.index(False) if False in same else len(same)])
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -108,13 +108,19 @@ class Listener(TorchFunctionMode):
                 f"attnx: attention layers that were not heard: {', '.join(unheard) if plain else told}", stacklevel=3
             )
         if not self.before:
-            known = ", ".join(attention_layers(self.model)) or "none"
-            reasons = dict.fromkeys(self._why_silent(name) for name in attention_layers(self.model))
-            told = "; ".join(reason for reason in (reasons or {_NEVER: None}) if reason != _NEVER)
-            raise RuntimeError(
-                f"nothing was captured: {type(self.model).__name__} ran, but never called "
-                f"F.scaled_dot_product_attention; its attention modules: {known}; " + (told or _WAY_OUT)
-            )
+            raise RuntimeError(f"nothing was captured: {type(self.model).__name__} ran, but {self._why_nothing()}")
+
+    def _why_nothing(self) -> str:
+        """Why no attention of the model was heard at all."""
+        if self.skipped:
+            return "; ".join(f"of {name} no map can be made: {why}" for name, why in self.skipped.items())
+        layers = attention_layers(self.model)
+        reasons = dict.fromkeys(self._why_silent(name) for name in layers)
+        told = "; ".join(reason for reason in reasons if reason != _NEVER)
+        return (
+            f"never called F.scaled_dot_product_attention; its attention modules: {', '.join(layers) or 'none'}; "
+            + (f"{told}; {_WAY_OUT}" if told else _WAY_OUT)
+        )
 
     def _why_silent(self, pattern: str) -> str:
         """Why no map of a layer is in the trace."""
@@ -198,8 +204,8 @@ class Listener(TorchFunctionMode):
 
 _NEVER = "no call of F.scaled_dot_product_attention there"
 _WAY_OUT = (
-    "blocks that write their softmax out can't be captured: use the model's own output_attentions, or an implementation "
-    "of it that calls F.scaled_dot_product_attention"
+    "blocks that write their softmax out can't be captured: use the model's own maps (output_attentions=True), or a "
+    "version of it that calls F.scaled_dot_product_attention"
 )
 
 

@@ -92,8 +92,8 @@ class Recorder:
     Attributes:
         last: the layer after which nothing is wanted: its output is not computed, and `Stop` is raised in its place.
         last_row: the only query row of it that is wanted; None: as in the other layers.
-        attended: if a dict, it is given what every layer attended with: bias, is_causal, scale, backend, nbytes (of q, k
-            and what else would be kept with them), and of the last one q and k.
+        attended: if a dict, it is given what every layer attended with: bias, is_causal, scale, backend, nbytes (of q,
+            k and what else would be kept with them), and of the last one q and k.
         calls: "last", "all" or "mean", see `attnx.capture`.
 
     Args:

@@ -61,12 +61,13 @@ class Facts(NamedTuple):
 
 def facts_of(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Facts:
     """What a module that attends shows by its class and by what it is called with."""
-    named = dict(zip(_parameters(type(module)), args, strict=False)) | dict(kwargs)
+    kind: Any = type(module)
+    named = dict(zip(_parameters(kind), args, strict=False)) | dict(kwargs)
     crosses = any(isinstance(named.get(name), Tensor) for name in _SOURCES)
     keys = next((named[name] for name in _KEYS if isinstance(named.get(name), Tensor)), None)
     first = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
     crosses |= keys is not None and isinstance(first, Tensor) and keys is not first
-    return Facts(crosses, _CHANNELS.search(type(module).__name__) is not None)
+    return Facts(crosses, _CHANNELS.search(kind.__name__) is not None)
 
 
 class Parts:
@@ -164,9 +165,9 @@ def stack_of(layer: str) -> str:
 
 
 @cache
-def _parameters(kind: type) -> tuple[str, ...]:
+def _parameters(kind: Any) -> tuple[str, ...]:
     """Names of the arguments that a module's forward takes by position."""
     try:
-        return tuple(signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
+        return tuple(signature(kind.forward).parameters)[1:]
     except (TypeError, ValueError):
         return ()

@@ -124,7 +124,7 @@ class Trace(Mapping[str, Tensor]):
 
     @property
     def calls(self) -> "Calls":
-        """Every pass that was kept, a Trace each: all with calls="all", else the last; a call of a layer by its name."""
+        """Every pass that was kept, a Trace each: all of them with calls="all", else the last."""
         return Calls(self._calls or [self])
 
     def select(self, layers: Layers) -> "Trace":
@@ -242,14 +242,16 @@ class Trace(Mapping[str, Tensor]):
             raise ValueError("layout: the model has not been called yet")
         keys = {layer: self.sides(layer)[1] for layer in self._kept}
         if len(set(keys.values())) > 1:
-            raise ValueError(f"layout: the layers' maps are of different tokens: {describe(self)}; choose layers= of one of them")
+            raise ValueError(
+                f"layout: expected layers over the same tokens; got {describe(self)}; choose layers= of one kind"
+            )
         found = next(iter(keys.values()))
         if found.layout is not None:
             return found.layout
         if found.kind in ("text", "channels"):
             raise ValueError(f"layout: expected maps over patches of an image; got maps over {found}")
         parts = self._structure()
-        part: nn.Module = parts.modules[found.part] if found.part in parts.modules else self._model
+        part = parts.modules.get(found.part, self._model)
         own = parts.kinds.get(found.part, {})
         return infer_layout(part, [g for name, g in self._grids.items() if name in own], found.count)
 
@@ -285,7 +287,7 @@ class Calls(Sequence[Trace]):
 
 
 def describe(trace: Trace, by_stack: bool = False) -> str:
-    """A trace's layers grouped by the tokens of their maps, in words: "12 text of text_model: text_model.layers.0 ..."."""
+    """A trace's layers in words, grouped by the tokens of their maps: "12 text of text_model: text_model.layers.0"."""
     told_of: dict[tuple[str, str], list[str]] = {}
     for layer in trace:
         queries, keys = trace.sides(layer)

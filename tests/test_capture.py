@@ -384,7 +384,7 @@ def test_bias_causal_and_grouped_heads_are_passed_on() -> None:
     assert list(trace) == [""]
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(trace[""].double(), amap, rtol=1e-5, atol=1e-6)
-    with pytest.raises(NotImplementedError, match=r"expected q of \[B, H, M, D\]; got \[4, 5, 8\]"):
+    with pytest.raises(RuntimeError, match=r"no map can be made: expected q of \[B, H, M, D\]; got \[4, 5, 8\]"):
         with attnx.capture(model):
             model(q[0], k[0], v[0], bias)
 
@@ -544,14 +544,18 @@ def test_blocks_that_attend_themselves_have_a_depth() -> None:
 
 
 def test_layers_that_stay_silent_are_told() -> None:
+    class DeafAttention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.mT).softmax(-1) @ x
+
     class Half(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.heard = timm.layers.Attention(48, 3)
-            self.deaf_attention = nn.MultiheadAttention(48, 3, batch_first=True)
+            self.deaf_attention = DeafAttention()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.deaf_attention(self.heard(x), x, x)[0]
+            return self.deaf_attention(self.heard(x))
 
     model = Half().eval()
     with torch.no_grad(), pytest.warns(UserWarning, match="attention layers that were not heard: deaf_attention"):

@@ -75,7 +75,7 @@ def supports_sdpa(module: nn.Module) -> bool:
     if _is_pretrained(module):
         return bool(getattr(type(module), "_supports_sdpa", False))
     config = getattr(module, "config", None)
-    return _file_supports_sdpa(type(module).__module__, type(config))
+    return _file_supports_sdpa(type(module).__module__, type(config).__name__)
 
 
 def asks_beyond_sdpa(module: nn.Module) -> list[str]:
@@ -88,7 +88,7 @@ def asks_beyond_sdpa(module: nn.Module) -> list[str]:
 
 
 def _configurations(model: nn.Module) -> Iterator[tuple[Any, list[nn.Module]]]:
-    """Each configuration that names an attention function, and the modules of the model that hold it, outermost first."""
+    """Each configuration that names an attention function, and the modules that hold it, outermost first."""
     holders: dict[int, tuple[Any, list[nn.Module]]] = {}
     for module in model.modules():
         # Not by getattr: nn.Module's takes microseconds to find that there is none.
@@ -121,7 +121,7 @@ def _is_pretrained(module: nn.Module) -> bool:
 
 
 @cache
-def _file_supports_sdpa(file: str, config: type) -> bool:
+def _file_supports_sdpa(file: str, config: str) -> bool:
     """Of a module that is no model itself: what the models of the same source file and configuration say."""
     transformers: Any = sys.modules.get("transformers.modeling_utils")
     names = vars(sys.modules[file]).values() if transformers is not None and file in sys.modules else ()
@@ -130,7 +130,7 @@ def _file_supports_sdpa(file: str, config: type) -> bool:
         for kind in names
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.__module__ == file
     ]
-    own = [kind for kind in models if getattr(kind, "config_class", None) is config]
+    own = [kind for kind in models if getattr(getattr(kind, "config_class", None), "__name__", None) == config]
     return bool(models) and all(kind._supports_sdpa for kind in own or models)
 
 

@@ -1,0 +1,82 @@
+"""Capture never changes a model: every family of timm, torch, torchvision, open_clip and transformers, one by one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import families_hf
+import families_timm
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnx
+
+BUDGET = 1e-4  # of the largest number in an output
+FAMILIES: dict[str, Any] = {family.name: family for family in (*families_timm.FAMILIES, *families_hf.FAMILIES)}
+# Families whose blocks write their softmax out: nothing is heard of them yet, and the error must say so.
+DEAF: set[str] = set()
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """Every floating-point tensor in an output, whatever it is wrapped in."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from tensors(value)
+
+
+def built(name: str) -> tuple[nn.Module, Callable[[], Any], Tensor | None]:
+    """The model, its call, and its images if they are all that it is called with."""
+    family = FAMILIES[name]
+    if getattr(family, "needs", None):
+        pytest.importorskip(family.needs)
+    model, given = family.build()
+    if isinstance(given, dict):
+        return model, lambda: model(**given), next(iter(given.values())) if family.images_only else None
+    return model, lambda: model(*given), given[0] if family.images_only else None
+
+
+def assert_same(got: Any, want: Any) -> None:
+    pairs = list(zip(tensors(got), tensors(want), strict=True))
+    assert pairs
+    for a, b in pairs:
+        finite = b.isfinite()
+        assert torch.equal(finite, a.isfinite())
+        largest = b[finite].abs().max().clamp(min=1e-6) if finite.any() else 1.0
+        assert float(((a - b)[finite].abs().max() if finite.any() else a.new_zeros(())) / largest) <= BUDGET
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_capture_leaves_the_output(name: str) -> None:
+    model, call, images = built(name)
+    with torch.no_grad():
+        plain = call()
+        heard = name not in DEAF
+        with attnx.capture(model) if heard else pytest.raises(RuntimeError, match="nothing was captured"):
+            if heard:
+                assert_same(call(), plain)
+            else:
+                with attnx.capture(model):
+                    assert_same(call(), plain)
+        handle = attnx.patch(model)
+        assert_same(call(), plain)
+        handle.remove()
+        assert_same(call(), plain)
+        if images is not None and heard:
+            for method in ("rollout", "cls"):
+                # Many families have none; the model is left as it was all the same.
+                with suppress(ValueError, RuntimeError):
+                    attnx.Extractor(model, method=method)(images)
+                assert_same(call(), plain)
+    if FAMILIES[name].classes and images is not None and heard:
+        with suppress(ValueError):
+            attnx.class_maps(model, images, [1])
+        with torch.no_grad():
+            assert_same(call(), plain)
