@@ -13,7 +13,8 @@ HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     # Triton reads it when it is imported, which no test module does before this file.
     os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    # Beside other workers a second thread waits more than it works.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 INTERPRETED = ("triton", "addresses_beyond", "kernels_that_run")  # in the names of tests that run kernels
