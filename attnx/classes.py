@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnx.capture import capture
+from attnx.inputs import call_with_images
 from attnx.layers import Layers
 from attnx.layout import TokenLayout
 from attnx.methods import gradient_rollout, relevance
@@ -50,7 +51,7 @@ def class_maps(
     captured = capture(model, layers, grad=grad, layout=layout, backend=backend)
     # Not inside `with` of a caller's inference_mode: its tensors know no gradient.
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), captured as trace:
-        output = model(images, **(model_kwargs or {}))
+        output = call_with_images(model, images, model_kwargs or {})
         logits = getattr(output, "logits", output)
         wanted = _targets(targets, logits, len(images))
         maps = []

@@ -1,6 +1,6 @@
 """From images to maps: a model, a method, and how little of the one answers the other."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from threading import Lock, RLock
 from typing import Any
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from attnx.capture import uncompiled
 from attnx.graphs import Graphs
-from attnx.layers import Layers
+from attnx.inputs import call_with_images
+from attnx.layers import Layers, attention_layers
 from attnx.layout import TokenLayout, declared_input
 from attnx.methods import cls_map, layer_maps, rollout
+from attnx.methods.maps import cls_layer
 from attnx.methods.rollout import last_needed
 from attnx.plan import OtherWayError, Plan
 from attnx.recorder import Recorder
@@ -43,7 +45,7 @@ class Extractor:
         model: in eval mode.
         method: "rollout" gives [B, h, w]; "cls" the class token's map of one layer, [B, h, w] ([B, H, h, w] with
             heads="each"); "layers" that of every layer, [B, L, h, w].
-        layers: as in `attnx.capture`; for "cls" the last layer unless given.
+        layers: as in `attnx.capture`; for "cls" one layer, and the one that `attnx.cls_map` takes unless given.
         heads: "mean", "max", "min"; "each" for "cls" only.
         keep: as in `attnx.capture`.
         layout: as in `attnx.capture`.
@@ -94,7 +96,9 @@ class Extractor:
             raise ValueError(f"compile: expected a model on a CUDA device; got {device}")
         self.model = model
         self.method = method
-        self.layers: Layers = -1 if method == "cls" and layers is None else layers
+        if method == "cls" and isinstance(layers, Sequence) and not isinstance(layers, str) and len(layers) > 1:
+            raise ValueError(_one_layer(list(layers)))
+        self.layers = layers
         self.dtype = dtype
         self.channels_last = channels_last
         self.model_kwargs = model_kwargs or {}
@@ -177,17 +181,20 @@ class Extractor:
         assert self._plan is not None
         with uncompiled(), self._autocast(images):
             try:
-                self._plan.run(self._recorder, self.model, lambda: self.model(images, **self.model_kwargs))
+                self._plan.run(self._recorder, self.model, lambda: self._call(images))
             except OtherWayError:
                 if not self._plan.bound:
                     raise
                 # Code that names SDPA need not be the code that calls it.
                 self._plan = replace(self._plan, bound=False)
-                self._plan.run(self._recorder, self.model, lambda: self.model(images, **self.model_kwargs))
+                self._plan.run(self._recorder, self.model, lambda: self._call(images))
         # Nothing was kept of the layers before `start`.
         answer = self._answer(self._recorder.trace, {k: v for k, v in self.options.items() if k != "start"})
         self._recorder.clear()
         return answer
+
+    def _call(self, images: Tensor) -> Any:
+        return call_with_images(self.model, images, self.model_kwargs)
 
     def _answer(self, trace: Trace, options: dict[str, Any]) -> Tensor:
         if self.method == "rollout":
@@ -208,7 +215,7 @@ class Extractor:
         """The map of one image, from a pass of the whole model, which gives the plan."""
         trial = Trial(self.model, self.layers, self._recorder)
         with uncompiled(), self._autocast(image), trial:
-            self.model(image, **self.model_kwargs)
+            self._call(image)
         trace = self._recorder.trace
         answer = self._answer(trace, self.options)
         names = list(trace)
@@ -217,9 +224,30 @@ class Extractor:
             last, row = last_needed(trace, **self.options)
             names = names[self.options.get("start", 0) : names.index(last) + 1]
         elif self.method == "cls":
-            block = names[-1].partition("#")[0]
-            names = [name for name in names if name.partition("#")[0] == block]
+            names = self._only(names, cls_layer(trace))
         with self._autocast(image):
             self._plan = trial.plan(names, row)
         self._recorder.clear()
         return answer
+
+    def _only(self, names: list[str], layer: str) -> list[str]:
+        """The names, in the trace, of the one layer that method "cls" is about.
+
+        Raises:
+            ValueError: the layers that were asked for are several. RuntimeError: the model's last one was not heard.
+        """
+        block = layer.partition("#")[0]
+        own = [name for name in names if name.partition("#")[0] == block]
+        if self.layers is not None and len(own) < len(names):
+            raise ValueError(_one_layer(names))
+        depth = attention_layers(self.model)
+        if self.layers is None and block in depth and depth[-1] != block:
+            raise RuntimeError(f"not heard: {depth[-1]}, the model's last attention layer; layers={block!r} was heard")
+        return own
+
+
+def _one_layer(layers: list[Any]) -> str:
+    return (
+        f"layers: method 'cls' gives the map of one layer; got {', '.join(map(str, layers))}; method 'layers' gives "
+        "those of several"
+    )

@@ -1,18 +1,88 @@
-"""attnx as an attention implementation of Hugging Face transformers: `model.set_attn_implementation("attnx")`."""
+"""attnx as an attention implementation of Hugging Face transformers: `attnx.huggingface.use(model)`."""
 
+import warnings
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from attnx.adapters.huggingface import asks_its_table, names_beyond_sdpa, supports_sdpa
+from attnx.layers import attention_layers
 from attnx.ops import attention
+
+# What transformers hands to every attention function and SDPA's arithmetic does not depend on: masks hold it already,
+# or it says what else to return.
+_HARMLESS = frozenset(
+    (
+        "cache", "cache_position", "deterministic", "labels", "logits_to_keep", "num_items_in_batch",
+        "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
+        "position_ids", "return_dict", "sliding_window", "use_cache",
+    )
+)  # fmt: skip
+
+
+def use(model: nn.Module, heads: str = "mean", backend: str = "auto") -> None:
+    """Makes a transformers model attend by attnx: with `output_attentions=True` its `attentions` are head-reduced maps.
+
+    Registers the implementation, sets it, and checks that every submodel took it. `set_attn_implementation("sdpa")`
+    undoes it. Soft-capped scores (Gemma 2) and attention sinks (GPT-OSS) are computed too, so that `attnx.capture`
+    hears such models, which SDPA can't run.
+
+    Args:
+        model: a `transformers.PreTrainedModel`.
+        heads, backend: as in `attnx.attention`.
+
+    Raises:
+        ValueError: the model is none of transformers'; unknown heads or backend.
+        NotImplementedError: transformers has no SDPA for a submodel, whose masks would be others; names them.
+        RuntimeError: a submodel kept its attention implementation; names them. The model is left as it was.
+
+    Warns:
+        UserWarning: of attention modules that compute their softmax themselves, whatever the implementation.
+
+    Example:
+        >>> import torch, transformers, attnx.huggingface
+        >>> config = transformers.ViTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32)
+        >>> model = transformers.ViTModel(config).eval()
+        >>> attnx.huggingface.use(model)
+        >>> [list(a.shape) for a in model(torch.zeros(1, 3, 32, 32), output_attentions=True).attentions]
+        [[1, 5, 5], [1, 5, 5]]
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model: expected a transformers.PreTrainedModel; got {type(model).__name__}")
+    submodels = _that_attend({n: module for n, module in model.named_modules() if isinstance(module, PreTrainedModel)})
+    refused = [_called(name, module) for name, module in submodels.items() if not _can(module)]
+    if refused:
+        raise NotImplementedError(
+            f"transformers has no SDPA for {', '.join(refused)}: their masks and arithmetic are others; use attnx on a "
+            "submodel that has it, or leave the model as it is"
+        )
+    name = "attnx" if (heads, backend) == ("mean", "auto") else f"attnx_{heads}_{backend}"
+    register(name, heads, backend)
+    before = [(module.config, module.config._attn_implementation) for module in submodels.values()]
+    model.set_attn_implementation(name)
+    left = [
+        f"{_called(where, module)} keeps {module.config._attn_implementation!r}"
+        for where, module in submodels.items()
+        if module.config._attn_implementation != name
+    ]
+    if left:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+        raise RuntimeError(f"not every submodel took the attention implementation {name!r}: {', '.join(left)}")
+    own = [layer for layer in attention_layers(model) if not asks_its_table(model.get_submodule(layer))]
+    if own:
+        warnings.warn(f"attnx: attention modules that keep their own softmax: {', '.join(own)}", stacklevel=2)
 
 
 def register(name: str = "attnx", heads: str = "mean", backend: str = "auto") -> None:
     """Registers attnx as an attention implementation of transformers, for `model.set_attn_implementation("attnx")`.
 
     With `output_attentions=True` the model's `attentions` are then the head-reduced maps, [B, M, N] float32 each, and
-    no [B, H, M, N] is made. Padding and causal masks are SDPA's own.
+    no [B, H, M, N] is made. Padding and causal masks are SDPA's own. `use` does this, sets it and checks that it took.
 
     Args:
         name: what to register under; two names can carry two settings.
@@ -21,6 +91,10 @@ def register(name: str = "attnx", heads: str = "mean", backend: str = "auto") ->
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    from attnx.ops import check_backend
+    from attnx.reducers import Heads
+
+    Heads.parse(heads), check_backend(backend)
     AttentionInterface.register(name, partial(_attention, heads=heads, backend=backend))
     # Without a mask function of the same name the model would attend to its padding.
     AttentionMaskInterface.register(name, sdpa_mask)
@@ -35,17 +109,71 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     *,
     heads: str,
     backend: str,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    """What transformers calls: q [B,H,M,D], k, v [B,Hk,N,D] -> output [B,M,H,Dv] and the map."""
+    """What transformers calls: q [B,H,M,D], k, v [B,Hk,N,D] -> output [B,M,H,Dv] and the map.
+
+    Raises:
+        ValueError: dropout that is active.
+        NotImplementedError: an argument that attnx doesn't know; a model for which transformers has no SDPA.
+    """
+    kind = type(module).__name__
     if dropout:
         raise ValueError(f"attention dropout: expected 0; got {dropout}; call model.eval()")
+    unknown = [name for name, value in others.items() if value is not None and name not in _HARMLESS]
+    if unknown:
+        raise NotImplementedError(f"{kind} hands its attention {', '.join(unknown)}, which attnx does not compute")
+    if supports_sdpa(module) is False and not names_beyond_sdpa(module):
+        raise NotImplementedError(f"transformers has no SDPA for the model of {kind}; set_attn_implementation('eager')")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     out, amap = attention(
-        query, key, value, bias=attention_mask, is_causal=causal, scale=scaling, heads=heads, backend=backend
+        query,
+        key,
+        value,
+        bias=_bias(attention_mask, position_bias, key.shape[2]),
+        is_causal=causal,
+        scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        heads=heads,
+        backend=backend,
     )
     return out.transpose(1, 2), amap
+
+
+def _bias(mask: Tensor | None, position_bias: Tensor | None, keys: int) -> Tensor | None:
+    """A mask and a position bias as one bias."""
+    if position_bias is None:
+        return mask
+    position_bias = position_bias[..., :keys]
+    if mask is None:
+        return position_bias
+    if mask.dtype == torch.bool:
+        return position_bias.masked_fill(~mask, -torch.inf)
+    return position_bias + mask
+
+
+def _that_attend(models: dict[str, Any]) -> dict[str, Any]:
+    """Those of a model and its submodels that have attention of their own, and not a submodel's alone."""
+    whole = models[""]
+    inside = [
+        max((name for name in models if not name or layer.startswith(name + ".")), key=len)
+        for layer in attention_layers(whole)
+    ]
+    return {name: model for name, model in models.items() if name in inside}
+
+
+def _can(model: nn.Module) -> bool:
+    """Whether attnx computes what a submodel's attention asks for."""
+    return bool(supports_sdpa(model)) or any(names_beyond_sdpa(module) for module in model.modules())
+
+
+def _called(name: str, module: nn.Module) -> str:
+    return f"{name} ({type(module).__name__})" if name else type(module).__name__

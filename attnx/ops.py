@@ -80,7 +80,7 @@ def attention(
     q, k, v = cast_as_sdpa(q, k, v)
     bias = _check(q, k, v, bias, is_causal, heads)
     index = _row_index(rows, q.shape[2], q.device)
-    scale, cap, name = _scale(scale, q), _cap(softcap), _known(backend)
+    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
     if sinks is None:
         out, amap = differentiable("attention", q, k, v, bias, is_causal, scale, cap, heads, index, name)
         return out, amap.detach()
@@ -117,7 +117,7 @@ def attention_map(
     bias = _check(q, k, v, bias, is_causal, heads)
     index = _row_index(rows, q.shape[2], q.device)
     _check_float32("lse", lse, q.shape[:3], q.device)
-    scale, cap, name = _scale(scale, q), _cap(softcap), _known(backend)
+    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
     q, k = q.detach(), k.detach()
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
     lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
@@ -151,7 +151,7 @@ def attention_lse(
     bias = _check(q, k, v, bias, is_causal, "mean")
     if sinks is not None:
         _check_sinks(sinks, q)
-    scale, cap, name = _scale(scale, q), _cap(softcap), _known(backend)
+    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
     out, lse = differentiable("attention_lse", q, k, v, bias, is_causal, scale, cap, name)
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
@@ -193,7 +193,7 @@ def vecmat(
     bias = _check(q, k, None, bias, is_causal, "mean")
     _check_float32("r", r, (q.shape[0], q.shape[2]), q.device)
     _check_float32("lse", lse, q.shape[:3], q.device)
-    scale, cap, name = _scale(scale, q), _cap(softcap), _known(backend)
+    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
     r, q, k = r.detach(), q.detach(), k.detach()
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
     lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
@@ -249,7 +249,7 @@ def gradient_map(
     _check_float32("lse", lse, q.shape[:3], q.device)
     grad, q, k, v = (t.detach() for t in (grad, q, k, v))
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
-    scale, cap, name = _scale(scale, q), _cap(softcap), _known(backend)
+    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
     lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
     return call("gradient_map", grad, q, k, v, bias, is_causal, scale, cap, heads, clamp, index, lse, name)
 
@@ -286,7 +286,12 @@ def _lse_with_sinks(
     return torch.logaddexp(found, sinks.detach().to(found.dtype)[:, None])
 
 
-def _known(backend: str) -> str:
+def check_backend(backend: str) -> str:
+    """`backend` itself.
+
+    Raises:
+        ValueError: it is not one of BACKENDS.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
     return backend

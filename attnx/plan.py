@@ -49,6 +49,7 @@ class Plan:
         bound: whether the blocks' own forwards can be run with another attention. Else all of the model is listened to.
         blocks: the modules that attend in the wanted layers, by name.
         convolutions: those that cut images into patches, by name.
+        stops: whether the model is left after `last`; not where its weights are sharded by hooks that run at the end.
     """
 
     steps: tuple[Step, ...]
@@ -59,6 +60,7 @@ class Plan:
     bound: bool
     blocks: dict[str, nn.Module] = field(repr=False)
     convolutions: dict[str, nn.Module] = field(repr=False)
+    stops: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +76,8 @@ class Plan:
             for row in rows
         ]
         how = "the blocks' own forwards, with attnx's attention" if self.bound else "listening to the whole model"
-        return "\n".join([*lines, f"stops in {self.last}: nothing of the model runs after that; {how}"])
+        end = f"stops in {self.last}: nothing of the model runs after that" if self.stops else "runs the whole model"
+        return "\n".join([*lines, f"{end}; {how}"])
 
     def run(self, recorder: Recorder, model: nn.Module, call: Callable[[], Any]) -> None:
         """Runs the model as far as the plan needs; the trace is in the recorder.
@@ -100,7 +103,7 @@ class Plan:
         recorder.clear()
         # Another capture of the model is to see all of its pass.
         alone = not heard(self.blocks.values())
-        recorder.last, recorder.last_row = (self.last, self.row) if alone else (None, None)
+        recorder.last, recorder.last_row = (self.last, self.row) if alone and self.stops else (None, None)
         stack.callback(setattr, recorder, "last", None)
         thread = get_ident()
         forwards = {}
@@ -126,7 +129,7 @@ class Plan:
             listener = Listener(model, list(self.blocks), recorder, thread)
             stack.callback(listener.uninstall)
             listener.install()
-        if alone and self.split is not None:
+        if alone and self.stops and self.split is not None:
             hook = partial(self._project, recorder, thread)
             stack.callback(self.blocks[self.last].register_forward_pre_hook(hook, with_kwargs=True).remove)
 

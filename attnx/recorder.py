@@ -191,7 +191,7 @@ class Recorder:
             options = dict(heads=self.trace.heads, rows=rows, **given)
             if self.grad:
                 answer, weighted = attend_with_gradient(call.output, q, k, v, clamp=self.grad != "signed", **options)
-                self.trace.add(layer, weighted)
+                self.trace.add(layer, weighted, q.shape[2])
                 return answer
             ours = alone and not call.ours and layer != self.last and not self._is_theirs(q, k, v, call.bias)
             out, kept = attend(q, k, v, self.keep, output=ours, **options)
@@ -199,7 +199,7 @@ class Recorder:
             raise type(error)(f"{layer}: {error}") from error
         if isinstance(kept, KeptMap) and not self.private:
             kept = KeptMap(kept.amap)  # who captured it may write to it: its rows need not sum to 1 for long
-        self.trace.add(layer, kept)
+        self.trace.add(layer, kept, q.shape[2])
         if layer == self.last:
             raise Stop
         if out is None:
@@ -240,7 +240,7 @@ class Recorder:
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{layer}: {error}") from error
         whole = self.trace.rows is None  # else the trace is of this row anyway
-        self.trace.add(layer, KeptRows(amap, (self.last_row or 0,), k.shape[2]) if whole else amap)
+        self.trace.add(layer, KeptRows(amap, (self.last_row or 0,), k.shape[2]) if whole else amap, k.shape[2])
         raise Stop
 
     def _index(self, rows: tuple[int, ...], q: Tensor) -> Tensor:

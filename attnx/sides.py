@@ -132,11 +132,10 @@ class Parts:
 
 
 def sides(
-    parts: Parts, layer: str, shape: tuple[int, ...], facts: Facts, grids: Mapping[str, tuple[int, int]]
+    parts: Parts, layer: str, size: tuple[int, int], facts: Facts, grids: Mapping[str, tuple[int, int]]
 ) -> tuple[Tokens, Tokens]:
-    """(queries, keys) of a layer's map of this shape."""
-    name = layer.partition("#")[0]
-    part, (rows, columns) = parts.of(name), shape[-2:]
+    """(queries, keys) of a layer's map of this size."""
+    part, (rows, columns) = parts.of(layer.partition("#")[0]), size
     if facts.channels:
         return Tokens("channels", count=rows, part=part), Tokens("channels", count=columns, part=part)
     if not facts.crosses:

@@ -39,6 +39,7 @@ class Trace(Mapping[str, Tensor]):
         self._mode = calls
         self._kept: dict[str, Kept] = {}
         self._grids: dict[str, tuple[int, int]] = {}
+        self._queries: dict[str, int] = {}
         # What is known of the layers whatever the pass.
         self._facts: dict[str, Facts] = {}
         self._parts: dict[tuple[str, ...], Parts] = {}
@@ -86,9 +87,11 @@ class Trace(Mapping[str, Tensor]):
             raise KeyError(f"layer {layer!r}: expected one of {known}{where}")
         return self._kept[layer]
 
-    def add(self, layer: str, kept: Tensor | Kept) -> None:
-        """Keeps a layer's map, or what it is made of."""
+    def add(self, layer: str, kept: Tensor | Kept, queries: int | None = None) -> None:
+        """Keeps a layer's map, or what it is made of; queries: how many the layer has, if not as many as the map."""
         self._kept[layer] = KeptMap(kept) if isinstance(kept, Tensor) else kept
+        if queries is not None:
+            self._queries[layer] = queries
 
     def note(self, layer: str, facts: Facts) -> None:
         """Keeps what a layer's call shows of its sides, for this pass and later ones."""
@@ -155,7 +158,7 @@ class Trace(Mapping[str, Tensor]):
     def _with(self, kept: dict[str, Kept]) -> "Trace":
         """A trace of the same pass that has these layers."""
         other = Trace(self._model, self.heads, self.rows, self._layout)
-        other._kept, other._grids = kept, dict(self._grids)
+        other._kept, other._grids, other._queries = kept, dict(self._grids), dict(self._queries)
         other._facts, other._parts = self._facts, self._parts
         return other
 
@@ -170,13 +173,13 @@ class Trace(Mapping[str, Tensor]):
         """A new pass of the model: the last one's maps are kept, folded into the mean, or forgotten."""
         self.fold()
         call = self._with({})
-        call._grids = {}
-        self._kept, self._grids = call._kept, call._grids
+        call._grids, call._queries = {}, {}
+        self._kept, self._grids, self._queries = call._kept, call._grids, call._queries
         self._calls = [*self._calls, call] if self._mode == "all" else [call]
 
     def clear(self) -> None:
         """Forgets every pass."""
-        self._kept, self._grids, self._calls, self._means = {}, {}, [], {}
+        self._kept, self._grids, self._queries, self._calls, self._means = {}, {}, {}, [], {}
 
     def fold(self) -> None:
         """The pass is over: with calls="mean" its maps become the mean of all passes so far.
@@ -210,7 +213,8 @@ class Trace(Mapping[str, Tensor]):
         kept = self.kept(layer)
         name = list(self._kept)[layer] if isinstance(layer, int) else layer
         facts = self._facts.get(name.partition("#")[0], Facts())
-        queries, keys = sides(self._structure(), name, kept.shape, facts, self._grids)
+        size = self._queries.get(name, kept.shape[-2 if self.rows is None else -1]), kept.shape[-1]
+        queries, keys = sides(self._structure(), name, size, facts, self._grids)
         if self._layout is not None and keys.count == self._layout.tokens:
             given = Tokens(
                 "image", self._layout.prefix, self._layout.grid, None, keys.count, self._layout.cls is True, keys.part
@@ -239,21 +243,31 @@ class Trace(Mapping[str, Tensor]):
         if self._layout is not None:
             return self._layout
         if not self._kept:
-            raise ValueError("layout: the model has not been called yet")
-        keys = {layer: self.sides(layer)[1] for layer in self._kept}
-        if len(set(keys.values())) > 1:
+            raise ValueError("layout: no layer was captured yet")
+        keys = {self.sides(layer)[1]: layer for layer in self._kept}
+        if len(keys) > 1:
             raise ValueError(
                 f"layout: expected layers over the same tokens; got {describe(self)}; choose layers= of one kind"
             )
-        found = next(iter(keys.values()))
-        if found.layout is not None:
-            return found.layout
-        if found.kind in ("text", "channels"):
-            raise ValueError(f"layout: expected maps over patches of an image; got maps over {found}")
+        return self.layout_of(next(iter(keys.values())))
+
+    def layout_of(self, layer: str | int) -> TokenLayout:
+        """The tokens of one layer's columns.
+
+        Raises:
+            KeyError: no such layer was captured. ValueError: the model doesn't say; pass `layout=`.
+        """
+        keys = self.sides(layer)[1]
+        if self._layout is not None or keys.layout is not None:
+            found = self._layout or keys.layout
+            assert found is not None
+            return found
+        if keys.kind in ("text", "channels"):
+            raise ValueError(f"layout: expected maps over patches of an image; got maps over {keys}")
         parts = self._structure()
-        part = parts.modules.get(found.part, self._model)
-        own = parts.kinds.get(found.part, {})
-        return infer_layout(part, [g for name, g in self._grids.items() if name in own], found.count)
+        own = parts.kinds.get(keys.part, {})
+        grids = [grid for name, grid in self._grids.items() if name in own]
+        return infer_layout(parts.modules.get(keys.part, self._model), grids, keys.count)
 
 
 class Calls(Sequence[Trace]):

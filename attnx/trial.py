@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attnx.adapters.projections import Heads, projects, queries_and_keys
 from attnx.adapters.rebind import SDPA, own_forward
+from attnx.adapters.sharding import is_sharded
 from attnx.kept import Kept, KeptMap, KeptQK
 from attnx.layers import Layers, attention_layers, clean_name, matches
 from attnx.layout import patch_convolutions
@@ -79,6 +80,7 @@ class Trial:
             split=split,
             bound=all(own_forward(block, SDPA) is not None for block in blocks.values()),
             blocks=blocks,
+            stops=not is_sharded(self.model),
             convolutions={name: module for name, module in modules.items() if id(module) in convolutions},
         )
 

@@ -7,7 +7,8 @@ arithmetic, and only from "eager": a function that a user has registered is left
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from types import FunctionType
+from inspect import unwrap
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from attnx.adapters.switches import Instead
 BEYOND_SDPA = ("softcap", "s_aux", "sinks")
 """What modules hand to their attention function by name, and `F.scaled_dot_product_attention` can't be told."""
 
-_TABLE = "ALL_ATTENTION_FUNCTIONS"
+_BEYOND = ("softcap", "sinks")  # in the names of attributes
 
 
 def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
@@ -44,6 +45,8 @@ def not_switched(model: nn.Module) -> dict[str, str]:
         kind = config._attn_implementation_internal
         if kind == "eager":
             why = _why_eager(modules)
+            if why and any(names_beyond_sdpa(inside) for module in modules for inside in module.modules()):
+                why += "; attnx.huggingface.use(model) makes it attend by attnx, which does"
         elif kind != "sdpa":
             why = f"its attention function is {str(kind)!r}; model.set_attn_implementation('sdpa') makes it SDPA"
         else:
@@ -70,21 +73,39 @@ def unpacked(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> tu
     return q.reshape(len(q), -1, 1, q.shape[-1]), mask
 
 
-def supports_sdpa(module: nn.Module) -> bool:
-    """Whether transformers says that the model which the module belongs to computes the same with SDPA's masks."""
+def supports_sdpa(module: nn.Module) -> bool | None:
+    """Whether transformers says that the model which the module belongs to computes the same with SDPA's masks.
+
+    None: the module is of no model that transformers knows.
+    """
     if _is_pretrained(module):
         return bool(getattr(type(module), "_supports_sdpa", False))
     config = getattr(module, "config", None)
-    return _file_supports_sdpa(type(module).__module__, type(config).__name__)
+    return _source_supports_sdpa(type(module).__module__, type(config).__name__)
 
 
 def asks_beyond_sdpa(module: nn.Module) -> list[str]:
     """Names of what the module asks of its attention function and SDPA can't give: soft capping, sinks."""
-    forward = getattr(type(module), "forward", None)
-    if not isinstance(forward, FunctionType) or not any(name in _keywords(forward) for name in BEYOND_SDPA):
+    if not names_beyond_sdpa(module):
         return []
-    values = [name for name in forward.__code__.co_names if any(word in name for word in ("softcap", "sinks"))]
+    values = [name for name in _code(module).co_names if any(word in name for word in _BEYOND)]
     return [name for name in values if getattr(module, name, None) is not None]
+
+
+def names_beyond_sdpa(module: nn.Module) -> bool:
+    """Whether the module's code hands its attention function soft capping or sinks, if only None."""
+    return not _keywords(_code(module)).isdisjoint(BEYOND_SDPA)
+
+
+def asks_its_table(module: nn.Module) -> bool:
+    """Whether the module's code looks its attention function up in transformers' table."""
+    return "ALL_ATTENTION_FUNCTIONS" in _code(module).co_names
+
+
+def _code(module: nn.Module) -> CodeType:
+    """The code of the module's class's forward, whatever decorators are around it."""
+    forward = unwrap(getattr(type(module), "forward", nn.Module.forward))
+    return forward.__code__ if isinstance(forward, FunctionType) else _code.__code__
 
 
 def _configurations(model: nn.Module) -> Iterator[tuple[Any, list[nn.Module]]]:
@@ -121,21 +142,27 @@ def _is_pretrained(module: nn.Module) -> bool:
 
 
 @cache
-def _file_supports_sdpa(file: str, config: str) -> bool:
-    """Of a module that is no model itself: what the models of the same source file and configuration say."""
+def _source_supports_sdpa(source: str, config: str) -> bool | None:
+    """Of a module that is no model itself: what the models of the same file, or package, and configuration say."""
     transformers: Any = sys.modules.get("transformers.modeling_utils")
-    names = vars(sys.modules[file]).values() if transformers is not None and file in sys.modules else ()
-    models: list[Any] = [
-        kind
-        for kind in names
-        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.__module__ == file
-    ]
-    own = [kind for kind in models if getattr(getattr(kind, "config_class", None), "__name__", None) == config]
-    return bool(models) and all(kind._supports_sdpa for kind in own or models)
+    if transformers is None:
+        return None
+    package = source.rpartition(".")[0] + "."
+    for files in ([source], [name for name in list(sys.modules) if name.startswith(package)]):
+        models: list[Any] = [
+            kind
+            for file in files
+            for kind in vars(sys.modules[file]).values()
+            if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.__module__ == file
+        ]
+        own = [m for m in models if getattr(getattr(m, "config_class", None), "__name__", None) == config]
+        if models:
+            return all(kind._supports_sdpa for kind in own or models)
+    return None
 
 
 @cache
-def _keywords(function: FunctionType) -> frozenset[str]:
+def _keywords(code: CodeType) -> frozenset[str]:
     """Names of the keyword arguments in the calls that a function makes."""
-    constants = function.__code__.co_consts
-    return frozenset(name for names in constants if isinstance(names, tuple) for name in names if isinstance(name, str))
+    constants = [names for names in code.co_consts if isinstance(names, tuple)]
+    return frozenset(name for names in constants for name in names if isinstance(name, str))

@@ -12,20 +12,45 @@ from attnx.reducers import Heads, fuse_heads
 from attnx.trace import Trace
 
 
-def cls_map(trace: Trace, layer: str | int = -1) -> Tensor:
+def cls_map(trace: Trace, layer: str | int | None = None) -> Tensor:
     """What the class token attends to in one layer: [B, h, w], or [B, H, h, w] of a capture with heads="each".
 
     Not renormalised, as in DINO. Of an attention-pooling layer (one query) it is that query's map.
 
+    Args:
+        trace: a capture of all rows, or of row 0 among others.
+        layer: name or index in the trace; None: the last layer in which the class token attends beside the patches, or,
+            where there is no such layer, the last one with a single query.
+
     Raises:
-        ValueError: the model has no class token, or its row was not captured.
+        ValueError: the model has no class token, its row was not captured, or the layer's rows are other tokens.
     """
-    return trace.layout.patches(_cls_rows(trace, layer))
+    name = cls_layer(trace) if layer is None else layer
+    rows = _cls_rows(trace, name)
+    return trace.layout_of(name).patches(rows)
+
+
+def cls_layer(trace: Trace) -> str:
+    """Name of the layer that `cls_map` reads unless another is asked for."""
+    token = pool = None
+    for name in trace:
+        queries, keys = trace.sides(name)
+        if queries == keys and keys.cls:
+            token = name
+        elif queries.count == 1:
+            pool = name
+    last = token or pool or next(reversed(list(trace)), None)
+    if last is None:
+        raise ValueError("cls_map: expected a trace of at least one layer; got none")
+    return last
 
 
 @dataclass(frozen=True)
 class LayerMaps:
-    """The class token's map in every layer: maps [B, L, h, w], and their max, min and mean over layers [B, h, w]."""
+    """The class token's map in every layer: maps [B, L, h, w], and their max, min and mean over layers [B, h, w].
+
+    Of heads="each": [B, L, H, h, w] and [B, H, h, w].
+    """
 
     names: tuple[str, ...]
     maps: Tensor
@@ -44,15 +69,24 @@ class LayerMaps:
 
 
 def layer_maps(trace: Trace, heads: str | None = None) -> LayerMaps:
-    """The class token's head-fused map in every captured layer, and their max, min and mean over layers.
+    """The class token's map in every captured layer, and their max, min and mean over layers.
+
+    Args:
+        trace: a capture of all rows, or of row 0 among others.
+        heads: how to fuse a capture with heads="each": "mean" unless given; "each" leaves the heads, [B, L, H, h, w].
 
     Raises:
-        ValueError: the model has no class token, or its row was not captured.
+        ValueError: the model has no class token, its row was not captured, or the layers have different tokens (lists
+            them) or numbers of heads.
     """
     kind = fusion(trace, heads)
+    layout = trace.layout
     rows = [_cls_rows(trace, name) for name in trace]
-    fused = [fuse_heads(r[:, :, None], kind)[:, 0] if r.dim() == 3 else r for r in rows]
-    return LayerMaps(tuple(trace), trace.layout.patches(torch.stack(fused, 1)))
+    fused = [fuse_heads(r[:, :, None], kind)[:, 0] if r.dim() == 3 and kind is not Heads.EACH else r for r in rows]
+    shapes = dict.fromkeys(tuple(r.shape) for r in fused)
+    if len(shapes) > 1:
+        raise ValueError(f"layer_maps: expected maps of one shape; got {', '.join(map(str, shapes))}; choose layers=")
+    return LayerMaps(tuple(trace), layout.patches(torch.stack(fused, 1)))
 
 
 def mass_mask(maps: Tensor | np.ndarray, keep: float = 0.6) -> Tensor:
@@ -197,10 +231,13 @@ def _warn_of_attention(maps: Tensor) -> None:
 def _cls_rows(trace: Trace, layer: str | int) -> Tensor:
     """[B, N] (or [B, H, N]) of the class token in a layer, or of a pooling layer's only query."""
     kept = trace.kept(layer)
-    if trace.rows is None and kept.shape[-2] == 1:
-        return kept.row(0)
-    if not trace.layout.cls:
-        raise ValueError(f"the model has no class token ({trace.layout}); use rollout, or read trace[{layer!r}]")
+    queries, keys = trace.sides(layer)
+    if queries.count != 1:
+        layout = trace.layout_of(layer)
+        if not layout.cls:
+            raise ValueError(f"the model has no class token ({layout}); use rollout, or read trace[{layer!r}]")
+        if queries != keys:
+            raise ValueError(f"layer {layer!r}: expected rows of the image's tokens; got {queries} over {keys}")
     if trace.rows is None:
         return kept.row(0)
     if 0 not in trace.rows:

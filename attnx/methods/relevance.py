@@ -8,9 +8,7 @@ from attnx.methods.rollout import chain_start, self_attention
 from attnx.trace import Trace
 
 
-def relevance(
-    trace: Trace, start: int = 0, *, rows: str | int | None = None, layers: Layers = None
-) -> Tensor:
+def relevance(trace: Trace, start: int = 0, *, rows: str | int | None = None, layers: Layers = None) -> Tensor:
     """Chefer et al.'s relevance of the patches for a score, through the layers of self-attention.
 
     ``C_l = mean_h max(dP_l, 0) P_l`` and ``R_l = R_{l-1} + C_l R_{l-1}``, from the identity (rules 5 and 6); the row of

@@ -1,0 +1,10 @@
+"""Weights that are sharded over processes (FSDP): hooks gather them before a module runs and free them after it."""
+
+from torch import nn
+
+_WRAPPERS = ("FSDPModule", "FullyShardedDataParallel")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a module of the model must run to its end, so that its hooks free what they gathered."""
+    return any(kind.__name__ in _WRAPPERS for module in model.modules() for kind in type(module).__mro__)
