@@ -69,7 +69,8 @@ def capture(
             captured nothing needs a gradient, if the model's parameters don't. "signed": without the clamp.
         calls: which of the model's passes inside the `with` are kept. "last": a new pass replaces the last one's maps.
             "all": `trace.calls` has a Trace of each, in order, as around `generate()`; the trace itself is the last
-            one's. "mean": the trace has each layer's mean over the passes in which it attended.
+            one's. "mean": the trace has each layer's mean over the passes in which it attended. A part of the model
+            that is called by itself, such as an encoder in `generate()`, is a pass of its own.
         layout: the tokens of the maps, where the model can't tell.
         backend: as in `attnx.attention`.
 

@@ -69,7 +69,7 @@ def extract(
         str | None,
         typer.Option(
             help="[bold]rollout[/bold] through all layers (unless given), [bold]cls[/bold]: the class token's map in "
-            "one layer, [bold]layers[/bold]: in every layer."
+            "the last layer, or in each [bold]--layer[/bold], [bold]layers[/bold]: in every layer."
         ),
     ] = None,
     layer: Layer = None,

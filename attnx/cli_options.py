@@ -29,7 +29,7 @@ ImageSize = Annotated[str | None, typer.Option(help="Pixels: 480, or HEIGHTxWIDT
 Method = Annotated[
     str,
     typer.Option(
-        help="[bold]rollout[/bold] through all layers, [bold]cls[/bold]: the class token's map in one layer, "
+        help="[bold]rollout[/bold] through all layers, [bold]cls[/bold]: the class token's map in the last, "
         "[bold]layers[/bold]: in every layer."
     ),
 ]

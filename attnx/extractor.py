@@ -1,6 +1,7 @@
 """From images to maps: a model, a method, and how little of the one answers the other."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock, RLock
 from typing import Any
@@ -9,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from attnx.adapters.sharding import is_sharded
 from attnx.capture import uncompiled
 from attnx.graphs import Graphs
 from attnx.inputs import call_with_images
@@ -44,8 +46,8 @@ class Extractor:
     Args:
         model: in eval mode.
         method: "rollout" gives [B, h, w]; "cls" the class token's map of one layer, [B, h, w] ([B, H, h, w] with
-            heads="each"); "layers" that of every layer, [B, L, h, w].
-        layers: as in `attnx.capture`; for "cls" one layer, and the one that `attnx.cls_map` takes unless given.
+            heads="each"), of L layers that are asked for [B, L, h, w]; "layers" that of every layer, [B, L, h, w].
+        layers: as in `attnx.capture`; for "cls" the one that `attnx.cls_map` takes unless given.
         heads: "mean", "max", "min"; "each" for "cls" only.
         keep: as in `attnx.capture`.
         layout: as in `attnx.capture`.
@@ -96,8 +98,6 @@ class Extractor:
             raise ValueError(f"compile: expected a model on a CUDA device; got {device}")
         self.model = model
         self.method = method
-        if method == "cls" and isinstance(layers, Sequence) and not isinstance(layers, str) and len(layers) > 1:
-            raise ValueError(_one_layer(list(layers)))
         self.layers = layers
         self.dtype = dtype
         self.channels_last = channels_last
@@ -121,14 +121,15 @@ class Extractor:
             if size is None:
                 raise RuntimeError("plan: it is made on the first call, from its first image; call the extractor once")
             weight = next(self.model.parameters())
-            with self._alone():
+            with self._alone(), self._no_gradients():
                 self._try(torch.zeros(1, *size, dtype=weight.dtype, device=weight.device))
         assert self._plan is not None
         return self._plan
 
-    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """[B, 3, height, width] on the model's device -> float32 maps, see the class; they are inference tensors.
+
+        Of a model that is sharded by FSDP they are not: it keeps what it gathers, and could train no more.
 
         Raises:
             ValueError, RuntimeError: as `attnx.capture` and the method do; RuntimeError if the layers that attend are
@@ -141,7 +142,7 @@ class Extractor:
             raise ValueError("model: expected eval mode; got training mode; call model.eval()")
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with self._alone():
+        with self._alone(), self._no_gradients():
             if self._plan is None:
                 # Other tensors that the model is given may be one for every image.
                 whole = any(isinstance(value, Tensor) for value in self.model_kwargs.values())
@@ -177,6 +178,12 @@ class Extractor:
         with _NEW_LOCK:
             return _LOCKS.setdefault(self.model, RLock())
 
+    @contextmanager
+    def _no_gradients(self) -> Iterator[None]:
+        sharded = is_sharded(self.model)
+        with torch.inference_mode(not sharded), torch.no_grad():
+            yield
+
     def _maps(self, images: Tensor) -> Tensor:
         assert self._plan is not None
         with uncompiled(), self._autocast(images):
@@ -199,7 +206,9 @@ class Extractor:
     def _answer(self, trace: Trace, options: dict[str, Any]) -> Tensor:
         if self.method == "rollout":
             return rollout(trace, **options)
-        return cls_map(trace) if self.method == "cls" else layer_maps(trace).maps
+        if self.method == "layers" or (len({name.partition("#")[0] for name in trace}) > 1 and self.layers is not None):
+            return layer_maps(trace, trace.heads).maps
+        return cls_map(trace)
 
     def _autocast(self, images: Tensor) -> torch.autocast:
         # A graph holds the addresses of weights that were cast: they may not be those of a cache.
@@ -210,7 +219,6 @@ class Extractor:
             cache_enabled=self._graphs is None,
         )
 
-    @torch.inference_mode()
     def _try(self, image: Tensor) -> Tensor:
         """The map of one image, from a pass of the whole model, which gives the plan."""
         trial = Trial(self.model, self.layers, self._recorder)
@@ -223,31 +231,21 @@ class Extractor:
         if self.method == "rollout":
             last, row = last_needed(trace, **self.options)
             names = names[self.options.get("start", 0) : names.index(last) + 1]
-        elif self.method == "cls":
-            names = self._only(names, cls_layer(trace))
+        elif self.method == "cls" and self.layers is None:
+            names = self._last(names, cls_layer(trace))
         with self._autocast(image):
             self._plan = trial.plan(names, row)
         self._recorder.clear()
         return answer
 
-    def _only(self, names: list[str], layer: str) -> list[str]:
-        """The names, in the trace, of the one layer that method "cls" is about.
+    def _last(self, names: list[str], layer: str) -> list[str]:
+        """The names, in the trace, of the layer whose class token is looked at: a block may attend twice.
 
         Raises:
-            ValueError: the layers that were asked for are several. RuntimeError: the model's last one was not heard.
+            RuntimeError: the model's last layer was not heard.
         """
         block = layer.partition("#")[0]
-        own = [name for name in names if name.partition("#")[0] == block]
-        if self.layers is not None and len(own) < len(names):
-            raise ValueError(_one_layer(names))
         depth = attention_layers(self.model)
-        if self.layers is None and block in depth and depth[-1] != block:
+        if block in depth and depth[-1] != block:
             raise RuntimeError(f"not heard: {depth[-1]}, the model's last attention layer; layers={block!r} was heard")
-        return own
-
-
-def _one_layer(layers: list[Any]) -> str:
-    return (
-        f"layers: method 'cls' gives the map of one layer; got {', '.join(map(str, layers))}; method 'layers' gives "
-        "those of several"
-    )
+        return [name for name in names if name.partition("#")[0] == block]

@@ -139,7 +139,7 @@ class Plan:
             projected = queries_and_keys(module, x, self.row or 0, self.split.heads)
             if projected is not None:
                 q, k = cast_as_sdpa(*projected)
-                recorder.keep_row(self.last, q, k, scale=self.split.scale, backend=recorder.backend)
+                recorder.keep_row(self.last, q, k, k.shape[2], scale=self.split.scale, backend=recorder.backend)
 
 
 class OtherWayError(RuntimeError):

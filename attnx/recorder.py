@@ -185,7 +185,8 @@ class Recorder:
         if facts is not None:
             self.trace.note(layer, facts)
         if layer == self.last and self.last_row is not None:
-            self.keep_row(layer, *cast_as_sdpa(q, k), rows=self._index((self.last_row,), q), **given)
+            cast_q, cast_k = cast_as_sdpa(q, k)
+            self.keep_row(layer, cast_q, cast_k, q.shape[2], rows=self._index((self.last_row,), q), **given)
         try:
             rows = None if self.trace.rows is None else self._index(self.trace.rows, q)
             options = dict(heads=self.trace.heads, rows=rows, **given)
@@ -226,11 +227,12 @@ class Recorder:
             self._hides[key] = bias, bool(((top < HIDDEN) & (top > -torch.inf)).any())
         return self._hides[key][1]
 
-    def keep_row(self, layer: str, q: Tensor, k: Tensor, **call: Any) -> None:
+    def keep_row(self, layer: str, q: Tensor, k: Tensor, queries: int, **call: Any) -> None:
         """Keeps the last layer's only wanted row, and stops.
 
         Args:
             q: [B, H, M, D], of which `rows` are wanted; k, call: as in `attnx.attention_map`.
+            queries: how many the layer has.
 
         Raises:
             Stop: always.
@@ -240,7 +242,7 @@ class Recorder:
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{layer}: {error}") from error
         whole = self.trace.rows is None  # else the trace is of this row anyway
-        self.trace.add(layer, KeptRows(amap, (self.last_row or 0,), k.shape[2]) if whole else amap, k.shape[2])
+        self.trace.add(layer, KeptRows(amap, (self.last_row or 0,), queries) if whole else amap, queries)
         raise Stop
 
     def _index(self, rows: tuple[int, ...], q: Tensor) -> Tensor:

@@ -61,8 +61,8 @@ def draw(
         fused = "mean" if heads == "each" else heads
         extractor = Extractor(loaded.model, method, layers=layers, heads=fused, model_kwargs=kwargs)
         amap = extractor(images)[0]
-        what = "class token's map" if method == "cls" else "class token's map, mean over layers"
-        amap = amap.mean(0) if method == "layers" else amap
+        what = "class token's map" if amap.dim() == 2 else "class token's map, mean over layers"
+        amap = amap if amap.dim() == 2 else amap.mean(0)
         rolled = None
     write("overlay.png", overlay(picture, amap, interpolation=style.interpolation, **colours), what)
     try:

@@ -150,9 +150,11 @@ def sides(
     images = [tokens for tokens in found if tokens.grid]
     texts = [tokens for tokens in found if tokens.kind == "text" and tokens.part != part]
     own = [tokens for tokens in images if tokens.part == part]
-    keys = (own or (images if len(images) == 1 else []) or texts[:1] or [Tokens("tokens", count=columns, part="?")])[0]
+    known = own or (images if len(images) == 1 else []) or texts[:1]
     if rows == 1:
-        return Tokens("queries", count=1, part=part), keys
+        # A pool's query, of the tokens that come before it.
+        return Tokens("queries", count=1, part=part), known[0] if known else parts.tokens(part, grids, columns)
+    keys = known[0] if known else Tokens("tokens", count=columns, part="elsewhere")
     queries = parts.tokens(part, grids, rows)
     return (queries if queries.kind != "tokens" else Tokens("queries", count=rows, part=part)), keys
 

@@ -136,7 +136,7 @@ class Trace(Mapping[str, Tensor]):
         Raises:
             ValueError: a name or index that matches no layer of the trace.
         """
-        asked = [layers] if isinstance(layers, (str, int)) else list(layers or [])
+        asked = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
         names = list(self._kept)
         chosen: set[str] = set()
         for one in asked:
@@ -148,7 +148,7 @@ class Trace(Mapping[str, Tensor]):
                 raise ValueError(f"layers: {one!r} matches no layer of the trace; expected some of {', '.join(names)}")
             chosen |= set(found)
         if not chosen:
-            raise ValueError("layers: expected at least one layer; got none")
+            raise ValueError("layers: expected at least one layer of the trace; got none")
         return self._with({name: self._kept[name] for name in names if name in chosen})
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Trace":

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -44,7 +43,8 @@ class Bound:
         return self.__func__(self.__self__, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MethodType, (type(self.__self__).forward, self.__self__)
+        # Asked before the copy has its attributes: its class's.
+        return getattr, (self.__self__, "forward")
 
 
 def bind(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:

@@ -1,0 +1,200 @@
+"""What the rows and columns of a map stand for: towers, pools, channels; and what is never chained."""
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import attnx
+from attnx import TokenLayout
+
+SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64)
+
+
+def siglip(text_tokens: int = 4) -> tuple[nn.Module, dict]:
+    import transformers
+
+    text = dict(SMALL, vocab_size=60, max_position_embeddings=text_tokens)
+    vision = dict(SMALL, image_size=32, patch_size=16)
+    torch.manual_seed(0)
+    model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.3)
+    return model, dict(pixel_values=torch.randn(1, 3, 32, 32), input_ids=torch.arange(text_tokens)[None] + 5)
+
+
+def captured(model: nn.Module, *args: object, **kwargs: object) -> attnx.Trace:
+    with torch.no_grad(), attnx.capture(model) as trace:
+        model(*args, **kwargs)
+    return trace
+
+
+def test_two_towers_of_one_length_are_not_chained() -> None:
+    model, given = siglip()
+    trace = captured(model, **given)
+    text, image = (trace.sides(f"{part}_model.encoder.layers.0.self_attn") for part in ("text", "vision"))
+    assert (text[0].kind, text[0].count, text[0].part) == ("text", 4, "text_model")
+    assert (image[1].kind, image[1].grid, image[1].prefix, image[1].part) == ("image", (2, 2), 0, "vision_model")
+    for chain in (attnx.rollout, attnx.relevance):
+        with pytest.raises(ValueError, match=r"4 image of vision_model: .*; 4 text of text_model: text_model\.encoder"):
+            chain(trace)
+    with pytest.raises(ValueError, match=r"layout: expected layers over the same tokens; got .*4 text of text_model"):
+        trace.layout  # noqa: B018
+    with torch.no_grad(), attnx.capture(model, layers="vision_model.*") as vision:
+        model(**given)
+    assert torch.equal(attnx.rollout(trace, layers="vision_model.*"), attnx.rollout(vision))
+    assert trace.select("vision_model.*").layout == vision.layout == TokenLayout(0, (2, 2))
+    with pytest.raises(
+        ValueError, match="layers: 'visual' matches no layer of the trace; expected some of vision_model"
+    ):
+        attnx.rollout(trace, layers="visual")
+
+
+@pytest.mark.parametrize("family", ["Siglip", "Siglip2"])
+def test_pooling_heads_of_transformers(family: str) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{family}VisionConfig")(**SMALL, image_size=48, patch_size=16)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}VisionModel")(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.3)
+    given: dict = dict(pixel_values=torch.randn(1, 3, 48, 48))
+    layout = None
+    if family == "Siglip2":
+        given = dict(
+            pixel_values=torch.randn(1, 9, 768),
+            pixel_attention_mask=torch.ones(1, 9, dtype=torch.long),
+            spatial_shapes=torch.tensor([[3, 3]]),
+        )
+        layout = TokenLayout(0, (3, 3))
+    with torch.no_grad():
+        with attnx.capture(model, layout=layout) as trace:
+            own = model(**given)
+        hidden = own.last_hidden_state
+        head = model.head.attention(model.head.probe, hidden, hidden, need_weights=True)[1]
+    pool = next(name for name in trace if "head" in name)
+    torch.testing.assert_close(trace[pool], head, rtol=1e-4, atol=1e-6)
+    assert trace.sides(pool)[0].kind == "queries"
+    torch.testing.assert_close(attnx.cls_map(trace).flatten(), head.flatten(), rtol=1e-4, atol=1e-6)
+    want = head[0, 0].double()
+    for amap in reversed([trace[name] for name in trace if name != pool]):
+        want = (want @ amap[0].double() + want) / 2
+    torch.testing.assert_close(attnx.rollout(trace).flatten().double(), want, rtol=1e-4, atol=1e-7)
+    if family == "Siglip":
+        for method, found in (("rollout", attnx.rollout(trace)), ("cls", attnx.cls_map(trace))):
+            extract = attnx.Extractor(model, method=method)
+            for _ in range(2):
+                torch.testing.assert_close(extract(given["pixel_values"]), found, rtol=1e-4, atol=1e-7)
+
+
+TIMM: dict[str, Callable[[], nn.Module]] = {
+    "pool, no class token": lambda: timm.create_model("vit_base_patch16_siglip_224", img_size=48, **TINY),
+    "pool and class token": lambda: timm.create_model("vit_pe_core_base_patch16_224", img_size=48, **TINY),
+    "class token": lambda: timm.create_model("vit_tiny_patch16_224", img_size=48, **TINY),
+    "registers": lambda: timm.create_model("vit_small_patch14_reg4_dinov2", img_size=42, **TINY),
+}
+TINY = dict(embed_dim=48, depth=3, num_heads=3)
+
+
+@pytest.mark.parametrize("family", TIMM)
+def test_cls_map_and_extractor_mean_the_same_layer(family: str) -> None:
+    torch.manual_seed(0)
+    model = TIMM[family]().eval()
+    size = 42 if family == "registers" else 48
+    images = torch.randn(2, 3, size, size)
+    trace = captured(model, images)
+    want = attnx.cls_map(trace)
+    extract = attnx.Extractor(model, method="cls")
+    for _ in range(2):
+        torch.testing.assert_close(extract(images), want, rtol=1e-4, atol=1e-7)
+    # Where there is a class token, its last block; else the pool's only query.
+    last = "attn_pool" if family == "pool, no class token" else "blocks.2.attn"
+    torch.testing.assert_close(want, attnx.cls_map(trace, last))
+    assert last in str(extract.plan)
+
+
+def test_channels_are_no_tokens() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("xcit_nano_12_p16_224", img_size=64).eval()
+    trace = captured(model, torch.randn(1, 3, 64, 64))
+    assert trace.sides(0)[1].kind == "channels"
+    with pytest.raises(ValueError, match=r"rollout: expected self-attention layers over the same tokens.* channels"):
+        attnx.rollout(trace)
+    with pytest.raises(ValueError, match="got maps over 32 channels"):
+        trace.select(0).layout  # noqa: B018
+
+
+def test_self_and_cross_attention_of_one_length() -> None:
+    import transformers
+
+    small = dict(vocab_size=60, d_model=48, d_kv=16, d_ff=64, num_layers=2, num_heads=3, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    model = transformers.T5Model(transformers.T5Config(**small)).eval()
+    ids = torch.arange(5, 11)[None]
+    trace = captured(model, input_ids=ids, decoder_input_ids=ids)
+    assert len({tuple(amap.shape) for amap in trace.values()}) == 1
+    with pytest.raises(ValueError, match="rollout: expected self-attention layers over the same tokens"):
+        attnx.rollout(trace)
+
+    class Crossing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.MultiheadAttention(48, 3, batch_first=True)
+            self.other = nn.MultiheadAttention(48, 3, batch_first=True)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            x = self.own(x, x, x, need_weights=False)[0]
+            return self.other(x, y, y, need_weights=False)[0]
+
+    with torch.no_grad(), attnx.capture(Crossing().eval(), layout=TokenLayout(0, (2, 3))) as both:
+        both._model(torch.randn(1, 6, 48), torch.randn(1, 6, 48))
+    with pytest.raises(ValueError, match="choose some of one kind"):
+        attnx.rollout(both)
+
+
+def test_layers_of_other_sizes_say_so() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("pit_ti_224", img_size=64).eval()
+    trace = captured(model, torch.randn(1, 3, 64, 64))
+    for method in (attnx.layer_maps, attnx.rollout):
+        with pytest.raises(ValueError, match=r"expected (self-attention )?layers over the same tokens"):
+            method(trace)
+
+
+@pytest.mark.parametrize("name", ["num_register_tokens", "n_storage_tokens"])
+def test_registers_of_the_original_code(name: str) -> None:
+    class Hub(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            setattr(self, name, 4)
+            self.cls_token = nn.Parameter(torch.randn(1, 1, 48))
+            self.extra = nn.Parameter(torch.randn(1, 4, 48))
+            self.patch_embed = nn.Conv2d(3, 48, 14, 14)
+            self.blocks = nn.ModuleList(timm.models.vision_transformer.Block(48, 3) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patch_embed(x).flatten(2).transpose(1, 2)
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.extra.expand(len(x), -1, -1), x], 1)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    trace = captured(Hub().eval(), torch.randn(1, 3, 42, 56))
+    assert (trace.layout.prefix, trace.layout.grid) == (5, (3, 4))
+
+
+def test_select() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=48, **TINY).eval()
+    trace = captured(model, torch.randn(1, 3, 48, 48))
+    assert list(trace.select([0, -1])) == ["blocks.0.attn", "blocks.2.attn"]
+    assert list(trace.select("blocks.1")) == ["blocks.1.attn"]
+    assert torch.equal(attnx.rollout(trace, layers=["blocks.0", 1]), attnx.rollout(trace.select([0, 1])))
+    for wrong in (3, "block", [], 1.5, None):
+        with pytest.raises(ValueError, match="layers: "):
+            trace.select(wrong)  # type: ignore[arg-type]
