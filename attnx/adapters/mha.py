@@ -1,6 +1,7 @@
 """`nn.MultiheadAttention`: its function, `F.multi_head_attention_forward`, run with another attention inside."""
 
 from collections.abc import Callable
+from inspect import signature
 from types import FunctionType
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MHA = F.multi_head_attention_forward
-_NEED_WEIGHTS = 14  # its place among the arguments
+_TAKES = signature(MHA)
 
 
 def multi_head_attention(sdpa: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -17,16 +18,14 @@ def multi_head_attention(sdpa: Callable[..., Tensor], *args: Any, **kwargs: Any)
 
     Asked for its weights, the original function computes them: they are its own, with their graph.
     """
-    needs = kwargs.get("need_weights", args[_NEED_WEIGHTS] if len(args) > _NEED_WEIGHTS else True)
-    if len(args) > _NEED_WEIGHTS:
-        out, weights = _with(sdpa)(*args[:_NEED_WEIGHTS], False, *args[_NEED_WEIGHTS + 1 :], **kwargs)
-    else:
-        out, weights = _with(sdpa)(*args, **{**kwargs, "need_weights": False})
-    if needs:
-        # Nobody is to hear this attention a second time.
-        with torch._C.DisableTorchFunction():
-            weights = MHA(*args, **kwargs)[1]
-    return out, weights
+    given = _TAKES.bind(*args, **kwargs).arguments
+    if not given.get("need_weights", True):
+        return _with(sdpa)(**given)
+    # With weights the mask counts and the hint does not: it would hide keys that add_bias_kv and add_zero_attn append.
+    out, _ = _with(sdpa)(**{**given, "need_weights": False, "is_causal": False})
+    # Nobody is to hear this attention a second time.
+    with torch._C.DisableTorchFunction():
+        return out, MHA(*args, **kwargs)[1]
 
 
 def _with(sdpa: Callable[..., Tensor]) -> FunctionType:
