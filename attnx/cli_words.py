@@ -172,7 +172,7 @@ def _draw(recipe: "WordsRecipe", image: Path, caption: str, out: Path, on: "torc
 
 
 def _finish(out: Path, style: "Style | None", tools: "Tools", report: "Report") -> str:
-    """Draws the pairs, if they are to be drawn, and says how many captions were cut."""
+    """Draws the pairs, if they are to be drawn, and says how many captions were cut or have words nobody knows."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -181,5 +181,12 @@ def _finish(out: Path, style: "Style | None", tools: "Tools", report: "Report") 
 
     if style is not None:
         draw_pairs(out, tools, style)
-    cut = sum(pc.sum(pc.greater(pq.read_table(part, columns=["cut"])["cut"], 0)).as_py() or 0 for part in parts(out))
-    return f", {cut} captions were cut: they are longer than the model takes" if cut else ""
+    cut = unknown = 0
+    for part in parts(out):
+        rows = pq.read_table(part, columns=["cut", "tokens"])
+        cut += pc.sum(pc.greater(rows["cut"], 0)).as_py() or 0
+        tokens = rows["tokens"].combine_chunks()
+        of_row = pc.list_parent_indices(tokens).filter(pc.equal(pc.list_flatten(tokens), "[UNK]"))
+        unknown += len(of_row.unique())
+    told = f", {cut} captions were cut: they are longer than the model takes" if cut else ""
+    return told + (f", {unknown} captions have words that are not in the vocabulary" if unknown else "")

@@ -110,9 +110,9 @@ def test_unknown_arguments_are_refused_by_name() -> None:
     q = torch.randn(1, 3, 5, 16)
     out, amap = function(block, q, q, q, None, output_attentions=True, sliding_window=7, use_cache=False, odd=None)
     assert (out.shape, amap.shape) == ((1, 5, 3, 16), (1, 5, 5))
-    with pytest.raises(NotImplementedError, match="ViTAttention hands its attention block_indices, which attnx does"):
+    with pytest.raises(NotImplementedError, match=r"ViTAttention hands its attention block_indices, which"):
         function(block, q, q, q, None, block_indices=torch.zeros(1))
-    with pytest.raises(ValueError, match="attention dropout: expected 0; got 0.5"):
+    with pytest.raises(ValueError, match=r"attention dropout: expected 0; got 0\.5"):
         function(block, q, q, q, None, dropout=0.5)
     for wrong in ({"heads": "median"}, {"backend": "cuda"}):
         with pytest.raises(ValueError, match="expected one of"):

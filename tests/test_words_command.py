@@ -200,6 +200,9 @@ def test_what_is_wrong_with_a_pair_is_its_row(photos: Path, weights: Path, tmp_p
     assert rows[10].text == long
     assert len(rows[10].tokens) == pair.MAX_TOKENS
     assert "1 captions were cut: they are longer than the model takes" in result.output
+    unknown = sum("[UNK]" in (row.tokens or ()) for row in rows)
+    assert unknown > 0
+    assert f", {unknown} captions have words that are not in the vocabulary" in result.output
     assert "11 pairs could not be read" in result.output
     assert rows[11].tokens.count("[SEP]") == 1  # markup is text
 
