@@ -53,7 +53,8 @@ def use(model: nn.Module, heads: str = "mean", backend: str = "auto") -> None:
 
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a transformers.PreTrainedModel; got {type(model).__name__}")
-    submodels = _that_attend({n: module for n, module in model.named_modules() if isinstance(module, PreTrainedModel)})
+    models: dict[str, Any] = {n: module for n, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    submodels = _that_attend(models)
     refused = [_called(name, module) for name, module in submodels.items() if not _can(module)]
     if refused:
         raise NotImplementedError(
@@ -62,7 +63,7 @@ def use(model: nn.Module, heads: str = "mean", backend: str = "auto") -> None:
         )
     name = "attnx" if (heads, backend) == ("mean", "auto") else f"attnx_{heads}_{backend}"
     register(name, heads, backend)
-    before = [(module.config, module.config._attn_implementation) for module in submodels.values()]
+    before = [(module.config, module.config._attn_implementation) for module in models.values()]
     model.set_attn_implementation(name)
     left = [
         f"{_called(where, module)} keeps {module.config._attn_implementation!r}"

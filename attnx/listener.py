@@ -99,7 +99,7 @@ class Listener(TorchFunctionMode):
         silent = [str(w) for w in self.wanted or [] if not any(matches(w, name) for name in there)]
         if silent:
             told = "; ".join(f"{w}: {self._why_silent(w)}" for w in silent)
-            raise RuntimeError(f"not heard: {told}; heard: {', '.join(sorted(there)) or 'nothing'}")
+            raise RuntimeError(f"not heard: {told}; heard: {', '.join(sorted(there)) or f'nothing; {_WAY_OUT}'}")
         unheard = [name for name in attention_layers(self.model) if name not in there]
         if self.wanted is None and self.before and unheard:
             told = "; ".join(f"{w}: {self._why_silent(w)}" for w in unheard)
@@ -113,7 +113,9 @@ class Listener(TorchFunctionMode):
     def _why_nothing(self) -> str:
         """Why no attention of the model was heard at all."""
         if self.skipped:
-            return "; ".join(f"of {name} no map can be made: {why}" for name, why in self.skipped.items())
+            name, why = next(iter(self.skipped.items()))
+            others = f" and {len(self.skipped) - 1} other layers" if len(self.skipped) > 1 else ""
+            return f"no map can be made of {name}{others}: {why}"
         layers = attention_layers(self.model)
         reasons = dict.fromkeys(self._why_silent(name) for name in layers)
         told = "; ".join(reason for reason in reasons if reason != _NEVER)
@@ -174,9 +176,9 @@ class Listener(TorchFunctionMode):
         alone = all(other is self for other in _ACTIVE.listeners)
         call = Call.of(func, frame.module, args, kwargs)
         if call.q.dim() != 4:
-            why = f"expected q of [B, H, M, D]; got {list(call.q.shape)}; leave it out"
+            why = f"expected q of [B, H, M, D]; got {list(call.q.shape)}"
             if self.wanted is not None:
-                raise NotImplementedError(f"{name}: {why}")
+                raise NotImplementedError(f"{name}: {why}; leave the layer out")
             self.skipped[name] = why
             return func(*args, **kwargs)
         self._hear(name)

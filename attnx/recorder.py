@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ class Recorder:
         self.grad = grad
         self.attended: dict[str, dict[str, Any]] | None = None
         self._rows: dict[tuple[Any, ...], Tensor] = {}
-        self._hides: dict[tuple[int, int], tuple[Tensor, bool]] = {}  # masks of this pass, and what they hide
+        self._hides: dict[int, tuple[ref[Tensor], int, bool]] = {}  # of masks: whether they hide whole rows
 
     def clear(self) -> None:
         """Forgets the last pass."""
@@ -219,13 +220,15 @@ class Recorder:
             return False
         if bias.device.type != "cpu" and (bias.dim() == 4 and bias.shape[1] > 1):
             return False  # one of every layer's own, as a rule of relative positions: a GPU is not waited for each time
-        key = (id(bias), bias._version if not bias.is_inference() else 0)
-        if key not in self._hides:
+        version = 0 if bias.is_inference() else bias._version
+        known = self._hides.get(id(bias))
+        if known is None or known[0]() is not bias or known[1] != version:
             if bias.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return False
             top = bias.detach().amax(-1)
-            self._hides[key] = bias, bool(((top < HIDDEN) & (top > -torch.inf)).any())
-        return self._hides[key][1]
+            hides = bool(((top < HIDDEN) & (top > -torch.inf)).any())
+            known = self._hides[id(bias)] = ref(bias), version, hides
+        return known[2]
 
     def keep_row(self, layer: str, q: Tensor, k: Tensor, queries: int, **call: Any) -> None:
         """Keeps the last layer's only wanted row, and stops.

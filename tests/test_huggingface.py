@@ -45,6 +45,8 @@ def family(name: str) -> tuple[nn.Module, dict[str, Any]]:
 @pytest.mark.parametrize("name", [f.name for f in families_hf.FAMILIES])
 def test_use_leaves_the_output_or_refuses(name: str) -> None:
     model, given = FAMILIES[name].build()
+    if name == "HF Gemma 2":
+        model.set_attn_implementation("eager")  # some versions run it by SDPA, without its soft capping
     with torch.no_grad():
         plain = model(**given)
         before = [getattr(m.config, "_attn_implementation", None) for m in model.modules() if hasattr(m, "config")]
@@ -65,7 +67,10 @@ def test_biases_caps_and_sinks_are_in_the_maps(name: str, heads: str) -> None:
     with torch.no_grad():
         model.set_attn_implementation("eager")
         want = model(**given, output_attentions=True)
-        huggingface.use(model, heads=heads)
+        try:
+            huggingface.use(model, heads=heads)
+        except NotImplementedError as error:
+            pytest.skip(f"this transformers: {error}")
         got = model(**given, output_attentions=True)
     key = "attentions" if getattr(want, "attentions", None) else "encoder_attentions"
     pairs = list(zip(getattr(got, key), getattr(want, key), strict=True))
