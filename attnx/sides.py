@@ -1,11 +1,11 @@
-"""What the rows and the columns of a layer's map stand for: which tokens, of which part of a model."""
+"""The tokens that the rows and columns of a map stand for, and the part of the model that they belong to."""
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ _WORDS = re.compile(r"(word_emb\w*|token_emb\w*|tok_emb\w*|embed_tokens|wte|shar
 # Of arguments, by name: where the keys come from if they are not of the queries' own tokens.
 _SOURCES = ("encoder_hidden_states", "key_value_states", "context", "memory", "cross_states", "x_kv", "kv")
 _KEYS = ("key", "keys", "k_x")
+_PARAMETERS: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()  # of each class's forward
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class Tokens:
         kind: "image", "text", "channels" (of features, no tokens), "queries" (learned or of another layer), or "tokens"
             where the model doesn't say what they are.
         prefix, grid: of an image, as in `TokenLayout`; grid is None where the tokens are no whole grid of patches.
-        index: which tokens of the grid they are, if not all.
         count: how many.
         cls: whether token 0 is a class token.
         part: name of the part of the model that they belong to, such as "vision_model"; "" for a model of one part.
@@ -38,7 +38,6 @@ class Tokens:
     kind: str
     prefix: int = 0
     grid: tuple[int, int] | None = None
-    index: Tensor | None = field(default=None, compare=False)
     count: int = 0
     cls: bool = False
     part: str = ""
@@ -53,14 +52,14 @@ class Tokens:
 
 
 class Facts(NamedTuple):
-    """What an attention call shows of its sides: keys from elsewhere than the queries; features in place of tokens."""
+    """Flags of one attention call: its keys come from elsewhere than its queries; it attends over channels."""
 
     crosses: bool = False
     channels: bool = False
 
 
 def facts_of(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Facts:
-    """What a module that attends shows by its class and by what it is called with."""
+    """The flags of a call, from the module's class and arguments."""
     kind: Any = type(module)
     named = dict(zip(_parameters(kind), args, strict=False)) | dict(kwargs)
     crosses = any(isinstance(named.get(name), Tensor) for name in _SOURCES)
@@ -86,14 +85,14 @@ class Parts:
         self.kinds: dict[str, dict[str, str]] = {}  # of each part: {module: what it says that the part's tokens are}
         self._declared: dict[str, tuple[int, bool] | None] = {}
         for name, module in self.modules.items():
-            if any(name.startswith(layer + ".") for layer in attending):
-                continue
             if id(module) in convolutions:
                 kind = "image"
             elif isinstance(module, nn.Embedding) and _WORDS.search(name):
                 kind = "text"
             else:
                 continue
+            if any(name.startswith(layer + ".") for layer in attending):
+                continue  # it reduces the keys of that layer
             around = name.rpartition(".")[0]
             while around not in inside:
                 around = around.rpartition(".")[0]
@@ -105,7 +104,7 @@ class Parts:
         return max(around, key=len, default="")
 
     def kind(self, part: str) -> str:
-        """What a part's tokens are: "image", "text"; "tokens" if it has both or neither."""
+        """Kind of a part's tokens: "image" or "text"; "tokens" if it has both or neither."""
         kinds = set(self.kinds.get(part, {}).values())
         return kinds.pop() if len(kinds) == 1 else "tokens"
 
@@ -126,9 +125,7 @@ class Parts:
         """So many tokens of a part."""
         kind = self.kind(part)
         layout = self.layout(part, grids, count) if kind != "text" else None
-        if layout is None:
-            return Tokens(kind, count=count, part=part)
-        return Tokens("image", layout.prefix, layout.grid, None, count, layout.cls is True, part)
+        return Tokens(kind, count=count, part=part) if layout is None else of_layout(layout, part)
 
 
 def sides(
@@ -159,16 +156,22 @@ def sides(
     return (queries if queries.kind != "tokens" else Tokens("queries", count=rows, part=part)), keys
 
 
+def of_layout(layout: TokenLayout, part: str) -> Tokens:
+    """The tokens of an image with this layout."""
+    return Tokens("image", layout.prefix, layout.grid, layout.tokens, layout.cls is True, part)
+
+
 def stack_of(layer: str) -> str:
     """Name of the row of blocks that a layer stands in: "encoder.layer" of "encoder.layer.3.attention"."""
     stem = re.match(r"(.*?)\d+(?=[.#]|$)", layer)
     return "" if stem is None else stem[1].rstrip(".")
 
 
-@cache
 def _parameters(kind: Any) -> tuple[str, ...]:
     """Names of the arguments that a module's forward takes by position."""
-    try:
-        return tuple(signature(kind.forward).parameters)[1:]
-    except (TypeError, ValueError):
-        return ()
+    if kind not in _PARAMETERS:
+        try:
+            _PARAMETERS[kind] = tuple(signature(kind.forward).parameters)[1:]
+        except (TypeError, ValueError):
+            _PARAMETERS[kind] = ()
+    return _PARAMETERS[kind]

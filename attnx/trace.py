@@ -1,4 +1,4 @@
-"""What a capture gives: the maps of a forward pass, and what their rows and columns stand for."""
+"""The maps of a forward pass, and the tokens that their rows and columns stand for."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import overload
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from attnx.kept import Kept, KeptMap
 from attnx.layers import Layers, matches
 from attnx.layout import TokenLayout, infer_layout
-from attnx.sides import Facts, Parts, Tokens, sides, stack_of
+from attnx.sides import Facts, Parts, Tokens, of_layout, sides, stack_of
 from attnx.weighted import KeptGradient
 
 CALLS = ("last", "all", "mean")
@@ -40,8 +40,10 @@ class Trace(Mapping[str, Tensor]):
         self._kept: dict[str, Kept] = {}
         self._grids: dict[str, tuple[int, int]] = {}
         self._queries: dict[str, int] = {}
-        # What is known of the layers whatever the pass.
         self._facts: dict[str, Facts] = {}
+        self._sides: dict[str, tuple[Tokens, Tokens]] = {}
+        # What is known of the layers whatever the pass.
+        self._known: dict[str, Facts] = {}
         self._parts: dict[tuple[str, ...], Parts] = {}
         self._calls: list[Trace] = []
         self._means: dict[str, tuple[int, Tensor]] = {}
@@ -90,12 +92,13 @@ class Trace(Mapping[str, Tensor]):
     def add(self, layer: str, kept: Tensor | Kept, queries: int | None = None) -> None:
         """Keeps a layer's map, or what it is made of; queries: how many the layer has, if not as many as the map."""
         self._kept[layer] = KeptMap(kept) if isinstance(kept, Tensor) else kept
+        self._sides.pop(layer, None)
         if queries is not None:
             self._queries[layer] = queries
 
     def note(self, layer: str, facts: Facts) -> None:
-        """Keeps what a layer's call shows of its sides, for this pass and later ones."""
-        self._facts[layer.partition("#")[0]] = facts
+        """Keeps what a layer's call shows of its sides, for this pass, and for later ones that show nothing."""
+        self._facts[layer] = self._known[layer.partition("#")[0]] = facts
 
     def backward(self, score: Tensor, retain_graph: bool = False) -> None:
         """Has a capture with `grad` make its maps: those of the gradient of `score`. No parameter gets a gradient.
@@ -127,11 +130,20 @@ class Trace(Mapping[str, Tensor]):
 
     @property
     def calls(self) -> "Calls":
-        """Every pass that was kept, a Trace each: all of them with calls="all", else the last."""
+        """The passes that were kept, a Trace each: all with calls="all"; one with "last"; with "mean" one, the mean.
+
+        Example:
+            >>> with torch.no_grad(), attnx.capture(model, calls="all") as trace:  # doctest: +SKIP
+            ...     model.generate(**inputs)
+            >>> trace.calls[0]["model.vision_tower.encoder.layers.0.self_attn"].shape  # doctest: +SKIP
+        """
         return Calls(self._calls or [self])
 
     def select(self, layers: Layers) -> "Trace":
-        """The same pass with some of its layers: names, globs, or indices into the trace.
+        """The same pass with some of its layers.
+
+        Args:
+            layers: names, globs ("vision_model.*"), blocks around layers, indices into the trace, or a list of them.
 
         Raises:
             ValueError: a name or index that matches no layer of the trace.
@@ -159,27 +171,37 @@ class Trace(Mapping[str, Tensor]):
         """A trace of the same pass that has these layers."""
         other = Trace(self._model, self.heads, self.rows, self._layout)
         other._kept, other._grids, other._queries = kept, dict(self._grids), dict(self._queries)
-        other._facts, other._parts = self._facts, self._parts
+        other._facts, other._known, other._parts = dict(self._facts), self._known, self._parts
         return other
 
     def add_grid(self, convolution: str, grid: tuple[int, int]) -> None:
         """Keeps the grid (rows, columns) that a patch convolution gave; the newest stands first."""
         self._grids.pop(convolution, None)
         self._grids = {convolution: grid, **self._grids}
+        self._sides.clear()
         if self._calls:
             self._calls[-1]._grids = self._grids
 
-    def begin_call(self) -> None:
-        """A new pass of the model: the last one's maps are kept, folded into the mean, or forgotten."""
-        self.fold()
+    def begin_call(self, finished: bool = True) -> None:
+        """A new pass of the model: the last one's maps are kept, folded into the mean, or forgotten.
+
+        Args:
+            finished: whether the last pass came to its end; what one that did not has left is forgotten.
+        """
+        if finished:
+            self.fold()
+        elif self._calls:
+            self._calls.pop()
         call = self._with({})
-        call._grids, call._queries = {}, {}
-        self._kept, self._grids, self._queries = call._kept, call._grids, call._queries
+        call._grids, call._queries, call._facts = {}, {}, {}
+        self._kept, self._grids, self._queries, self._facts = call._kept, call._grids, call._queries, call._facts
+        self._sides = {}
         self._calls = [*self._calls, call] if self._mode == "all" else [call]
 
     def clear(self) -> None:
         """Forgets every pass."""
         self._kept, self._grids, self._queries, self._calls, self._means = {}, {}, {}, [], {}
+        self._facts, self._sides = {}, {}
 
     def fold(self) -> None:
         """The pass is over: with calls="mean" its maps become the mean of all passes so far.
@@ -189,42 +211,49 @@ class Trace(Mapping[str, Tensor]):
         """
         if self._mode != "mean":
             return
-        for layer, kept in list(self._kept.items()):
-            count, mean = self._means.get(layer, (0, kept.map()))
-            if kept.map() is mean and count:
+        for layer, kept in self._kept.items():
+            amap = kept.map()
+            count, mean = self._means.get(layer, (0, amap))
+            if count and amap is mean:
                 continue  # it was folded before
-            if kept.shape != tuple(mean.shape):
+            if amap.shape != mean.shape:
                 raise ValueError(
                     f"calls='mean': expected maps of one shape; {layer} has {list(mean.shape)}, then "
-                    f"{list(kept.shape)}; use calls='all'"
+                    f"{list(amap.shape)}; use calls='all'"
                 )
-            mean = torch.lerp(mean, kept.map(), 1 / (count + 1))
-            self._means[layer] = count + 1, mean
-            self._kept[layer] = KeptMap(mean)
-        for layer, (_, mean) in self._means.items():
-            self._kept.setdefault(layer, KeptMap(mean))
+            self._means[layer] = count + 1, torch.lerp(mean, amap, 1 / (count + 1)) if count else amap
+        # In the order of the layers, whichever attended in this pass; the same dict, which the call's own trace has.
+        self._kept.clear()
+        self._kept.update({layer: KeptMap(mean) for layer, (_, mean) in self._means.items()})
 
     def sides(self, layer: str | int) -> tuple[Tokens, Tokens]:
-        """What the rows and the columns of a layer's map stand for: (queries, keys).
+        """(queries, keys): the tokens that the rows and the columns of a layer's map stand for.
 
         Raises:
             KeyError: no such layer was captured.
+
+        Example:
+            >>> trace.sides("vision_model.encoder.layers.0.self_attn")[1].grid  # doctest: +SKIP
+            (14, 14)
         """
         kept = self.kept(layer)
         name = list(self._kept)[layer] if isinstance(layer, int) else layer
-        facts = self._facts.get(name.partition("#")[0], Facts())
+        if name not in self._sides:
+            self._sides[name] = self._find_sides(name, kept)
+        return self._sides[name]
+
+    def _find_sides(self, name: str, kept: Kept) -> tuple[Tokens, Tokens]:
+        facts = self._facts.get(name) or self._known.get(name.partition("#")[0], Facts())
         size = self._queries.get(name, kept.shape[-2 if self.rows is None else -1]), kept.shape[-1]
         queries, keys = sides(self._structure(), name, size, facts, self._grids)
         if self._layout is not None and keys.count == self._layout.tokens:
-            given = Tokens(
-                "image", self._layout.prefix, self._layout.grid, None, keys.count, self._layout.cls is True, keys.part
-            )
+            given = of_layout(self._layout, keys.part)
             return (given if queries == keys else queries), given
         return queries, keys
 
     @property
     def has_layout(self) -> bool:
-        """Whether the layout was given to the capture."""
+        """True if the capture was given a layout."""
         return self._layout is not None
 
     def _structure(self) -> Parts:
@@ -315,5 +344,5 @@ def describe(trace: Trace, by_stack: bool = False) -> str:
 
 
 def _names(pattern: str, layer: str) -> bool:
-    """Whether a pattern means a layer of a trace: by name, glob or block, with or without the number of its call."""
+    """True if a pattern selects a layer: by name, glob or block, with or without the number of its call."""
     return matches(pattern, layer) or matches(pattern, layer.partition("#")[0])

@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from attnx.adapters.switches import Off
+
 _FLAGS = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint")  # timm's, transformers', Microsoft's
 
 
@@ -15,17 +17,17 @@ def switch_off(model: nn.Module) -> list[Callable[[], None]]:
     for module in model.modules():
         for flag in _FLAGS:
             if vars(module).get(flag) is True:
-                setattr(module, flag, False)
+                setattr(module, flag, Off(False))
                 undo.append(partial(setattr, module, flag, True))
     return undo
 
 
 def recomputes() -> bool:
-    """Whether this thread is in a backward pass: a module that runs in one repeats what it did before."""
+    """True in a backward pass: a module that runs in one repeats what it did before."""
     return torch._C._current_graph_task_id() != -1
 
 
 def is_checkpointed() -> bool:
-    """Whether `torch.utils.checkpoint` will run what runs now a second time."""
+    """True inside `torch.utils.checkpoint`, which runs the same code again in the backward pass."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

@@ -14,7 +14,7 @@ _TAKES = signature(MHA)
 
 
 def multi_head_attention(sdpa: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """What `F.multi_head_attention_forward` of these arguments gives, the attention itself computed by `sdpa`.
+    """The result of `F.multi_head_attention_forward` with `sdpa` as its attention.
 
     Asked for its weights, the original function computes them: they are its own, with their graph.
     """

@@ -74,14 +74,17 @@ class _Instead:
 
 
 class _Table:
-    """transformers' table of attention functions, whose "sdpa" ends in ours."""
+    """transformers' table of attention functions, of which those that call SDPA end in ours."""
 
     def __init__(self, table: Any, sdpa: Callable[..., Any]) -> None:
         self.table = table
-        self.ours = _with_sdpa(table["sdpa"], sdpa)
+        self.sdpa = sdpa
 
     def __getitem__(self, name: str) -> Any:
-        return self.ours if name == "sdpa" and self.ours else self.table[name]
+        return self._ours(self.table[name])
 
     def get_interface(self, name: str, default: Any) -> Any:
-        return self.ours if name == "sdpa" and self.ours else self.table.get_interface(name, default)
+        return self._ours(self.table.get_interface(name, default))
+
+    def _ours(self, function: Any) -> Any:
+        return (isinstance(function, FunctionType) and _with_sdpa(function, self.sdpa)) or function

@@ -8,7 +8,7 @@ _WRAPPERS = ("FSDPModule", "FullyShardedDataParallel")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a module of the model must run to its end, so that its hooks free what they gathered."""
+    """True if a module of the model must run to its end, so that its hooks free what they gathered."""
     if "torch.distributed.fsdp" not in sys.modules:
         return False
     return any(kind.__name__ in _WRAPPERS for module in model.modules() for kind in type(module).__mro__)

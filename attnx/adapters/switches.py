@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 DOES_NOTHING = (getattr, (nullcontext(), "__exit__"))
-"""What a hook of ours becomes in a copy of its module: `__reduce__` of a function that takes anything, gives None."""
+"""A `__reduce__` value: the hook becomes, in a copy of its module, a function that takes anything and gives None."""
 
 
 class On(int):
@@ -16,6 +16,13 @@ class On(int):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return bool, (False,)
+
+
+class Off(int):
+    """False, in the place of True."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bool, (True,)
 
 
 class Instead(str):
@@ -56,7 +63,7 @@ def bind(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
 
 
 def own_forward_only(module: nn.Module) -> bool:
-    """Whether the module runs its class's own forward: nobody has set another one on the instance."""
+    """True if the module runs its class's own forward: nobody has set another one on the instance."""
     forward = vars(module).get("forward")
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
