@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnx.capture import capture
-from attnx.inputs import call_with_images
+from attnx.inputs import image_call
 from attnx.layers import Layers
 from attnx.layout import TokenLayout
 from attnx.methods import gradient_rollout, relevance
@@ -48,10 +48,11 @@ def class_maps(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
     grad: bool | str = True if method == "relevance" else "signed"
+    call = image_call(model, model_kwargs or {})
     captured = capture(model, layers, grad=grad, layout=layout, backend=backend)
     # Not inside `with` of a caller's inference_mode: its tensors know no gradient.
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), captured as trace:
-        output = call_with_images(model, images, model_kwargs or {})
+        output = call(images)
         logits = getattr(output, "logits", output)
         wanted = _targets(targets, logits, len(images))
         maps = []

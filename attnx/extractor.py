@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnx.adapters.sharding import is_sharded
 from attnx.capture import uncompiled
 from attnx.graphs import Graphs
-from attnx.inputs import call_with_images
+from attnx.inputs import image_call
 from attnx.layers import Layers, attention_layers
 from attnx.layout import TokenLayout, declared_input
 from attnx.methods import cls_map, layer_maps, rollout
@@ -103,6 +103,7 @@ class Extractor:
         self.channels_last = channels_last
         self.model_kwargs = model_kwargs or {}
         self.options = options
+        self._call = image_call(model, self.model_kwargs)
         self._recorder = Recorder(
             model, heads, None if method == "rollout" else [0], keep, layout, backend, private=True
         )
@@ -199,9 +200,6 @@ class Extractor:
         answer = self._answer(self._recorder.trace, {k: v for k, v in self.options.items() if k != "start"})
         self._recorder.clear()
         return answer
-
-    def _call(self, images: Tensor) -> Any:
-        return call_with_images(self.model, images, self.model_kwargs)
 
     def _answer(self, trace: Trace, options: dict[str, Any]) -> Tensor:
         if self.method == "rollout":

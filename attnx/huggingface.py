@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnx.adapters.huggingface import asks_its_table, names_beyond_sdpa, supports_sdpa
+from attnx.adapters.huggingface import asks_its_table, configurations, names_beyond_sdpa, supports_sdpa
 from attnx.layers import attention_layers
 from attnx.ops import attention
 
@@ -61,9 +61,9 @@ def use(model: nn.Module, heads: str = "mean", backend: str = "auto") -> None:
             f"transformers has no SDPA for {', '.join(refused)}: their masks and arithmetic are others; use attnx on a "
             "submodel that has it, or leave the model as it is"
         )
-    name = "attnx" if (heads, backend) == ("mean", "auto") else f"attnx_{heads}_{backend}"
+    name = f"attnx_{heads}_{backend}"
     register(name, heads, backend)
-    before = [(module.config, module.config._attn_implementation) for module in models.values()]
+    before = [(config, config._attn_implementation_internal) for config, _ in configurations(model)]
     model.set_attn_implementation(name)
     left = [
         f"{_called(where, module)} keeps {module.config._attn_implementation!r}"
@@ -88,6 +88,9 @@ def register(name: str = "attnx", heads: str = "mean", backend: str = "auto") ->
     Args:
         name: what to register under; two names can carry two settings.
         heads, backend: as in `attnx.attention`.
+
+    Raises:
+        ValueError: unknown heads or backend.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -118,7 +121,7 @@ def _attention(
     backend: str,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    """What transformers calls: q [B,H,M,D], k, v [B,Hk,N,D] -> output [B,M,H,Dv] and the map.
+    """Attention function for transformers: q [B,H,M,D], k, v [B,Hk,N,D] -> output [B,M,H,Dv] and the map.
 
     Raises:
         ValueError: dropout that is active.
@@ -172,7 +175,7 @@ def _that_attend(models: dict[str, Any]) -> dict[str, Any]:
 
 
 def _can(model: nn.Module) -> bool:
-    """Whether attnx computes what a submodel's attention asks for."""
+    """True if attnx computes what a submodel's attention asks for."""
     return bool(supports_sdpa(model)) or any(names_beyond_sdpa(module) for module in model.modules())
 
 

@@ -9,11 +9,14 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import pairwise
 from threading import get_ident
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from attnx.adapters import left_alone, open_ears
@@ -49,7 +52,9 @@ class Listener(TorchFunctionMode):
         self.local = _Local()
         self.running: dict[object, threading.Thread] = {}  # threads that are inside the model
         self.entered: set[str] = set()  # modules that were called from outside of the model, in this call
+        self.inputs: dict[str, dict[str, ref[Tensor]]] = {}  # of the modules in a module, in this call
         self.torn: str | None = None  # a layer that several threads ran in one call
+        self.lock = threading.Lock()
         self.graphs: dict[nn.Module, tuple[str, ...]] = {}  # names of the layers that graphs were traced from
         self.finished = True
 
@@ -59,6 +64,7 @@ class Listener(TorchFunctionMode):
         if self.recorder.grad:
             self.undo += switch_off(self.model)
         _LIVE.add(self)
+        self.undo.append(self.model.register_forward_hook(_Done(self)).remove)
         leave = _Leave(self)
         for name, module in self.model.named_modules(remove_duplicate=True):
             enter = _Enter(self, clean_name(name))
@@ -75,7 +81,7 @@ class Listener(TorchFunctionMode):
         if self.local.frames:
             # A KeyboardInterrupt, after which torch calls no hooks.
             self.local.frames.clear()
-            self._unhear()
+            self.leave()
         while self.undo:
             self.undo.pop()()
         while self.ears:
@@ -89,8 +95,8 @@ class Listener(TorchFunctionMode):
             raise RuntimeError("nothing was captured: the model was not called")
         if self.torn is not None:
             raise RuntimeError(
-                f"{self.torn} attended in several threads at once, and nobody knows the order of their maps: capture "
-                "one copy of the model in one thread (of nn.DataParallel its .module; or use DistributedDataParallel)"
+                f"{self.torn}: several threads ran it at once, so the order of its maps is unknown; capture one copy "
+                "of the model in one thread (of nn.DataParallel its .module), or use DistributedDataParallel"
             )
         if not self.finished:
             raise RuntimeError("the model's last call did not finish: its maps are not complete")
@@ -98,34 +104,42 @@ class Listener(TorchFunctionMode):
         there = self.heard if self.recorder.calls == "last" else self.before
         silent = [str(w) for w in self.wanted or [] if not any(matches(w, name) for name in there)]
         if silent:
-            told = "; ".join(f"{w}: {self._why_silent(w)}" for w in silent)
+            left = left_alone(self.model)
+            told = "; ".join(f"{w}: {self._why_silent(w, left)}" for w in silent)
             raise RuntimeError(f"not heard: {told}; heard: {', '.join(sorted(there)) or f'nothing; {_WAY_OUT}'}")
-        unheard = [name for name in attention_layers(self.model) if name not in there]
-        if self.wanted is None and self.before and unheard:
-            told = "; ".join(f"{w}: {self._why_silent(w)}" for w in unheard)
-            plain = all(self._why_silent(w) == _NEVER for w in unheard)
-            warnings.warn(
-                f"attnx: attention layers that were not heard: {', '.join(unheard) if plain else told}", stacklevel=3
-            )
+        if self.wanted is None and self.before:
+            names = dict.fromkeys([*attention_layers(self.model), *self.skipped])
+            left = left_alone(self.model) if any(name not in there for name in names) else {}
+            reasons = {name: self._why_silent(name, left) for name in names if name not in there}
+            if reasons:
+                plain = set(reasons.values()) == {_NEVER}
+                told = ", ".join(reasons) if plain else "; ".join(f"{name}: {why}" for name, why in reasons.items())
+                warnings.warn(f"attnx: attention layers that were not heard: {told}", stacklevel=3)
         if not self.before:
             raise RuntimeError(f"nothing was captured: {type(self.model).__name__} ran, but {self._why_nothing()}")
 
     def _why_nothing(self) -> str:
-        """Why no attention of the model was heard at all."""
+        """Error text where nothing was captured."""
         if self.skipped:
             name, why = next(iter(self.skipped.items()))
             others = f" and {len(self.skipped) - 1} other layers" if len(self.skipped) > 1 else ""
             return f"no map can be made of {name}{others}: {why}"
-        layers = attention_layers(self.model)
-        reasons = dict.fromkeys(self._why_silent(name) for name in layers)
+        if isinstance(self.model, fx.GraphModule) and any(
+            "scaled_dot" in str(n.target) for n in self.model.graph.nodes
+        ):
+            return (
+                "its graph calls torch.ops.aten's attention, which can't be heard: capture the model it was made from"
+            )
+        layers, left = attention_layers(self.model), left_alone(self.model)
+        reasons = dict.fromkeys(self._why_silent(name, left) for name in layers)
         told = "; ".join(reason for reason in reasons if reason != _NEVER)
         return (
             f"never called F.scaled_dot_product_attention; its attention modules: {', '.join(layers) or 'none'}; "
             + (f"{told}; {_WAY_OUT}" if told else _WAY_OUT)
         )
 
-    def _why_silent(self, pattern: str) -> str:
-        """Why no map of a layer is in the trace."""
+    def _why_silent(self, pattern: str, left: dict[str, str]) -> str:
+        """Reason that a layer has no map in the trace; left: the parts of the model that kept their own attention."""
         earlier = [call for name, call in self.before.items() if matches(pattern, name)]
         if earlier:
             return (
@@ -135,23 +149,42 @@ class Listener(TorchFunctionMode):
         for name, why in self.skipped.items():
             if matches(pattern, name):
                 return why
-        return left_alone(self.model, pattern) or _NEVER
+        around = [name for name in left if not name or pattern == name or pattern.startswith(name + ".")]
+        return left[max(around, key=len)] if around else _NEVER
+
+    def enter(self, name: str, module: nn.Module) -> None:
+        """A module is called from outside of the model, in this thread."""
+        with self.lock:
+            others = any(thread.is_alive() for thread in self.running.values())
+            if not others and not recomputes():
+                self.running.clear()
+                self._begin(name)
+            elif module is self.model and not recomputes():
+                self.torn = type(module).__name__
+            self.running[self.local.token] = threading.current_thread()
+        _ACTIVE.listeners.append(self)
+        self.__enter__()
+
+    def leave(self) -> None:
+        """The call is over, in this thread."""
+        self.__exit__(None, None, None)
+        _ACTIVE.listeners.remove(self)
+        with self.lock:
+            self.running.pop(self.local.token, None)
 
     def _begin(self, name: str) -> None:
-        """A module is called from outside of the model: as a new call, or as a part of one (`forward_features`)."""
-        if self.calls and name not in self.entered and not {"", name} & self.entered and name:
+        """A new call of the model begins, or a part of one is called by itself (`forward_features`)."""
+        if self.calls and name and self.entered.isdisjoint(("", name)):
             self.entered.add(name)
             return
         self.entered = {name}
-        self.recorder.begin_call()
+        self.inputs.clear()
+        if self.recorder.calls == "last":
+            self.torn = None
+        self.recorder.begin_call(self.finished)
         self.heard.clear()
         self.calls += 1
         self.finished = name != ""
-
-    def _unhear(self) -> None:
-        self.__exit__(None, None, None)
-        _ACTIVE.listeners.remove(self)
-        self.running.pop(self.local.token, None)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -162,16 +195,21 @@ class Listener(TorchFunctionMode):
         if recomputes():
             return func(*args, **kwargs)
         frame = self.local.frames[-1]
-        name = self._name(frame)
+        name = self._name(frame) if func is SDPA else frame.name
         if self.torn is not None or (self.wanted is not None and not any(matches(w, name) for w in self.wanted)):
             self._hear(name)
             return func(*args, **kwargs)
         if func is MHA:
-            return multi_head_attention(lambda *a, **k: self._answer(SDPA, frame, name, a, k), *args, **kwargs)
+            exact = not self.recorder.grad
+            sdpa = partial(self._answer_sdpa, frame, name)
+            return multi_head_attention(sdpa, exact, *args, **kwargs)
         return self._answer(func, frame, name, args, kwargs)
 
+    def _answer_sdpa(self, frame: "_Frame", name: str, *args: Any, **kwargs: Any) -> Any:
+        return self._answer(SDPA, frame, name, args, kwargs)
+
     def _answer(self, func: Callable[..., Any], frame: "_Frame", name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What a wanted layer asked attention for; the recorder keeps what is wanted of it."""
+        """The output of a wanted layer's attention; the recorder keeps what is wanted of the call."""
         # Another capture that listens to this call too must hear it: then its output is SDPA's.
         alone = all(other is self for other in _ACTIVE.listeners)
         call = Call.of(func, frame.module, args, kwargs)
@@ -182,10 +220,26 @@ class Listener(TorchFunctionMode):
             self.skipped[name] = why
             return func(*args, **kwargs)
         self._hear(name)
+        facts = None
+        if not torch.compiler.is_compiling():
+            self._compare_inputs()
+            facts = facts_of(frame.module, frame.args, frame.kwargs)
         whole = self.local.frames[0].name == ""
         key = self.recorder.key(name) if whole else name
-        out = self.recorder.answer(key, call, alone, facts_of(frame.module, frame.args, frame.kwargs))
+        out = self.recorder.answer(key, call, alone, facts)
         return (out, call.found[1]) if func is attention else out
+
+    def _compare_inputs(self) -> None:
+        """Tells the trace of modules around this call that were given the same input as another one before."""
+        for outer, frame in pairwise(self.local.frames):
+            given = frame.main_input()
+            if given is None:
+                continue
+            others = self.inputs.setdefault(outer.name, {})
+            for other, earlier in others.items():
+                if other != frame.name and earlier() is given:
+                    self.trace.note_beside(other, frame.name)
+            others[frame.name] = ref(given)
 
     def _hear(self, name: str) -> None:
         if self.heard.setdefault(name, self.local.token) is not self.local.token:
@@ -206,8 +260,8 @@ class Listener(TorchFunctionMode):
 
 _NEVER = "no call of F.scaled_dot_product_attention there"
 _WAY_OUT = (
-    "blocks that write their softmax out can't be captured: use the model's own maps (output_attentions=True), or a "
-    "version of it that calls F.scaled_dot_product_attention"
+    "attnx can't capture blocks that compute their softmax themselves: use the model's own maps "
+    "(output_attentions=True), or a version of it that calls F.scaled_dot_product_attention"
 )
 
 
@@ -218,6 +272,13 @@ class _Frame:
 
     def __init__(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.name, self.module, self.args, self.kwargs, self.attended = name, module, args, kwargs, 0
+
+    def main_input(self) -> Tensor | None:
+        """The tensor that the module works on: its first argument, or the first of tokens among those with a name."""
+        if self.args:
+            return self.args[0] if isinstance(self.args[0], Tensor) and self.args[0].is_floating_point() else None
+        tensors = (t for t in self.kwargs.values() if isinstance(t, Tensor) and t.is_floating_point())
+        return next((t for t in tensors if t.dim() == 3), None)
 
 
 class _Hook:
@@ -244,16 +305,12 @@ class _Enter(_Hook):
         if module is listener.model and listener.ears and kwargs.get("output_attentions"):
             raise ValueError("output_attentions: expected False inside a capture; the trace has the maps")
         local = listener.local
+        if local.frames and local.frames[0].module is module:
+            # The last call ended by a KeyboardInterrupt, after which torch calls no hooks.
+            local.frames.clear()
+            listener.leave()
         if not local.frames:
-            others = [thread for thread in listener.running.values() if thread.is_alive()]
-            if not others and not recomputes():
-                listener.running.clear()
-                listener._begin(self.name)
-            elif module is listener.model and not recomputes():
-                listener.torn = type(module).__name__
-            listener.running[local.token] = threading.current_thread()
-            _ACTIVE.listeners.append(listener)
-            listener.__enter__()
+            listener.enter(self.name, module)
         local.frames.append(_Frame(self.name, module, args, kwargs))
 
 
@@ -264,12 +321,16 @@ class _Leave(_Hook):
         if not local.frames:
             return  # _Enter refused the call
         local.frames.pop()
-        if module is listener.model:
-            listener.finished = output is not None
         if not local.frames:
-            listener._unhear()
-            if module is listener.model:
-                listener.trace.fold()
+            listener.leave()
+
+
+class _Done(_Hook):
+    """Of the whole model: called only where its call came to an end."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.listener.finished = True
+        self.listener.trace.fold()
 
 
 class _NoteGrid(_Hook):
@@ -283,10 +344,12 @@ def reopen_ears() -> None:
     """For captures that go on when another one of the same blocks has ended."""
     for listener in list(_LIVE):
         listener.ears += open_ears(listener.model)
+        if listener.recorder.grad:
+            listener.undo += switch_off(listener.model)
 
 
 def heard(modules: Iterable[nn.Module]) -> bool:
-    """Whether a capture that is installed, in any thread, listens to one of the modules."""
+    """True if a capture that is installed, in any thread, listens to one of the modules."""
     wanted = {id(module) for module in modules}
     return any(id(other) in wanted for listener in list(_LIVE) for other in listener.model.modules())
 

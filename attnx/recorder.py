@@ -28,9 +28,10 @@ class Call:
         dropout: of the weights.
         scores: the arguments of `attnx.attention` that say more of the scores: is_causal, scale; softcap and sinks of a
             model that calls it.
-        output: the model's own attention; the result's first, where it gives more.
+        own: runs the model's own attention.
         shape: of the output's leading dimensions, as the model wants it.
-        found: all that the model's own attention gave.
+        ours: whether the model called `attnx.attention`, which gives a map beside the output.
+        found: what the model's own attention gave.
     """
 
     q: Tensor
@@ -122,8 +123,8 @@ class Recorder:
         Heads.parse(heads)
         if calls not in CALLS:
             raise ValueError(f"calls: expected one of {', '.join(CALLS)}; got {calls!r}")
-        if calls == "mean" and (grad or keep == "qk"):
-            raise ValueError("calls: expected 'last' or 'all' beside grad and keep='qk', which have no maps to average")
+        if calls == "mean" and (grad or keep != "map"):
+            raise ValueError("calls: expected 'last' or 'all' beside grad and keep='qk' or 'auto', which keep no maps")
         if grad not in (False, True, "signed"):
             raise ValueError(f"grad: expected False, True or 'signed'; got {grad!r}")
         if grad and keep == "qk":
@@ -145,13 +146,13 @@ class Recorder:
         self._hides: dict[int, tuple[ref[Tensor], int, bool]] = {}  # of masks: whether they hide whole rows
 
     def clear(self) -> None:
-        """Forgets the last pass."""
+        """Forgets every pass."""
         self.trace.clear()
         self._hides.clear()
 
-    def begin_call(self) -> None:
-        """Another pass of the model begins."""
-        self.trace.begin_call()
+    def begin_call(self, finished: bool) -> None:
+        """Another pass of the model begins; finished: whether the last one came to its end."""
+        self.trace.begin_call(finished)
         self._hides.clear()
 
     def key(self, layer: str) -> str:
@@ -209,10 +210,10 @@ class Recorder:
         return out if out.shape[:3] == call.shape else out.reshape(len(out), *call.shape[1:], -1)
 
     def _is_theirs(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
-        """Whether the output must be that of the model's own attention, and not the kernel's that gives the map.
+        """True if the output must be that of the model's own attention, and not the kernel's that gives the map.
 
-        Where a graph is made: gradients are then the model's own, and gradient checkpointing finds in the backward pass
-        what it found before. Where all keys of a row are hidden by finite numbers, by which SDPA still attends.
+        Where a graph is recorded: gradients are the model's own, and checkpointing computes the same again. Where
+        finite numbers mask a whole row, to which SDPA still gives weights.
         """
         if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, bias) if t is not None):
             return True

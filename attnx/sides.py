@@ -17,8 +17,9 @@ _CHANNELS = re.compile(r"channel.*att|xca$|cross.?cov", re.IGNORECASE)
 # Of embeddings, by name: those of words, and not those of positions, types or queries.
 _WORDS = re.compile(r"(word_emb\w*|token_emb\w*|tok_emb\w*|embed_tokens|wte|shared)$")
 # Of arguments, by name: where the keys come from if they are not of the queries' own tokens.
-_SOURCES = ("encoder_hidden_states", "key_value_states", "context", "memory", "cross_states", "x_kv", "kv")
 _KEYS = ("key", "keys", "k_x")
+# Of arguments, by name: tensors of the tokens' shape that are no other tokens.
+_NO_SOURCE = re.compile(r"pos|rope|rot|mask|bias|freq|value|v_x|gate|residual|scale|output|cls", re.IGNORECASE)
 _PARAMETERS: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()  # of each class's forward
 
 
@@ -62,10 +63,12 @@ def facts_of(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Facts:
     """The flags of a call, from the module's class and arguments."""
     kind: Any = type(module)
     named = dict(zip(_parameters(kind), args, strict=False)) | dict(kwargs)
-    crosses = any(isinstance(named.get(name), Tensor) for name in _SOURCES)
-    keys = next((named[name] for name in _KEYS if isinstance(named.get(name), Tensor)), None)
-    first = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
-    crosses |= keys is not None and isinstance(first, Tensor) and keys is not first
+    tokens = {name: t for name, t in named.items() if isinstance(t, Tensor) and t.is_floating_point() and t.dim() == 3}
+    first = next(iter(tokens.values()), None)
+    keys = next((tokens[name] for name in _KEYS if name in tokens), None)
+    if keys is None:
+        keys = next((t for name, t in tokens.items() if t is not first and not _NO_SOURCE.search(name)), first)
+    crosses = keys is not first and first is not None and keys is not None and len(keys) == len(first)
     return Facts(crosses, _CHANNELS.search(kind.__name__) is not None)
 
 
@@ -153,7 +156,9 @@ def sides(
         return Tokens("queries", count=1, part=part), known[0] if known else parts.tokens(part, grids, columns)
     keys = known[0] if known else Tokens("tokens", count=columns, part="elsewhere")
     queries = parts.tokens(part, grids, rows)
-    return (queries if queries.kind != "tokens" else Tokens("queries", count=rows, part=part)), keys
+    if queries.kind == "tokens" or queries == keys:
+        return Tokens("queries", count=rows, part=part), keys
+    return queries, keys
 
 
 def of_layout(layout: TokenLayout, part: str) -> Tokens:

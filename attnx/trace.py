@@ -41,10 +41,12 @@ class Trace(Mapping[str, Tensor]):
         self._grids: dict[str, tuple[int, int]] = {}
         self._queries: dict[str, int] = {}
         self._facts: dict[str, Facts] = {}
+        self._beside: list[tuple[str, str]] = []
         self._sides: dict[str, tuple[Tokens, Tokens]] = {}
         # What is known of the layers whatever the pass.
         self._known: dict[str, Facts] = {}
         self._parts: dict[tuple[str, ...], Parts] = {}
+        self.in_a_row = False  # whether the user says that the layers follow one another, whatever they are called
         self._calls: list[Trace] = []
         self._means: dict[str, tuple[int, Tensor]] = {}
 
@@ -100,6 +102,17 @@ class Trace(Mapping[str, Tensor]):
         """Keeps what a layer's call shows of its sides, for this pass, and for later ones that show nothing."""
         self._facts[layer] = self._known[layer.partition("#")[0]] = facts
 
+    def note_beside(self, module: str, other: str) -> None:
+        """Keeps that two modules were given the same input: they stand side by side, and not in a row."""
+        self._beside.append((module, other))
+
+    def side_by_side(self) -> tuple[str, str] | None:
+        """Two modules with layers of this trace that were given the same input, if there are such."""
+        for pair in self._beside:
+            if all(any(matches(module, name.partition("#")[0]) for name in self._kept) for module in pair):
+                return pair
+        return None
+
     def backward(self, score: Tensor, retain_graph: bool = False) -> None:
         """Has a capture with `grad` make its maps: those of the gradient of `score`. No parameter gets a gradient.
 
@@ -143,11 +156,14 @@ class Trace(Mapping[str, Tensor]):
         """The same pass with some of its layers.
 
         Args:
-            layers: names, globs ("vision_model.*"), blocks around layers, indices into the trace, or a list of them.
+            layers: names, globs ("vision_model.*"), blocks around layers, indices into the trace, or a list of them;
+                None: all. Of a list `rollout` takes it that they stand in a row.
 
         Raises:
             ValueError: a name or index that matches no layer of the trace.
         """
+        if layers is None:
+            return self._with(dict(self._kept))
         asked = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
         names = list(self._kept)
         chosen: set[str] = set()
@@ -155,13 +171,19 @@ class Trace(Mapping[str, Tensor]):
             if isinstance(one, int) and not isinstance(one, bool):
                 found = names[one : one + 1 or None] if -len(names) <= one < len(names) else []
             else:
-                found = [name for name in names if isinstance(one, str) and _names(one, name)]
+                found = self.select_names(one) if isinstance(one, str) else []
             if not found:
                 raise ValueError(f"layers: {one!r} matches no layer of the trace; expected some of {', '.join(names)}")
             chosen |= set(found)
         if not chosen:
             raise ValueError("layers: expected at least one layer of the trace; got none")
-        return self._with({name: self._kept[name] for name in names if name in chosen})
+        other = self._with({name: self._kept[name] for name in names if name in chosen})
+        other.in_a_row = len(asked) > 1
+        return other
+
+    def select_names(self, pattern: str) -> list[str]:
+        """Names of the layers that a name, glob or block selects; none if it matches none."""
+        return [name for name in self._kept if _names(pattern, name)]
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Trace":
         """The same with each map, as it is now, replaced by what the function makes of it."""
@@ -172,6 +194,7 @@ class Trace(Mapping[str, Tensor]):
         other = Trace(self._model, self.heads, self.rows, self._layout)
         other._kept, other._grids, other._queries = kept, dict(self._grids), dict(self._queries)
         other._facts, other._known, other._parts = dict(self._facts), self._known, self._parts
+        other._beside = list(self._beside)
         return other
 
     def add_grid(self, convolution: str, grid: tuple[int, int]) -> None:
@@ -193,15 +216,15 @@ class Trace(Mapping[str, Tensor]):
         elif self._calls:
             self._calls.pop()
         call = self._with({})
-        call._grids, call._queries, call._facts = {}, {}, {}
+        call._grids, call._queries, call._facts, call._beside = {}, {}, {}, []
         self._kept, self._grids, self._queries, self._facts = call._kept, call._grids, call._queries, call._facts
-        self._sides = {}
+        self._beside, self._sides = call._beside, {}
         self._calls = [*self._calls, call] if self._mode == "all" else [call]
 
     def clear(self) -> None:
         """Forgets every pass."""
         self._kept, self._grids, self._queries, self._calls, self._means = {}, {}, {}, [], {}
-        self._facts, self._sides = {}, {}
+        self._facts, self._beside, self._sides = {}, [], {}
 
     def fold(self) -> None:
         """The pass is over: with calls="mean" its maps become the mean of all passes so far.
@@ -246,15 +269,15 @@ class Trace(Mapping[str, Tensor]):
         facts = self._facts.get(name) or self._known.get(name.partition("#")[0], Facts())
         size = self._queries.get(name, kept.shape[-2 if self.rows is None else -1]), kept.shape[-1]
         queries, keys = sides(self._structure(), name, size, facts, self._grids)
-        if self._layout is not None and keys.count == self._layout.tokens:
+        if self._layout is not None and keys.count == self._layout.tokens and keys.kind in ("image", "tokens"):
             given = of_layout(self._layout, keys.part)
             return (given if queries == keys else queries), given
         return queries, keys
 
     @property
-    def has_layout(self) -> bool:
-        """True if the capture was given a layout."""
-        return self._layout is not None
+    def given_layout(self) -> TokenLayout | None:
+        """The layout that the capture was given, if any."""
+        return self._layout
 
     def _structure(self) -> Parts:
         names = tuple(dict.fromkeys(name.partition("#")[0] for name in self._kept))
@@ -269,7 +292,7 @@ class Trace(Mapping[str, Tensor]):
         Raises:
             ValueError: the layers have different ones (names them), or the model doesn't say; pass `layout=`.
         """
-        if self._layout is not None:
+        if self._layout is not None and not self._kept:
             return self._layout
         if not self._kept:
             raise ValueError("layout: no layer was captured yet")
@@ -287,12 +310,11 @@ class Trace(Mapping[str, Tensor]):
             KeyError: no such layer was captured. ValueError: the model doesn't say; pass `layout=`.
         """
         keys = self.sides(layer)[1]
-        if self._layout is not None or keys.layout is not None:
-            found = self._layout or keys.layout
-            assert found is not None
-            return found
         if keys.kind in ("text", "channels"):
             raise ValueError(f"layout: expected maps over patches of an image; got maps over {keys}")
+        found = self._layout or keys.layout
+        if found is not None:
+            return found
         parts = self._structure()
         own = parts.kinds.get(keys.part, {})
         grids = [grid for name, grid in self._grids.items() if name in own]

@@ -527,7 +527,7 @@ def test_parallel_attention_has_no_order_for_rollout() -> None:
     with torch.no_grad(), attnx.capture(model) as trace:
         model(torch.randn(1, 3, 48, 48))
     assert len(trace) == 6
-    with pytest.raises(ValueError, match="attends beside another"):
+    with pytest.raises(ValueError, match=r"blocks.0.attns.1 stands beside blocks.0.attns.0"):
         attnx.rollout(trace)
 
 

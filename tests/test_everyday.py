@@ -96,7 +96,7 @@ def test_extractor_of_a_model_that_reads_texts_too() -> None:
     config = transformers.CLIPConfig(text_config=text, vision_config=dict(small, image_size=32, patch_size=16))
     model = transformers.CLIPModel(config).eval()
     images = torch.randn(2, 3, 32, 32)
-    for call in (attnx.Extractor(model), lambda x: attnx.class_maps(model, x)):
+    for call in (lambda _: attnx.Extractor(model), lambda x: attnx.class_maps(model, x)):
         with pytest.raises(
             ValueError, match=r"CLIPModel takes input_ids and pixel_values; pass its part for images \(mo"
         ):

@@ -195,6 +195,113 @@ def test_select() -> None:
     assert list(trace.select([0, -1])) == ["blocks.0.attn", "blocks.2.attn"]
     assert list(trace.select("blocks.1")) == ["blocks.1.attn"]
     assert torch.equal(attnx.rollout(trace, layers=["blocks.0", 1]), attnx.rollout(trace.select([0, 1])))
-    for wrong in (3, "block", [], 1.5, None):
+    assert list(trace.select(None)) == list(trace)
+    for wrong in (3, "block", [], 1.5):
         with pytest.raises(ValueError, match="layers: "):
             trace.select(wrong)  # type: ignore[arg-type]
+
+
+class Tower(nn.Module):
+    """Blocks over tokens; patches by unfolding, so that no convolution tells what they are."""
+
+    def __init__(self, blocks: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3 * 64, 48)
+        self.blocks = nn.ModuleList(timm.models.vision_transformer.Block(48, 3) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(nn.functional.unfold(x, 8, stride=8).mT)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Pair(nn.Module):
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        if named:
+            self.branch1, self.branch2 = Tower(), Tower()
+        else:
+            self.towers = nn.ModuleList([Tower(), Tower()])
+        self.named = named
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = (self.branch1, self.branch2) if self.named else self.towers
+        return a(x) + b(x)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("layout", [None, TokenLayout(0, (4, 4))])
+def test_towers_that_are_given_the_same_input_are_not_chained(named: bool, layout: TokenLayout | None) -> None:
+    torch.manual_seed(0)
+    model = Pair(named).eval()
+    with torch.no_grad(), attnx.capture(model, layout=layout) as trace:
+        model(torch.randn(1, 3, 32, 32))
+    for chain in (attnx.rollout, attnx.relevance):
+        with pytest.raises(ValueError, match=r"stands beside .*: both are given the same input; choose layers="):
+            chain(trace, rows="all")
+    one = "branch2.*" if named else "towers.1.*"
+    assert attnx.rollout(trace, layers=one, rows="all").shape == (1, 16, 16)
+
+
+def test_a_layout_that_is_given_is_not_the_texts() -> None:
+    import transformers
+
+    text = dict(SMALL, vocab_size=60, max_position_embeddings=8)
+    config = transformers.CLIPConfig(text_config=text, vision_config=dict(SMALL, image_size=32, patch_size=16))
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(config).eval()
+    given = dict(input_ids=torch.tensor([[5, 6, 7, 8, 2]]), pixel_values=torch.randn(1, 3, 32, 32))
+    with torch.no_grad(), attnx.capture(model, layout=TokenLayout(1, (2, 2))) as trace:
+        model(**given)
+    assert trace.sides("text_model.encoder.layers.0.self_attn")[1].kind == "text"
+    with pytest.raises(ValueError, match="expected layers over the same tokens"):
+        attnx.layer_maps(trace)
+    with pytest.raises(ValueError, match="expected maps over patches of an image; got maps over 5 text"):
+        attnx.rollout(trace, layers="text_model.*")
+    assert attnx.rollout(trace, layers="text_model.*", rows="all").shape == (1, 5, 5)
+    torch.testing.assert_close(attnx.cls_map(trace), attnx.cls_map(trace, "vision_model.encoder.layers.1.self_attn"))
+
+
+def test_the_choice_that_an_error_names_works() -> None:
+    model, given = siglip()
+    trace = captured(model, **given)
+    for chain in (attnx.rollout,):
+        with pytest.raises(ValueError, match="such as") as error:
+            chain(trace)
+        choice = str(error.value).rpartition("such as ")[2]
+        assert eval(choice, {"rollout": chain, "trace": trace}).shape == (1, 2, 2)
+
+
+def test_cross_attention_within_one_image() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed = nn.Conv2d(3, 48, 8, 8)
+            self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(48, 4, 48, batch_first=True), 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            x = self.patch_embed(images).flatten(2).mT
+            return self.decoder(x, x.flip(1))
+
+    torch.manual_seed(0)
+    trace = captured(Model().eval(), torch.randn(1, 3, 32, 32))
+    queries, keys = trace.sides("decoder.layers.0.multihead_attn")
+    assert queries != keys
+    with pytest.raises(ValueError, match="rollout: expected self-attention layers"):
+        attnx.rollout(trace)
+    with pytest.raises(ValueError, match="rollout: expected self-attention layers"):
+        attnx.rollout(trace, layers="*multihead_attn")
+
+
+def test_relevance_of_a_score_that_passes_the_pool_by() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.SiglipVisionConfig(**SMALL, image_size=48, patch_size=16)
+    model = transformers.SiglipVisionModel(config).eval()
+    with attnx.capture(model, grad=True) as trace:
+        trace.backward(model(torch.randn(1, 3, 48, 48)).last_hidden_state.sum())
+    assert attnx.relevance(trace, rows="mean").shape == (1, 3, 3)
+    with pytest.raises(RuntimeError, match=r"head.attention: no gradient has come .*pass rows='mean'"):
+        attnx.relevance(trace)

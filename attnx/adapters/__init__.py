@@ -1,8 +1,8 @@
 """Makes blocks that hide their attention call SDPA. An adapter knows nothing of maps, kernels or devices.
 
-Each gives a list of functions that undo what it did; `open_ears` applies all of them. What is open already is left
-alone, so of two captures of one model the first one has the undoing to do. No adapter changes what a model computes:
-where SDPA is not the same arithmetic the block is left, and `left_alone` says why.
+Each gives a list of functions that undo what it did; `open_ears` applies all of them. The outermost capture restores
+the blocks. No adapter changes what a model computes: where SDPA is not the same arithmetic the block is left, and
+`left_alone` says why.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,6 @@ def open_ears(model: nn.Module) -> list[Undo]:
     return [*timm.use_sdpa(model), *huggingface.use_sdpa(model), *albef.use_sdpa(model)]
 
 
-def left_alone(model: nn.Module, layer: str) -> str | None:
-    """Why the blocks around a layer were not made to call SDPA, if an adapter knows."""
-    reasons = huggingface.not_switched(model)
-    around = [name for name in reasons if not name or layer == name or layer.startswith(name + ".")]
-    return reasons[max(around, key=len)] if around else None
+def left_alone(model: nn.Module) -> dict[str, str]:
+    """{module name: reason}, of the parts of a model that were not made to call SDPA."""
+    return huggingface.not_switched(model)

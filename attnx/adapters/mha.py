@@ -13,10 +13,16 @@ MHA = F.multi_head_attention_forward
 _TAKES = signature(MHA)
 
 
-def multi_head_attention(sdpa: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def multi_head_attention(
+    sdpa: Callable[..., Tensor], exact: bool, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     """The result of `F.multi_head_attention_forward` with `sdpa` as its attention.
 
     Asked for its weights, the original function computes them: they are its own, with their graph.
+
+    Args:
+        sdpa: is asked for the attention, in the place of `F.scaled_dot_product_attention`.
+        exact: the original function's output is given where it is run for the weights; else that of `sdpa`.
     """
     given = _TAKES.bind(*args, **kwargs).arguments
     if not given.get("need_weights", True):
@@ -25,7 +31,8 @@ def multi_head_attention(sdpa: Callable[..., Tensor], *args: Any, **kwargs: Any)
     out, _ = _with(sdpa)(**{**given, "need_weights": False, "is_causal": False})
     # Nobody is to hear this attention a second time.
     with torch._C.DisableTorchFunction():
-        return out, MHA(*args, **kwargs)[1]
+        plain, weights = MHA(*args, **kwargs)
+    return plain if exact else out, weights
 
 
 def _with(sdpa: Callable[..., Tensor]) -> FunctionType:

@@ -36,7 +36,7 @@ def _writes_globals(code: CodeType) -> bool:
 
 
 def _with_sdpa(function: FunctionType, sdpa: Callable[..., Any]) -> FunctionType | None:
-    packed = partial(multi_head_attention, sdpa)
+    packed = partial(multi_head_attention, sdpa, True)
     functional = _Instead(F, scaled_dot_product_attention=sdpa, multi_head_attention_forward=packed)
     neural = _Instead(nn, functional=functional)
     # nn.MultiheadAttention's fast path calls neither function.

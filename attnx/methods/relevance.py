@@ -30,11 +30,11 @@ def relevance(trace: Trace, start: int = 0, *, rows: str | int | None = None, la
     """
     trace = trace if layers is None else trace.select(layers)
     chain, pool = self_attention(trace)
-    layout = trace.layout
+    layout = None if rows == "all" else trace.layout
     if not -len(chain) <= start < len(chain):
         raise ValueError(f"start: expected a layer index in -{len(chain)}..{len(chain) - 1}; got {start}")
     kind = fusion(trace, None)
-    result, _ = chain_start(chain[-1][1], pool and pool[1].fused(kind), rows, layout)
+    result, _ = chain_start(chain[-1][1], pool, kind, rows, layout)
     for _, kept in reversed(chain[start:]):
         result = result + kept.fused(kind).vecmat(result)
-    return result if rows == "all" else layout.patches(result[:, 0])
+    return result if layout is None else layout.patches(result[:, 0])

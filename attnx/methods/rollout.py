@@ -1,6 +1,5 @@
 """Attention rollout: a chain of vector products through the layers."""
 
-import re
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from attnx.kept import Kept, KeptMap
 from attnx.layers import Layers
 from attnx.layout import TokenLayout
 from attnx.methods.maps import fusion
+from attnx.reducers import Heads
 from attnx.sides import Tokens, stack_of
 from attnx.trace import Trace, describe
 
@@ -108,12 +108,12 @@ def _rollout(
         raise ValueError("heads: expected mean, max or min; got 'each': rollout fuses the heads of every layer")
     kind = fusion(trace, heads)
     layers, pool = self_attention(trace)
-    layout = trace.layout
+    layout = None if rows == "all" else trace.layout
     if not 0 <= start < len(layers):
         raise ValueError(f"start: expected a layer index in 0..{len(layers) - 1}; got {start}")
     mean = "mean" in (trace.heads, kind.name.lower())
     whole = rows == "all" or discard > 0 or not mean
-    result, row = chain_start(layers[-1][1], pool and pool[1].fused(kind), rows, layout)
+    result, row = chain_start(layers[-1][1], pool, kind, rows, layout)
     for _, kept in reversed(layers[start:]):
         layer = kept.fused(kind)
         if row is not None and preset is None and not discard:
@@ -135,7 +135,7 @@ def _rollout(
             result = result * weight
         step = (1 - residual) * layer.vecmat(result) + residual * result
         result = step * weight if preset else step
-    if rows == "all":
+    if layout is None:
         return result
     patches = layout.patches(result[:, 0])
     return patches / patches.amax((-2, -1), keepdim=True) if preset else patches
@@ -147,7 +147,7 @@ def last_needed(trace: Trace, *, rows: str | int | None = None, **options: Any) 
     layout = trace.layout
     if rows is None and layout.cls is not True and pool is not None:
         return pool[0], None
-    row = chain_start(layers[-1][1], None, rows, layout)[1]
+    row = chain_start(layers[-1][1], None, Heads.EACH, rows, layout)[1]
     alone = options.get("preset") is None and not options.get("discard") and options.get("start", 0) < len(layers)
     return layers[-1][0], row if alone else None
 
@@ -164,6 +164,12 @@ def self_attention(trace: Trace) -> tuple[list[tuple[str, Kept]], tuple[str, Kep
     """
     if trace.rows is not None:
         raise ValueError(f"rollout needs whole maps: expected a capture with rows=None; got rows={list(trace.rows)}")
+    beside = trace.side_by_side()
+    if beside is not None:
+        raise ValueError(
+            f"rollout: expected layers in a row; {beside[1]} stands beside {beside[0]}: both are given the same input; "
+            "choose layers= of one"
+        )
     layers: list[tuple[str, Kept]] = []
     pool: tuple[str, Kept] | None = None
     rows: set[tuple[Tokens, str]] = set()
@@ -172,20 +178,17 @@ def self_attention(trace: Trace) -> tuple[list[tuple[str, Kept]], tuple[str, Kep
         if "#" in name:
             first = name.partition("#")[0] or "the model itself"
             raise ValueError(f"rollout: expected layers in a row; {first} attends more than once in a pass ({name})")
-        if re.search(r"\.attns\.\d", name):
-            raise ValueError(f"rollout: expected layers in a row; {name} attends beside another; choose layers=")
         kept = trace.kept(name)
         queries, keys = trace.sides(name)
         if queries == keys and keys.kind != "channels" and pool is None:
             layers.append((name, kept))
-            # Of a layout that was given it is known that the tokens are the same, whatever their blocks are called.
-            rows.add((keys, "" if trace.has_layout else stack_of(name)))
+            rows.add((keys, "" if trace.in_a_row else stack_of(name)))
         elif kept.shape[-2] == 1 and pool is None and layers and keys == trace.sides(layers[-1][0])[1]:
             pool = name, kept
         else:
             fits = False
-    if fits and trace.has_layout:
-        n = trace.layout.tokens
+    if trace.given_layout is not None:
+        n = trace.given_layout.tokens
         odd = next((name for name in trace if trace.kept(name).shape[-1] != n), None)
         if odd is not None:
             raise ValueError(
@@ -206,25 +209,42 @@ def _choice(trace: Trace) -> str:
     """An example of a choice of layers that rollout takes."""
     square = [name for name in trace if trace.sides(name)[0] == trace.sides(name)[1]]
     images = [name for name in square if trace.sides(name)[1].grid] or square
-    stem = stack_of(images[-1]) if images else ""
-    return f"rollout(trace, layers='{stem}*')" if stem else "rollout(trace, layers=[...])"
+    if not images:
+        return "layers= of a self-attention stack, if there is one"
+    kind, stem = trace.sides(images[-1])[1], stack_of(images[-1])
+    group = [name for name in square if trace.sides(name)[1] == kind and stack_of(name) == stem]
+    for pattern in (f"{stem}.*", f"{stem}*", f"{stem}.*{group[0].rpartition('.')[2]}"):
+        if stem and set(trace.select_names(pattern)) == set(group):
+            return f"rollout(trace, layers={pattern!r})"
+    return f"rollout(trace, layers={group})"
 
 
 def chain_start(
-    last: Kept, pool: Kept | None, rows: str | int | None, layout: TokenLayout
+    last: Kept, pool: tuple[str, Kept] | None, kind: Heads, rows: str | int | None, layout: TokenLayout | None
 ) -> tuple[Tensor, int | None]:
-    """[B, R, N]: what the chain starts from at the output of the last layer; and the row it stands for, if one."""
+    """[B, R, N]: what the chain starts from at the output of the last layer; and the row it stands for, if one.
+
+    Args:
+        last: the last layer of self-attention.
+        pool: name and layer of a pool after it; read only where nothing else says what to start from.
+        kind: how to fuse the pool's heads.
+        rows: as in `rollout`.
+        layout: of the tokens; None for rows="all".
+    """
     B, n, device = last.shape[0], last.shape[-1], last.device
+    if rows == "all" or layout is None:
+        return torch.eye(n, device=device).expand(B, n, n), None
     cls, prefix = layout.cls is True, layout.prefix
     if rows is None and not cls and pool is not None:
-        return pool.map(), None
-    if rows == "all":
-        return torch.eye(n, device=device).expand(B, n, n), None
+        try:
+            return pool[1].fused(kind).map(), None
+        except RuntimeError as error:
+            raise RuntimeError(f"{pool[0]}: {error}; or pass rows='mean' if the score does not depend on it") from error
     start = torch.zeros(B, 1, n, device=device)
     if rows == "mean" or (rows is None and not cls):
         start[..., prefix:] = 1 / (n - prefix)
         return start, None
-    if rows is None or (isinstance(rows, int) and 0 <= rows < n):
+    if rows is None or (isinstance(rows, int) and not isinstance(rows, bool) and 0 <= rows < n):
         start[..., rows or 0] = 1
         return start, rows or 0
     raise ValueError(f"rows: expected 'all', 'mean' or an index in 0..{n - 1}; got {rows!r}")
