@@ -48,13 +48,14 @@ def capture(
 ) -> Iterator[Trace]:
     """The attention maps of the model's own forward pass, for the length of a `with`.
 
-    The model runs as it always did and gives its own output. A compiled model runs uncompiled inside the `with`. Where
-    gradients are on the output is that of the model's own attention, so that a backward pass, inside the `with` or
-    after it, is the model's own too. With `grad` gradient checkpointing is off inside the `with`.
+    The model gives its own output; inside the `with` compiled models run uncompiled, and `nn.TransformerEncoder` runs
+    without its fast path. Where gradients are on, the output is that of the model's own attention, so a backward pass, inside
+    the `with` or after it, is the model's own. With `grad`, gradient checkpointing is off inside the `with`.
 
     Args:
-        model: any torch model whose attention ends in `F.scaled_dot_product_attention`; timm and Hugging Face models
-            that were built without it are switched to it inside the `with`.
+        model: any torch model whose attention ends in `F.scaled_dot_product_attention`, `nn.MultiheadAttention` or
+            `attnx.attention`; timm and Hugging Face models that were built without are switched to it inside the
+            `with`. A `nn.MultiheadAttention` that is asked for its weights (as it is by default) attends twice.
         layers: which layers: module names ("blocks.11.attn", or "blocks.11" for the attention inside), globs
             ("blocks.*"), depth indices among the self-attention blocks (-1 is the last). None: every one heard.
         heads: "mean", "max", "min" over the heads, or "each".
@@ -139,7 +140,8 @@ def patch(
 ) -> Handle:
     """`capture` for as long as you like: the maps of the last call are in `handle.trace`, until `handle.remove()`.
 
-    Arguments and errors as in `capture`. A patched model that is compiled breaks its graph around every hook.
+    Arguments and errors as in `capture`; with calls="all" the maps of every pass stay in memory. A patched model that is
+    compiled breaks its graph around every hook.
 
     Raises:
         ValueError: the model is compiled; use `capture`, or patch the original.

@@ -27,7 +27,7 @@ __all__ = [
     "find_images",
     "image_suffixes",
     "large_images",
-    "looks_like_an_image",
+    "is_unreadable_image",
     "read_image",
     "to_tensor",
     "walk_images",
@@ -124,8 +124,8 @@ def image_suffixes() -> tuple[str, ...]:
     return IMAGE_SUFFIXES + (HEIF_SUFFIXES if "HEIF" in _formats() else ())
 
 
-def looks_like_an_image(name: str) -> bool:
-    """Whether a file of this name looks like a picture that can't be read here."""
+def is_unreadable_image(name: str) -> bool:
+    """True if a file of this name looks like a picture that can't be read here."""
     suffixes = (*HEIF_SUFFIXES, *_OTHER_SUFFIXES)
     return name.lower().endswith(suffixes) and not name.lower().endswith(image_suffixes())
 
@@ -139,7 +139,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     # A folder sorts as its paths do, by the slash that follows its name: then the whole is in order of paths.
     for name, is_folder in sorted(seen, key=lambda item: f"{item[0]}/" if item[1] else item[0]):
         if not is_folder:
-            if name.lower().endswith(image_suffixes()) or looks_like_an_image(name):
+            if name.lower().endswith(image_suffixes()) or is_unreadable_image(name):
                 yield folder / name
         elif not _leads_back(folder, name):
             yield from _walk(folder / name)

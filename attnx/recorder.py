@@ -89,7 +89,7 @@ class Stop(Exception):  # noqa: N818  (no error: it leaves a model's forward whe
 
 
 class Recorder:
-    """What is asked of every layer of one model, and the trace of its last pass.
+    """The options of a capture, and the trace of the model's passes.
 
     Attributes:
         last: the layer after which nothing is wanted: its output is not computed, and `Stop` is raised in its place.

@@ -181,3 +181,43 @@ def test_a_part_that_is_called_again_and_again() -> None:
     with torch.no_grad(), attnx.capture(model, calls="all") as trace:
         model.steps(torch.randn(1, 5, 48))
     assert [list(call) for call in trace.calls] == [["attn"]] * 3
+
+
+@pytest.mark.parametrize("calls", ["mean", "all"])
+def test_a_pass_that_fails_is_in_no_mean_and_no_list(calls: str) -> None:
+    model = vit()
+    batches = [torch.randn(2, 3, 48, 48) for _ in range(3)]
+    with torch.no_grad():
+        with attnx.capture(model, calls=calls) as trace:
+            model(batches[0])
+            hook = model.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(batches[1])
+            hook.remove()
+            model(batches[2])
+        with attnx.capture(model, calls="all") as want:
+            model(batches[0])
+            model(batches[2])
+    if calls == "all":
+        assert len(trace.calls) == 2
+    for name in want:
+        first, second = want.calls[name].values()
+        got = trace[name] if calls == "mean" else trace.calls[0][name]
+        torch.testing.assert_close(got, (first + second) / 2 if calls == "mean" else first, rtol=1e-5, atol=1e-7)
+
+
+def test_layers_that_miss_a_pass_keep_their_place_in_the_mean() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(timm.layers.Attention(48, 3) for _ in range(3))
+
+        def forward(self, x: Tensor, skip: bool) -> None:
+            for i, layer in enumerate(self.layers):
+                x = x if skip and i == 1 else layer(x)
+
+    model = Skips().eval()
+    with torch.no_grad(), attnx.capture(model, calls="mean") as trace:  # a model that returns None has passes, too
+        for skip in (False, True):
+            model(torch.randn(1, 5, 48), skip)
+    assert list(trace) == ["layers.0", "layers.1", "layers.2"]

@@ -122,12 +122,12 @@ def test_one_layer_of_another_shape_does_not_end_the_pass() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.attn = timm.layers.Attention(48, 3)
-            self.windows = WindowAttention()
+            self.windows = Windows()
 
         def forward(self, x: Tensor) -> Tensor:
             return self.windows(self.attn(x))
 
-    class WindowAttention(nn.Module):
+    class Windows(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             q = x.unflatten(1, (2, 3))[:, None]
             return nn.functional.scaled_dot_product_attention(q, q, q)[:, 0].flatten(1, 2)

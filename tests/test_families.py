@@ -54,7 +54,7 @@ def built(name: str) -> tuple[nn.Module, Callable[[], Any], Tensor | None]:
     return model, lambda: model(*given), given[0] if family.images_only else None
 
 
-def assert_same(got: Any, want: Any) -> None:
+def assert_same(got: Any, want: Any, budget: float = BUDGET) -> None:
     if isinstance(want, dict):
         got = {key: got[key] for key in want}
     pairs = list(zip(tensors(got), tensors(want), strict=True))
@@ -63,7 +63,7 @@ def assert_same(got: Any, want: Any) -> None:
         finite = b.isfinite()
         assert torch.equal(finite, a.isfinite())
         largest = b[finite].abs().max().clamp(min=1e-6) if finite.any() else 1.0
-        assert float(((a - b)[finite].abs().max() if finite.any() else a.new_zeros(())) / largest) <= BUDGET
+        assert float(((a - b)[finite].abs().max() if finite.any() else a.new_zeros(())) / largest) <= budget
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,7 +6,7 @@ from typing import Any
 import families_hf
 import pytest
 import torch
-from test_families import FAMILIES, assert_same
+from test_families import BUDGET, FAMILIES, assert_same
 from torch import Tensor, nn
 
 import attnx
@@ -236,3 +236,104 @@ def test_rows_whose_keys_are_all_hidden_by_finite_numbers(hidden: float) -> None
     torch.testing.assert_close(heard, plain, rtol=1e-5, atol=1e-6)
     assert trace[""][0, :2].abs().max() == 0
     torch.testing.assert_close(trace[""][1].sum(-1), torch.ones(5))
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    small = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    config = transformers.LlamaConfig(**small, intermediate_size=64, vocab_size=60)
+    return transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("mask", ["left", "right", "boolean", "float"])
+def test_eager_models_keep_their_masks(mask: str) -> None:
+    """Also where eager attention and SDPA differ: rows that see no key, and boolean masks, which eager adds as 1."""
+    model = llama()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 4], [9, 5, 6, 7, 8, 4]])
+    masks = {
+        "left": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]),
+        "right": torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6]),
+        "boolean": torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6),
+        "float": torch.randn(2, 1, 6, 6),
+    }
+    given = dict(input_ids=ids, attention_mask=masks[mask])
+    with torch.no_grad():
+        plain = model(**given)
+        with attnx.capture(model) as trace:
+            assert_same(model(**given), plain)
+        assert model.config._attn_implementation == "eager"
+        want = model(**given, output_attentions=True).attentions
+    for ours, theirs in zip(trace.values(), want, strict=True):
+        seen = ours.sum(-1) > 0
+        assert seen[..., -1].all()
+        torch.testing.assert_close(ours[seen], theirs.mean(1)[seen], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [f.name for f in families_hf.FAMILIES])
+def test_a_capture_of_a_model_set_to_eager_leaves_the_output(name: str) -> None:
+    model, given = FAMILIES[name].build()
+    if not isinstance(model, transformers.PreTrainedModel):
+        pytest.skip("no model of transformers")
+    model.set_attn_implementation("eager")
+    # It chooses queries by their scores, and makes ten times as much of rounding.
+    budget = 1e-3 if name == "HF Grounding DINO" else BUDGET
+    with torch.no_grad():
+        plain = model(**given)
+        try:
+            with attnx.capture(model):
+                assert_same(model(**given), plain, budget)
+        except RuntimeError as error:
+            why = str(error)
+            assert why.startswith("nothing was captured")
+        assert_same(model(**given), plain)
+
+
+def test_a_configuration_that_asks_for_output_attentions_is_left() -> None:
+    model = llama()
+    model.config.output_attentions = True
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        plain = model(ids)
+        with pytest.raises(RuntimeError, match="its configuration asks for output_attentions"):
+            with attnx.capture(model):
+                assert len(model(ids).attentions) == len(plain.attentions) == 2
+
+
+def test_another_thread_runs_an_eager_model_while_captures_come_and_go() -> None:
+    import sys
+    import threading
+
+    model, ids = llama(), torch.tensor([[5, 6, 7, 8, 9, 4]])
+    with torch.no_grad():
+        plain = model(ids).logits
+    done, wrong = threading.Event(), []
+
+    def run() -> None:
+        with torch.no_grad():
+            while not done.is_set():
+                error = float((model(ids).logits - plain).abs().max())
+                if error > 1e-4 * float(plain.abs().max()):
+                    wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for _ in range(200):
+            for undo in attnx.adapters.open_ears(model):
+                undo()
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        thread.join()
+    assert not wrong
+
+
+def test_a_switch_by_the_user_during_a_patch_stays() -> None:
+    model = llama()
+    handle = attnx.patch(model)
+    model.set_attn_implementation("sdpa")
+    handle.remove()
+    assert model.config._attn_implementation == "sdpa"

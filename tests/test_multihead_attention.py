@@ -115,3 +115,18 @@ def test_unbatched() -> None:
             heard, _ = model(x, x, x)
     torch.testing.assert_close(heard, out, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(trace["attn"][0], weights, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_without_keys_is_what_the_model_makes_of_it() -> None:
+    torch.manual_seed(0)
+    model = Net(*FORMS["self, weights"]).eval()
+    x = torch.randn(2, 6, 48)
+    padding = torch.tensor([[False] * 6, [True] * 6])
+    with torch.no_grad():
+        out, weights = model(x, x, x, key_padding_mask=padding)
+        with attnx.capture(model) as trace:
+            heard, again = model(x, x, x, key_padding_mask=padding)
+    assert out[1].isnan().all()
+    torch.testing.assert_close(heard, out, equal_nan=True)
+    torch.testing.assert_close(again, weights, equal_nan=True)
+    assert trace["attn"][1].abs().max() == 0

@@ -337,7 +337,10 @@ def test_words_that_are_not_in_the_vocabulary_are_said(photos: Path, weights: Pa
         "attnx: caption: not in the vocabulary, read as [UNK]: zebra"
     ]
     result = run("words", photos / "a.png", "zebra gnu", *args, tmp_path / "two")
-    assert "read as [UNK]: zebra, gnu; no word is known: the maps mean nothing\n" in result.stderr
+    assert (
+        "read as [UNK]: zebra, gnu; the vocabulary has none of the words, so the maps are meaningless\n"
+        in result.stderr
+    )
     # The rows of a job say so.
     pairs = write_pairs(photos / "pairs.jsonl", *pairs_of(("a.png", "a red zebra"), ("b.jpg", "gnu")))
     result = run("words", "--pairs", pairs, "--pictures", *args, tmp_path / "job")

@@ -162,7 +162,7 @@ def _words(encoded: "Encoding") -> list[int | None]:
 
 
 def _unknown(read: Caption, most: int = 10) -> str:
-    """What a warning says of the words that are not in the vocabulary; nothing where all are."""
+    """Warning text for the words that are not in the vocabulary; empty where all are."""
     of = [w for token, w in zip(read.tokens, read.word_of, strict=True) if token == "[UNK]" and w is not None]
     if not of:
         return ""
@@ -171,7 +171,7 @@ def _unknown(read: Caption, most: int = 10) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     told = f"caption: not in the vocabulary, read as [UNK]: {', '.join(names[:most])}{more}"
     alone = len(of) == sum(w is not None for w in read.word_of)
-    return f"{told}; no word is known: the maps mean nothing" if alone else told
+    return f"{told}; the vocabulary has none of the words, so the maps are meaningless" if alone else told
 
 
 def _from_hub() -> Any:

@@ -67,14 +67,14 @@ def picture_entries(file: "pq.ParquetFile", path: Path, column: str, captions: t
 
 
 def has_path(kind: "pa.DataType") -> bool:
-    """Whether it is a struct with a path."""
+    """True for a struct with a path."""
     import pyarrow as pa
 
     return pa.types.is_struct(kind) and any(part.name == "path" and is_text(part.type) for part in kind)
 
 
 def is_text(kind: "pa.DataType") -> bool:
-    """Whether values of this type are texts."""
+    """True if values of this type are texts."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -166,7 +166,7 @@ def _rows(file: "pq.ParquetFile", columns: list[str]) -> Iterator[dict[str, Any]
 
 
 def _come_twice(file: "pq.ParquetFile", column: str) -> bool:
-    """Whether a path does: eight bytes a row are in memory, and two paths of one hash count as the same."""
+    """True if a path comes twice: eight bytes a row are in memory, and two paths of one hash count as the same."""
     from array import array
 
     import numpy as np
@@ -187,7 +187,7 @@ def _is_binary(kind: "pa.DataType") -> bool:
 
 
 def _no_bytes(file: "pq.ParquetFile", column: str) -> bool:
-    """Whether the file's statistics say that no row has any."""
+    """True if the file's statistics say that no row has any."""
     import pyarrow as pa
 
     metadata = file.metadata

@@ -1,4 +1,4 @@
-"""What a listing left out of a source, to be said: nothing is skipped in silence."""
+"""Counts of the files that a listing left out of a source, and the line that tells of them."""
 
 from collections import Counter
 from pathlib import PurePosixPath

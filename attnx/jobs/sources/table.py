@@ -62,7 +62,7 @@ class Table:
 
     @property
     def fingerprint(self) -> str | None:
-        """What tells a table with pictures in it from another one at the same path; None of a table of paths."""
+        """Hash of the footer of a table with pictures in it; None for a table of paths."""
         if self.path.suffix.lower() != ".parquet":
             return None
         with _opened(self.path) as file:

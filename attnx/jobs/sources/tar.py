@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO
 
-from attnx.images import image_suffixes, looks_like_an_image
+from attnx.images import image_suffixes, is_unreadable_image
 from attnx.jobs.sources import Entry, text_of
 from attnx.jobs.sources.skipped import LINK, PART, UNREAD, Skipped
 
@@ -39,7 +39,7 @@ class Tars:
         self.skipped.clear()
         if self.path.is_dir():
             for path in sorted(self.path.iterdir()):
-                if looks_like_an_image(path.name) and not path.name.startswith(".") and path.is_file():
+                if is_unreadable_image(path.name) and not path.name.startswith(".") and path.is_file():
                     self.skipped.add(UNREAD, path.name)
         for tar in tars:
             yield from _samples(tar, tar.relative_to(root).as_posix(), self.skipped)
@@ -141,7 +141,7 @@ def _entries(
     own = [(part, member) for part, member in images if part in suffixes]
     pictures = own or images
     for part, member in parts:
-        if looks_like_an_image(part):
+        if is_unreadable_image(part):
             skipped.add(UNREAD, f"{name}/{member.name}")
         elif own and part.endswith(suffixes) and part not in suffixes:
             skipped.add(PART, f"{name}/{member.name}")
