@@ -49,8 +49,8 @@ def capture(
     """The attention maps of the model's own forward pass, for the length of a `with`.
 
     The model gives its own output; inside the `with` compiled models run uncompiled, and `nn.TransformerEncoder` runs
-    without its fast path. Where gradients are on, the output is that of the model's own attention, so a backward pass, inside
-    the `with` or after it, is the model's own. With `grad`, gradient checkpointing is off inside the `with`.
+    without its fast path. Where gradients are on, the output is that of the model's own attention, so a backward pass,
+    inside the `with` or after it, is the model's own. With `grad`, gradient checkpointing is off inside the `with`.
 
     Args:
         model: any torch model whose attention ends in `F.scaled_dot_product_attention`, `nn.MultiheadAttention` or
@@ -140,8 +140,8 @@ def patch(
 ) -> Handle:
     """`capture` for as long as you like: the maps of the last call are in `handle.trace`, until `handle.remove()`.
 
-    Arguments and errors as in `capture`; with calls="all" the maps of every pass stay in memory. A patched model that is
-    compiled breaks its graph around every hook.
+    Arguments and errors as in `capture`; with calls="all" the maps of every pass stay in memory. A patched model that
+    is compiled breaks its graph around every hook.
 
     Raises:
         ValueError: the model is compiled; use `capture`, or patch the original.
