@@ -172,7 +172,7 @@ def _draw(recipe: "WordsRecipe", image: Path, caption: str, out: Path, on: "torc
 
 
 def _finish(out: Path, style: "Style | None", tools: "Tools", report: "Report") -> str:
-    """Draws the pairs, if they are to be drawn; tells of captions that were cut or have words outside the vocabulary."""
+    """Draws the pairs if asked to; tells of captions that were cut, and of those with words outside the vocabulary."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

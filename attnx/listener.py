@@ -123,7 +123,7 @@ class Listener(TorchFunctionMode):
         if self.skipped:
             name, why = next(iter(self.skipped.items()))
             others = f" and {len(self.skipped) - 1} other layers" if len(self.skipped) > 1 else ""
-            return f"no map can be made of {name}{others}: {why}"
+            return f"no map can be made of {name}{others}: {why}; attnx takes no other dimensions yet"
         if isinstance(self.model, fx.GraphModule) and any(
             "scaled_dot" in str(n.target) for n in self.model.graph.nodes
         ):

@@ -125,7 +125,10 @@ class Trace(Mapping[str, Tensor]):
         """
         outs = [kept.out for kept in self._kept.values() if isinstance(kept, KeptGradient) and kept.out is not None]
         if not self._kept:
-            raise ValueError("backward: no attention was captured yet: call the model first, inside the capture")
+            raise ValueError(
+                "backward: no attention was captured: the model was not called inside the capture, or it calls neither "
+                "F.scaled_dot_product_attention nor nn.MultiheadAttention"
+            )
         if not outs:
             raise ValueError("backward: expected a capture with grad=True, and a graph that was not freed before")
         if not score.requires_grad or score.numel() != 1:
