@@ -1,5 +1,6 @@
 """attnx: the attention maps of any vision transformer, at the price of its attention."""
 
+from attnx import huggingface
 from attnx.capture import Handle, capture, patch
 from attnx.classes import class_maps
 from attnx.extractor import Extractor
@@ -38,6 +39,7 @@ __all__ = [
     "gradcam",
     "gradient_map",
     "gradient_rollout",
+    "huggingface",
     "layer_maps",
     "mass_mask",
     "open",

@@ -124,12 +124,8 @@ class Listener(TorchFunctionMode):
             name, why = next(iter(self.skipped.items()))
             others = f" and {len(self.skipped) - 1} other layers" if len(self.skipped) > 1 else ""
             return f"no map can be made of {name}{others}: {why}; attnx takes no other dimensions yet"
-        if isinstance(self.model, fx.GraphModule) and any(
-            "scaled_dot" in str(n.target) for n in self.model.graph.nodes
-        ):
-            return (
-                "its graph calls torch.ops.aten's attention, which can't be heard: capture the model it was made from"
-            )
+        if isinstance(self.model, fx.GraphModule) and "scaled_dot_product_attention" in self.model.code:
+            return "its graph calls attention by torch.ops.aten, which can't be heard: capture the model it was made of"
         layers, left = attention_layers(self.model), left_alone(self.model)
         reasons = dict.fromkeys(self._why_silent(name, left) for name in layers)
         told = "; ".join(reason for reason in reasons if reason != _NEVER)
@@ -329,8 +325,9 @@ class _Done(_Hook):
     """Of the whole model: called only where its call came to an end."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.listener.finished = True
-        self.listener.trace.fold()
+        if self.listener.thread in (None, get_ident()):
+            self.listener.finished = True
+            self.listener.trace.fold()
 
 
 class _NoteGrid(_Hook):
