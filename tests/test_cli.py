@@ -154,9 +154,8 @@ def test_show(photos: Path, tmp_path: Path, method: str) -> None:
 def test_show_without_class_token_says_what_is_missing(photos: Path, tmp_path: Path) -> None:
     import transformers
 
-    config = transformers.SiglipVisionConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64, image_size=48, patch_size=16
-    )
+    small = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64)
+    config = transformers.SiglipVisionConfig(**small, image_size=48, patch_size=16, vision_use_head=False)
     transformers.SiglipVisionModel(config).save_pretrained(tmp_path / "siglip")
     model = ["--model", f"hf:{tmp_path / 'siglip'}"]
     result = run("show", photos / "a.png", "--out", tmp_path / "out", *model)
