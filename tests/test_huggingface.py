@@ -84,6 +84,7 @@ def test_biases_caps_and_sinks_are_in_the_maps(name: str, heads: str) -> None:
 @pytest.mark.parametrize("name", ["HF Gemma 2", "HF GPT-OSS"])
 def test_a_capture_hears_what_sdpa_can_not_run(name: str) -> None:
     model, given = family(name)
+    model.set_attn_implementation("eager")  # some versions run Gemma 2 by SDPA, without its soft capping
     with torch.no_grad():
         plain = model(**given)
         with pytest.raises(RuntimeError, match=r"attnx\.huggingface\.use\(model\) makes it attend by attnx"):
@@ -282,7 +283,10 @@ def test_a_capture_of_a_model_set_to_eager_leaves_the_output(name: str) -> None:
         plain = model(**given)
         try:
             with attnx.capture(model):
-                assert_same(model(**given), plain, budget)
+                heard = model(**given)
+            # Some versions of Kosmos-2 give eager attention's weights, which nobody asked for.
+            unasked = [key for key in plain if key.endswith("attentions") and key not in heard]
+            assert_same(heard, {key: plain[key] for key in plain if key not in unasked}, budget)
         except RuntimeError as error:
             why = str(error)
             assert why.startswith("nothing was captured")
