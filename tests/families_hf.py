@@ -91,7 +91,7 @@ def phrases() -> Inputs:
 
 
 def known(*classes: str) -> bool:
-    """Whether this version of transformers has the classes, without importing their modules."""
+    """True if this version of transformers has the classes; their modules are not imported."""
     return set(classes) <= set(dir(transformers))
 
 

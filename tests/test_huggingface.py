@@ -293,6 +293,17 @@ def test_a_capture_of_a_model_set_to_eager_leaves_the_output(name: str) -> None:
         assert_same(model(**given), plain)
 
 
+def test_eager_masks_stay_finite_under_autocast() -> None:
+    model = llama()
+    given = dict(input_ids=torch.tensor([[5, 6, 7, 8]]), attention_mask=torch.tensor([[0, 0, 1, 1]]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = model(**given).logits
+        with attnx.capture(model):
+            heard = model(**given).logits
+    assert plain.isfinite().all()
+    torch.testing.assert_close(heard.float(), plain.float(), rtol=0, atol=3e-2 * float(plain.abs().max()))
+
+
 def test_a_configuration_that_asks_for_output_attentions_is_left() -> None:
     model = llama()
     model.config.output_attentions = True

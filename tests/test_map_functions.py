@@ -1,4 +1,4 @@
-"""What is asked of single maps: tensors and numpy arrays alike, and attention maps that are taken for pictures."""
+"""Functions of single maps: tensors and numpy arrays alike, and attention maps that are taken for pictures."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""What the rows and columns of a map stand for: towers, pools, channels; and what is never chained."""
+"""Rows and columns of maps: towers, pools, channels; layers of different tokens are never chained."""
 
 from collections.abc import Callable
 

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as registry
 
+from attnx.adapters.masks import as_bias
 from attnx.adapters.switches import bind, own_forward_only
 
 _BERT = ("hidden_states", "attention_mask", "head_mask", "encoder_hidden_states", "encoder_attention_mask",
@@ -112,7 +113,7 @@ def _bert(
     if past_key_value is not None and not crosses:
         k, v = torch.cat((past_key_value[0], k), 2), torch.cat((past_key_value[1], v), 2)
     size = self.attention_head_size
-    out = F.scaled_dot_product_attention(q, k, v, _as(q, mask), scale=size**-0.5)
+    out = F.scaled_dot_product_attention(q, k, v, as_bias(mask, q), scale=size**-0.5)
     probabilities = None
     saves = crosses and self.save_attention
     if saves or output_attentions:
@@ -123,13 +124,6 @@ def _bert(
         _save(self, probabilities, out, v)
     context = out.transpose(1, 2).flatten(2)
     return (context, probabilities, (k, v)) if output_attentions else (context, (k, v))
-
-
-def _as(q: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The additive mask in q's dtype, which SDPA needs; its most negative numbers stay finite."""
-    if mask is None or mask.dtype == q.dtype:
-        return mask
-    return mask.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)
 
 
 def _vit(self: Any, x: Tensor, register_hook: bool = False) -> Tensor:

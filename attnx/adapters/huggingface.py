@@ -15,6 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnx.adapters.masks import as_bias
 from attnx.adapters.switches import Instead
 
 AS_EAGER = "attnx_as_eager"
@@ -58,11 +59,8 @@ def as_eager(
     beyond = [name for name in BEYOND_SDPA if others.get(name) is not None]
     if beyond:
         raise NotImplementedError(f"{type(module).__name__} asks for {', '.join(beyond)}, which SDPA does not compute")
-    bias = None
-    for term in (attention_mask, position_bias):
-        if term is not None:
-            term = term[..., : key.shape[2]].to(query.dtype)
-            bias = term if bias is None else bias + term
+    terms = [term[..., : key.shape[2]] for term in (attention_mask, position_bias) if term is not None]
+    bias = None if not terms else as_bias(sum(terms[1:], start=terms[0]), query)
     grouped = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
