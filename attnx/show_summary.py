@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from attnx.images import read_image
-from attnx.jobs.files import replacing
+from attnx.files import replacing
 from attnx.jobs.job import Job
 from attnx.jobs.maps import Maps
 from attnx.jobs.recipe import recipe_of

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnx.jobs.files import replacing
+from attnx.files import replacing
 from attnx.jobs.manifest import Manifest, write_manifest
 from attnx.jobs.shards import count_errors, parts
 from attnx.jobs.sources import Entry, Listing

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnx.jobs.files import replacing
+from attnx.files import replacing
 from attnx.jobs.tensors import join, split, tensors_of
 
 if TYPE_CHECKING:

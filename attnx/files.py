@@ -1,14 +1,33 @@
-"""Files that are there whole or not at all, whenever the process dies."""
+"""Files: written whole or not at all, whenever the process dies; and opened only if they are regular files."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-__all__ = ["replacing", "sync_folder"]
+__all__ = ["open_regular", "replacing", "sync_folder"]
+
+
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Opens a file for reading, in binary. Pipes, devices, sockets and folders are refused without waiting.
+
+    Raises:
+        OSError: the file is missing, can't be read, or is not a regular file.
+    """
+    # A pipe without a writer would wait; O_NONBLOCK changes nothing about regular files.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path}: expected a regular file; got a folder, pipe, socket or device")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 @contextlib.contextmanager
