@@ -174,16 +174,15 @@ def _draw(recipe: "WordsRecipe", image: Path, caption: str, out: Path, on: "torc
 def _finish(out: Path, style: "Style | None", tools: "Tools", report: "Report") -> str:
     """Draws the pairs if asked to; tells of captions that were cut, and of those with words outside the vocabulary."""
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    from attnx.jobs.shards import parts
+    from attnx.jobs.shards import Part, parts
     from attnx.show_words import draw_pairs
 
     if style is not None:
         draw_pairs(out, tools, style)
     cut = unknown = 0
     for part in parts(out):
-        rows = pq.read_table(part, columns=["cut", "tokens"])
+        rows = Part(part).table(["cut", "tokens"])
         cut += pc.sum(pc.greater(rows["cut"], 0)).as_py() or 0
         tokens = rows["tokens"].combine_chunks()
         of_row = pc.list_parent_indices(tokens).filter(pc.equal(pc.list_flatten(tokens), "[UNK]"))

@@ -8,37 +8,49 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from attnx.files import replacing
-from attnx.jobs.manifest import Manifest, write_manifest
-from attnx.jobs.shards import count_errors, parts
+from attnx.jobs.locks import Lock, locked
+from attnx.jobs.manifest import Manifest, file_sha256, write_manifest
+from attnx.jobs.runfile import RUN, read_run, write_run
+from attnx.jobs.shards import DamagedError, Part, parts
 from attnx.jobs.sources import Entry, Listing
 
 __all__ = ["Job", "Rank", "default_shard_size", "forget_job", "open_job", "writing"]
 
 _SHARD_BYTES = 256 * 2**20
-_MANIFEST, _RUN, _LOCK = "manifest.parquet", "run.json", ".lock"
+_MANIFEST, _LOCK = "manifest.parquet", ".lock"
 
 
 class Job:
-    """A planned job. rows: of the manifest; shard_size: rows of a shard; shards: how many; lock: the descriptor of
-    the lock, for those who write.
+    """A planned job.
+
+    Attributes:
+        rows: of the manifest; shard_size: rows of a shard; shards: how many there are.
+        manifest_sha256: of the file of the manifest.
+        lock: of the folder, for those who write.
+
+    Raises:
+        FileNotFoundError: the folder has no run.json.
+        DamagedError: run.json or the manifest is not as it was written.
+        ValueError: a newer attnx wrote the folder.
     """
 
-    lock: int | None = None
+    lock: Lock | None = None
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.run: dict[str, Any] = json.loads((out / _RUN).read_text(encoding="utf-8"))
-        self.manifest = Manifest(out / _MANIFEST)
-        self.rows = len(self.manifest)
-        self.shard_size = int(self.run["shard_size"])
+        self.run: dict[str, Any] = read_run(out)
+        self.manifest_sha256: str = self.run["manifest_sha256"]
+        self.rows: int = self.run["rows"]
+        self.shard_size: int = self.run["shard_size"]
         self.shards = -(-self.rows // self.shard_size)
+        self.manifest = Manifest(out / _MANIFEST, self.manifest_sha256, self.rows)
 
     def entries(self, shard: int) -> list[Entry]:
         """The rows of a shard."""
@@ -56,6 +68,33 @@ class Job:
         """The file of a shard."""
         return self.out / f"part-{shard:05d}.parquet"
 
+    def place(self, shard: int) -> dict[str, Any]:
+        """What is written into a shard's file, so that no other file is taken for it."""
+        return {"shard": shard, "manifest": self.manifest_sha256}
+
+    def open_part(self, shard: int) -> Part:
+        """A shard that is done.
+
+        Raises:
+            DamagedError: its file is not as it was written, or of another shard or job.
+        """
+        part = Part(self.part(shard))
+        part.check_place(shard, self.rows_of(shard), self.manifest_sha256)
+        return part
+
+    def check_plan(self) -> None:
+        """Checks that the folder still holds this job: another run may have planned anew, where locks don't work.
+
+        Raises:
+            ValueError: it holds another one.
+            OSError: the folder is gone.
+        """
+        if self.lock is not None:
+            self.lock.check()
+        now = read_run(self.out)
+        if any(now[name] != self.run[name] for name in ("manifest_sha256", "shard_size", "settings")):
+            raise ValueError(f"out: another run has planned {self.out} anew; choose another folder for one of them")
+
     def done(self) -> set[int]:
         """The shards that are there."""
         names = {path.name for path in parts(self.out)}
@@ -64,8 +103,8 @@ class Job:
     def remove_temporaries(self, rank: Rank | None = None) -> None:
         """What a kill left of a rank's shards, or of all; their writers are gone, for we hold the lock."""
         for path in self.out.glob(".part-*.tmp"):
-            shard = int(path.name.split("-")[1])
-            if rank is None or shard % rank.world == rank.rank:
+            number = re.match(r"\.part-(\d+)-", path.name)
+            if rank is None or (number is not None and int(number[1]) % rank.world == rank.rank):
                 path.unlink(missing_ok=True)
 
     def check_settings(self, settings: dict[str, Any]) -> None:
@@ -74,9 +113,7 @@ class Job:
 
     def errors(self, shard: int) -> int:
         """How many rows of a done shard have an error."""
-        import pyarrow.parquet as pq
-
-        return count_errors(pq.read_metadata(self.part(shard)))
+        return self.open_part(shard).errors
 
 
 @dataclass(frozen=True)
@@ -101,6 +138,7 @@ def open_job(
     shard_size: int | None = None,
     row_bytes: int = 1,
     rank: Rank | None = None,
+    batch_size: int | None = None,
 ) -> Iterator[Job]:
     """The job of a folder, planned if it is not there yet; nobody else writes its shards inside the `with`.
 
@@ -114,6 +152,7 @@ def open_job(
             that is there its own.
         row_bytes: of a row's map as it is stored.
         rank: of several runs that share the job; the first of them plans, and the others wait for it.
+        batch_size: images at a time, which is recorded: sums of another size may be rounded otherwise.
 
     Raises:
         ValueError: the job that is there has another source, other settings or another shard size, with each
@@ -126,7 +165,7 @@ def open_job(
     asked: dict[str, Any] = {"source": described, "settings": settings}
     if shard_size is not None:
         asked["shard_size"] = shard_size
-    if not (out / _RUN).exists():
+    if not (out / RUN).exists():
         # What is no source raises before there is a folder.
         next(iter(source.entries()), None)
     with writing(out, rank) as lock:
@@ -135,11 +174,12 @@ def open_job(
                 left.unlink()
             job = _planned(out, asked, alone=rank is None)
             if job is None:
-                plan = {"shard_size": default_shard_size(row_bytes)} | asked | {"recipe": recipe}
+                size = {"shard_size": default_shard_size(row_bytes), "batch_size": batch_size}
+                plan = size | asked | {"recipe": recipe}
                 job = _plan(out, source, plan)
             elif job.run["recipe"] != json.loads(json.dumps(recipe)):
                 job.run["recipe"] = recipe
-                _write_json(out / _RUN, job.run)
+                write_run(out, job.run)
         job.remove_temporaries(rank)
         job.lock = lock
         yield job
@@ -147,12 +187,12 @@ def open_job(
 
 def forget_job(out: Path, described: dict[str, Any]) -> None:
     """Removes the job of a folder, if there is one of this source; anything else stays."""
-    if not (out / _RUN).is_file():
+    if not (out / RUN).is_file():
         return
     with writing(out):
-        if json.loads((out / _RUN).read_text(encoding="utf-8"))["source"] == described:
-            for path in (*parts(out), *out.glob("part-*.safetensors"), out / _RUN, out / _MANIFEST):
-                path.unlink()
+        if read_run(out)["source"] == described:
+            for path in (*parts(out), *out.glob("part-*.safetensors"), out / RUN, out / _MANIFEST):
+                path.unlink(missing_ok=True)
 
 
 def default_shard_size(row_bytes: int) -> int:
@@ -162,11 +202,15 @@ def default_shard_size(row_bytes: int) -> int:
 
 def _planned(out: Path, asked: dict[str, Any], alone: bool) -> Job | None:
     """The job that is there. If it has no shard yet, and nobody else works on it, another one may take its place."""
-    if not (out / _RUN).exists():
+    if not (out / RUN).exists():
         return None
-    job = Job(out)
+    try:
+        job = Job(out)
+    except DamagedError as error:
+        advice = "Remove it and the shards to begin anew, or choose another folder"
+        raise DamagedError(error.path, f"{error.why}. {advice}") from error
     if alone and not parts(out) and _differences(job, asked):
-        for path in (out / _RUN, *out.glob("part-*.safetensors")):
+        for path in (out / RUN, *out.glob("part-*.safetensors")):
             path.unlink()
         return None
     _check_same(job, asked)
@@ -175,17 +219,13 @@ def _planned(out: Path, asked: dict[str, Any], alone: bool) -> Job | None:
 
 def _plan(out: Path, source: Listing, run: dict[str, Any]) -> Job:
     if parts(out):
-        raise ValueError(f"out: expected an empty folder or a job's; {out} has shards and no {_RUN}")
+        raise ValueError(f"out: expected an empty folder or a job's; {out} has shards and no {RUN}")
     with replacing(out / _MANIFEST) as path:
         rows = write_manifest(source.entries(), path)
+        sha256 = file_sha256(path)
     # Last, for it is what says that there is a job.
-    _write_json(out / _RUN, {**run, "rows": rows})
+    write_run(out, {"rows": rows, "manifest_sha256": sha256, **run})
     return Job(out)
-
-
-def _write_json(target: Path, value: dict[str, Any]) -> None:
-    with replacing(target) as path:
-        path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def _check_same(job: Job, asked: dict[str, Any]) -> None:
@@ -212,10 +252,10 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def writing(out: Path, rank: Rank | None = None) -> Iterator[int]:
+def writing(out: Path, rank: Rank | None = None) -> Iterator[Lock]:
     """Makes the folder and holds it: alone, or together with the other ranks of the same world.
 
-    A kill releases it, once all processes that were handed its descriptor, which this gives, are gone.
+    A kill releases it, once all processes that were handed the descriptor of the lock are gone.
     """
     with contextlib.ExitStack() as held:
         lock = held.enter_context(locked(out / _LOCK, shared=rank is not None))
@@ -227,35 +267,3 @@ def writing(out: Path, rank: Rank | None = None) -> Iterator[int]:
                     with locked(other):
                         pass
         yield lock
-
-
-@contextlib.contextmanager
-def locked(path: Path, shared: bool = False, wait: bool = False) -> Iterator[int]:
-    """Holds a file's lock, which is made with its folder; gives the descriptor.
-
-    Raises:
-        ValueError: somebody else holds it.
-        OSError: it can't be made.
-    """
-    import fcntl
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # To read, too: NFS refuses a shared lock otherwise.
-        file = path.open("a+")
-    except OSError as error:
-        message = f"out: expected a folder that can be written to ({error.strerror})"
-        raise OSError(error.errno, message, str(path.parent)) from error
-    with file:
-        how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        # Whoever was killed a moment ago may still be on the way out.
-        for tried in range(10):
-            try:
-                fcntl.flock(file, how | (0 if wait else fcntl.LOCK_NB))
-                break
-            except BlockingIOError as error:
-                if tried == 9:
-                    told = f"another run writes to {path.parent} ({path.name}); wait for it, or choose another folder"
-                    raise ValueError(f"out: {told}") from error
-                time.sleep(0.05)
-        yield file.fileno()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from array import array
 from collections.abc import Iterable, Iterator
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attnx.files import open_regular
+from attnx.jobs.shards import DamagedError
 from attnx.jobs.sources import Entry, text_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Manifest", "write_manifest"]
+__all__ = ["Manifest", "file_sha256", "write_manifest"]
 
 _GROUP = 65_536  # rows
 
@@ -32,7 +35,9 @@ def write_manifest(entries: Iterable[Entry], path: Path) -> int:
     import pyarrow.parquet as pq
 
     hashes, waiting = array("q"), iter(entries)
-    with pq.ParquetWriter(path, _schema(), compression="zstd", write_statistics=["key"]) as writer:
+    with pq.ParquetWriter(
+        path, _schema(), compression="zstd", write_statistics=["key"], write_page_checksum=True
+    ) as writer:
         while chunk := list(islice(waiting, _GROUP)):
             hashes.extend(hash(entry.key) for entry in chunk)
             writer.write_table(_table(chunk))
@@ -46,12 +51,31 @@ def write_manifest(entries: Iterable[Entry], path: Path) -> int:
 
 
 class Manifest:
-    """A manifest that was written: rows by position, one row group in memory."""
+    """A manifest that was written: rows by position, one row group in memory.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        sha256, rows: of the file that was written, and how many rows it has; unless given, they are not checked.
+
+    Raises:
+        DamagedError: the file is missing, or not as it was written.
+    """
+
+    def __init__(self, path: Path, sha256: str | None = None, rows: int | None = None) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._file = pq.ParquetFile(path, memory_map=False)
+        try:
+            if sha256 is not None and file_sha256(path) != sha256:
+                raise DamagedError(path, "its SHA-256 is not the one in run.json")
+            self._file = pq.ParquetFile(path, memory_map=False)
+        except (OSError, pa.ArrowException) as error:
+            raise DamagedError(path, str(error)) from error
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if rows is not None and (metadata.num_rows != rows or self._file.schema_arrow.names != list(Entry._fields)):
+            raise DamagedError(path, f"expected {rows:,} rows of {', '.join(Entry._fields)}")
+        if any(size != _GROUP for size in sizes[:-1]):
+            raise DamagedError(path, f"expected row groups of {_GROUP:,}")
         self._group: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
@@ -76,6 +100,12 @@ class Manifest:
         """All keys, in order, a row group at a time."""
         for group in range(self._file.num_row_groups):
             yield self._file.read_row_group(group, columns=["key"]).column("key").to_pylist()
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _schema() -> pa.Schema:

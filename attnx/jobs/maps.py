@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from attnx.jobs.job import Job
-from attnx.jobs.rows import Row, read_settings, rows_of, rows_of_shard, shards_in
-from attnx.jobs.shards import count_errors
+from attnx.jobs.rows import Row, rows_of, shards_in
+from attnx.jobs.runfile import RUN
+from attnx.jobs.shards import Part
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
 __all__ = ["Maps", "open"]
 
@@ -34,6 +34,8 @@ def open(folder: str | Path) -> Maps:
 
     Raises:
         FileNotFoundError: it holds no shards.
+        DamagedError: a file is not as it was written; a ValueError that names the file. Maps are checked when they are
+            read.
     """
     return Maps(Path(folder))
 
@@ -53,15 +55,16 @@ class Maps:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._shards = shards_in(self.folder)
-        self.settings: dict[str, Any] = read_settings(self.folder)
-        job = Job(self.folder) if (self.folder / "run.json").is_file() else None
+        self._numbers = [int(shard.stem.removeprefix("part-")) for shard in self._shards]
+        self._files: OrderedDict[int, Part] = OrderedDict()
+        job = Job(self.folder) if (self.folder / RUN).exists() else None
+        self._manifest = None if job is None else job.manifest_sha256
         self.planned: int | None = None if job is None else job.rows
         self._shard_size = 0 if job is None else job.shard_size
-        self._numbers = numbers = [int(shard.stem.removeprefix("part-")) for shard in self._shards]
-        counts = [job.rows_of(i) for i in numbers] if job is not None else list(map(_count, self._shards))
+        counts = [Part(shard).rows for shard in self._shards] if job is None else list(map(job.rows_of, self._numbers))
         self._firsts = np.array([0, *accumulate(counts)])
+        self.settings: dict[str, Any] = self._file(0).settings
         self._index: tuple[np.ndarray, np.ndarray] | None = None
-        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.RecordBatch] = OrderedDict()
 
     def __len__(self) -> int:
@@ -86,7 +89,7 @@ class Maps:
         return self._row(*self._located(place))
 
     def __iter__(self) -> Iterator[Row]:
-        return (row for shard in self._shards for row in rows_of_shard(shard))
+        return (row for group in self.groups() for row in group)
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -97,22 +100,22 @@ class Maps:
     def keys(self) -> Iterator[str]:
         """All keys, in order."""
         for file in map(self._file, range(len(self._shards))):
-            for batch in file.iter_batches(columns=["key"]):
+            for batch in file.batches(["key"]):
                 yield from batch.column("key").to_pylist()
 
     def errors(self) -> Iterator[tuple[str, str]]:
         """Of the rows that have no map: their keys, and why."""
         for number in range(self.shards):
-            if count_errors(self._file(number).metadata):
-                for batch in self._file(number).iter_batches(columns=["key", "error"]):
+            if self._file(number).errors:
+                for batch in self._file(number).batches(["key", "error"]):
                     yield from ((row["key"], row["error"]) for row in batch.to_pylist() if row["error"] is not None)
 
     def groups(self, errors_only: bool = False) -> Iterator[list[Row]]:
         """All rows, a few hundred at a time; with `errors_only` without maps, which are then not read."""
         for number, shard in enumerate(self._shards):
             file = self._file(number)
-            columns = [name for name in file.schema_arrow.names if not errors_only or name not in ("map", "tensor")]
-            for batch in file.iter_batches(batch_size=256, columns=columns):
+            columns = [name for name in file.columns if not errors_only or name not in ("map", "tensor", "tensor_crc32")]
+            for batch in file.batches(columns):
                 yield list(rows_of(batch, shard))
 
     def written(self) -> list[float]:
@@ -131,9 +134,10 @@ class Maps:
 
     def has_map(self, shard: int) -> np.ndarray:
         """Of each row of a shard, whether it has a map: bool [rows]."""
-        if not count_errors(self._file(shard).metadata):
+        if not self._file(shard).errors:
             return np.ones(self._firsts[shard + 1] - self._firsts[shard], bool)
-        return ~self._file(shard).read(["error"]).column("error").is_valid().to_numpy()
+        has: np.ndarray = ~self._file(shard).table(["error"]).column("error").is_valid().to_numpy()
+        return has
 
     def to_torch(self) -> MapDataset:
         """A map-style data set of the rows that have a map: {"key", "map": float32 tensor, "text": "" without caption}.
@@ -153,19 +157,20 @@ class Maps:
     def _row(self, shard: int, row: int) -> Row:
         file = self._file(shard)
         group, first = 0, 0
-        while row >= first + (count := file.metadata.row_group(group).num_rows):
+        while row >= first + (count := file.rows_of(group)):
             group, first = group + 1, first + count
         if (shard, group) not in self._groups:
-            batch = file.read_row_group(group, use_threads=False).combine_chunks().to_batches()[0]
-            _keep(self._groups, (shard, group), batch, _GROUPS)
+            _keep(self._groups, (shard, group), file.read(group), _GROUPS)
         self._groups.move_to_end((shard, group))
         return next(rows_of(self._groups[shard, group].slice(row - first, 1), self._shards[shard]))
 
-    def _file(self, shard: int) -> pq.ParquetFile:
-        import pyarrow.parquet as pq
-
+    def _file(self, shard: int) -> Part:
         if shard not in self._files:
-            _keep(self._files, shard, pq.ParquetFile(self._shards[shard]), _FILES)
+            part = Part(self._shards[shard])
+            if self._manifest is not None:
+                rows = int(self._firsts[shard + 1] - self._firsts[shard])
+                part.check_place(self._numbers[shard], rows, self._manifest)
+            _keep(self._files, shard, part, _FILES)
         self._files.move_to_end(shard)
         return self._files[shard]
 
@@ -189,12 +194,6 @@ def _keep(cache: OrderedDict, name: Any, value: Any, most: int) -> None:
     while len(cache) >= most:
         cache.popitem(last=False)
     cache[name] = value
-
-
-def _count(shard: Path) -> int:
-    import pyarrow.parquet as pq
-
-    return int(pq.read_metadata(shard).num_rows)
 
 
 class MapDataset(torch.utils.data.Dataset[dict[str, Any]]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnx.jobs.shards import SETTINGS, parts
+from attnx.jobs.shards import Part, parts
 from attnx.jobs.tensors import read_tensor, tensors_of
 
 if TYPE_CHECKING:
@@ -58,25 +57,18 @@ def read_settings(out: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: `out` has no shards.
-        ValueError: the first shard was not written by attnx.
+        DamagedError: the first shard is not as attnx writes them.
     """
-    import pyarrow.parquet as pq
-
-    first = shards_in(out)[0]
-    metadata = pq.read_schema(first).metadata or {}
-    if SETTINGS not in metadata:
-        raise ValueError(f"out: expected shards with attnx settings, got {first} without")
-    settings: dict[str, Any] = json.loads(metadata[SETTINGS])
-    return settings
+    return Part(shards_in(out)[0]).settings
 
 
 def rows_of_shard(shard: Path) -> Iterator[Row]:
-    """The rows of a shard."""
-    import pyarrow.parquet as pq
+    """The rows of a shard.
 
-    with pq.ParquetFile(shard) as file:
-        for batch in file.iter_batches(batch_size=256):
-            yield from rows_of(batch, shard)
+    Raises:
+        DamagedError: a file is not as it was written.
+    """
+    return (row for batch in Part(shard).batches() for row in rows_of(batch, shard))
 
 
 def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[Row]:
@@ -86,10 +78,10 @@ def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[Row]:
         maps = batch.column("map")
         values, offsets = maps.values.to_numpy(zero_copy_only=False), maps.offsets.to_numpy()
     for i, row in enumerate(batch.select([name for name in names if name != "map"]).to_pylist()):
-        shape, tensor, scale = (row.pop(name, None) for name in ("shape", "tensor", "scale"))
+        shape, tensor, crc, scale = (row.pop(name, None) for name in ("shape", "tensor", "tensor_crc32", "scale"))
         amap = None
         if tensor is not None:
-            amap = read_tensor(tensors_of(shard), tensor)
+            amap = read_tensor(tensors_of(shard), tensor, crc)
         elif shape is not None and "map" in names:
             # A copy: a view would keep the whole batch in memory, and could not be written to.
             amap = values[offsets[i] : offsets[i + 1]].reshape(shape).copy()

@@ -1,29 +1,53 @@
-"""Parquet shards of maps: a file under a final name is complete, whatever happened to the job that wrote it.
+"""Parquet shards of maps: a file under its final name is complete, and it is checked before its rows are believed.
 
 Columns: see `attnx.jobs.packing.Format`. The job's settings are JSON in the schema's metadata under `attnx`. Any
 Parquet reader reads the files.
+
+Between the last page and the footer lies a seal that Parquet readers skip: a CRC-32 of every column chunk, and a
+SHA-256 of these, of the footer and of the size of the data. So one flipped bit of a file is found where it is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import shutil
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnx.files import replacing
-from attnx.jobs.tensors import join, split, tensors_of
+from attnx.files import open_regular, replacing
+from attnx.jobs.tensors import check_tensors, join, split, tensors_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["SETTINGS", "count_errors", "parts", "read_part", "write_part"]
+__all__ = ["SETTINGS", "DamagedError", "Part", "parts", "read_part", "set_aside", "write_part"]
 
 SETTINGS = b"attnx"
+_PLACE = b"attnx.place"
 _ROWS_PER_GROUP = 256
 _GROUP_BYTES = 4 * 2**20
+_SEAL = struct.Struct("<32sI8s")  # SHA-256, how many CRCs stand before it, the magic number
+_SEAL_MAGIC = b"ATTNXCRC"
+_END = struct.Struct("<I4s")  # length of the footer, Parquet's magic number
+_BLOCK = 2**20
+
+
+class DamagedError(ValueError):
+    """A file of a job is not as it was written. The message names the file."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path} is damaged: {why}")
+        self.path, self.why = path, why
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.why)
 
 
 def parts(out: Path) -> list[Path]:
@@ -34,20 +58,146 @@ def parts(out: Path) -> list[Path]:
     return [out / name for _, name in sorted((int(match[1]), name) for name, match in numbers.items() if match)]
 
 
-def count_errors(metadata: pq.FileMetaData) -> int:
-    """How many rows of a shard have an error: by its statistics, without reading a row."""
-    column = metadata.schema.to_arrow_schema().get_field_index("error")
-    # Columns of lists are one leaf each, as here: a leaf's number is its field's.
-    groups = (metadata.row_group(group).column(column) for group in range(metadata.num_row_groups))
-    return int(metadata.num_rows - sum(group.statistics.null_count for group in groups))
+class Part:
+    """A shard's file. Its footer is checked here; each column chunk is checked when it is read.
+
+    Attributes:
+        rows, errors: how many rows it has, and how many of them have an error.
+        settings: what its maps were made with.
+        place: the shard's number, the SHA-256 of its job's manifest, and the size of the tensors beside it in bytes.
+
+    Raises:
+        DamagedError: the file is not as it was written.
+        OSError: it can't be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.path = path
+        # Kept open: the file may be replaced while it is read.
+        self._handle = open_regular(path)
+        try:
+            self._checksums, footer = _check_seal(self._handle.fileno())
+            self.metadata: pq.FileMetaData = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+            self.schema: pa.Schema = self.metadata.schema.to_arrow_schema()
+            known = self.schema.metadata or {}
+            self.settings: dict[str, Any] = json.loads(known[SETTINGS])
+            self.place: dict[str, Any] = json.loads(known.get(_PLACE, b"{}"))
+            self.rows: int = self.metadata.num_rows
+            self.errors: int = self.rows - sum(
+                self.metadata.row_group(group).column(self._leaf("error")).statistics.null_count
+                for group in range(self.groups)
+            )
+            chunks = self.groups * self.metadata.num_columns
+            if len(self._checksums) != chunks:
+                raise ValueError(f"{len(self._checksums)} checksums of {chunks} column chunks")
+        except (ValueError, KeyError, AttributeError, RecursionError, pa.ArrowException) as error:
+            self._handle.close()
+            raise DamagedError(path, str(error) or type(error).__name__) from error
+        self._file: pq.ParquetFile | None = None
+        self._checked: set[tuple[int, int]] = set()
+
+    @property
+    def groups(self) -> int:
+        """How many row groups there are."""
+        return int(self.metadata.num_row_groups)
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns."""
+        return list(self.schema.names)
+
+    def rows_of(self, group: int) -> int:
+        """How many rows a row group has."""
+        return int(self.metadata.row_group(group).num_rows)
+
+    def read(self, group: int, columns: Sequence[str] | None = None) -> pa.RecordBatch:
+        """A row group, or some columns of it.
+
+        Raises:
+            DamagedError: they are not as they were written.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        names = self.columns if columns is None else list(columns)
+        self._check(group, [self._leaf(name) for name in names])
+        try:
+            if self._file is None:
+                self._file = pq.ParquetFile(self._handle, metadata=self.metadata, page_checksum_verification=True)
+            table = self._file.read_row_group(group, names, use_threads=False)
+        except (pa.ArrowException, ValueError) as error:
+            raise DamagedError(self.path, str(error)) from error
+        batches = table.combine_chunks().to_batches()
+        return batches[0] if batches else pa.RecordBatch.from_pylist([], self.schema)
+
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The row groups, in order."""
+        return (self.read(group, columns) for group in range(self.groups))
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows."""
+        import pyarrow as pa
+
+        return pa.Table.from_batches(self.batches(columns))
+
+    def check_place(self, shard: int, rows: int, manifest: str) -> None:
+        """Checks that it is a shard of a job: its number, its rows, and the SHA-256 of the job's manifest.
+
+        Raises:
+            DamagedError: it is another one.
+        """
+        found = self.place.get("shard"), self.rows, self.place.get("manifest")
+        for what, got, wanted in zip(("shard", "rows", "manifest"), found, (shard, rows, manifest), strict=True):
+            if got != wanted:
+                raise DamagedError(self.path, f"expected {what} {wanted}; got {got}")
+
+    def check(self, everything: bool = False) -> None:
+        """Checks that the tensors beside it are there in their size; with `everything` reads all of both files.
+
+        Raises:
+            DamagedError: one of the files is not as it was written.
+        """
+        beside = "tensor" in self.columns
+        if everything:
+            for group in range(self.groups):
+                self._check(group, range(self.metadata.num_columns))
+        if beside:
+            rows = self.table(["tensor", "tensor_crc32"]).to_pylist() if everything else []
+            try:
+                check_tensors(tensors_of(self.path), self.place["tensors"], rows)
+            except (ValueError, KeyError, OSError) as error:
+                raise DamagedError(tensors_of(self.path), str(error)) from error
+
+    def _leaf(self, name: str) -> int:
+        # Columns of lists are one leaf each, as here: a leaf's number is its field's.
+        return int(self.schema.get_field_index(name))
+
+    def _check(self, group: int, leaves: Sequence[int]) -> None:
+        for leaf in leaves:
+            if (group, leaf) not in self._checked:
+                crc = _crc(self._handle.fileno(), *_place_of(self.metadata, group, leaf))
+                if crc != self._checksums[group * self.metadata.num_columns + leaf]:
+                    told = f"the checksum of column {self.schema.names[leaf]} of row group {group} is wrong"
+                    raise DamagedError(self.path, told)
+                self._checked.add((group, leaf))
 
 
-def write_part(table: pa.Table, target: Path, settings: dict[str, Any], tensors: bool = False) -> None:
-    """Writes a shard, whole or not at all; with `tensors` its maps in a safetensors file beside it, first."""
+def write_part(
+    table: pa.Table, target: Path, settings: dict[str, Any], tensors: bool = False, place: dict[str, Any] | None = None
+) -> None:
+    """Writes a shard, whole or not at all; with `tensors` its maps in a safetensors file beside it, first.
+
+    place: {"shard": its number, "manifest": the SHA-256 of its job's manifest}.
+    """
     import pyarrow.parquet as pq
 
+    place = dict(place or {})
     if tensors:
         table, content = split(table)
+        place["tensors"] = len(content)
         with replacing(tensors_of(target)) as path:
             path.write_bytes(content)
     # A row is read with its group, which should be no more than a few megabytes.
@@ -55,15 +205,91 @@ def write_part(table: pa.Table, target: Path, settings: dict[str, Any], tensors:
     with replacing(target) as path:
         # BYTE_STREAM_SPLIT would be smaller, but DuckDB fails on it for float16.
         pq.write_table(
-            table.replace_schema_metadata({SETTINGS: json.dumps(settings)}), path, row_group_size=rows,
-            compression="zstd", use_dictionary=["shape.list.element", "error"], use_byte_stream_split=False,
-            write_statistics=["key", "error"],
+            table.replace_schema_metadata({SETTINGS: json.dumps(settings), _PLACE: json.dumps(place)}), path,
+            row_group_size=rows, compression="zstd", use_dictionary=["shape.list.element", "error"],
+            use_byte_stream_split=False, write_statistics=["key", "error"], write_page_checksum=True,
         )  # fmt: skip
+        _seal(path)
 
 
 def read_part(path: Path) -> pa.Table:
     """A shard as it was given to `write_part`."""
+    part = Part(path)
+    table = part.table().replace_schema_metadata(part.schema.metadata)
+    return join(table, tensors_of(path)) if "tensor" in part.columns else table
+
+
+def set_aside(path: Path) -> Path:
+    """Moves a shard's files into the folder part-N.damaged beside it, which is returned."""
+    folder = path.with_suffix(".damaged")
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    # The Parquet file first: without it there is no shard.
+    for each in (path, tensors_of(path)):
+        if each.exists():
+            each.replace(folder / each.name)
+    return folder
+
+
+def _seal(path: Path) -> None:
+    """Puts the seal between the data and the footer of a Parquet file that was just written."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path)
-    return join(table, tensors_of(path)) if "tensor" in table.column_names else table
+    metadata = pq.read_metadata(path)
+    with path.open("rb+") as file:
+        size = os.fstat(file.fileno()).st_size
+        length, _ = _END.unpack(os.pread(file.fileno(), _END.size, size - _END.size))
+        data = size - _END.size - length
+        footer = os.pread(file.fileno(), size - data, data)
+        chunks = [(group, leaf) for group in range(metadata.num_row_groups) for leaf in range(metadata.num_columns)]
+        checksums = [_crc(file.fileno(), *_place_of(metadata, *chunk)) for chunk in chunks]
+        packed = struct.pack(f"<{len(checksums)}I", *checksums)
+        file.seek(data)
+        file.write(packed + _SEAL.pack(_digest(data, packed, footer), len(checksums), _SEAL_MAGIC) + footer)
+
+
+def _check_seal(file: int) -> tuple[tuple[int, ...], bytes]:
+    """The checksums of a file's column chunks, and its footer.
+
+    Raises:
+        ValueError: they are not as they were written.
+    """
+    size = os.fstat(file).st_size
+    least = len(b"PAR1") + _SEAL.size + _END.size
+    if size < least:
+        raise ValueError(f"expected at least {least} bytes; got {size}")
+    length, magic = _END.unpack(os.pread(file, _END.size, size - _END.size))
+    if magic != b"PAR1":
+        raise ValueError("it does not end as Parquet files do")
+    seal = size - _END.size - length - _SEAL.size
+    if seal < 0:
+        raise ValueError(f"it has no room for a footer of {length:,} bytes")
+    digest, count, magic = _SEAL.unpack(os.pread(file, _SEAL.size, seal))
+    data = seal - 4 * count
+    if magic != _SEAL_MAGIC or data < 0:
+        raise ValueError("it has no checksums before its footer")
+    packed = os.pread(file, 4 * count, data)
+    footer = os.pread(file, size - seal - _SEAL.size, seal + _SEAL.size)
+    if _digest(data, packed, footer) != digest:
+        raise ValueError("the checksum of its footer is wrong")
+    return struct.unpack(f"<{count}I", packed), footer
+
+
+def _digest(data: int, packed: bytes, footer: bytes) -> bytes:
+    return hashlib.sha256(data.to_bytes(8, "little") + packed + footer).digest()
+
+
+def _place_of(metadata: pq.FileMetaData, group: int, leaf: int) -> tuple[int, int]:
+    """Where a column chunk begins in the file, and its size, in bytes."""
+    chunk = metadata.row_group(group).column(leaf)
+    start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
+    return int(start), int(chunk.total_compressed_size)
+
+
+def _crc(file: int, start: int, size: int) -> int:
+    """The CRC-32 of a part of a file; of one that ends early, of what there is."""
+    crc = 0
+    for at in range(start, start + size, _BLOCK):
+        crc = zlib.crc32(os.pread(file, min(_BLOCK, start + size - at), at), crc)
+    return crc

@@ -1,20 +1,24 @@
 """Maps too large for a table: a safetensors file beside a shard, whose rows say which of its tensors is theirs.
 
-`part-00007.safetensors` is written before `part-00007.parquet`, which has the column `tensor` in place of `map`; so a
-shard is there when its Parquet file is, as any other.
+`part-00007.safetensors` is written before `part-00007.parquet`, which has the columns `tensor` and `tensor_crc32` in
+place of `map`; so a shard is there when its Parquet file is, as any other.
 """
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from attnx.files import open_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["join", "read_tensor", "split", "tensors_of"]
+__all__ = ["check_tensors", "join", "read_tensor", "split", "tensors_of"]
 
 
 def tensors_of(shard: Path) -> Path:
@@ -23,7 +27,7 @@ def tensors_of(shard: Path) -> Path:
 
 
 def split(table: pa.Table) -> tuple[pa.Table, bytes]:
-    """Rows with maps -> rows with the column tensor, and the content of the file."""
+    """Rows with maps -> rows with the columns tensor and tensor_crc32, and the content of the file."""
     import pyarrow as pa
     from safetensors.numpy import save
 
@@ -34,26 +38,62 @@ def split(table: pa.Table) -> tuple[pa.Table, bytes]:
         for i, name in enumerate(names)
         if name is not None
     }
+    checksums = [None if name is None else _crc(tensors[name]) for name in names]
     place = table.column_names.index("map")
-    return table.set_column(place, "tensor", pa.array(names, pa.string())), save(tensors)
+    table = table.set_column(place, "tensor", pa.array(names, pa.string()))
+    return table.add_column(place + 1, "tensor_crc32", pa.array(checksums, pa.uint32())), save(tensors)
 
 
 def join(table: pa.Table, path: Path) -> pa.Table:
-    """The rows with maps again."""
+    """The rows with maps again.
+
+    Raises:
+        ValueError: a tensor is not as it was written.
+    """
     import pyarrow as pa
-    from safetensors import safe_open
 
-    with safe_open(path, "numpy") as file:
-        maps = [
-            None if name is None else file.get_tensor(name).reshape(-1) for name in table.column("tensor").to_pylist()
-        ]
-    return table.set_column(table.column_names.index("tensor"), "map", pa.array(maps))
+    rows = table.select(["tensor", "tensor_crc32"]).to_pylist()
+    maps = [None if row["tensor"] is None else read_tensor(path, **row).reshape(-1) for row in rows]
+    place = table.column_names.index("tensor")
+    return table.remove_column(place + 1).set_column(place, "map", pa.array(maps))
 
 
-def read_tensor(path: Path, name: str) -> np.ndarray:
-    """One of them, as it is stored."""
-    from safetensors import safe_open
+def read_tensor(path: Path, tensor: str, tensor_crc32: int) -> np.ndarray:
+    """A tensor, as it is stored.
 
-    with safe_open(path, "numpy") as file:
-        found: np.ndarray = file.get_tensor(name)
-        return found
+    Raises:
+        ValueError: it is not as it was written.
+        OSError: the file can't be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            found: np.ndarray = file.get_tensor(tensor)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if _crc(found) != tensor_crc32:
+        raise ValueError(f"{path} is damaged: the checksum of tensor {tensor} is wrong")
+    return found
+
+
+def check_tensors(path: Path, size: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Checks the size of a file in bytes, and that it has the tensors of some rows.
+
+    Raises:
+        ValueError: the file or a tensor is not as it was written.
+        OSError: the file can't be read.
+    """
+    with open_regular(path) as file:
+        found = file.seek(0, 2)
+    if found != size:
+        raise ValueError(f"expected {size:,} bytes; got {found:,}")
+    for row in rows:
+        if row["tensor"] is not None:
+            read_tensor(path, row["tensor"], row["tensor_crc32"])
+
+
+def _crc(values: np.ndarray) -> int:
+    """The CRC-32 of an array: of its dtype, its shape and its bytes."""
+    kind = f"{values.dtype.str} {values.shape}".encode()
+    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8), zlib.crc32(kind))

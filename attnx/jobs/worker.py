@@ -140,9 +140,7 @@ class Worker:
         return _Shard(shard, groups, deque(first), deque())
 
     def _failed(self, shard: int) -> np.ndarray:
-        import pyarrow.parquet as pq
-
-        column = pq.read_table(self.job.part(shard), columns=["error"]).column("error")
+        column = self.job.open_part(shard).table(["error"]).column("error")
         failed: np.ndarray = column.is_valid().to_numpy()
         return failed
 
@@ -234,7 +232,8 @@ class Worker:
             order = np.arange(len(failed))
             order[failed] = len(failed) + np.arange(len(made))
             done = self.task.format.concatenate([read_part(target), made]).take(order)
-        write_part(done, target, self.job.run["settings"], self.tensors)
+        self.job.check_plan()
+        write_part(done, target, self.job.run["settings"], self.tensors, self.job.place(shard))
         self.stages.write += time.perf_counter() - start
         return Made(shard, len(made), len(made) - int(made.column("error").null_count))
 

@@ -130,7 +130,7 @@ class _Process:
     patience: float = 0.0
 
     def __post_init__(self) -> None:
-        lock = () if self.job.lock is None else (self.job.lock,)
+        lock = () if self.job.lock is None else (self.job.lock.descriptor,)
         arguments = [str(self.job.out.absolute()), self.device, json.dumps(asdict(self.running))]
         threads = {"OMP_NUM_THREADS": str(self.cores), "MKL_NUM_THREADS": str(self.cores)}
         # With the lock, so that nobody else writes as long as one of them does.

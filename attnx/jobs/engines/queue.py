@@ -6,18 +6,29 @@ import errno
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-__all__ = ["Shards", "is_fatal"]
+__all__ = ["RunError", "Shards", "is_fatal"]
 
-_FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_FATAL = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENOENT, errno.EACCES,
+    errno.EPERM, errno.ENOTDIR,
+)  # fmt: skip
+_DEATHS = 20  # of processes with one shard, beyond its tries: as many as finding one image among a thousand takes
+
+
+class RunError(RuntimeError):
+    """The run ends: no other try, and no other shard, would do better."""
 
 
 def is_fatal(error: BaseException | None) -> bool:
-    """Whether no other try, and no other shard, would do better: the disk is full or can't be written to."""
-    return isinstance(error, OSError) and error.errno in _FATAL
+    """True if no other try, and no other shard, would do better: files can't be written or read any more."""
+    return isinstance(error, RunError) or (isinstance(error, OSError) and error.errno in _FATAL)
 
 
 class Shards:
-    """The shards of a run. One that fails `tries` times is set aside, with the last reason, and the run goes on.
+    """The shards of a run.
+
+    A shard that fails `tries` times is made in pieces by whoever takes it next, see `attnx.jobs.attempts`. One that
+    fails again, by another fault than the model's, is set aside with the reason, and the run goes on.
 
     Raises:
         ValueError: fewer than one try.
@@ -28,8 +39,10 @@ class Shards:
             raise ValueError(f"tries: expected at least 1, got {tries}")
         self._waiting = deque(todo)
         self._left = len(todo)
+        self._alone = len(todo) == 1
         self.tries, self.say = tries, say
-        self._failures: Counter[int] = Counter()
+        self._raised: Counter[int] = Counter()
+        self._died: Counter[int] = Counter()
         self._any_done = False
         self._in_a_row = 0
         self.set_aside: dict[int, str] = {}
@@ -48,25 +61,33 @@ class Shards:
         self._in_a_row = 0
         self._left -= 1
 
-    def failed(self, shard: int | None, why: str, cause: BaseException | None = None) -> None:
+    def in_pieces(self, shard: int) -> bool:
+        """True if a shard has failed so often that it is made in pieces."""
+        return self._raised[shard] + self._died[shard] >= self.tries
+
+    def failed(self, shard: int | None, why: str, cause: BaseException | None = None, died: bool = False) -> None:
         """A shard could not be made, or whoever makes them fails before it gets one.
 
+        died: the process that made it did.
+
         Raises:
-            RuntimeError: so many failures in a row that it can't be the shards.
+            RunError: so many failures in a row that it can't be the shards.
         """
-        self._in_a_row += 1
-        if self._in_a_row >= self.tries * (4 if self._any_done else 1):
+        if shard is None or not self.in_pieces(shard):
+            self._in_a_row += 1
+        if self._in_a_row > self.tries * (4 if self._any_done or self._alone else 1) - (shard is None or not self._alone):
             told = f"stopped after {self._in_a_row} failures in a row; the last, of shard {shard}: {why}"
-            raise RuntimeError(told) from cause
+            raise RunError(told) from cause
         if shard is None:
             self.say(f"tried again: {why}")
             return
-        self._failures[shard] += 1
-        if self._failures[shard] < self.tries:
-            self.say(f"shard {shard} failed and is tried again: {why}")
+        (self._died if died else self._raised)[shard] += 1
+        if self._raised[shard] <= self.tries and self._died[shard] <= self.tries + _DEATHS:
+            how = "made in pieces" if self.in_pieces(shard) else "tried again"
+            self.say(f"shard {shard} failed and is {how}: {why}")
             self._waiting.append(shard)
         else:
-            self.say(f"shard {shard} is set aside after {self.tries} tries: {why}")
+            self.say(f"shard {shard} is set aside after {self._raised[shard] + self._died[shard]} tries: {why}")
             self.set_aside[shard] = why
             self._left -= 1
 

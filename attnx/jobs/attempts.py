@@ -1,0 +1,108 @@
+"""How often a shard was begun and not finished, noted in OUT, because a process that dies can't tell.
+
+`.attempt-00007.json` is there while shard 7 is made, and after an attempt that failed. A shard that failed too often is
+made in pieces: a piece that fails is halved, until one image is left, whose row then says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["DIED", "Attempt", "attempts"]
+
+DIED = "the process of the model died at this image"
+_DEATHS = 2  # of a process with one image, until the image is blamed: something else may have killed it once
+
+
+@dataclass
+class Attempt:
+    """The note of a shard.
+
+    Attributes:
+        begun: how often it was begun and not finished.
+        under_way: the piece, images start <= i < stop of the shard, that is under way; None unless it is made in pieces.
+        failed: pieces that failed: [start, stop, how often, why].
+        limit: seconds that a piece may take, if a longer one was found to hang.
+    """
+
+    path: Path
+    begun: int = 0
+    under_way: tuple[int, int] | None = None
+    failed: list[list[Any]] = field(default_factory=list)
+    limit: float | None = None
+
+    @staticmethod
+    def of(out: Path, shard: int) -> Attempt:
+        """The note of a shard in a folder; a new one if there is none that can be read."""
+        path = out / f".attempt-{shard:05d}.json"
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            note = Attempt(path, int(known["begun"]), known["under_way"], list(known["failed"]), known["limit"])
+            if note.under_way is not None:
+                start, stop = map(int, note.under_way)
+                note.under_way = None
+                note.fail(start, stop, DIED)
+            return note
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return Attempt(path)
+
+    def begin(self) -> None:
+        """Counts an attempt. It fails unless `end` or `withdraw` follows."""
+        self.begun += 1
+        self._write()
+
+    def begin_piece(self, start: int, stop: int) -> None:
+        """Notes which images the model gets next: if the process dies, it was one of them."""
+        self.under_way = start, stop
+        self._write()
+
+    def end_piece(self) -> None:
+        """The model is done with the piece."""
+        self.under_way = None
+
+    def fail(self, start: int, stop: int, why: str, limit: float | None = None) -> None:
+        """Notes that a piece failed."""
+        self.under_way = None
+        self.limit = limit or self.limit
+        known = next((piece for piece in self.failed if piece[:2] == [start, stop]), None)
+        if known is None:
+            known = [start, stop, 0, why]
+            self.failed.append(known)
+        known[2:] = [known[2] + 1, why]
+        self._write()
+
+    def why_not(self, start: int, stop: int) -> str | None:
+        """Why a piece is not to be run as a whole: it failed before; else None."""
+        for first, last, count, why in self.failed:
+            if (first, last) == (start, stop) and (stop - start > 1 or why != DIED or count >= _DEATHS):
+                return str(why)
+        return None
+
+    def withdraw(self) -> None:
+        """The attempt does not count: it was ended by us."""
+        self.begun -= 1
+        self.under_way = None
+        if self.begun <= 0 and not self.failed:
+            self.end()
+        else:
+            self._write()
+
+    def end(self) -> None:
+        """The shard is there: the note is removed."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        note = {name: value for name, value in asdict(self).items() if name != "path"}
+        # A note that can't be written costs no more than a longer search.
+        with contextlib.suppress(OSError):
+            self.path.write_text(json.dumps(note), encoding="utf-8")
+
+
+def attempts(out: Path) -> list[Path]:
+    """The notes of a folder."""
+    return sorted(out.glob(".attempt-*.json"))
