@@ -5,6 +5,7 @@ float32 nor boolean.
 """
 
 import ctypes
+import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnx.backends import pages
-from attnx.kernels.cpu.build import FALLBACK, compiled, instructions
+from attnx.kernels.cpu.build import FALLBACK, CacheError, compiled, instructions
 from attnx.reducers import Heads
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -205,20 +206,25 @@ def kernel(level: str) -> ctypes.CDLL:
 @cache
 def _tried(level: str) -> ctypes.CDLL | str:
     try:
-        path = compiled(level)
-        try:
-            return loaded(path)
-        except ImportError:
-            path.unlink(missing_ok=True)  # it was damaged, or made for another machine
-            return loaded(compiled(level))
+        return _cached(level)
     except ImportError as error:
         if level not in FALLBACK:
             return str(error)
         found = _tried(FALLBACK[level])
-        if isinstance(found, str):
-            return found if found == str(error) else f"{error}; {found}"
-        warnings.warn(f"attnx: bf16 is multiplied as floats, more slowly: {error}", stacklevel=2)
+        if not isinstance(found, str):
+            warnings.warn(f"attnx: bf16 is multiplied as floats, more slowly: {error}", stacklevel=2)
         return found
+
+
+def _cached(level: str) -> ctypes.CDLL:
+    """The kernel of the cache; where that can't be used, one that is compiled for this process alone."""
+    try:
+        return loaded(compiled(level))
+    except CacheError as error:
+        with tempfile.TemporaryDirectory(prefix="attnx-", ignore_cleanup_errors=True) as folder:
+            functions = loaded(compiled(level, folder=Path(folder)))  # it stays loaded when its file is gone
+        warnings.warn(f"attnx: {error}; it was compiled for this process alone", stacklevel=2)
+        return functions
 
 
 def loaded(path: Path) -> ctypes.CDLL:
@@ -226,13 +232,13 @@ def loaded(path: Path) -> ctypes.CDLL:
     try:
         functions = ctypes.CDLL(str(path))
     except OSError as error:
-        raise ImportError(f"the compiled CPU kernel can't be loaded: {error}") from error
+        raise CacheError(f"the compiled CPU kernel can't be loaded: {error}") from error
     functions.attnx_call_size.restype = ctypes.c_int64
     functions.attnx_scratch_floats.restype = ctypes.c_int64
     functions.attnx_run.restype = None
     functions.attnx_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     if functions.attnx_call_size() != ctypes.sizeof(_Call):
-        raise ImportError("the compiled CPU kernel is of another version")
+        raise CacheError("the compiled CPU kernel is of another version")
     return functions
 
 
