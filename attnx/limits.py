@@ -1,4 +1,4 @@
-"""The largest sizes, depths and counts that are accepted from files and options. They are checked before they are used."""
+"""The largest sizes, depths and counts that are accepted from files and options: each is checked before its use."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ __all__ = [
     "CAPTION_BYTES",
     "CHECKPOINT_DEPTH",
     "HEADER_BYTES",
+    "JSON_BYTES",
     "JSON_DEPTH",
     "LINE_BYTES",
+    "MASK_PIXELS",
     "PICTURE_BYTES",
     "PROCESSES",
     "RUN_BYTES",
 ]
 
 PICTURE_BYTES = 2**30  # an encoded picture that is read into memory: a tar's member, a cell of a table
-CAPTION_BYTES = 2**20  # a member or cell with a caption
-HEADER_BYTES = 2**20  # an extended header of a tar: a long name, pax records
-LINE_BYTES = 2**22  # a line of a table in text, and a field of CSV
+CAPTION_BYTES = 2**20  # a caption
+JSON_BYTES = 2**24  # a tar's member of JSON, which may have a caption
+HEADER_BYTES = 2**20  # all headers of one member of a tar: long names, pax records, sparse maps
+LINE_BYTES = 2**22  # a line of a table in text, in characters; the csv module limits a field to 131,072
+MASK_PIXELS = 178_956_970  # a labelled mask; Pillow refuses larger images, too
 JSON_DEPTH = 64  # nested lists and objects
 RUN_BYTES = 2**24  # run.json
 CHECKPOINT_DEPTH = 8  # nested containers around a state dict

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from attnx.files import open_regular
 from attnx.jobs.maps import Maps
 from attnx.jobs.rows import Row
+from attnx.limits import MASK_PIXELS
 from attnx.methods import mass_mask
 
 __all__ = ["Score", "jaccard", "mask_of", "points_at", "read_labels", "score"]
@@ -109,14 +111,18 @@ def read_labels(path: Path, row: Row) -> np.ndarray:
         ValueError: it is of another size than its picture, or no mask.
     """
     try:
-        with Image.open(path) as image:
-            mode, labels = image.mode, np.asarray(image).astype(np.int64)
+        with open_regular(path) as file, Image.open(file) as image:
+            mode, size = image.mode, image.size
+            fits = size == (row.width, row.height) and size[0] * size[1] <= MASK_PIXELS
+            labels = np.asarray(image).astype(np.int64) if fits else None
     # Decoders raise nearly anything on broken bytes.
     except Exception as error:
         raise ValueError("the mask can't be read as an image") from error
     if mode not in ("P", "L", "1", "I", "I;16"):
         raise ValueError(f"the mask is an image of mode {mode}, not of palette or grey")
-    if labels.shape != (row.height, row.width):
+    if size[0] * size[1] > MASK_PIXELS:
+        raise ValueError(f"the mask has more than {MASK_PIXELS:,} pixels")
+    if labels is None or labels.shape != (row.height, row.width):
         raise ValueError("the mask has another size than its image")
     return labels
 

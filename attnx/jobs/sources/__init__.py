@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
+from attnx.limits import CAPTION_BYTES
+
 if TYPE_CHECKING:
     from attnx.jobs.sources.skipped import Skipped
 
-__all__ = ["KINDS", "Entry", "Listing", "Reader", "Source", "open_source", "text_of", "wrong_caption"]
+__all__ = ["KINDS", "Entry", "Listing", "Reader", "Source", "open_source", "shown", "text_of", "wrong_caption"]
 
 KINDS = ("folder", "table", "tar", "dataset")
 
@@ -76,7 +78,7 @@ def open_source(
 
     Raises:
         FileNotFoundError: there is nothing.
-        ValueError: options that this kind doesn't have; an unknown kind.
+        ValueError: options that this kind doesn't have; an unknown kind; a pipe, socket or device.
     """
     from attnx.images import image_suffixes
     from attnx.jobs.sources.dataset import DataSet
@@ -90,6 +92,8 @@ def open_source(
     if not path.exists():
         expected = "an image, or a folder, table, tar or data set of images"
         raise FileNotFoundError(f"source: expected {expected}; got {path}, which does not exist")
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"source: expected a regular file or a folder; got {path}, which is a pipe, socket or device")
     if kind is None:
         if path.is_dir():
             markers = ("dataset_info.json", "dataset_dict.json")
@@ -107,6 +111,8 @@ def open_source(
         raise ValueError(f"root: it is for a table's paths; {path} is taken for a {kind}")
     if split is not None and kind != "dataset":
         raise ValueError(f"split: it is for a data set; {path} is taken for a {kind}")
+    if kind == "table" and path.is_dir():
+        raise ValueError(f"source: expected a table; got {path}, which is a folder")
     if kind == "table":
         return Table(path, path.parent if root is None else Path(root))
     if kind == "tar":
@@ -116,6 +122,8 @@ def open_source(
 
 def wrong_caption(caption: object) -> str | None:
     """Why what a source has for a caption is none; None where all is well, and where there is no caption."""
+    if isinstance(caption, str) and (size := len(caption.encode(errors="surrogatepass"))) > CAPTION_BYTES:
+        return f"expected a caption of at most {CAPTION_BYTES:,} bytes; got {size:,}"
     if caption is None or (isinstance(caption, str) and caption == text_of(caption)):
         return None
     kind = "valid Unicode as caption" if isinstance(caption, str) else "a text as caption"
@@ -125,3 +133,9 @@ def wrong_caption(caption: object) -> str | None:
 def text_of(value: object) -> str:
     """Text that Parquet can hold: what is no valid Unicode is written out as escapes."""
     return str(value).encode(errors="backslashreplace").decode()
+
+
+def shown(value: object, length: int = 100) -> str:
+    """Text for a message: the first characters, in one line; those that can't be printed are escapes."""
+    start = str(value)[:length]
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in start)[:length]

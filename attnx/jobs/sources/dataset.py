@@ -77,6 +77,8 @@ def _load(path: Path, split: str | None) -> _Loaded:
         import datasets
     except ImportError as error:
         raise ValueError("source: a data set needs the package datasets: pip install 'attnx[datasets]'") from error
+    if any(not file.is_file() for file in path.rglob("*.arrow")):
+        raise ValueError(f"source: expected a data set of regular files; {path} has an .arrow that is none")
     try:
         data = datasets.load_from_disk(str(path))
     # Of no rows it raises IndexError, of a broken file nearly anything.

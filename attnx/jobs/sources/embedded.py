@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from attnx.files import open_regular
 from attnx.jobs.sources import Entry, text_of, wrong_caption
+from attnx.limits import PICTURE_BYTES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -86,7 +88,7 @@ def footer_hash(path: Path) -> str:
     """The SHA-256 of a Parquet file's footer, which has the places and sizes of all it holds."""
     import hashlib
 
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = file.seek(-8, io.SEEK_END)
         length = int.from_bytes(file.read(4), "little")
         file.seek(max(0, size - length))
@@ -106,6 +108,10 @@ class Pictures:
             return self.root / entry.path, None
         stat = self.table.stat()
         content, path = _cursor(self.table, (stat.st_size, stat.st_mtime_ns)).read(entry.offset)
+        if content is not None and len(content) > PICTURE_BYTES:
+            raise ValueError(
+                f"expected a picture of at most {PICTURE_BYTES:,} bytes; row {entry.offset} has {len(content):,}"
+            )
         if content is not None:
             return self.table / str(entry.offset), io.BytesIO(content)
         if not path:
@@ -120,8 +126,11 @@ class _Cursor:
         import numpy as np
         import pyarrow.parquet as pq
 
+        open_regular(path).close()
         # Without the buffer size, a whole row group's pictures would be in memory.
-        self._file = pq.ParquetFile(path, memory_map=True, buffer_size=2**20, pre_buffer=False)
+        self._file = pq.ParquetFile(
+            path, memory_map=True, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True
+        )
         column = picture_column(self._file)
         if column is None:
             raise ValueError(f"the table has changed since the job was planned: {path} has no column of pictures")

@@ -5,6 +5,7 @@ Parquet may have the pictures themselves: see `embedded`.
 
 import contextlib
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,9 +13,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnx.jobs.sources import Entry, text_of, wrong_caption
+from attnx.files import open_regular
+from attnx.jobs.sources import Entry, shown, text_of, wrong_caption
 from attnx.jobs.sources.embedded import Pictures, footer_hash, is_text, picture_column, picture_entries
 from attnx.jobs.sources.skipped import Skipped
+from attnx.limits import LINE_BYTES
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -51,7 +54,7 @@ class Table:
         if paths and not any(_exists(self.root / path) for path in paths):
             raise FileNotFoundError(
                 f"source: none of the first {len(paths)} paths of {self.path} exists below {self.root}, such as "
-                f"{paths[0][:200]}; --root says where they are"
+                f"{shown(paths[0])}; --root says where they are"
             )
         yield from first
         yield from rows
@@ -76,7 +79,7 @@ class Table:
                 return
             rows = _json_lines(self.path) if suffix in (".jsonl", ".ndjson") else _csv(self.path, suffix)
             for number, (name, row) in enumerate(rows):
-                yield _entry(row, name, number)
+                yield _row_entry(row, name, number)
         except UnicodeDecodeError as error:
             raise ValueError(f"source: expected a table in UTF-8; {self.path}: {error}") from error
 
@@ -85,8 +88,16 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     # A name that is too long for a file.
-    except OSError:
+    except (OSError, ValueError):
         return False
+
+
+def _row_entry(row: Mapping[str, Any] | str, name: str, number: int) -> Entry:
+    try:
+        return _entry(row, name, number)
+    # To write out lists within lists takes more of the stack than to read them.
+    except RecursionError:
+        return Entry(name, None, error=f"{name}: expected a row; got one nested too deep")
 
 
 def _entry(row: Mapping[str, Any] | str, name: str, number: int) -> Entry:
@@ -108,52 +119,83 @@ def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
+def _lines(path: Path, newline: str) -> Iterator[str | None]:
+    """The lines of a text in UTF-8, with their ends; None for a line that is longer than the limit."""
+    with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline=newline) as file:
+        while line := file.readline(LINE_BYTES):
+            if len(line) < LINE_BYTES or line.endswith(("\n", "\r")):
+                yield line
+                continue
+            while (rest := file.readline(LINE_BYTES)) and not rest.endswith(("\n", "\r")):
+                pass
+            yield None
+
+
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            name, expected = f"line {number}", 'expected {"path": "photo.jpg", "caption": "a dog"}'
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                yield name, f"{expected}; {error}"
-                continue
-            yield name, row if isinstance(row, dict) else f"{expected}; got {text_of(line.strip())[:80]}"
+    for number, line in enumerate(_lines(path, "\n"), 1):
+        name, expected = f"line {number}", 'expected {"path": "photo.jpg", "caption": "a dog"}'
+        if line is None:
+            yield name, f"expected at most {LINE_BYTES:,} characters; got more"
+            continue
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            yield name, f"{expected}; {error}"
+            continue
+        except RecursionError:
+            yield name, f"{expected}; got lists or objects nested too deep"
+            continue
+        yield name, row if isinstance(row, dict) else f"{expected}; got {shown(text_of(line.strip()), 80)}"
 
 
 def _csv(path: Path, suffix: str) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
-        _check(path, rows.fieldnames or [])
-        while True:
-            try:
-                row = next(rows, None)
-            except csv.Error as error:
-                raise ValueError(f"source: expected a table; {path}, line {rows.line_num}: {error}") from error
-            if row is None:
-                return
-            name = f"line {rows.line_num}"
-            if None in row:
-                yield name, f"expected {len(rows.fieldnames or [])} columns; got more"
-            else:
-                yield name, {column: value or None for column, value in row.items()}
+    # A line that is too long is given as a field that is too long, which costs its row and no other.
+    too_long = "x" * (csv.field_size_limit() + 1) + "\n"
+    lines = (too_long if line is None else line for line in _lines(path, ""))
+    rows = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+    columns: list[str] | None = None
+    while True:
+        try:
+            if columns is None:
+                columns = list(rows.fieldnames or [])
+                _check(path, columns)
+            row = next(rows, None)
+        except csv.Error as error:
+            if columns is None or "field limit" not in str(error):
+                raise ValueError(f"source: expected a table; {path}, line {rows.reader.line_num}: {error}") from error
+            yield f"line {rows.reader.line_num}", f"expected shorter fields; {error}"
+            continue
+        if row is None:
+            return
+        name = f"line {rows.reader.line_num}"
+        if None in row:
+            yield name, f"expected {len(columns)} columns; got more"
+        else:
+            yield name, {column: value or None for column, value in row.items()}
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> "Iterator[pq.ParquetFile]":
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        open_regular(path).close()
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
-    except pa.ArrowException as error:
-        raise ValueError(f"source: expected a Parquet file; {path}: {error}") from error
+    except UnicodeDecodeError:
+        raise
+    # Of a broken file pyarrow raises nearly anything.
+    except Exception as error:
+        if str(error).startswith("source: "):
+            raise
+        raise ValueError(f"source: expected a Parquet file; {path}: {shown(error, 200)}") from error
 
 
 def _parquet(path: Path, root: Path) -> Iterator[Entry]:
     with _opened(path) as file:
+        _check_twice(path, file.schema_arrow.names)
         pictures = _pictures(path, root, file)
         if pictures is not None:
             yield from picture_entries(file, path, pictures, CAPTION)
@@ -163,7 +205,7 @@ def _parquet(path: Path, root: Path) -> Iterator[Entry]:
         number = 0
         for batch in file.iter_batches(columns=wanted):
             for row in batch.to_pylist():
-                yield _entry(row, f"row {number}", number)
+                yield _row_entry(row, f"row {number}", number)
                 number += 1
 
 
@@ -186,10 +228,10 @@ def _pictures(path: Path, root: Path, file: "pq.ParquetFile") -> str | None:
             return None
         raise ValueError(f"source: {path}: {error}") from error
     if found is None and not texts:
-        columns = ", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow)
+        columns = shown(", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow), 400)
         expected = f"a column {' or '.join(PATH)} of texts, or pictures as {{bytes, path}} or as bytes named image"
         advice = "rename or add a column, or write the pictures to files and a table of their paths"
-        raise ValueError(f"source: expected {expected}; {path} has {columns[:400] or 'none'}; {advice}")
+        raise ValueError(f"source: expected {expected}; {path} has {columns or 'none'}; {advice}")
     return found
 
 
@@ -197,6 +239,14 @@ def _text_columns(file: "pq.ParquetFile") -> list[str]:
     return [column.name for column in file.schema_arrow if column.name in PATH and is_text(column.type)]
 
 
-def _check(path: Path, columns: "list[str] | Any") -> None:
+def _check(path: Path, columns: list[str]) -> None:
     if not set(columns) & set(PATH):
-        raise ValueError(f"source: expected a column {' or '.join(PATH)}; {path} has {', '.join(columns) or 'none'}")
+        told = shown(", ".join(columns[:20])) or "none"
+        raise ValueError(f"source: expected a column {' or '.join(PATH)}; {path} has {told}")
+    _check_twice(path, columns)
+
+
+def _check_twice(path: Path, columns: list[str]) -> None:
+    twice = next((name for name in (*PATH, *CAPTION, "key") if columns.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"source: expected every column once; {path} has {twice} {columns.count(twice)} times")

@@ -2,16 +2,19 @@
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from attnx.files import open_regular
 from attnx.images import image_suffixes, is_unreadable_image
-from attnx.jobs.sources import Entry, text_of
+from attnx.jobs.sources import Entry, shown, text_of, wrong_caption
 from attnx.jobs.sources.skipped import LINK, PART, UNREAD, Skipped
+from attnx.limits import CAPTION_BYTES, HEADER_BYTES, JSON_BYTES, PICTURE_BYTES
 
 _TEXT = (".txt", ".json", ".caption")
 _SHORT = tarfile.LENGTH_NAME - 20
@@ -63,7 +66,10 @@ class Members:
     def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
         assert entry.path is not None
         assert entry.offset is not None
-        with (self.root / entry.path).open("rb") as file:
+        assert entry.size is not None
+        if not 0 <= entry.size <= PICTURE_BYTES:
+            raise ValueError(f"expected a picture of at most {PICTURE_BYTES:,} bytes; got one of {entry.size:,}")
+        with open_regular(self.root / entry.path) as file:
             file.seek(entry.offset - tarfile.BLOCKSIZE)
             _check_header(file.read(tarfile.BLOCKSIZE), entry)
             return self.root / entry.path / entry.key.rpartition("/")[2], io.BytesIO(file.read(entry.size))
@@ -80,8 +86,8 @@ def _check_header(block: bytes, entry: Entry) -> None:
     # Of a name that is no ASCII, or with its suffix too long for a header, every writer has its own short form there.
     whole = sample.isascii() and len(sample) <= _SHORT
     if member is None or member.size != entry.size or (whole and text_of(_sample(member)) != sample):
-        expected = f"{sample[:200]} of {entry.size:,} bytes"
-        raise ValueError(f"the tar has changed since the job was planned: expected {expected}; got {found[:200]}")
+        expected = f"{shown(sample)} of {entry.size:,} bytes"
+        raise ValueError(f"the tar has changed since the job was planned: expected {expected}; got {shown(found, 200)}")
 
 
 def tars_in(folder: Path, alone: bool = False) -> list[Path]:
@@ -93,35 +99,122 @@ def tars_in(folder: Path, alone: bool = False) -> list[Path]:
 
 
 def _samples(tar: Path, name: str, skipped: Skipped) -> Iterator[Entry]:
-    name = text_of(name)
-    with tar.open("rb") as start:
-        packed = start.read(2) == b"\x1f\x8b"
-    if packed:
-        yield Entry(name, None, error=f"{tar}: expected a tar without compression; got one of gzip")
-        return
-    size, read = tar.stat().st_size, 0
+    name, told = text_of(name), shown(tar, 200)
+    read, broken = 0, list[Exception]()
     try:
-        with tarfile.open(tar, "r:") as file:
-            for sample, members in groupby(_files(file, name, skipped), _sample):
-                found = _entries(file, name, sample, list(members), size, skipped)
+        with open_regular(tar) as content:
+            if content.read(2) == b"\x1f\x8b":
+                yield Entry(name, None, error=f"{told}: expected a tar without compression; got one of gzip")
+                return
+            size = content.seek(0, io.SEEK_END)
+            for sample, members in groupby(_files(content, name, skipped, broken), _sample):
+                found = _entries(content, name, sample, list(members), size, skipped)
                 read += 1
                 yield from found
-            # tarfile takes a header that is cut or broken, but for the first, for the end.
-            if _ends_in_a_header(tar, file.offset):
-                raise tarfile.ReadError("expected a header")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        yield Entry(f"{name}/", None, error=f"{tar}: the tar ends early or is broken, after {read} samples: {error}")
+    except OSError as error:
+        broken.append(error)
+    if broken:
+        why = shown(str(broken[0]) or type(broken[0]).__name__)
+        yield Entry(f"{name}/", None, error=f"{told}: the tar ends early or is broken, after {read} samples: {why}")
 
 
-def _ends_in_a_header(tar: Path, offset: int) -> bool:
-    with tar.open("rb") as file:
-        file.seek(offset)
-        return any(file.read(tarfile.BLOCKSIZE))
+class _Broken(tarfile.HeaderError):
+    """A header that tarfile would believe."""
 
 
-def _files(file: tarfile.TarFile, name: str, skipped: Skipped) -> Iterator[tarfile.TarInfo]:
-    """The members that are files and not hidden; counts the links to pictures."""
-    for member in file:
+class _Member(tarfile.TarInfo):
+    """A member whose headers are checked before tarfile uses them."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> "_Member":
+        """Of a header; raises `_Broken` for a negative size, with which CPython before 3.11.14 never ends."""
+        member = super().frombuf(buf, encoding, errors)
+        if member.size < 0:
+            raise _Broken(f"expected a size; got {member.size:,}")
+        return member
+
+    def _proc_pax(self, file: Any) -> Any:
+        # For records that are none, CPython before 3.11.10 takes time and memory that grow with their square.
+        start = file.fileobj.tell()
+        content = file.fileobj.read(self.size)
+        place = 0
+        while place < len(content) and content[place]:
+            digits = content[place : place + 20].partition(b" ")[0]
+            length = int(digits) if digits.isdigit() else 0
+            record = content[place : place + length]
+            if length < 1 or record[-1:] != b"\n" or b"=" not in record:
+                raise _Broken("expected pax records")
+            place += length
+        if re.search(rb"\d{256}", content):
+            raise _Broken("expected pax records without numbers of 256 digits")
+        file.fileobj.seek(start)
+        return super()._proc_pax(file)  # type: ignore[misc]
+
+
+class _Headers:
+    """What tarfile reads of a tar: headers of one member after the other, up to the limit."""
+
+    mode = "rb"
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._end = file, HEADER_BYTES
+        self.seek, self.tell = file.seek, file.tell
+
+    def begin(self, offset: int) -> None:
+        """A member's headers begin here."""
+        self._end = offset + HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        """Raises `_Broken` for what lies beyond the limit."""
+        if self._file.tell() + size > self._end:
+            raise _Broken(f"expected headers of at most {HEADER_BYTES:,} bytes a member; got more")
+        return self._file.read(size)
+
+
+def _members(content: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """All members; none is kept in memory. Raises what tarfile does."""
+    content.seek(0)
+    headers = _Headers(content)
+    with tarfile.open(fileobj=headers, mode="r:", tarinfo=_Member) as file:  # type: ignore[call-overload]
+        last = 0
+        while True:
+            headers.begin(last)
+            member = file.next()
+            if member is None:
+                break
+            number = member.pax_headers.get("size")
+            if (
+                member.size < 0
+                or file.offset <= last
+                or (number is not None and not re.fullmatch("[0-9]{1,20}", number))
+            ):
+                raise _Broken(f"expected a size; got {shown(number or member.size)}")
+            last = file.offset
+            # Global records, which tarfile copies to each member, say nothing of use here but this one.
+            file.pax_headers = {key: value for key, value in file.pax_headers.items() if key == "hdrcharset"}
+            member.pax_headers = {}
+            file.members.clear()
+            yield member
+        # tarfile takes a header that is cut or broken, but for the first, for the end.
+        content.seek(last)
+        if any(content.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError("expected a header")
+
+
+def _files(content: IO[bytes], name: str, skipped: Skipped, broken: list[Exception]) -> Iterator[tarfile.TarInfo]:
+    """The members that are files and not hidden; counts the links to pictures. An error ends them, and is put in
+    `broken`: the sample before it is given.
+    """
+    members = _members(content)
+    while True:
+        try:
+            member = next(members, None)
+        # Of broken headers tarfile raises nearly anything: ValueError, OverflowError, RecursionError, IndexError.
+        except Exception as error:
+            broken.append(error)
+            return
+        if member is None:
+            return
         if _name(member).startswith("."):
             continue
         if member.isfile():
@@ -131,7 +224,7 @@ def _files(file: tarfile.TarFile, name: str, skipped: Skipped) -> Iterator[tarfi
 
 
 def _entries(
-    file: tarfile.TarFile, name: str, sample: str, members: list[tarfile.TarInfo], size: int, skipped: Skipped
+    content: IO[bytes], name: str, sample: str, members: list[tarfile.TarInfo], size: int, skipped: Skipped
 ) -> list[Entry]:
     """One, of a sample with a picture; several, of one key, if a picture comes twice; none without a picture."""
     key, suffixes = f"{name}/{text_of(sample)}", image_suffixes()
@@ -150,23 +243,41 @@ def _entries(
     if not pictures:
         return []
     if len(pictures) > 1:
-        told = ", ".join(text_of(_name(member)) for _, member in pictures)
+        told = shown(", ".join(_name(member) for _, member in pictures[:10]), 200)
         return [Entry(key, None, error=f"{name}: expected one picture in this sample; got {told}")]
-    if any(member.offset_data + member.size > size for member in members):
-        return [Entry(key, None, error=f"{name}: the tar ends early, in this sample")]
     picture = pictures[0][1]
-    return [Entry(key, name, picture.offset_data, picture.size, _text(file, parts))]
+    read = [picture, *(member for part, member in parts if part in _TEXT)]
+    if any(member.issparse() for member in read):
+        return [Entry(key, None, error=f"{name}: expected whole files in this sample; got a sparse one")]
+    if any(member.offset_data + member.size > size for member in members if not member.issparse()):
+        return [Entry(key, None, error=f"{name}: the tar ends early, in this sample")]
+    if picture.size > PICTURE_BYTES:
+        told = f"expected a picture of at most {PICTURE_BYTES:,} bytes; got one of {picture.size:,}"
+        return [Entry(key, None, error=f"{name}: {told}")]
+    try:
+        text = _text(content, parts)
+    except ValueError as error:
+        return [Entry(key, None, error=f"{name}: {error}")]
+    return [Entry(key, name, picture.offset_data, picture.size, text)]
 
 
-def _text(file: tarfile.TarFile, parts: list[tuple[str, tarfile.TarInfo]]) -> str | None:
-    """The sample's caption; of two members of one name, the first one's."""
+def _text(content: IO[bytes], parts: list[tuple[str, tarfile.TarInfo]]) -> str | None:
+    """The sample's caption; of two members of one name, the first one's.
+
+    Raises:
+        ValueError: it is too long.
+    """
     for suffix in _TEXT:
         member = next((member for part, member in parts if part == suffix), None)
         if member is not None:
-            content = file.extractfile(member)
-            assert content is not None
-            text = _caption(content.read().decode(errors="replace"), suffix)
+            most = JSON_BYTES if suffix == ".json" else CAPTION_BYTES
+            if member.size > most:
+                raise ValueError(f"expected a {suffix} of at most {most:,} bytes; got one of {member.size:,}")
+            content.seek(member.offset_data)
+            text = _caption(content.read(member.size).decode(errors="replace"), suffix)
             if text is not None:
+                if len(text) > CAPTION_BYTES and (wrong := wrong_caption(text)):
+                    raise ValueError(wrong)
                 return text
     return None
 
@@ -176,7 +287,7 @@ def _caption(content: str, suffix: str) -> str | None:
         return content
     try:
         fields = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     found = [fields.get(name) for name in ("caption", "text")] if isinstance(fields, dict) else []
     return next((value for value in found if isinstance(value, str)), None)
