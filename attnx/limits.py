@@ -10,9 +10,11 @@ __all__ = [
     "JSON_DEPTH",
     "LINE_BYTES",
     "MASK_PIXELS",
+    "MODEL_LAYERS",
     "PICTURE_BYTES",
     "PROCESSES",
     "RUN_BYTES",
+    "VOCAB_BYTES",
 ]
 
 PICTURE_BYTES = 2**30  # an encoded picture that is read into memory: a tar's member, a cell of a table
@@ -24,4 +26,6 @@ MASK_PIXELS = 178_956_970  # a labelled mask; Pillow refuses larger images, too
 JSON_DEPTH = 64  # nested lists and objects
 RUN_BYTES = 2**24  # run.json
 CHECKPOINT_DEPTH = 8  # nested containers around a state dict
+MODEL_LAYERS = 4096  # layers that a config.json asks for
+VOCAB_BYTES = 2**26  # a vocabulary of word pieces
 PROCESSES = 1024  # decoders, actors, ranks' processes

@@ -175,6 +175,6 @@ def _offset(length: int, wanted: int) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _processor(name: str) -> Any:
-    from transformers import AutoImageProcessor
+    from attnx.models.loading import image_processor
 
-    return AutoImageProcessor.from_pretrained(name)
+    return image_processor(name)

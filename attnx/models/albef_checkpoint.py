@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnx.models.albef import CLIP_MEAN, CLIP_STD, Albef, AlbefConfig, interpolate_positions
-from attnx.models.loading import Loaded, height_and_width, misfit, read_weights, weights_file
+from attnx.models.loading import Loaded, check_values, height_and_width, misfit, printable, read_weights, weights_file
 from attnx.models.words import Tokenizer
 
 # Momentum copies, queues, the masked-language and answering heads, and buffers that old versions of BERT stored.
@@ -53,8 +53,9 @@ def load_albef(
     size = height_and_width(image_size)
     tokenizer = Tokenizer(vocab, config.max_tokens)
     weights = None if path is None else _own_names(read_weights(path))
-    if size is None and weights is not None and _POSITIONS in weights:
-        side = round((weights[_POSITIONS].shape[1] - 1) ** 0.5) * config.patch_size
+    positions = None if weights is None else weights.get(_POSITIONS)
+    if size is None and positions is not None and positions.shape[2:] == (config.vision_width,):
+        side = round(max(1, positions.shape[1] - 1) ** 0.5) * config.patch_size
         size = side, side
     config = replace(config, image_size=size or config.image_size)
     if any(pixels % config.patch_size for pixels in config.image_size):
@@ -87,7 +88,8 @@ def _load(model: Albef, weights: dict[str, Tensor], path: Path) -> None:
     expected = {key: value for key, value in own.items() if key.split(".")[0] not in absent}
     told = misfit(weights, expected)
     if told:
-        raise ValueError(f"checkpoint {path} doesn't fit ALBEF: {told}")
+        raise ValueError(f"checkpoint {printable(path, None)} doesn't fit ALBEF: {told}")
+    check_values(weights, own, path)
     with torch.no_grad():
         model.load_state_dict(weights, strict=False)
     for name in absent:
@@ -96,7 +98,7 @@ def _load(model: Albef, weights: dict[str, Tensor], path: Path) -> None:
 
 def _fitted(positions: Tensor, own: Tensor, model: Albef) -> Tensor:
     """A square grid of position embeddings for the model's grid; itself if it is no square: the keys are told then."""
-    side = round((positions.shape[1] - 1) ** 0.5)
+    side = round(max(0, positions.shape[1] - 1) ** 0.5)
     if 1 + side * side != positions.shape[1] or positions.shape[2] != own.shape[2]:
         return positions
     grid: Any = model.visual_encoder.patch_embed.grid_size

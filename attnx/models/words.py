@@ -9,6 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnx.files import open_regular
+from attnx.limits import VOCAB_BYTES
+
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
@@ -69,9 +72,7 @@ class Tokenizer:
         from tokenizers import BertWordPieceTokenizer
 
         if isinstance(vocab, (str, Path)):
-            if not Path(vocab).is_file():
-                raise FileNotFoundError(f"vocab: expected a file of word pieces; {vocab} is none")
-            vocab = Path(vocab).read_text(encoding="utf-8").split("\n")
+            vocab = _read(Path(vocab))
         pieces = {piece.rstrip("\r"): i for i, piece in enumerate(vocab) if piece.rstrip("\r")}
         missing = [name for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if name not in pieces]
         if missing:
@@ -147,6 +148,20 @@ class Tokenizer:
         return read
 
 
+def _read(path: Path) -> list[str]:
+    """The pieces in a file, one a line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"vocab: expected a file of word pieces; {path} is none")
+    with open_regular(path) as file:
+        content = file.read(VOCAB_BYTES + 1)
+    if len(content) > VOCAB_BYTES:
+        raise ValueError(f"vocab: expected at most {VOCAB_BYTES:,} bytes of word pieces; {path} has more")
+    try:
+        return content.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"vocab: expected word pieces in UTF-8; {path} is not: {error.reason}") from error
+
+
 def _words(encoded: "Encoding") -> list[int | None]:
     """For each token the index of its word; what whitespace does not separate is one word."""
     last, word, end = len(encoded.ids) - 1, -1, -1
@@ -178,7 +193,7 @@ def _from_hub() -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(HUB).backend_tokenizer
+        return AutoTokenizer.from_pretrained(HUB, trust_remote_code=False).backend_tokenizer
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConnectionError(
