@@ -7,7 +7,6 @@ __all__ = [
     "CHECKPOINT_DEPTH",
     "HEADER_BYTES",
     "JSON_BYTES",
-    "JSON_DEPTH",
     "LINE_BYTES",
     "MASK_PIXELS",
     "MODEL_LAYERS",
@@ -23,7 +22,6 @@ JSON_BYTES = 2**24  # a tar's member of JSON, which may have a caption
 HEADER_BYTES = 2**20  # all headers of one member of a tar: long names, pax records, sparse maps
 LINE_BYTES = 2**22  # a line of a table in text, in characters; the csv module limits a field to 131,072
 MASK_PIXELS = 178_956_970  # a labelled mask; Pillow refuses larger images, too
-JSON_DEPTH = 64  # nested lists and objects
 RUN_BYTES = 2**24  # run.json
 CHECKPOINT_DEPTH = 8  # nested containers around a state dict
 MODEL_LAYERS = 4096  # layers that a config.json asks for

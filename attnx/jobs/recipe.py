@@ -22,6 +22,7 @@ from attnx.jobs.sources.dataset import DataSet
 from attnx.jobs.sources.table import Table
 from attnx.jobs.tasks import Extract, Find, ImageTask, Task, WordTask
 from attnx.jobs.worker import Worker
+from attnx.limits import PROCESSES
 from attnx.models.loading import Loaded, load_model
 
 __all__ = ["ExtractRecipe", "Recipe", "Running", "Tools", "WordsRecipe", "recipe_of"]
@@ -34,7 +35,8 @@ _LONGEST = 1_000_000  # seconds
 class Running:
     """How a job runs, which no map depends on, but for the batch size where a sum's order does.
 
-    batch_size: images at a time; workers: processes that decode, see `Decoders`; timeout: seconds for an image.
+    batch_size: images at a time; workers: processes that decode, see `Decoders`; timeout: seconds for an image; tries:
+    of a shard, until it is made in pieces; shard_timeout: seconds for a batch of the model, see `Watch`.
 
     Raises:
         ValueError: one of them is out of range.
@@ -43,12 +45,19 @@ class Running:
     batch_size: int = 16
     workers: int | None = None
     timeout: float = 120.0
+    tries: int = 3
+    shard_timeout: float | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch-size: expected at least 1, got {self.batch_size}")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers: expected at least 0, got {self.workers}")
+        if self.workers is not None and not 0 <= self.workers <= PROCESSES:
+            raise ValueError(f"workers: expected 0 to {PROCESSES}, got {self.workers}")
+        if self.tries < 1:
+            raise ValueError(f"tries: expected at least 1, got {self.tries}")
+        if self.shard_timeout is not None and not 0 < self.shard_timeout <= _LONGEST:
+            told = f"expected seconds above 0, at most {_LONGEST:,}; got {self.shard_timeout:g}"
+            raise ValueError(f"shard-timeout: {told}")
         if not 0 < self.timeout <= _LONGEST:
             raise ValueError(f"decode-timeout: expected seconds above 0, at most {_LONGEST:,}; got {self.timeout:g}")
 
@@ -206,8 +215,17 @@ class Tools:
     fill: bool
 
     @contextlib.contextmanager
-    def worker(self, job: Job, running: Running, say: Callable[[str], None] = print) -> Iterator[Worker]:
-        """What makes the shards of a job; of a small one a process for every 32 rows decodes, if none are asked for."""
+    def worker(
+        self,
+        job: Job,
+        running: Running,
+        say: Callable[[str], None] = print,
+        hang: Callable[[str], None] | None = None,
+    ) -> Iterator[Worker]:
+        """What makes the shards of a job; of a small one a process for every 32 rows decodes, if none are asked for.
+
+        hang: see `Worker`.
+        """
         workers = running.workers
         if workers is None:
             workers = min(default_workers(), -(-job.rows // _ROWS_OF_A_PROCESS))
@@ -215,7 +233,8 @@ class Tools:
         with (
             Decoders(decode, workers, running.timeout) as decoders,
             Worker(
-                job, decoders, self.pixels, self.task, self.device, running.batch_size, self.tensors, self.fill, say
+                job, decoders, self.pixels, self.task, self.device, running.batch_size, self.tensors, self.fill, say,
+                tries=running.tries, shard_timeout=running.shard_timeout, hang=hang,
             ) as worker,
         ):  # fmt: skip
             yield worker

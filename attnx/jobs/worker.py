@@ -7,19 +7,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
+from attnx.jobs.attempts import Attempt
 from attnx.jobs.decoding import Decoders, Picture
+from attnx.jobs.engines.queue import RunError, is_fatal
 from attnx.jobs.job import Job
 from attnx.jobs.packing import Result
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.shards import read_part, write_part
 from attnx.jobs.sources import Entry
 from attnx.jobs.tasks import Found, Task
+from attnx.jobs.watch import Hang, Watch
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,6 +35,7 @@ _COMPUTES = 0.75  # of a decoder's time: below that, it mostly waits
 _PATIENCE = 5.0  # seconds, with a picture that holds up the others
 _Batch: TypeAlias = "list[tuple[list[Entry], Picture]]"
 _Readable: TypeAlias = "tuple[list[Entry], np.ndarray]"
+_ALONE = 8  # images that fail one by one, and none that doesn't, until the model is blamed
 
 
 class Made(NamedTuple):
@@ -72,6 +76,9 @@ class Worker:
         batch_size: entries at a time; up to four times as many where one image has more captions.
         tensors: maps stand in a file of their own, see `attnx.jobs.tensors`.
         fill: every batch is filled up with images of zeros: what runs the model is made for one shape.
+        tries: a shard that failed so often is made in pieces, see `attnx.jobs.attempts`.
+        shard_timeout: see `Watch`.
+        hang: ends the process, and says why: it is called when the model hangs. None: nothing is done.
     """
 
     job: Job
@@ -84,20 +91,27 @@ class Worker:
     fill: bool = False
     say: Callable[[str], None] = print
     stages: Stages = field(default_factory=Stages)
+    tries: int = 3
+    shard_timeout: float | None = None
+    hang: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
         self._most = self.batch_size
         self._begun: dict[int, _Shard] = {}
         self._turns = False
+        self._alone, self._any_map = 0, False
+        self._watch = Watch(self.shard_timeout, None if self.hang is None else self._hangs)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="attnx-write")
         self._last: Future[Made] | None = None
 
     def __enter__(self) -> Worker:
+        self._watch.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         # What was made is written, by an error too: a shard that waits here is complete.
         self._background.shutdown()
+        self._watch.__exit__()
 
     def run_shard(self, shard: int, following: int | None = None) -> Future[Made]:
         """Makes a shard that is not there, or the failed rows of one that is; the others keep their bits.
@@ -111,16 +125,27 @@ class Worker:
         self._begun = {each.shard: each for each in begun}
         packed: list[Future[pa.Table]] = []
         self._turns = self.device is None or torch.device(self.device).type == "cpu"
+        attempt = Attempt.of(self.job.out, shard)
+        in_pieces = attempt.begun >= self.tries or bool(attempt.failed)
+        attempt.begin()
+        done = 0
         try:
             for groups in _batches(begun[0].groups, self.batch_size):
                 start = time.perf_counter()
                 batch = [(group, self._next()) for group in groups]
                 self.stages.images += time.perf_counter() - start
-                packed.append(self._background.submit(self._pack, batch, self._start(batch)))
+                images = _Images(attempt, done, done + len(batch))
+                make = self._start_pieces if in_pieces else self._start
+                packed.append(self._background.submit(self._pack, batch, make(batch, images), images))
+                done = images.stop
+        except BaseException as error:
+            if not isinstance(error, Exception) or is_fatal(error):
+                attempt.withdraw()
+            raise
         finally:
             # Where it failed, it can be begun again.
             del self._begun[shard]
-        last, self._last = self._last, self._background.submit(self._write, shard, packed)
+        last, self._last = self._last, self._background.submit(self._write, shard, packed, attempt)
         if last is not None:
             start = time.perf_counter()
             last.exception()
@@ -163,7 +188,7 @@ class Worker:
         self.stages.decoding += picture.seconds
         return picture
 
-    def _start(self, batch: _Batch) -> list[Callable[[], list[Found]]]:
+    def _start(self, batch: _Batch, images: _Images) -> list[Callable[[], list[Found]]]:
         """Begins with those that have pixels, in as many parts as memory asks for."""
         waits: list[Callable[[], list[Found]]] = []
         waiting = [(group, picture.pixels) for group, picture in batch if picture.pixels is not None]
@@ -172,9 +197,10 @@ class Worker:
             try:
                 start = time.perf_counter()
                 pixels = _to_device(np.stack([pixels for _, pixels in part]), self.device)
-                images = self._filled(self.pixels.normalise(pixels))
+                normalised = self._filled(self.pixels.normalise(pixels))
                 ready = time.perf_counter()
-                waits.append(self.task.start(images, [group for group, _ in part]))
+                with self._watch.section(*images):
+                    waits.append(self.task.start(normalised, [group for group, _ in part]))
                 self.stages.device += ready - start
                 self.stages.model += time.perf_counter() - ready
                 del waiting[: len(part)]
@@ -185,6 +211,66 @@ class Worker:
             if full and torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return waits
+
+    def _start_pieces(self, batch: _Batch, images: _Images) -> list[Callable[[], list[Found]]]:
+        """What `_start` does, and waits. A piece of the batch that fails is halved; an image that fails alone gets that
+        as its error.
+
+        Raises:
+            RunError: the model fails at every image.
+        """
+        found: list[Found] = []
+        waiting = [(0, len(batch))]
+        attempt = images.attempt
+        while waiting:
+            first, last = waiting.pop()
+            piece = _Images(attempt, images.start + first, images.start + last)
+            why = attempt.why_not(piece.start, piece.stop)
+            if why is None:
+                try:
+                    attempt.begin_piece(piece.start, piece.stop)
+                    found += self._run_piece(batch, first, last, piece)
+                    attempt.end_piece()
+                    self._any_map = True
+                    continue
+                except Exception as error:
+                    if is_fatal(error):
+                        raise
+                    why = f"the model fails at this image: {type(error).__name__}: {error}"[:300]
+                    attempt.fail(piece.start, piece.stop, why)
+            if last - first > 1:
+                middle = (first + last) // 2
+                waiting += [(middle, last), (first, middle)]
+                continue
+            self._alone += 1
+            if self._alone >= _ALONE and not self._any_map:
+                raise RunError(f"the model fails at every image; at the last: {why}")
+            group, picture = batch[first]
+            found += [Found(error=why)] * len(group) if picture.pixels is not None else []
+        return [lambda: found]
+
+    def _run_piece(self, batch: _Batch, first: int, last: int, images: _Images) -> list[Found]:
+        """What is found for a piece of a batch, whose other images are zeros, so that no sum is rounded otherwise."""
+        if self.task.format.captions:
+            piece = batch[first:last]
+        else:
+            piece = [
+                (group, picture if first <= i < last or picture.pixels is None else _blank(picture))
+                for i, (group, picture) in enumerate(batch)
+            ]
+        waits = self._start(piece, images)
+        with self._watch.section(*images):
+            found = [one for wait in waits for one in wait()]
+        if self.task.format.captions:
+            return found
+        readable = [i for i, (group, picture) in enumerate(batch) for _ in group if picture.pixels is not None]
+        return [one for i, one in zip(readable, found, strict=True) if first <= i < last]
+
+    def _hangs(self, where: Hang) -> None:
+        why = f"the model took longer than {where.limit:g} s"
+        where.attempt.fail(where.start, where.stop, why, where.limit)
+        assert self.hang is not None
+        self.hang(why)
 
     def _filled(self, images: torch.Tensor) -> torch.Tensor:
         if not self.fill or len(images) == self._most:
@@ -204,8 +290,9 @@ class Worker:
         self.say(f"out of memory with {len(group)} captions of an image: going on with {half}")
         return [(group[:half], pixels), (group[half:], pixels)]
 
-    def _pack(self, batch: _Batch, waits: list[Callable[[], list[Found]]]) -> pa.Table:
-        found = itertools.chain.from_iterable(wait() for wait in waits)
+    def _pack(self, batch: _Batch, waits: list[Callable[[], list[Found]]], images: _Images) -> pa.Table:
+        with self._watch.section(*images):
+            found = itertools.chain.from_iterable([wait() for wait in waits])
         start = time.perf_counter()
         results = []
         for group, picture in batch:
@@ -223,7 +310,17 @@ class Worker:
         self.stages.pack += time.perf_counter() - start
         return packed
 
-    def _write(self, shard: int, packed: list[Future[pa.Table]]) -> Made:
+    def _write(self, shard: int, packed: list[Future[pa.Table]], attempt: Attempt) -> Made:
+        try:
+            made = self._write_part(shard, packed)
+        except Exception as error:
+            if is_fatal(error):
+                attempt.withdraw()
+            raise
+        attempt.end()
+        return made
+
+    def _write_part(self, shard: int, packed: list[Future[pa.Table]]) -> Made:
         made = self.task.format.concatenate([batch.result() for batch in packed])
         start = time.perf_counter()
         target, done = self.job.part(shard), made
@@ -236,6 +333,14 @@ class Worker:
         write_part(done, target, self.job.run["settings"], self.tensors, self.job.place(shard))
         self.stages.write += time.perf_counter() - start
         return Made(shard, len(made), len(made) - int(made.column("error").null_count))
+
+
+class _Images(NamedTuple):
+    """Images start <= i < stop of the shard of a note."""
+
+    attempt: Attempt
+    start: int
+    stop: int
 
 
 class _Shard(NamedTuple):
@@ -274,6 +379,11 @@ def _computes(pictures: list[Future[Picture]]) -> bool:
             return False
         seconds, computing = seconds + picture.seconds, computing + picture.computing
     return computing >= _COMPUTES * seconds
+
+
+def _blank(picture: Picture) -> Picture:
+    assert picture.pixels is not None
+    return replace(picture, pixels=np.zeros_like(picture.pixels))
 
 
 def _to_device(pixels: np.ndarray, device: Any) -> torch.Tensor:

@@ -22,12 +22,15 @@ def run_here(
     running: Running,
     advance: Callable[[Made], None],
     say: Callable[[str], None],
+    hang: Callable[[str], None] | None = None,
 ) -> Stages:
     """Makes the shards, and says where the time went. An interrupt or a kill loses what is not written.
 
+    hang: see `Worker`.
+
     Raises:
         OSError: the disk is full; what was written is whole.
-        RuntimeError: see `Shards.failed`.
+        RunError: see `Shards.failed`.
     """
     writing: deque[tuple[int, Future[Made]]] = deque()
 
@@ -41,7 +44,7 @@ def run_here(
             shards.done()
             advance(made)
 
-    with tools.worker(job, running, say) as worker:
+    with tools.worker(job, running, say, hang) as worker:
         following = shards.take()
         while not shards.finished:
             shard, following = following, shards.take()

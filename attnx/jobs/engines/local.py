@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from attnx.jobs.attempts import Attempt
 from attnx.jobs.decoding import usable_cores
-from attnx.jobs.engines.queue import Shards, is_fatal
+from attnx.jobs.engines.queue import RunError, Shards, is_fatal
 from attnx.jobs.job import Job
 from attnx.jobs.recipe import Running
 from attnx.jobs.worker import Made, Stages
@@ -51,7 +52,7 @@ def run_on_devices(
         devices: such as "cuda:0"; one may come more than once.
 
     Raises:
-        RuntimeError: see `Shards.failed`.
+        RunError: see `Shards.failed`.
     """
     cores = max(1, usable_cores() // len(devices))
     running = replace(running, workers=cores if running.workers is None else running.workers)
@@ -69,7 +70,7 @@ def run_on_devices(
                 shards.done()
                 advance(Made(*answer["made"]))
             elif "begun" in answer:
-                process.ready, process.making = True, answer["begun"]
+                process.begin(answer["begun"])
             elif process in processes:
                 processes.remove(process)
                 stages += process.stages
@@ -80,22 +81,26 @@ def run_on_devices(
             process.dismiss()
         for process in processes:
             process.end()
+            for shard in process.begun:
+                Attempt.of(job.out, shard).withdraw()
 
 
 def _after(process: _Process, answer: dict[str, Any], shards: Shards, others: int) -> list[_Process]:
     """What comes after a process that ended: another on its device, if that did not fail too often."""
     why = answer.get("failed") or process.end()
     process.end()
-    if answer.get("fatal"):
-        raise OSError(answer["fatal"], why)
+    if "fatal" in answer:
+        raise RunError(why) if answer["fatal"] is None else OSError(answer["fatal"], why)
     blamed = answer.get("shard", process.making)
     shards.give_back([shard for shard in process.theirs if shard != blamed])
+    # Of a shard that is made in pieces it is known that it ends processes.
+    failures = process.failures + (blamed is None or not shards.in_pieces(blamed))
     if blamed is not None:
-        shards.failed(blamed, why)
-    if process.failures + 1 < shards.tries:
-        return [process.again()]
+        shards.failed(blamed, why, died="failed" not in answer or answer.get("hangs", False))
+    if failures < shards.tries:
+        return [process.again(failures)]
     if not others and not shards.finished:
-        raise RuntimeError(f"no device is left: {process.device} failed {shards.tries} times in a row; the last: {why}")
+        raise RunError(f"no device is left: {process.device} failed {shards.tries} times in a row; the last: {why}")
     shards.say(f"{process.device} is left out after {shards.tries} failures in a row: {why}")
     return []
 
@@ -111,7 +116,7 @@ def _hand_out(processes: list[_Process], shards: Shards) -> None:
 
 @dataclass(eq=False)
 class _Process:
-    """A process, the shards that it was told, which of them it is making, and where its time went.
+    """A process, the shards that it was told, which of them it began and is making, and where its time went.
 
     ready: it has loaded the model; failures: how many processes before it, on its device, ended without a shard;
     patience: seconds in which it may end by itself.
@@ -125,6 +130,7 @@ class _Process:
     failures: int = 0
     ready: bool = False
     making: int | None = None
+    begun: set[int] = field(default_factory=set)
     theirs: deque[int] = field(default_factory=deque)
     stages: Stages = field(default_factory=Stages)
     patience: float = 0.0
@@ -149,15 +155,22 @@ class _Process:
                     self.events.put((self, json.loads(line)))
         self.events.put((self, {}))
 
+    def begin(self, shard: int | None) -> None:
+        """It makes a shard; None: it is ready for the first."""
+        self.ready, self.making = True, shard
+        if shard is not None:
+            self.begun.add(shard)
+
     def made(self, made: Made, stages: Stages) -> None:
         """It wrote a shard."""
         self.theirs.remove(made.shard)
+        self.begun.discard(made.shard)
         self.making = None if self.making == made.shard else self.making
         self.stages, self.failures = stages, 0
 
-    def again(self) -> _Process:
+    def again(self, failures: int) -> _Process:
         """Another one in its place."""
-        return _Process(self.job, self.device, self.running, self.cores, self.events, self.failures + 1)
+        return _Process(self.job, self.device, self.running, self.cores, self.events, failures)
 
     def tell(self, shard: int) -> None:
         """One more shard."""
@@ -189,8 +202,9 @@ class _Process:
 
 def main(out: str, device: str, running: str) -> None:
     """The life of a process."""
-    # An interrupt is for the one that started us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # An interrupt is for the one that started us; so is what a scheduler sends to all processes.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     # What else prints goes to the standard error.
     answers = os.dup(1)
     os.dup2(2, 1)
@@ -204,6 +218,10 @@ def main(out: str, device: str, running: str) -> None:
         else:
             _fail(answers, error, shard)
 
+    def hangs(why: str) -> None:
+        print(f"attnx: {device}: {why}", file=sys.stderr)
+        _fail(answers, TimeoutError(why), shard, hangs=True)
+
     shard: int | None = None
     try:
         import torch
@@ -214,7 +232,7 @@ def main(out: str, device: str, running: str) -> None:
         tools = recipe_of(job.run["recipe"]).load(torch.device(device))
         job.check_settings(tools.settings)
         say = functools.partial(print, "attnx:", file=sys.stderr)
-        with tools.worker(job, Running(**json.loads(running)), say) as worker:
+        with tools.worker(job, Running(**json.loads(running)), say, hangs) as worker:
             following: int | None = None
             # Of none: it is ready for the first.
             _answer(answers, begun=None)
@@ -241,11 +259,12 @@ def _answer(answers: int, **what: Any) -> None:
     os.write(answers, json.dumps(what).encode() + b"\n")
 
 
-def _fail(answers: int, error: BaseException, shard: int | None) -> None:
+def _fail(answers: int, error: BaseException, shard: int | None, hangs: bool = False) -> None:
     """Says why, of which shard, and ends the process at once: what is half-written is a temporary file."""
-    fatal = {"fatal": error.errno} if isinstance(error, OSError) and is_fatal(error) else {}
-    own = {} if shard is None else {"shard": shard}
-    _answer(answers, failed=f"{type(error).__name__}: {error}"[:500], **own, **fatal)
+    fatal = {"fatal": getattr(error, "errno", None)} if is_fatal(error) else {}
+    own = {} if shard is None else {"shard": shard, "hangs": hangs}
+    why = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+    _answer(answers, failed=why[:500], **own, **fatal)
     os._exit(1)
 
 
