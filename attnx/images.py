@@ -12,10 +12,12 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, JpegImagePlugin
+
+from attnx.files import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +31,7 @@ __all__ = [
     "is_unreadable_image",
     "large_images",
     "read_image",
+    "read_scaled",
     "to_tensor",
     "walk_images",
 ]
@@ -54,6 +57,8 @@ _OTHER_SUFFIXES = (
 # Only these decoders are tried: Pillow goes by content, and would hand an EPS file named .jpg to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 _OF_A_JOB = {"manifest.parquet", "run.json"}
+_STRIP = 2**20  # pixels of a 16-bit picture that are scaled at a time
+_LONGEST = 200  # characters of a decoder's own message
 _INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -176,27 +181,74 @@ def read_image(path: str | Path, content: IO[bytes] | None = None, max_pixels: i
         A `PIL.Image` of mode RGB with empty `info`: no orientation is left for anyone to apply a second time.
 
     Raises:
-        ImageError: the file is missing, not an image, truncated, of zero size, above Pillow's decompression
-            bomb limit (twice `PIL.Image.MAX_IMAGE_PIXELS`), of float pixels, or of integers outside 0..65535.
+        ImageError: the file is missing, not a regular file, not an image, truncated, of zero size, above Pillow's
+            decompression bomb limit (twice `PIL.Image.MAX_IMAGE_PIXELS`), of float pixels, or of integers outside
+            0..65535.
     """
+    return _read(path, content, max_pixels, scaled=False)[0]
+
+
+def read_scaled(
+    path: str | Path, content: IO[bytes] | None = None, max_pixels: int | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """`read_image`, but a JPEG of more than max_pixels is decoded at 1/2, 1/4 or 1/8 of its width and height.
+
+    The largest of these that has at most max_pixels is taken. A progressive JPEG may have at most 2 * max_pixels: all
+    its coefficients are in memory at once, whatever the scale.
+
+    Returns:
+        The picture, and the (width, height) of the upright picture at full size.
+    """
+    return _read(path, content, max_pixels, scaled=True)
+
+
+def _read(
+    path: str | Path, content: IO[bytes] | None, max_pixels: int | None, scaled: bool
+) -> tuple[Image.Image, tuple[int, int]]:
+    source = content
     try:
-        with Image.open(path if content is None else content, formats=_formats()) as image:
-            if 0 in image.size:
-                raise ValueError(f"expected at least one pixel, got {image.width} x {image.height}")
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise ValueError(f"expected at most {max_pixels:,} pixels, got {image.width} x {image.height}")
-            image.load()
-            picture = _to_rgb(image)
-            turn = _UPRIGHT.get(_orientation(image))
+        with contextlib.ExitStack() as opened:
+            if source is None:
+                source = opened.enter_context(open_regular(path))
+            picture, orientation, size = _decode(source, max_pixels, scaled)
+        turn = _UPRIGHT.get(orientation)
+        if turn is not None:
+            picture = picture.transpose(turn)
     # Decoders raise nearly anything on broken bytes: SyntaxError, EOFError, struct.error, KeyError.
     except Exception as error:
         # Pillow names the object that it read from, by its address, which is another one in every run.
-        told = str(error).replace(f" {content!r}", "")
+        told = str(error).replace(f" {source!r}", "").removeprefix(f"{path}: ")
+        told = told if len(told) <= _LONGEST else f"{told[: _LONGEST - 1]}…"
         raise ImageError(f"{path}: can't be read as an image: {type(error).__name__}: {told}") from error
-    if turn is not None:
-        picture = picture.transpose(turn)
     picture.info = {}
-    return picture
+    # From 5 on, width and height change places.
+    return picture, size[::-1] if turn is not None and orientation >= 5 else size
+
+
+def _decode(source: IO[bytes], max_pixels: int | None, scaled: bool) -> tuple[Image.Image, int, tuple[int, int]]:
+    """The picture as it lies in the file, its orientation, and its full (width, height)."""
+    with Image.open(source, formats=_formats()) as image:
+        size = image.size
+        if 0 in size:
+            raise ValueError(f"expected at least one pixel, got {image.width} x {image.height}")
+        if max_pixels is not None and scaled:
+            _reduce(image, max_pixels)
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise ValueError(f"expected at most {max_pixels:,} pixels, got {size[0]} x {size[1]}")
+        image.load()
+        return _to_rgb(image), _orientation(image), size
+
+
+def _reduce(image: Image.Image, max_pixels: int) -> None:
+    """Sets the scale at which a JPEG of more than max_pixels is decoded, if there is one."""
+    width, height = image.size
+    most = 2 * max_pixels if "progressive" in image.info else 64 * max_pixels
+    if not isinstance(image, JpegImagePlugin.JpegImageFile) or not max_pixels < width * height <= most:
+        return
+    for scale in (2, 4, 8):
+        if -(-width // scale) * -(-height // scale) <= max_pixels and min(width, height) >= scale:
+            image.draft(None, (width // scale, height // scale))
+            return
 
 
 @contextlib.contextmanager
@@ -232,14 +284,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("expected 8 or 16 bits a channel, got float pixels, whose range is unknown")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion clips to 255: all but the darkest pixels would turn white.
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"expected 16-bit grey in 0..65535, got values in {grey.min()}..{grey.max()}")
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+        image = _to_8_bits(image)
     # In this key, Pillow would look for one colour to carry over, and warn where a palette has several.
     image.info.pop("transparency", None)
     return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey / 257, rounded, in strips of rows. Pillow's own conversion clips to 255."""
+    if image.mode == "I":
+        low, high = cast("tuple[int, int]", image.getextrema())
+        if low < 0 or high > 65535:
+            raise ValueError(f"expected 16-bit grey in 0..65535, got values in {low}..{high}")
+    grey = Image.new("L", image.size)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height)))).astype(np.int32)
+        grey.paste(Image.fromarray(((strip + 128) // 257).astype(np.uint8)), (0, top))
+    return grey
 
 
 def to_tensor(

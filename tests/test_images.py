@@ -1,13 +1,16 @@
 """Image files as people have them: every way that a file can be odd or broken, made on the spot."""
 
+import io
 import os
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 
-from attnx.images import IMAGE_SUFFIXES, ImageError, find_images, read_image, to_tensor
+from attnx.images import IMAGE_SUFFIXES, ImageError, find_images, read_image, read_scaled, to_tensor
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 ORIENTATION = 0x0112
@@ -105,6 +108,16 @@ def test_16_bit_grey_keeps_its_gradient(tmp_path, name, dtype, mode):
     assert (result[0, 0, 0], result[-1, -1, 0], len(np.unique(result))) == (0, 255, 256)
 
 
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i4"])
+@pytest.mark.parametrize("strip", [1, 1000, 64 * 7, 2**20])
+def test_16_bit_grey_is_the_same_in_any_strips(tmp_path, dtype, strip, monkeypatch):
+    monkeypatch.setattr("attnx.images._STRIP", strip)
+    grey = np.random.default_rng(0).permutation(65536).astype(dtype).reshape(1024, 64)
+    Image.fromarray(grey).save(tmp_path / "x.tif")
+    expected = ((grey.astype(np.int64) + 128) // 257).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "x.tif"))[..., 0], expected)
+
+
 @pytest.mark.parametrize(
     ("pixels", "cause"),
     [
@@ -178,9 +191,73 @@ def test_not_an_image(tmp_path, content):
 
 
 def test_missing_file_and_folder(tmp_path):
-    for path, cause in [(tmp_path / "missing.png", "FileNotFound"), (tmp_path, "IsADir|Permission")]:
+    for path, cause in [(tmp_path / "missing.png", "FileNotFound"), (tmp_path, "regular file")]:
         with pytest.raises(ImageError, match=cause):
             read_image(path)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_only_regular_files_are_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "folder.jpg" / "inner.jpg").touch()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.jpg")
+        names = ["device.jpg", "folder.jpg/inner.jpg", "pipe.jpg", "socket.jpg"]
+        assert [path.as_posix() for path in find_images(Path())] == names
+        for name in ("device.jpg", "folder.jpg", "pipe.jpg", "socket.jpg"):
+            with pytest.raises(ImageError, match=rf"^{name}: can't be read as an image: OSError"):
+                read_image(name)
+
+
+def test_a_decoders_message_is_cut(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("long " * 1000)
+
+    monkeypatch.setattr(Image, "open", fail)
+    (tmp_path / "x.png").touch()
+    with pytest.raises(ImageError, match=r"…$") as caught:
+        read_image(tmp_path / "x.png")
+    assert len(str(caught.value)) < len(str(tmp_path)) + 300
+
+
+def photo(width=320, height=240, **options):
+    """A JPEG's bytes: red grows to the right, green downwards."""
+    down, across = np.mgrid[:height, :width]
+    image = Image.fromarray(np.stack([across * 255 // width, down * 255 // height, 0 * down], -1).astype(np.uint8))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("most", "scale"), [(76800, 1), (76799, 2), (19200, 2), (19199, 4), (1200, 8)])
+def test_a_large_jpeg_is_reduced(most, scale, orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    content = photo(exif=exif)
+    picture, size = read_scaled("x.jpg", io.BytesIO(content), most)
+    full = read_image("x.jpg", io.BytesIO(content))
+    assert (size, picture.mode, picture.info) == (full.size, "RGB", {})
+    assert picture.size == (full.width // scale, full.height // scale)
+    smaller = np.asarray(full.reduce(scale) if scale > 1 else full).astype(int)
+    assert np.abs(np.asarray(picture) - smaller).max() <= (0 if scale == 1 else 6)
+    if scale > 1:
+        with pytest.raises(ImageError, match="320 x 240"):
+            read_image("x.jpg", io.BytesIO(content), most)
+
+
+def test_what_is_too_large_for_any_scale():
+    content, progressive = photo(), photo(progressive=True)
+    assert read_scaled("x.jpg", io.BytesIO(progressive), 38400)[0].size == (160, 120)
+    png = io.BytesIO()
+    halves().save(png, "PNG")
+    for data, most in [(content, 1199), (progressive, 38399), (png.getvalue(), 64 * 32 - 1)]:
+        with pytest.raises(ImageError, match=f"expected at most {most:,} pixels"):
+            read_scaled("x", io.BytesIO(data), most)
 
 
 def test_postscript_under_an_image_name_is_not_run(tmp_path, monkeypatch):

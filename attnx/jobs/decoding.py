@@ -15,22 +15,44 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attnx.images import ImageError, large_images, read_image
+from attnx.images import ImageError, large_images, read_scaled
 from attnx.jobs.pixels import Crop, Pixels
 from attnx.jobs.sources import Entry, Reader
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-__all__ = ["Decode", "Decoders", "Picture", "default_workers", "start_server", "usable_cores"]
+__all__ = [
+    "BYTES_PER_PIXEL",
+    "Decode",
+    "Decoders",
+    "Picture",
+    "decoder_bytes",
+    "default_max_pixels",
+    "default_workers",
+    "start_server",
+    "usable_cores",
+    "usable_memory",
+]
+
+# Most formats take 8 while they are decoded, WebP takes 16, JPEG 2000 takes 20. JPEG 2000 with alpha takes 25: near
+# max_pixels it is an error.
+BYTES_PER_PIXEL = 20
 
 _MAIN = threading.Lock()
 _READY_WITHIN = 120.0  # seconds, for a process to start
 _GRACE = 0.5  # seconds, for processes to end
+_LONGEST = 300  # characters of an error
+_SLACK = 2**29  # bytes: libraries that are imported with the first picture, rows of a table, what malloc keeps
+_SLACK_OF_PROCESSORS = 2**32  # bytes: transformers and torch are imported, too
+_STACKS = 2**24  # bytes a core: decoders of AVIF start threads
+_MOST_PIXELS, _FEWEST_PIXELS = 178_956_970, 2**24  # of the default; the first is Pillow's own limit
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -51,7 +73,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Decode:
-    """Entry -> Picture; never raises. max_pixels: a larger image is its row's error."""
+    """Entry -> Picture; never raises. max_pixels: a larger JPEG is reduced, another larger image is its row's error.
+
+    A reduced picture has the width, the height and the crop of the full one.
+    """
 
     read: Reader
     pixels: Pixels
@@ -65,15 +90,28 @@ class Decode:
 
     def _decode(self, entry: Entry) -> Picture:
         try:
-            picture = read_image(*self.read(entry), max_pixels=self.max_pixels)
-            pixels, crop = self.pixels(picture, self.max_pixels)
-        except ImageError as error:
-            return Picture(error=str(error))
+            picture, (width, height) = read_scaled(*self.read(entry), max_pixels=self.max_pixels)
+            pixels, (left, top, right, bottom) = self.pixels(picture, self.max_pixels)
         # Long and thin: too large to be resized. A reader of a tar or a data set fails as files do; a broken Arrow file
         # or a processor in its own ways.
         except Exception as error:
-            return Picture(error=f"{entry.path}: {type(error).__name__}: {error}")
-        return Picture(pixels, picture.width, picture.height, crop)
+            return Picture(error=self._told(entry, error))
+        across, down = width / picture.width, height / picture.height
+        return Picture(pixels, width, height, (left * across, top * down, right * across, bottom * down))
+
+    def _told(self, entry: Entry, error: Exception) -> str:
+        if self.max_pixels is not None and (isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError)):
+            most = decoder_bytes(self.max_pixels) // 10**6
+            return _cut(
+                f"{entry.path}: MemoryError: needs more than {most:,} MB, which --max-pixels {self.max_pixels} allows"
+            )
+        return _cut(str(error) if isinstance(error, ImageError) else f"{entry.path}: {type(error).__name__}: {error}")
+
+
+def _cut(error: str) -> str:
+    """At most so many characters; where they are more, the middle is left out: a path begins it, the cause ends it."""
+    half = (_LONGEST - 1) // 2
+    return error if len(error) <= _LONGEST else f"{error[:half]}…{error[-half:]}"
 
 
 class Decoders:
@@ -140,7 +178,7 @@ class Decoders:
                 process = None
                 if not again:
                     break
-            return Picture(error="stopped" if self._closed else error)
+            return Picture(error="stopped" if self._closed else _cut(error))
         finally:
             self._idle.put(process)
 
@@ -246,9 +284,53 @@ def _serve(pipe: Connection, decode: Decode) -> None:
             entry, timeout = pipe.recv()
             # Whoever would kill it may be dead by then: the default of this signal ends the process.
             signal.setitimer(signal.ITIMER_REAL, timeout + 10)
+            if decode.max_pixels is not None:
+                slack = _SLACK_OF_PROCESSORS if decode.pixels.kind == "processor" else _SLACK
+                _limit_memory(decoder_bytes(decode.max_pixels) + slack + _STACKS * usable_cores())
             picture = decode(entry)
             signal.setitimer(signal.ITIMER_REAL, 0)
             pipe.send(picture)
+
+
+def _limit_memory(more: int) -> None:
+    """What would allocate so many bytes more than this process has now gets a MemoryError, on Linux."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    # For each picture anew: what a library leaks in a million pictures is not the fault of the next one.
+    has = int((_PROC / "self" / "statm").read_text().split()[5]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = has + more if hard == resource.RLIM_INFINITY else min(has + more, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def decoder_bytes(max_pixels: int) -> int:
+    """The most memory that a decoder takes for one picture, beyond what it has when it starts."""
+    return BYTES_PER_PIXEL * max_pixels
+
+
+def default_max_pixels(decoders: int) -> int:
+    """`max_pixels` with which so many decoders take at most half of the memory; at least 2**24."""
+    share = usable_memory() // 2 // max(1, decoders) // BYTES_PER_PIXEL
+    return max(_FEWEST_PIXELS, min(_MOST_PIXELS, share // 10**6 * 10**6))
+
+
+def usable_memory() -> int:
+    """The bytes that this process may use: a container or a job scheduler may allow less than the machine has."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else [2**33]
+    with contextlib.suppress(OSError):
+        for line in (_PROC / "self" / "cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            folder, name = (_CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (_CGROUPS, "memory.max")
+            # A group is bound by those that it lies in; a container may see its own group as the root.
+            inner = Path(group.strip("/"))
+            for path in (inner, *inner.parents):
+                with contextlib.suppress(OSError, ValueError):
+                    limits.append(int((folder / path / name).read_text()))
+    return min(limits)
 
 
 def default_workers() -> int:
