@@ -2,14 +2,20 @@
 
 import importlib.util
 import os
+import signal
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from attnx.cli_extract import extract
 from attnx.cli_options import (
+    PATH,
     Alpha,
     Checkpoint,
     Colormap,
@@ -28,15 +34,44 @@ from attnx.cli_options import (
     Seed,
     Start,
     layers_of,
+    one_line,
     prepared,
     rollout_options,
     told,
 )
 from attnx.cli_summary import summary
 from attnx.cli_words import words
+from attnx.supervisor import supervise
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class OneLine(TyperGroup):
+    """Commands whose wrong options are told in one line, with exit code 2."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Runs the command line, see `click.Command.main`."""
+        run = partial(super().main, args, *rest, **kwargs)
+        if not standalone_mode:
+            return run(standalone_mode=False)
+        try:
+            code = run(standalone_mode=False)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(2)
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            of = "" if context is None or context.parent is None else f"{context.info_name}: "
+            typer.echo(f"attnx: {one_line(of + error.format_message())}", err=True)
+            sys.exit(2)
+        except click.Abort:
+            sys.exit(130)
+        sys.exit(code if isinstance(code, int) else 0)
+
 
 app = typer.Typer(
     name="attnx",
+    cls=OneLine,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -76,7 +111,7 @@ def demo(
 @app.command()
 @told
 def show(
-    image: Annotated[Path, typer.Argument(help="An image file.")],
+    image: Annotated[Path, typer.Argument(help="An image file.", **PATH)],
     model: Model = "demo",
     out: Out = Path("attnx-out"),
     method: Method = "rollout",
@@ -167,9 +202,30 @@ def kernels(
         raise typer.Exit(1)
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal that asks this process to end. number: its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def _stop(number: int, frame: object) -> None:
+    # Once: what cleans up is not to be interrupted.
+    for each in _ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+
 def main() -> None:
-    """The entry point: 130 after an interrupt, as shells do."""
+    """The entry point: after a signal, 128 and its number, as shells do: 130 after an interrupt."""
+    if sys.argv[1:2] in (["extract"], ["words"]) and hasattr(os, "fork"):
+        supervise()
+    for number in _ENDING:
+        # nohup has the terminal's end ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))

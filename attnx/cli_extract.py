@@ -6,31 +6,37 @@ from typing import Annotated
 import typer
 
 from attnx.cli_jobs import (
-    MAX_PIXELS,
     ActorCpus,
     ActorGpus,
     Actors,
     Address,
+    AllowErrors,
     Asked,
     DecodeTimeout,
     Devices,
     DryRun,
     Engine,
     Kind,
+    LogEvery,
     MapDtype,
     MaxPixels,
     RankOf,
     RetryFailed,
     Root,
     ShardSize,
+    ShardTimeout,
     Split,
     Tries,
+    Verify,
     Workers,
     World,
     absolute,
     run_recipe,
+    say,
 )
 from attnx.cli_options import (
+    MODEL,
+    PATH,
     BatchSize,
     Checkpoint,
     Discard,
@@ -38,7 +44,6 @@ from attnx.cli_options import (
     Heads,
     ImageSize,
     Layer,
-    Model,
     Out,
     Preset,
     Pretrained,
@@ -60,10 +65,11 @@ def extract(
         Path,
         typer.Argument(
             help="A folder of images (read recursively), one image, a table (.parquet, .csv, .tsv, .jsonl) with the "
-            "columns path, key, caption, webdataset tars, or a data set of save_to_disk."
+            "columns path, key, caption, webdataset tars, or a data set of save_to_disk.",
+            **PATH,
         ),
     ],
-    model: Model = "demo",
+    model: Annotated[str | None, MODEL] = None,
     out: Out = Path("attnx-out"),
     method: Annotated[
         str | None,
@@ -102,7 +108,7 @@ def extract(
     root: Root = None,
     split: Split = None,
     shard_size: ShardSize = None,
-    max_pixels: MaxPixels = MAX_PIXELS,
+    max_pixels: MaxPixels = None,
     workers: Workers = None,
     decode_timeout: DecodeTimeout = 120.0,
     device: Devices = None,
@@ -114,7 +120,11 @@ def extract(
     actor_cpus: ActorCpus = None,
     actor_gpus: ActorGpus = None,
     tries: Tries = 3,
+    shard_timeout: ShardTimeout = None,
     retry_failed: RetryFailed = False,
+    verify: Verify = False,
+    allow_errors: AllowErrors = "0",
+    log_every: LogEvery = None,
     dry_run: DryRun = False,
     residual: Residual = 0.5,
     discard: Discard = 0.0,
@@ -135,18 +145,21 @@ def extract(
 
     asked = Asked(
         batch_size, workers, decode_timeout, shard_size, device, engine, rank, world, address, actors, actor_cpus,
-        actor_gpus, tries, retry_failed, dry_run,
+        actor_gpus, tries, retry_failed, dry_run, max_pixels, shard_timeout, verify, log_every, allow_errors,
     )  # fmt: skip
     autocast_of(dtype)
     one_of("map-dtype", map_dtype, DTYPES)
     one_of("store", store, STORES)
     if store != "map" and (method, heads, compile) != (None, "mean", False):
         raise ValueError(f"method, heads, compile: they are for --store map; got --store {store}")
+    if model is None:
+        say("no --model: this is the demo model, which was trained on drawn scenes and knows nothing of photos")
+        model = "demo"
     images, method = open_source(source, kind, root, split), method or "rollout"
     recipe = ExtractRecipe(
         source=absolute(source), kind=images.kind, root=absolute(root), split=split, model=_absolute(model),
         pretrained=pretrained, checkpoint=absolute(checkpoint), image_size=pixels_of(image_size), seed=seed,
-        method=method, heads=heads, dtype=dtype, map_dtype=map_dtype, max_pixels=max_pixels, pixels=pixels,
+        method=method, heads=heads, dtype=dtype, map_dtype=map_dtype, max_pixels=asked.pixels, pixels=pixels,
         layers=layers_of(layer), keep=keep, compile=compile, store=store,
         rolling=rollout_options(residual, discard, start, preset) if method == "rollout" else {},
     )  # fmt: skip

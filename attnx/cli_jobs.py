@@ -1,30 +1,48 @@
 """What the commands that run jobs share: their options, and the run from a recipe to the last line."""
 
 import importlib.util
-from collections.abc import Callable
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, overload
 
 import typer
 
-from attnx.cli_options import device_of, devices_of, one_of
+from attnx.cli_options import PATH, device_of, devices_of, one_of
+from attnx.limits import PROCESSES
+from attnx.supervisor import is_supervised, progressed, restart
 
 if TYPE_CHECKING:
     from attnx.jobs.engines.cluster import Cluster
-    from attnx.jobs.job import Rank
+    from attnx.jobs.job import Job, Rank
+    from attnx.jobs.progress import Progress
     from attnx.jobs.recipe import Recipe, Running, Tools
     from attnx.jobs.run import Report
     from attnx.jobs.sources import Source
+    from attnx.jobs.worker import Made
 
 ENGINES = ("local", "ranks", "ray")
-MAX_PIXELS = 178_956_970  # Pillow's own
+_LOG_EVERY = 60.0  # seconds
+_LONGEST = 1_000_000  # seconds
 
 Kind = Annotated[str | None, typer.Option(help="What the source is: folder, table, tar or dataset.")]
-Root = Annotated[Path | None, typer.Option(help="Folder of a table's paths; its own unless given.")]
+Root = Annotated[Path | None, typer.Option(help="Folder of a table's paths; its own unless given.", **PATH)]
 Split = Annotated[str | None, typer.Option(help="Of a data set that has several.")]
 MapDtype = Annotated[str, typer.Option(help="float16, float32 or uint8, beside a scale of each map.")]
-MaxPixels = Annotated[int, typer.Option(help="A larger picture is its row's error.", min=1)]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        help="A larger JPEG is decoded at a smaller scale, another larger picture is its row's error. Unless given, at "
+        "most 178,956,970, fewer where memory is short for so many decoders; the first run decides.",
+        min=1,
+        show_default=False,
+    ),
+]
 ShardSize = Annotated[
     int | None, typer.Option(help="Rows of a shard; 1024 unless given, fewer of large maps.", show_default=False)
 ]
@@ -47,7 +65,26 @@ ActorCpus = Annotated[int | None, typer.Option(help="Ray: of each; what a machin
 ActorGpus = Annotated[
     float | None, typer.Option(help="Ray: of each; 1 if the cluster has any; give it where none is up yet.", min=0)
 ]
-Tries = Annotated[int, typer.Option(help="Of a shard whose process dies; then it is set aside.", min=1)]
+Tries = Annotated[int, typer.Option(help="Of a shard; then it is made in pieces, to find the image to blame.", min=1)]
+ShardTimeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds for a batch, then the model hangs: 20 times the longest batch, at least 10, unless given.",
+        show_default=False,
+    ),
+]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Read all shards that are there first; else, of more than 1 GiB, the footers.")
+]
+LogEvery = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds between lines of progress; 60 unless given, and a bar on a terminal.", show_default=False
+    ),
+]
+AllowErrors = Annotated[
+    str, typer.Option(help="Exit code 0 if at most so many rows have an error: a number, or a share such as 1%.")
+]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Do rows with an error again.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell counts, size and time, and keep nothing.")]
 Devices = Annotated[
@@ -75,6 +112,11 @@ class Asked:
     tries: int
     retry_failed: bool
     dry_run: bool
+    max_pixels: int | None
+    shard_timeout: float | None
+    verify: bool
+    log_every: float | None
+    allow_errors: str
 
     def check(self) -> "tuple[list[str], Rank | None, Cluster | None]":
         """The devices, and the rank or the cluster of those engines.
@@ -88,6 +130,11 @@ class Asked:
         from attnx.jobs.engines.here import device_of_rank, rank_of
 
         one_of("engine", self.engine, ENGINES)
+        if self.log_every is not None and not 0 < self.log_every <= _LONGEST:
+            raise ValueError(f"log-every: expected seconds above 0, at most {_LONGEST:,}; got {self.log_every:g}")
+        allowed_errors(self.allow_errors, 1)
+        if self.actors is not None and self.actors > PROCESSES:
+            raise ValueError(f"actors: expected at most {PROCESSES}; got {self.actors}")
         if self.engine != "ranks" and (self.rank, self.world) != (None, None):
             raise ValueError(f"rank, world: they are for --engine ranks; got --engine {self.engine}")
         of_ray = (self.address, self.actors, self.actor_cpus, self.actor_gpus)
@@ -111,7 +158,15 @@ class Asked:
         """What a worker is told."""
         from attnx.jobs.recipe import Running
 
-        return Running(self.batch_size, self.workers, self.decode_timeout)
+        return Running(self.batch_size, self.workers, self.decode_timeout, self.tries, self.shard_timeout)
+
+    @property
+    def pixels(self) -> int:
+        """max_pixels as asked for, or what memory allows."""
+        from attnx.jobs.decoding import default_max_pixels, default_workers
+
+        workers = default_workers() if self.workers is None else self.workers
+        return self.max_pixels or default_max_pixels(max(1, workers))
 
 
 @overload
@@ -123,7 +178,23 @@ def absolute(path: Path | None) -> str | None:
     return None if path is None else str(path.resolve() if ".." in path.parts else path.absolute())
 
 
-def _say(text: str) -> None:
+def allowed_errors(text: str, rows: int) -> int:
+    """How many of so many rows may have an error, by a number or a share.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    number = text.removesuffix("%")
+    share = text.endswith("%")
+    if not re.fullmatch(r"\d{1,15}(\.\d{1,15})?" if share else r"\d{1,15}", number, re.ASCII) or (
+        share and float(number) > 100
+    ):
+        raise ValueError(f"allow-errors: expected a number of rows, or a share such as 0.1%; got {text!r:.80}")
+    return int(float(number) / 100 * rows) if share else int(number)
+
+
+def say(text: str) -> None:
+    """Tells something on the standard error."""
     typer.echo(f"attnx: {text}", err=True)
 
 
@@ -145,34 +216,59 @@ def run_recipe(
 
     from attnx.jobs.decoding import start_server
     from attnx.jobs.estimate import estimate
-    from attnx.jobs.job import open_job
-    from attnx.jobs.progress import progress_bar
+    from attnx.jobs.progress import Log, progress_bar
     from attnx.jobs.run import run_job
+    from attnx.jobs.sources.unplanned import unplanned
 
     (devices, rank, cluster), running = asked.check(), asked.running
     start_server()
     tools = recipe.load(device_of(devices[0]))
+    about = f"model {recipe.describe_model()}, source {_short(recipe.source)} ({recipe.kind})"
     if asked.dry_run:
-        typer.echo(estimate(tools, running, asked.shard_size, what, _say))
+        say(about)
+        typer.echo(estimate(tools, running, asked.shard_size, what, say))
         return
     if len(devices) > 1 or cluster is not None:
         # Others make the maps: nothing of it is to lie in a GPU's memory beside theirs.
         tools.loaded.model.to("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    plan = (recipe.describe_source(), tools.settings, recipe.to_json(), asked.shard_size, tools.row_bytes, rank)
+    bar = asked.log_every is None and sys.stderr.isatty()
+    log = Log(what, inf if bar else asked.log_every or _LOG_EVERY, say)
+
+    def note(made: "Made") -> None:
+        log.errors += made.errors
+        progressed()
+
+    def hang(why: str) -> None:
+        say(f"{why}; it is started again")
+        restart()
+
+    say(about)
     try:
-        with open_job(out, images, *plan) as job, progress_bar(job.rows, what) as progress:
+        with _opened(tools, images, out, asked, rank) as (tools, job):
             # Nothing, unless this run has listed the source.
             for line in images.skipped.lines():
-                _say(line)
-            report = run_job(
-                tools, job, running, devices=devices, cluster=cluster, rank=rank, tries=asked.tries,
-                retry_failed=asked.retry_failed, progress=progress,
-                say=_say,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        typer.echo("attnx: interrupted; the same command goes on with the first shard that is not there", err=True)
+                say(line)
+            if not job.planned_now and (rank is None or rank.rank == 0):
+                for line in unplanned(images, job):
+                    say(line)
+            if job.run["batch_size"] not in (None, asked.batch_size):
+                told = f"batch-size: {job.run['batch_size']} in earlier runs, {asked.batch_size} now"
+                say(f"{told}: sums may be rounded otherwise, so maps may differ in their last bits")
+            progressed()
+            with progress_bar(job.rows, what) if bar else nullcontext(log.progress) as progress:
+                report = run_job(
+                    tools, job, running, devices=devices, cluster=cluster, rank=rank, tries=asked.tries,
+                    retry_failed=asked.retry_failed, progress=_both(log.progress, progress) if bar else progress,
+                    note=note, say=say, verify=True if asked.verify else None, hang=hang if is_supervised() else None,
+                )  # fmt: skip
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            told = f"ended by {signal.Signals(getattr(error, 'number', signal.SIGINT)).name}"
+            say(f"interrupted, {told}; the same command goes on with the first shard that is not there")
+        if log.total:
+            say(f"stopped at {log.line()}; {about}")
         raise
     if report.made:
         typer.echo(report.stage_table())
@@ -180,10 +276,56 @@ def run_recipe(
     before = f", {report.before} rows of an earlier run" if report.before else ""
     rate = f" ({report.made / report.seconds:.1f} {what}/s)" if report.made else ""
     more = "" if finish is None else finish(tools, report)
-    wrong = f", {report.errors} {what} could not be read: see their error column" if report.errors else ""
+    wrong = ""
+    if report.errors:
+        wrong = f", {report.errors} {what} could not be read: see their error column; --retry-failed tries them again"
+    if report.first_error is not None:
+        say(f"the first error is of {_short(report.first_error[0])}: {_short(report.first_error[1])}")
     if report.set_aside:
         shards = ", ".join(map(str, sorted(report.set_aside)))
         wrong += f", shards that could not be made: {shards}; run again to try them again"
-    typer.echo(f"{of_rank}maps of {report.maps} {what} in {out}{before}{rate}{more}{wrong}")
-    if report.errors or report.set_aside:
+    typer.echo(f"{of_rank}maps of {report.maps} {what} in {out}{before}{rate}{more}{wrong}; {about}")
+    if report.set_aside or report.errors > allowed_errors(asked.allow_errors, report.rows):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _opened(
+    tools: "Tools", images: "Source", out: Path, asked: Asked, rank: "Rank | None"
+) -> "Iterator[tuple[Tools, Job]]":
+    """The job, and tools that prepare pictures as it says: the first run decided max_pixels, unless it is asked for."""
+    from attnx.jobs.job import open_job
+    from attnx.jobs.runfile import read_run
+
+    with ExitStack() as stack:
+        for last in (False, True):
+            if asked.max_pixels is None:
+                with suppress(OSError, ValueError, KeyError):
+                    tools = tools.with_max_pixels(int(read_run(out)["settings"]["max_pixels"]))
+            recipe = tools.recipe
+            try:
+                opened = open_job(
+                    out, images, recipe.describe_source(), tools.settings, recipe.to_json(), asked.shard_size,
+                    tools.row_bytes, rank, asked.batch_size,
+                )  # fmt: skip
+                job = stack.enter_context(opened)
+                break
+            except ValueError:
+                # Another rank may just have planned, on a machine with more memory.
+                if last or rank is None:
+                    raise
+        yield tools, job
+
+
+def _both(first: "Progress", second: "Progress") -> "Progress":
+    def progress(done: int, total: int) -> None:
+        first(done, total)
+        second(done, total)
+
+    return progress
+
+
+def _short(text: str) -> str:
+    """A name for a line: what could move a terminal's cursor is escaped, and the middle of a long one is left out."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return text if len(text) <= 160 else f"{text[:80]}…{text[-79:]}"

@@ -7,6 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 
 if TYPE_CHECKING:
@@ -14,15 +15,22 @@ if TYPE_CHECKING:
 
     from attnx.models.loading import Loaded
 
-Model = Annotated[
-    str,
-    typer.Option(
-        help="[bold]demo[/bold] (bundled), [bold]timm:NAME[/bold], or [bold]hf:NAME[/bold] (of the hub, or a folder "
-        "written by save_pretrained)."
-    ),
-]
-Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is missing.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Weights to load (.safetensors or a torch file).")]
+
+def path_of(text: str) -> Path:
+    """A path that an option names; an empty one would be the current folder."""
+    if not text:
+        raise typer.BadParameter("expected a file or folder; got an empty text")
+    return Path(text)
+
+
+MODEL = typer.Option(
+    help="[bold]demo[/bold] (bundled), [bold]timm:NAME[/bold], or [bold]hf:NAME[/bold] (of the hub, or a folder "
+    "written by save_pretrained)."
+)
+Model = Annotated[str, MODEL]
+PATH: dict[str, Any] = {"parser": path_of, "metavar": "PATH"}  # of typer.Option and typer.Argument
+Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is missing.", **PATH)]
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights to load (.safetensors or a torch file).", **PATH)]
 Pretrained = Annotated[bool, typer.Option(help="Download the model's weights; --no-pretrained takes random ones.")]
 Seed = Annotated[int, typer.Option(help="Seed of random weights.")]
 ImageSize = Annotated[str | None, typer.Option(help="Pixels: 480, or HEIGHTxWIDTH such as 480x640.")]
@@ -50,20 +58,36 @@ Interpolation = Annotated[str, typer.Option(help="bilinear or nearest.")]
 
 
 def told(command: Callable[..., None]) -> Callable[..., None]:
-    """Mistakes of the caller become one line on stderr and exit code 2."""
+    """Whatever goes wrong in a command becomes one line on stderr and exit code 2. ATTNX_TRACEBACK=1 shows the rest."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except typer.Exit:
+        except (typer.Exit, click.ClickException):
             raise
-        except (ValueError, RuntimeError, OSError, NotImplementedError, KeyError) as error:
-            text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            typer.echo(f"attnx: {text}", err=True)
+        except Exception as error:
+            typer.echo(f"attnx: {_line(command.__name__, error)}", err=True)
             raise typer.Exit(2) from (error if os.environ.get("ATTNX_TRACEBACK") else None)
 
     return run
+
+
+def _line(command: str, error: Exception) -> str:
+    """An error in a line: newlines and what could move a terminal's cursor are left out."""
+    told = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if (
+        not isinstance(error, (ValueError, RuntimeError, OSError, NotImplementedError, KeyError, ImportError))
+        or not told
+    ):
+        told = f"{command}: {type(error).__name__}: {told} (ATTNX_TRACEBACK=1 shows where)"
+    return one_line(told)
+
+
+def one_line(text: str, most: int = 290) -> str:
+    """A text in one line of at most so many characters; of a longer one the middle is left out."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2 - 1) :]}"
 
 
 def device_of(name: str | None) -> "torch.device":

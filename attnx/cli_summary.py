@@ -5,20 +5,25 @@ from typing import Annotated
 
 import typer
 
-from attnx.cli_options import Alpha, Colormap, Interpolation, told
+from attnx.cli_options import PATH, Alpha, Colormap, Interpolation, told
 
 
 @told
 def summary(
-    folder: Annotated[Path, typer.Argument(help="OUT of attnx extract or attnx words; it may still be running.")],
+    folder: Annotated[
+        Path, typer.Argument(help="OUT of attnx extract or attnx words; it may still be running.", **PATH)
+    ],
     masks: Annotated[
         Path | None,
         typer.Option(
             help="Folder of labelled masks: of a/b.jpg, a/b.png with numbers for objects, 0 for the background and 255 "
-            "for void. Adds DINO's Jaccard and the pointing game."
+            "for void. Adds DINO's Jaccard and the pointing game.",
+            **PATH,
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the pictures; FOLDER/summary unless given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures; FOLDER/summary unless given.", **PATH)
+    ] = None,
     examples: Annotated[int, typer.Option(help="Of each level of entropy, and of each end.", min=1)] = 6,
     keep: Annotated[float, typer.Option(help="Share of a head's mass inside its mask, for the Jaccard.")] = 0.6,
     colormap: Colormap = "turbo",

@@ -8,31 +8,35 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from attnx.cli_jobs import (
-    MAX_PIXELS,
     ActorCpus,
     ActorGpus,
     Actors,
     Address,
+    AllowErrors,
     Asked,
     DecodeTimeout,
     Devices,
     DryRun,
     Engine,
     Kind,
+    LogEvery,
     MapDtype,
     MaxPixels,
     RankOf,
     RetryFailed,
     Root,
     ShardSize,
+    ShardTimeout,
     Split,
     Tries,
+    Verify,
     Workers,
     World,
     absolute,
     run_recipe,
 )
 from attnx.cli_options import (
+    PATH,
     Alpha,
     BatchSize,
     Checkpoint,
@@ -59,13 +63,14 @@ if TYPE_CHECKING:
 
 @told
 def words(
-    image: Annotated[Path | None, typer.Argument(help="An image file.")] = None,
+    image: Annotated[Path | None, typer.Argument(help="An image file.", **PATH)] = None,
     caption: Annotated[str | None, typer.Argument(help="What it shows.")] = None,
     pairs: Annotated[
         Path | None,
         typer.Option(
             help='For a batch job: JSON lines {"image": "photo.jpg", "caption": "a dog"}, or another source of images '
-            "with captions, as of attnx extract."
+            "with captions, as of attnx extract.",
+            **PATH,
         ),
     ] = None,
     model: Annotated[
@@ -73,7 +78,9 @@ def words(
     ] = "albef",
     checkpoint: Checkpoint = None,
     pretrained: Annotated[bool, typer.Option(help="--no-pretrained takes random weights.")] = True,
-    vocab: Annotated[Path | None, typer.Option(help="bert-base-uncased's vocab.txt; downloaded unless given.")] = None,
+    vocab: Annotated[
+        Path | None, typer.Option(help="bert-base-uncased's vocab.txt; downloaded unless given.", **PATH)
+    ] = None,
     out: Out = Path("attnx-words"),
     layer: Annotated[
         int | None, typer.Option(help="Text layer with cross-attention; 8 of ALBEF, 2 of the demo.")
@@ -97,7 +104,7 @@ def words(
     root: Root = None,
     split: Split = None,
     shard_size: ShardSize = None,
-    max_pixels: MaxPixels = MAX_PIXELS,
+    max_pixels: MaxPixels = None,
     workers: Workers = None,
     decode_timeout: DecodeTimeout = 120.0,
     device: Devices = None,
@@ -109,7 +116,11 @@ def words(
     actor_cpus: ActorCpus = None,
     actor_gpus: ActorGpus = None,
     tries: Tries = 3,
+    shard_timeout: ShardTimeout = None,
     retry_failed: RetryFailed = False,
+    verify: Verify = False,
+    allow_errors: AllowErrors = "0",
+    log_every: LogEvery = None,
     dry_run: DryRun = False,
     colormap: Colormap = "turbo",
     alpha: Alpha = 0.5,
@@ -137,7 +148,7 @@ def words(
     one_of("map-dtype", map_dtype, DTYPES)
     how = Asked(
         batch_size, workers, decode_timeout, shard_size, device, engine, rank, world, address, actors, actor_cpus,
-        actor_gpus, tries, retry_failed, dry_run,
+        actor_gpus, tries, retry_failed, dry_run, max_pixels, shard_timeout, verify, log_every, allow_errors,
     )  # fmt: skip
     images = None if pairs is None else open_source(pairs, kind, root, split)
     if images is not None and images.kind == "folder":
@@ -146,7 +157,7 @@ def words(
         source=absolute(image or pairs or Path()), kind="folder" if images is None else images.kind,
         root=absolute(root), split=split, model=model, pretrained=pretrained, checkpoint=absolute(checkpoint),
         image_size=pixels_of(image_size), seed=seed, method=method, heads=heads, dtype=dtype, map_dtype=map_dtype,
-        max_pixels=max_pixels, vocab=absolute(vocab), layer=default_layer(model) if layer is None else layer,
+        max_pixels=how.pixels, vocab=absolute(vocab), layer=default_layer(model) if layer is None else layer,
         preset=preset,
     )  # fmt: skip
     style = Style(colormap, alpha, interpolation)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from attnx.images import read_image
 from attnx.files import replacing
+from attnx.images import large_images, read_scaled
 from attnx.jobs.job import Job
 from attnx.jobs.maps import Maps
 from attnx.jobs.recipe import recipe_of
@@ -88,13 +88,16 @@ class _Pictures:
         return overlay(picture, amap, colormap=style.colormap, alpha=style.alpha, interpolation=style.interpolation)
 
     def _picture(self, row: Row, place: int) -> Image.Image | None:
-        if self._job is None or self._read is None or row.crop is None:
+        if self._job is None or self._read is None or row.crop is None or not row.width:
             return None
+        most = self._maps.settings.get("max_pixels")
         try:
-            picture = read_image(*self._read(self._job.entry(self._maps.manifest_row(place))))
+            with large_images(most):
+                picture, _ = read_scaled(*self._read(self._job.entry(self._maps.manifest_row(place))), max_pixels=most)
         except (OSError, ValueError):
             return None
-        left, top, right, bottom = (round(side) for side in row.crop)
+        # A large picture is read at a smaller scale; the crop is in the pixels of the full one.
+        left, top, right, bottom = (round(side * picture.width / row.width) for side in row.crop)
         return picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
 

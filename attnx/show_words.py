@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attnx.images import large_images, read_image
+from attnx.images import large_images, read_scaled
 from attnx.jobs.tasks import WordTask
 from attnx.picture import captioned, contact_sheet, overlay, save
 from attnx.show import Style
@@ -65,7 +65,7 @@ def draw_pairs(out: Path, tools: "Tools", style: Style) -> None:
             caption = tools.task.tokenizer(row.text)
         found = CaptionMaps(caption, torch.from_numpy(row.map), row.score)
         with large_images(tools.recipe.max_pixels):
-            picture = read_image(*read(job.entry(number)), max_pixels=tools.recipe.max_pixels)
+            picture, _ = read_scaled(*read(job.entry(number)), max_pixels=tools.recipe.max_pixels)
         save(words_sheet(picture, found, style), path)
 
 

@@ -24,7 +24,7 @@ class Attempt:
 
     Attributes:
         begun: how often it was begun and not finished.
-        under_way: the piece, images start <= i < stop of the shard, that is under way; None unless it is made in pieces.
+        under_way: the piece, images start <= i < stop of the shard, under way; None unless it is made in pieces.
         failed: pieces that failed: [start, stop, how often, why].
         limit: seconds that a piece may take, if a longer one was found to hang.
     """

@@ -23,6 +23,7 @@ import numpy as np
 from attnx.images import ImageError, large_images, read_scaled
 from attnx.jobs.pixels import Crop, Pixels
 from attnx.jobs.sources import Entry, Reader
+from attnx.jobs.sources.reachable import is_unreachable
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -59,6 +60,7 @@ _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 class Picture:
     """What an entry's image is to a model, [3, h, w], or why there is none.
 
+    unreachable: the error may be the source's and not the image's, see `attnx.jobs.sources.reachable`.
     seconds: what decoding took; computing: those of them in which it did not wait for a disk, a network or a core.
     """
 
@@ -67,6 +69,7 @@ class Picture:
     height: int | None = None
     crop: Crop | None = None
     error: str | None = None
+    unreachable: bool = False
     seconds: float = 0.0
     computing: float = 0.0
 
@@ -95,7 +98,7 @@ class Decode:
         # Long and thin: too large to be resized. A reader of a tar or a data set fails as files do; a broken Arrow file
         # or a processor in its own ways.
         except Exception as error:
-            return Picture(error=self._told(entry, error))
+            return Picture(error=self._told(entry, error), unreachable=is_unreachable(error))
         across, down = width / picture.width, height / picture.height
         return Picture(pixels, width, height, (left * across, top * down, right * across, bottom * down))
 

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from attnx.jobs.job import default_shard_size, open_job
+from attnx.jobs.progress import duration
 from attnx.jobs.recipe import Running, Tools
 from attnx.jobs.sources import Entry, Listing
 
@@ -61,15 +62,10 @@ def estimate(
         written = sum(path.stat().st_size for path in job.out.glob("part-*")) / job.rows
     text = f"{first.count} {what} in {-(-first.count // size)} shards of {size}; about {_size(written * first.count)}"
     if rows:
-        text += f" and {_duration(seconds / rows * first.count)} at {rows / seconds:.1f} {what}/s"
+        text += f" and {duration(seconds / rows * first.count)} at {rows / seconds:.1f} {what}/s"
     return f"{text}, from the first {job.rows}. Nothing was written."
 
 
 def _size(count: float) -> str:
     power = min(3, int(math.log10(max(count, 1))) // 3)
     return f"{count / 1000**power:.1f} {('bytes', 'KB', 'MB', 'GB')[power]}"
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d} hours" if hours else f"{rest // 60}:{rest % 60:02d} minutes"

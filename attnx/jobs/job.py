@@ -34,6 +34,7 @@ class Job:
         rows: of the manifest; shard_size: rows of a shard; shards: how many there are.
         manifest_sha256: of the file of the manifest.
         lock: of the folder, for those who write.
+        planned_now: whether this run has planned it.
 
     Raises:
         FileNotFoundError: the folder has no run.json.
@@ -42,6 +43,7 @@ class Job:
     """
 
     lock: Lock | None = None
+    planned_now = False
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -225,7 +227,9 @@ def _plan(out: Path, source: Listing, run: dict[str, Any]) -> Job:
         sha256 = file_sha256(path)
     # Last, for it is what says that there is a job.
     write_run(out, {"rows": rows, "manifest_sha256": sha256, **run})
-    return Job(out)
+    job = Job(out)
+    job.planned_now = True
+    return job
 
 
 def _check_same(job: Job, asked: dict[str, Any]) -> None:

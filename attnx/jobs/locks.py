@@ -19,14 +19,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @dataclass(frozen=True)
 class Lock:
-    """A lock that is held. descriptor: of its file; token: what was written to it where the file system has no locks."""
+    """A lock that is held. descriptor: of its file; token: written to it where the file system has no locks."""
 
     path: Path
     descriptor: int
     token: str | None = None
 
     def check(self) -> None:
-        """Raises ValueError if another run has taken the file, which only happens where the file system has no locks."""
+        """Raises ValueError if another run has taken the file, as it can where the file system has no locks."""
         if self.token is not None and self.path.read_text(errors="replace") != self.token:
             told = f"another run began to write to {self.path.parent}, whose file system has no locks"
             raise ValueError(f"out: {told}; choose another folder for one of them")

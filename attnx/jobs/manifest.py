@@ -104,8 +104,11 @@ class Manifest:
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file."""
+    digest = hashlib.sha256()
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _schema() -> pa.Schema:

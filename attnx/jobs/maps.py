@@ -114,7 +114,9 @@ class Maps:
         """All rows, a few hundred at a time; with `errors_only` without maps, which are then not read."""
         for number, shard in enumerate(self._shards):
             file = self._file(number)
-            columns = [name for name in file.columns if not errors_only or name not in ("map", "tensor", "tensor_crc32")]
+            columns = [
+                name for name in file.columns if not errors_only or name not in ("map", "tensor", "tensor_crc32")
+            ]
             for batch in file.batches(columns):
                 yield list(rows_of(batch, shard))
 

@@ -84,6 +84,15 @@ class Pixels:
         most, mean, std = _constants(self.mean, self.std, pixels.device)
         return pixels.to(torch.float32).div_(most).sub_(mean).div_(std)
 
+    def check(self) -> None:
+        """Loads the processor, if there is one.
+
+        Raises:
+            ValueError: it can't be loaded.
+        """
+        if self.processor is not None and self.kind == "processor":
+            _processor(self.processor)
+
     def describe(self) -> dict[str, Any]:
         """The fields that matter to this kind."""
         timm, processor = ("crop_pct", "crop_mode"), ("processor",)

@@ -1,4 +1,4 @@
-"""How far a job is, on a terminal."""
+"""How far a job is: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -7,9 +7,43 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-__all__ = ["Progress", "progress_bar"]
+__all__ = ["Log", "Progress", "duration", "progress_bar"]
 
 Progress: TypeAlias = Callable[[int, int], None]
+
+
+class Log:
+    """Lines that say how far a job is, for the log of a run without a terminal.
+
+    Args:
+        unit: what is counted.
+        every: seconds between lines.
+        say: gets the lines.
+    """
+
+    def __init__(self, unit: str, every: float, say: Callable[[str], None]) -> None:
+        self.unit, self.every, self._say = unit, every, say
+        self._start = self._last = time.monotonic()
+        self._before: int | None = None
+        self.done = self.total = self.errors = 0
+
+    def progress(self, done: int, total: int) -> None:
+        """Says how far the job is, if the last line is old enough."""
+        self._before = done if self._before is None else self._before
+        self.done, self.total = done, total
+        now = time.monotonic()
+        if now - self._last >= self.every:
+            self._last = now
+            self._say(self.line())
+
+    def line(self) -> str:
+        """How many are done and planned, images/s, the time left, and how many of this run have an error."""
+        done, total, unit = self.done, self.total, self.unit
+        # What an earlier run did is no part of this one's rate.
+        rate = (done - (self._before or 0)) / max(time.monotonic() - self._start, 1e-9)
+        left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
+        wrong = f", {self.errors:,} errors" if self.errors else ""
+        return f"{done:,} of {total:,} {unit} ({100 * done / max(total, 1):.0f} %), {rate:.1f} {unit}/s{left}{wrong}"
 
 
 @contextlib.contextmanager
@@ -31,9 +65,14 @@ def progress_bar(total: int, unit: str = "images") -> Iterator[Progress]:
 
         def advance(done: int, total: int) -> None:
             nonlocal before
-            # What an earlier run did is no part of this one's rate.
             before = done if before is None else before
             seconds = max(time.perf_counter() - start, 1e-9)
             bar.update(task, completed=done, total=total, rate=(done - before) / seconds)
 
         yield advance
+
+
+def duration(seconds: float) -> str:
+    """Seconds as minutes or hours."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d} hours" if hours else f"{rest // 60}:{rest % 60:02d} minutes"

@@ -6,7 +6,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from attnx.jobs.packing import Format
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources import Source, open_source
 from attnx.jobs.sources.dataset import DataSet
+from attnx.jobs.sources.reachable import Reachable
 from attnx.jobs.sources.table import Table
 from attnx.jobs.tasks import Extract, Find, ImageTask, Task, WordTask
 from attnx.jobs.worker import Worker
@@ -93,6 +94,16 @@ class Recipe(ABC):
         rows = {} if fingerprint is None else {"fingerprint": fingerprint}
         return {"kind": self.kind, "path": self.source, "root": self.root, "split": self.split, **rows}
 
+    def describe_model(self) -> str:
+        """The model and where its weights are from, in words."""
+        if self.checkpoint is not None:
+            weights = f"weights of {self.checkpoint}"
+        elif self.pretrained:
+            weights = "its bundled weights" if self.model == "demo" else "its published weights"
+        else:
+            weights = f"random weights, seed {self.seed}"
+        return f"{self.model} ({weights})"
+
     @abstractmethod
     def load(self, device: torch.device) -> Tools:
         """The model on a device, and what it needs."""
@@ -135,6 +146,7 @@ class ExtractRecipe(Recipe):
             self.model, pretrained=self.pretrained, checkpoint=checkpoint, image_size=_size(self.image_size)
         )
         pixels = _pixels(loaded, self.pixels)
+        pixels.check()
         loaded.model.to(device)
         extract = self._extract(loaded)
         # The extractor's first call makes its plan in another way, which may round otherwise: it is no image's.
@@ -214,6 +226,14 @@ class Tools:
     tensors: bool
     fill: bool
 
+    def with_max_pixels(self, max_pixels: int) -> Tools:
+        """The same, for pictures of another size at most."""
+        return replace(
+            self,
+            recipe=replace(self.recipe, max_pixels=max_pixels),
+            settings={**self.settings, "max_pixels": max_pixels},
+        )
+
     @contextlib.contextmanager
     def worker(
         self,
@@ -229,22 +249,33 @@ class Tools:
         workers = running.workers
         if workers is None:
             workers = min(default_workers(), -(-job.rows // _ROWS_OF_A_PROCESS))
-        decode = Decode(self.recipe.open_source().reader(), self.pixels, self.recipe.max_pixels)
+        read = self.recipe.open_source().reader()
+        decode = Decode(read, self.pixels, self.recipe.max_pixels)
         with (
             Decoders(decode, workers, running.timeout) as decoders,
             Worker(
                 job, decoders, self.pixels, self.task, self.device, running.batch_size, self.tensors, self.fill, say,
                 tries=running.tries, shard_timeout=running.shard_timeout, hang=hang,
+                source=Reachable(Path(self.recipe.source), read),
             ) as worker,
         ):  # fmt: skip
             yield worker
 
 
-def recipe_of(value: dict[str, Any]) -> Recipe:
-    """The recipe of `Recipe.to_json`."""
-    fields = dict(value)
-    kind = {each.__name__: each for each in (ExtractRecipe, WordsRecipe)}[fields.pop("recipe")]
-    return kind(**fields)
+def recipe_of(value: dict[str, Any] | None) -> Recipe:
+    """The recipe of `Recipe.to_json`.
+
+    Raises:
+        ValueError: it is none, or of another version of attnx.
+    """
+    fields = dict(value or {})
+    kind = {each.__name__: each for each in (ExtractRecipe, WordsRecipe)}.get(fields.pop("recipe", ""))
+    if kind is None:
+        raise ValueError("recipe: expected one of attnx extract or attnx words; the job has none")
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise ValueError(f"recipe: it is of another version of attnx: {error}") from error
 
 
 def _size(size: tuple[int, int] | list[int] | None) -> tuple[int, int] | None:

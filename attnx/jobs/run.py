@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attnx.jobs.engines.cluster import Cluster, run_on_cluster
 from attnx.jobs.engines.here import run_here
@@ -13,9 +13,13 @@ from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job, Rank
 from attnx.jobs.progress import Progress
 from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.shards import DamagedError, set_aside
+from attnx.jobs.tensors import tensors_of
 from attnx.jobs.worker import Made, Stages
 
 __all__ = ["Report", "run_job"]
+
+_VERIFIED = 2**30  # bytes of shards that are read in a second or two
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Report:
     """How a run went. Of its part of the job: rows, those of them with a map, with an error, and that were done before.
 
     made: rows that were done in this run, by so many makers (processes, or actors) at a time; set_aside: shards that
-    can't be made, and why.
+    can't be made, and why; first_error: key and error of the first row that has one.
     """
 
     rows: int
@@ -35,6 +39,7 @@ class Report:
     seconds: float
     stages: Stages
     set_aside: dict[int, str]
+    first_error: tuple[str, str] | None = None
 
     def stage_table(self) -> str:
         """Where the time went, a line a stage: of the threads that run models, and beside them."""
@@ -61,7 +66,10 @@ def run_job(
     tries: int = 3,
     retry_failed: bool = False,
     progress: Progress | None = None,
+    note: Callable[[Made], None] | None = None,
     say: Callable[[str], None] = print,
+    verify: bool | None = None,
+    hang: Callable[[str], None] | None = None,
 ) -> Report:
     """Does what is left: the shards that are not there, or with `retry_failed` also rows with an error.
 
@@ -70,33 +78,39 @@ def run_job(
         devices: more than one: a process for each.
         cluster: actors make the shards.
         rank: of several runs that share the job.
-        tries: of a shard; then it is set aside.
+        tries: of a shard; then it is made in pieces, see `attnx.jobs.attempts`.
         progress: called as progress(done, total) rows after every shard; done counts those of earlier runs.
+        note: called with every shard that was written.
         say: is told what is out of the ordinary.
+        verify: reads all of the shards that are there. Unless given, if they have at most 1 GiB; of others the footers
+            and sizes are checked. A damaged one is set aside, and made again.
+        hang: ends this process, and has the run started again, when the model hangs; None: nothing is done.
 
     Raises:
         OSError: the disk is full; what was written is whole.
-        RuntimeError: one shard after another fails, or what makes them does.
+        RunError: one shard after another fails, or what makes them does.
     """
     start = time.perf_counter()
     ours = range(job.shards) if rank is None else range(rank.rank, job.shards, rank.world)
-    there = job.done()
+    there = _undamaged(job, [shard for shard in ours if shard in job.done()], verify, say)
     todo = [shard for shard in ours if shard not in there]
     rows = sum(map(job.rows_of, ours))
     before = rows - sum(map(job.rows_of, todo))
     if retry_failed:
         todo += [shard for shard in ours if shard in there and job.errors(shard)]
-    made = errors = 0
+    made = 0
 
     def advance(one: Made) -> None:
-        nonlocal made, errors
-        made, errors = made + one.rows, errors + one.errors
+        nonlocal made
+        made += one.rows
+        if note is not None:
+            note(one)
         if progress is not None:
             progress(min(before + made, rows), rows)
 
     if progress is not None:
         progress(before, rows)
-    shards, makers = Shards(todo, tries, say), 1
+    shards, makers, running = Shards(todo, tries, say), 1, replace(running, tries=tries)
     if not todo:
         stages = Stages()
     elif cluster is not None:
@@ -105,10 +119,34 @@ def run_job(
         makers = len(devices)
         stages = run_on_devices(job, devices, shards, running, advance)
     else:
-        stages = run_here(tools, job, shards, running, advance, say)
+        stages = run_here(tools, job, shards, running, advance, say, hang)
     # Of processes and actors that died.
     job.remove_temporaries(rank)
     done = [shard for shard in ours if shard not in shards.set_aside]
-    failed = sum(map(job.errors, done))
+    counts = {shard: job.errors(shard) for shard in done}
+    failed = sum(counts.values())
     maps = sum(map(job.rows_of, done)) - failed
-    return Report(rows, maps, failed, before, made, makers, time.perf_counter() - start, stages, shards.set_aside)
+    first = next((_first_error(job, shard) for shard, count in counts.items() if count), None)
+    seconds = time.perf_counter() - start
+    return Report(rows, maps, failed, before, made, makers, seconds, stages, shards.set_aside, first)
+
+
+def _undamaged(job: Job, there: list[int], verify: bool | None, say: Callable[[str], None]) -> set[int]:
+    """The shards that are as they were written; others are set aside."""
+    if verify is None:
+        files = (path for shard in there for path in (job.part(shard), tensors_of(job.part(shard))))
+        verify = sum(path.stat().st_size for path in files if path.exists()) <= _VERIFIED
+    good = set()
+    for shard in there:
+        try:
+            job.open_part(shard).check(verify)
+            good.add(shard)
+        except DamagedError as error:
+            folder = set_aside(job.part(shard))
+            say(f"{error}; it is now in {folder}, and shard {shard} is made again")
+    return good
+
+
+def _first_error(job: Job, shard: int) -> tuple[str, str]:
+    rows = job.open_part(shard).table(["key", "error"]).to_pylist()
+    return next((row["key"], row["error"]) for row in rows if row["error"] is not None)

@@ -96,4 +96,4 @@ def check_tensors(path: Path, size: int, rows: Iterable[Mapping[str, Any]]) -> N
 def _crc(values: np.ndarray) -> int:
     """The CRC-32 of an array: of its dtype, its shape and its bytes."""
     kind = f"{values.dtype.str} {values.shape}".encode()
-    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8), zlib.crc32(kind))
+    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, zlib.crc32(kind))

@@ -21,6 +21,7 @@ from attnx.jobs.packing import Result
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.shards import read_part, write_part
 from attnx.jobs.sources import Entry
+from attnx.jobs.sources.reachable import Reachable
 from attnx.jobs.tasks import Found, Task
 from attnx.jobs.watch import Hang, Watch
 
@@ -35,6 +36,7 @@ _COMPUTES = 0.75  # of a decoder's time: below that, it mostly waits
 _PATIENCE = 5.0  # seconds, with a picture that holds up the others
 _Batch: TypeAlias = "list[tuple[list[Entry], Picture]]"
 _Readable: TypeAlias = "tuple[list[Entry], np.ndarray]"
+_SAMPLED = 20  # rows of a source of which none is known to be readable
 _ALONE = 8  # images that fail one by one, and none that doesn't, until the model is blamed
 
 
@@ -79,6 +81,7 @@ class Worker:
         tries: a shard that failed so often is made in pieces, see `attnx.jobs.attempts`.
         shard_timeout: see `Watch`.
         hang: ends the process, and says why: it is called when the model hangs. None: nothing is done.
+        source: of the images; where some can't be reached, no shard is written unless it is still there.
     """
 
     job: Job
@@ -94,6 +97,7 @@ class Worker:
     tries: int = 3
     shard_timeout: float | None = None
     hang: Callable[[str], None] | None = None
+    source: Reachable | None = None
 
     def __post_init__(self) -> None:
         self._most = self.batch_size
@@ -128,16 +132,19 @@ class Worker:
         attempt = Attempt.of(self.job.out, shard)
         in_pieces = attempt.begun >= self.tries or bool(attempt.failed)
         attempt.begin()
-        done = 0
+        done, unreachable = 0, False
         try:
             for groups in _batches(begun[0].groups, self.batch_size):
                 start = time.perf_counter()
                 batch = [(group, self._next()) for group in groups]
                 self.stages.images += time.perf_counter() - start
+                unreachable |= self._note_source(batch)
                 images = _Images(attempt, done, done + len(batch))
                 make = self._start_pieces if in_pieces else self._start
                 packed.append(self._background.submit(self._pack, batch, make(batch, images), images))
                 done = images.stop
+            if unreachable:
+                self._check_source()
         except BaseException as error:
             if not isinstance(error, Exception) or is_fatal(error):
                 attempt.withdraw()
@@ -151,6 +158,24 @@ class Worker:
             last.exception()
             self.stages.file += time.perf_counter() - start
         return self._last
+
+    def _note_source(self, batch: _Batch) -> bool:
+        """Remembers an image that could be read; True if the source may be why another could not."""
+        if self.source is not None:
+            for group, picture in batch:
+                if picture.pixels is not None:
+                    self.source.add(next((entry for entry in group if entry.error is None), group[0]))
+        return any(picture.unreachable for _, picture in batch)
+
+    def _check_source(self) -> None:
+        """Raises RunError if the source is gone."""
+        if self.source is None:
+            return
+        rows = np.linspace(0, self.job.rows - 1, num=min(_SAMPLED, self.job.rows), dtype=np.int64).tolist()
+        why = self.source.why_not(self.job.entry(row) for row in rows)
+        if why is not None:
+            told = f"source: {self.source.path} can't be reached: {why}. Nothing of this shard was written"
+            raise RunError(f"{told}; run the same command again when it is there")
 
     def _begin(self, shard: int) -> _Shard:
         if shard in self._begun:

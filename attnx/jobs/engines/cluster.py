@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import re
+import secrets
+import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from attnx.jobs.attempts import Attempt
 from attnx.jobs.engines.queue import Shards, is_fatal
 from attnx.jobs.job import Job
 from attnx.jobs.recipe import Running
@@ -18,11 +24,13 @@ __all__ = ["Cluster", "run_on_cluster"]
 
 _AT_A_TIME = 2
 _PATIENCE = 60.0  # seconds until it is said that nothing happens
+_LEAST_VERSION = (2, 52)  # has token authentication
+_LONGEST_FOLDER = 40  # characters: Ray's sockets stand below it, and their paths have at most 107
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """address: of a running cluster; None: the one of RAY_ADDRESS, or a local one is started. actors: how many; one a
+    """address: of a running cluster; None: the one of RAY_ADDRESS, or a private one is started. actors: how many; one a
     GPU unless given, or without GPUs one a machine. gpus: of each; one where the cluster has any, unless given. cpus:
     of each, for its threads and for decoding; what a machine has, divided, unless given.
     """
@@ -48,7 +56,10 @@ class Maker:
         tools = recipe_of(job.run["recipe"]).load(device)
         job.check_settings(tools.settings)
         self._open, self._said = contextlib.ExitStack(), list[str]()
-        self._worker = self._open.enter_context(tools.worker(job, running, self._said.append))
+        self._worker = self._open.enter_context(tools.worker(job, running, self._said.append, self._hangs))
+
+    def _hangs(self, why: str) -> None:
+        os._exit(1)
 
     def ready(self) -> None:
         """Comes back once the model is there."""
@@ -76,17 +87,61 @@ def run_on_cluster(
 
     Raises:
         ImportError: no ray.
-        RuntimeError: see `Shards.failed`; ConnectionError: no cluster at the address.
+        RunError: see `Shards.failed`; ConnectionError: no cluster at the address.
+        ValueError: a cluster is to be started, and this ray has no authentication.
     """
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    with _connected(address) if address else _private_cluster() as ray:
+        return _run(ray, job, cluster, shards, running, advance)
+
+
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """Ray, connected to a running cluster."""
     import ray
 
     ours = not ray.is_initialized()
     if ours:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     try:
-        return _run(ray, job, cluster, shards, running, advance)
+        yield ray
     finally:
         if ours:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _private_cluster() -> Iterator[Any]:
+    """Ray, with a cluster of its own on this machine, which nobody else can use.
+
+    Ray's default joins whatever cluster a file in a shared folder names. Its servers take commands from everyone who
+    reaches them, unless there is a token; they listen on loopback only where Ray believes that there is one machine.
+    """
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    version = tuple(int(number) for number in re.findall(r"\d+", ray.__version__)[:2])
+    if version < _LEAST_VERSION:
+        raise ValueError(
+            f"engine ray: expected ray 2.52 or newer, whose clusters can be private; got {ray.__version__}. Upgrade "
+            "it, or give --address of a running cluster"
+        )
+    above = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(
+        prefix="attnx-", dir=above if len(above) <= _LONGEST_FOLDER else None, ignore_cleanup_errors=True
+    ) as folder:
+        ray.init(
+            address="local", include_dashboard=False, _temp_dir=folder, _node_ip_address="127.0.0.1",
+            log_to_driver=False, logging_level=logging.WARNING,
+        )  # fmt: skip
+        try:
+            yield ray
+        finally:
             ray.shutdown()
 
 
@@ -141,7 +196,8 @@ def _run(
                     told = [shard for shard, _ in actor.theirs]
                     shards.give_back(told[1:])
                     why = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
-                    shards.failed(told[0] if told else None, why, error)
+                    died = not isinstance(error, ray.exceptions.RayTaskError)
+                    shards.failed(told[0] if told else None, why, error, died)
                     continue
                 if event is actor.ready:
                     actor.ready = None
@@ -157,6 +213,8 @@ def _run(
     finally:
         for actor in actors:
             ray.kill(actor.handle)
+            for shard, _ in actor.theirs:
+                Attempt.of(job.out, shard).withdraw()
 
 
 def _sizes(nodes: list[dict[str, Any]], cluster: Cluster) -> tuple[int, int, float]:

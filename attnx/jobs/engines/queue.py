@@ -75,7 +75,9 @@ class Shards:
         """
         if shard is None or not self.in_pieces(shard):
             self._in_a_row += 1
-        if self._in_a_row > self.tries * (4 if self._any_done or self._alone else 1) - (shard is None or not self._alone):
+        if self._in_a_row > self.tries * (4 if self._any_done or self._alone else 1) - (
+            shard is None or not self._alone
+        ):
             told = f"stopped after {self._in_a_row} failures in a row; the last, of shard {shard}: {why}"
             raise RunError(told) from cause
         if shard is None:

@@ -1,0 +1,177 @@
+"""Runs a command in a process of its own, so that something is left when it dies.
+
+A picture that kills the process of a model would end every run at the same place. So a job's command is forked: the
+parent imports nothing more, waits, and starts the job again where it stopped; what the job has noted about the shard
+decides what is tried next. The parent also owns the folder of temporary files, and removes it however the job ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["RESTART", "is_supervised", "progressed", "restart", "supervise"]
+
+RESTART = 86  # the exit code of a process that wants to be started again
+_MOST = 30  # restarts without a shard in between
+_PREFIX = "attnx-run-"
+_LONGEST = 60  # characters of a temporary folder, below which sockets stand
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_status: int | None = None
+
+
+def is_supervised() -> bool:
+    """True in a process that will be started again."""
+    return _status is not None
+
+
+def progressed() -> None:
+    """The job goes on: called when it begins with shards, and for every shard that was written."""
+    if _status is not None:
+        with contextlib.suppress(OSError):
+            os.write(_status, b".")
+
+
+def restart() -> None:
+    """Ends this process at once, to be started again."""
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    os._exit(RESTART)
+
+
+def supervise() -> None:
+    """Returns in a new process, which is to do the work; the process that called waits for it, and exits as it does."""
+    global _status
+    with temporary_folder():
+        restarts = 0
+        while True:
+            reading, writing = os.pipe()
+            parent = os.getpid()
+            signal.pthread_sigmask(signal.SIG_BLOCK, {*_ENDING, signal.SIGCHLD})
+            child = os.fork()
+            if child == 0:
+                os.close(reading)
+                _status = writing
+                _die_with(parent)
+                # Libraries may ask a question; nobody is there to answer.
+                with open(os.devnull) as nothing:
+                    os.dup2(nothing.fileno(), 0)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_ENDING, signal.SIGCHLD})
+                return
+            os.close(writing)
+            status, ended_by_us = _wait(child)
+            signs = _drain(reading)
+            code = os.waitstatus_to_exitcode(status)
+            if code >= 0 and code != RESTART:
+                sys.exit(code)
+            if ended_by_us is not None:
+                sys.exit(128 + ended_by_us)
+            how = "" if code == RESTART else f"the process ended with {signal.Signals(-code).name}"
+            restarts = 1 if len(signs) > 1 else restarts + 1
+            if not signs:
+                _say(f"{how} before the first shard was begun; it may need more memory than there is")
+                sys.exit(2)
+            if restarts > _MOST:
+                _say(f"{how}; it was started {_MOST} times and wrote no shard. The same command goes on")
+                sys.exit(2)
+            if how:
+                _say(f"{how}; it is started again")
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Temporary files of this process and its children go into a folder of their own, which is removed at the end.
+
+    Folders that killed runs left are removed first: their lock is free.
+    """
+    above = tempfile.gettempdir()
+    above = above if len(above) <= _LONGEST or not os.access("/tmp", os.W_OK) else "/tmp"
+    for left in Path(above).glob(f"{_PREFIX}*"):
+        _remove_abandoned(left)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=above))
+    owner = os.getpid()
+    lock = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    before, tempfile.tempdir = os.environ.get("TMPDIR"), None
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield folder
+    finally:
+        # In a child this is not reached before its own end; the folder is the parent's to remove.
+        if os.getpid() == owner:
+            tempfile.tempdir = None
+            os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
+            _remove(folder)
+            os.close(lock)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            return
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    # Processes that are about to end may still remove their own files.
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+
+
+def _wait(child: int) -> tuple[int, int | None]:
+    """The status of the child when it has ended, and the signal that ended us, if one did.
+
+    The first signal is the child's to obey; at the second it is killed.
+    """
+    told: int | None = None
+    while True:
+        info = signal.sigtimedwait({*_ENDING, signal.SIGCHLD}, 1.0)
+        if info is not None and info.si_signo in _ENDING and signal.getsignal(info.si_signo) is not signal.SIG_IGN:
+            number = signal.SIGKILL if told is not None else info.si_signo
+            told = told or info.si_signo
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status, told
+
+
+def _drain(reading: int) -> bytes:
+    found = b""
+    os.set_blocking(reading, False)
+    with contextlib.suppress(BlockingIOError):
+        while more := os.read(reading, 65536):
+            found += more
+    os.close(reading)
+    return found
+
+
+def _die_with(parent: int) -> None:
+    """Whatever ends the parent ends this process: nobody would clean up after it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _say(text: str) -> None:
+    print(f"attnx: {text}", file=sys.stderr, flush=True)
