@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -33,6 +32,7 @@ from attnx.cli_options import (
     Residual,
     Seed,
     Start,
+    UsageError,
     layers_of,
     one_line,
     prepared,
@@ -50,21 +50,21 @@ class OneLine(TyperGroup):
     """Commands whose wrong options are told in one line, with exit code 2."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        """Runs the command line, see `click.Command.main`."""
+        """Runs the command line, see `typer.core.TyperGroup.main`."""
         run = partial(super().main, args, *rest, **kwargs)
         if not standalone_mode:
             return run(standalone_mode=False)
         try:
             code = run(standalone_mode=False)
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            sys.exit(2)
-        except click.ClickException as error:
+        except UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()
+                sys.exit(2)
             context = getattr(error, "ctx", None)
             of = "" if context is None or context.parent is None else f"{context.info_name}: "
             typer.echo(f"attnx: {one_line(of + error.format_message())}", err=True)
             sys.exit(2)
-        except click.Abort:
+        except typer.Abort:
             sys.exit(130)
         sys.exit(code if isinstance(code, int) else 0)
 

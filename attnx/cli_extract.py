@@ -32,7 +32,6 @@ from attnx.cli_jobs import (
     World,
     absolute,
     run_recipe,
-    say,
 )
 from attnx.cli_options import (
     MODEL,
@@ -152,9 +151,8 @@ def extract(
     one_of("store", store, STORES)
     if store != "map" and (method, heads, compile) != (None, "mean", False):
         raise ValueError(f"method, heads, compile: they are for --store map; got --store {store}")
-    if model is None:
-        say("no --model: this is the demo model, which was trained on drawn scenes and knows nothing of photos")
-        model = "demo"
+    notice = "no --model: this is the demo model, which was trained on drawn scenes and knows nothing of photos"
+    notice, model = (notice, "demo") if model is None else ("", model)
     images, method = open_source(source, kind, root, split), method or "rollout"
     recipe = ExtractRecipe(
         source=absolute(source), kind=images.kind, root=absolute(root), split=split, model=_absolute(model),
@@ -163,7 +161,7 @@ def extract(
         layers=layers_of(layer), keep=keep, compile=compile, store=store,
         rolling=rollout_options(residual, discard, start, preset) if method == "rollout" else {},
     )  # fmt: skip
-    run_recipe(recipe, images, out, asked, "images")
+    run_recipe(recipe, images, out, asked, "images", notice=notice)
 
 
 def _absolute(model: str) -> str:

@@ -205,12 +205,14 @@ def run_recipe(
     asked: Asked,
     what: str,
     finish: "Callable[[Tools, Report], str] | None" = None,
+    notice: str = "",
 ) -> None:
     """Runs a job, or tells what it would take, and says how it went; exit code 1 if rows have no map.
 
     Args:
         what: the rows are.
         finish: is called at the end, and has more to say.
+        notice: is said before the run begins.
     """
     import torch
 
@@ -224,8 +226,10 @@ def run_recipe(
     start_server()
     tools = recipe.load(device_of(devices[0]))
     about = f"model {recipe.describe_model()}, source {_short(recipe.source)} ({recipe.kind})"
+    for line in (notice, about):
+        if line:
+            say(line)
     if asked.dry_run:
-        say(about)
         typer.echo(estimate(tools, running, asked.shard_size, what, say))
         return
     if len(devices) > 1 or cluster is not None:
@@ -244,7 +248,6 @@ def run_recipe(
         say(f"{why}; it is started again")
         restart()
 
-    say(about)
     try:
         with _opened(tools, images, out, asked, rank) as (tools, job):
             # Nothing, unless this run has listed the source.

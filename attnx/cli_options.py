@@ -2,18 +2,22 @@
 
 import os
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 if TYPE_CHECKING:
     import torch
 
     from attnx.models.loading import Loaded
+
+
+# typer has its own copy of click, or click itself, by its version.
+UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 def path_of(text: str) -> Path:
@@ -64,11 +68,13 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (typer.Exit, click.ClickException):
+        except (typer.Exit, UsageError):
             raise
         except Exception as error:
+            if os.environ.get("ATTNX_TRACEBACK"):
+                traceback.print_exc()
             typer.echo(f"attnx: {_line(command.__name__, error)}", err=True)
-            raise typer.Exit(2) from (error if os.environ.get("ATTNX_TRACEBACK") else None)
+            raise typer.Exit(2) from None
 
     return run
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["RESTART", "is_supervised", "progressed", "restart", "supervise"]
+__all__ = ["RESTART", "die_with", "is_supervised", "progressed", "restart", "supervise"]
 
 RESTART = 86  # the exit code of a process that wants to be started again
 _MOST = 30  # restarts without a shard in between
@@ -61,7 +61,7 @@ def supervise() -> None:
             if child == 0:
                 os.close(reading)
                 _status = writing
-                _die_with(parent)
+                die_with(parent)
                 # Libraries may ask a question; nobody is there to answer.
                 with open(os.devnull) as nothing:
                     os.dup2(nothing.fileno(), 0)
@@ -164,8 +164,8 @@ def _drain(reading: int) -> bytes:
     return found
 
 
-def _die_with(parent: int) -> None:
-    """Whatever ends the parent ends this process: nobody would clean up after it."""
+def die_with(parent: int) -> None:
+    """Whatever ends the parent, of that number, ends this process, too."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)

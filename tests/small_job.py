@@ -49,7 +49,7 @@ def opened(made_with: Tools, out: Path, shard_size: int | None = None, rank: Ran
     how = made_with.recipe
     with open_job(
         out, how.open_source(), how.describe_source(), made_with.settings, how.to_json(), shard_size,
-        made_with.row_bytes, rank,
+        made_with.row_bytes, rank, batch_size=4,
     ) as job:  # fmt: skip
         yield job
 

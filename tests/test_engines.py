@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from attnx.jobs.job import Job, Rank, writing
 from attnx.jobs.recipe import Running, Tools
 from attnx.jobs.rows import read_shards
 from attnx.jobs.run import Report, run_job
+from attnx.jobs.runfile import write_run
 
 RUNNING = Running(batch_size=4, workers=1)
 TWO = {"devices": ["cpu", "cpu"]}
@@ -145,9 +145,7 @@ def test_a_shard_that_can_not_be_made_is_set_aside(made: Tools, whole: Path, tmp
 def test_processes_that_all_fail_end_the_job(made: Tools, tmp_path: Path) -> None:
     said: list[str] = []
     with opened(made, tmp_path, 5) as job:
-        changed = json.loads((tmp_path / "run.json").read_text())
-        changed["settings"]["weights"] = "0"
-        (tmp_path / "run.json").write_text(json.dumps(changed))
+        write_run(tmp_path, {**job.run, "settings": {**job.run["settings"], "weights": "0"}})
         with pytest.raises(RuntimeError, match=r"no device is left: cpu failed 1 times in a row.*weights: '0' there"):
             run_job(made, job, RUNNING, **TWO, tries=1, say=said.append)
     assert said[0].startswith("cpu is left out after 1 failures in a row: ValueError")

@@ -60,8 +60,8 @@ _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 class Picture:
     """What an entry's image is to a model, [3, h, w], or why there is none.
 
-    unreachable: the error may be the source's and not the image's, see `attnx.jobs.sources.reachable`.
     seconds: what decoding took; computing: those of them in which it did not wait for a disk, a network or a core.
+    unreachable: the error may be the source's and not the image's, see `attnx.jobs.sources.reachable`.
     """
 
     pixels: np.ndarray | None = None
@@ -69,9 +69,9 @@ class Picture:
     height: int | None = None
     crop: Crop | None = None
     error: str | None = None
-    unreachable: bool = False
     seconds: float = 0.0
     computing: float = 0.0
+    unreachable: bool = False
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,10 @@ class Running:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch-size: expected at least 1, got {self.batch_size}")
-        if self.workers is not None and not 0 <= self.workers <= PROCESSES:
-            raise ValueError(f"workers: expected 0 to {PROCESSES}, got {self.workers}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers: expected at least 0, got {self.workers}")
+        if self.workers is not None and self.workers > PROCESSES:
+            raise ValueError(f"workers: expected at most {PROCESSES}, got {self.workers}")
         if self.tries < 1:
             raise ValueError(f"tries: expected at least 1, got {self.tries}")
         if self.shard_timeout is not None and not 0 < self.shard_timeout <= _LONGEST:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from attnx.jobs.attempts import Attempt
 from attnx.jobs.decoding import Decoders, Picture
-from attnx.jobs.engines.queue import RunError, is_fatal
+from attnx.jobs.engines.queue import RunError, blame_the_model, is_fatal, why_of
 from attnx.jobs.job import Job
 from attnx.jobs.packing import Result
 from attnx.jobs.pixels import Pixels
@@ -224,7 +225,7 @@ class Worker:
                 pixels = _to_device(np.stack([pixels for _, pixels in part]), self.device)
                 normalised = self._filled(self.pixels.normalise(pixels))
                 ready = time.perf_counter()
-                with self._watch.section(*images):
+                with self._model(images):
                     waits.append(self.task.start(normalised, [group for group, _ in part]))
                 self.stages.device += ready - start
                 self.stages.model += time.perf_counter() - ready
@@ -261,7 +262,7 @@ class Worker:
                 except Exception as error:
                     if is_fatal(error):
                         raise
-                    why = f"the model fails at this image: {type(error).__name__}: {error}"[:300]
+                    why = f"the model fails at this image: {why_of(error)}"[:300]
                     attempt.fail(piece.start, piece.stop, why)
             if last - first > 1:
                 middle = (first + last) // 2
@@ -275,21 +276,38 @@ class Worker:
         return [lambda: found]
 
     def _run_piece(self, batch: _Batch, first: int, last: int, images: _Images) -> list[Found]:
-        """What is found for a piece of a batch, whose other images are zeros, so that no sum is rounded otherwise."""
-        if self.task.format.captions:
-            piece = batch[first:last]
-        else:
+        """What is found for a piece of a batch.
+
+        Its images stay where they are in the batch, whose others are replaced by them, so that no sum is rounded in
+        another way. Captions are taken alone.
+        """
+        piece = batch[first:last]
+        own = [picture for _, picture in piece if picture.pixels is not None]
+        if not own:
+            return []
+        if not self.task.format.captions:
+            others = itertools.cycle(own)
             piece = [
-                (group, picture if first <= i < last or picture.pixels is None else _blank(picture))
+                (group, picture if first <= i < last or picture.pixels is None else next(others))
                 for i, (group, picture) in enumerate(batch)
             ]
         waits = self._start(piece, images)
-        with self._watch.section(*images):
+        with self._model(images):
             found = [one for wait in waits for one in wait()]
         if self.task.format.captions:
             return found
         readable = [i for i, (group, picture) in enumerate(batch) for _ in group if picture.pixels is not None]
         return [one for i, one in zip(readable, found, strict=True) if first <= i < last]
+
+    @contextlib.contextmanager
+    def _model(self, images: _Images) -> Iterator[None]:
+        """The model runs inside: it is watched, and blamed for what is raised."""
+        try:
+            with self._watch.section(*images):
+                yield
+        except Exception as error:
+            blame_the_model(error)
+            raise
 
     def _hangs(self, where: Hang) -> None:
         why = f"the model took longer than {where.limit:g} s"
@@ -316,7 +334,7 @@ class Worker:
         return [(group[:half], pixels), (group[half:], pixels)]
 
     def _pack(self, batch: _Batch, waits: list[Callable[[], list[Found]]], images: _Images) -> pa.Table:
-        with self._watch.section(*images):
+        with self._model(images):
             found = itertools.chain.from_iterable([wait() for wait in waits])
         start = time.perf_counter()
         results = []
@@ -404,11 +422,6 @@ def _computes(pictures: list[Future[Picture]]) -> bool:
             return False
         seconds, computing = seconds + picture.seconds, computing + picture.computing
     return computing >= _COMPUTES * seconds
-
-
-def _blank(picture: Picture) -> Picture:
-    assert picture.pixels is not None
-    return replace(picture, pixels=np.zeros_like(picture.pixels))
 
 
 def _to_device(pixels: np.ndarray, device: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from attnx.jobs.attempts import Attempt
-from attnx.jobs.engines.queue import Shards, is_fatal
+from attnx.jobs.engines.queue import Shards, by_the_model, is_fatal, why_of
 from attnx.jobs.job import Job
 from attnx.jobs.recipe import Running
 from attnx.jobs.worker import Made, Stages
@@ -195,9 +195,9 @@ def _run(
                     actors[actors.index(actor)] = start()
                     told = [shard for shard, _ in actor.theirs]
                     shards.give_back(told[1:])
-                    why = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+                    why = (why_of(cause).splitlines() or [""])[0]
                     died = not isinstance(error, ray.exceptions.RayTaskError)
-                    shards.failed(told[0] if told else None, why, error, died)
+                    shards.failed(told[0] if told else None, why, error, died, by_the_model(cause))
                     continue
                 if event is actor.ready:
                     actor.ready = None

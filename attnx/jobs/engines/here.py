@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
-from attnx.jobs.engines.queue import Shards, is_fatal
+from attnx.jobs.engines.queue import Shards, by_the_model, is_fatal, why_of
 from attnx.jobs.job import Job, Rank
 from attnx.jobs.recipe import Running, Tools
 from attnx.jobs.worker import Made, Stages
@@ -65,7 +65,7 @@ def run_here(
 def _failed(shards: Shards, shard: int, error: Exception) -> None:
     if is_fatal(error):
         raise error
-    shards.failed(shard, f"{type(error).__name__}: {error}", error)
+    shards.failed(shard, why_of(error), error, model=by_the_model(error))
 
 
 def device_of_rank(gpus: int, environment: Mapping[str, str] = os.environ) -> str | None:

@@ -24,10 +24,11 @@ from typing import Any, TypeAlias
 
 from attnx.jobs.attempts import Attempt
 from attnx.jobs.decoding import usable_cores
-from attnx.jobs.engines.queue import RunError, Shards, is_fatal
+from attnx.jobs.engines.queue import RunError, Shards, by_the_model, is_fatal, why_of
 from attnx.jobs.job import Job
 from attnx.jobs.recipe import Running
 from attnx.jobs.worker import Made, Stages
+from attnx.supervisor import die_with
 
 __all__ = ["run_on_devices"]
 
@@ -96,7 +97,9 @@ def _after(process: _Process, answer: dict[str, Any], shards: Shards, others: in
     # Of a shard that is made in pieces it is known that it ends processes.
     failures = process.failures + (blamed is None or not shards.in_pieces(blamed))
     if blamed is not None:
-        shards.failed(blamed, why, died="failed" not in answer or answer.get("hangs", False))
+        shards.failed(
+            blamed, why, died="failed" not in answer or answer.get("hangs", False), model=answer.get("model", False)
+        )
     if failures < shards.tries:
         return [process.again(failures)]
     if not others and not shards.finished:
@@ -205,6 +208,7 @@ def main(out: str, device: str, running: str) -> None:
     # An interrupt is for the one that started us; so is what a scheduler sends to all processes.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    die_with(os.getppid())
     # What else prints goes to the standard error.
     answers = os.dup(1)
     os.dup2(2, 1)
@@ -262,9 +266,8 @@ def _answer(answers: int, **what: Any) -> None:
 def _fail(answers: int, error: BaseException, shard: int | None, hangs: bool = False) -> None:
     """Says why, of which shard, and ends the process at once: what is half-written is a temporary file."""
     fatal = {"fatal": getattr(error, "errno", None)} if is_fatal(error) else {}
-    own = {} if shard is None else {"shard": shard, "hangs": hangs}
-    why = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-    _answer(answers, failed=why[:500], **own, **fatal)
+    own = {} if shard is None else {"shard": shard, "hangs": hangs, "model": by_the_model(error)}
+    _answer(answers, failed=why_of(error)[:500], **own, **fatal)
     os._exit(1)
 
 

@@ -6,12 +6,13 @@ import errno
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-__all__ = ["RunError", "Shards", "is_fatal"]
+__all__ = ["RunError", "Shards", "blame_the_model", "by_the_model", "is_fatal", "why_of"]
 
 _FATAL = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENOENT, errno.EACCES,
     errno.EPERM, errno.ENOTDIR,
 )  # fmt: skip
+_BY_THE_MODEL = "raised by the model"
 _DEATHS = 20  # of processes with one shard, beyond its tries: as many as finding one image among a thousand takes
 
 
@@ -24,11 +25,26 @@ def is_fatal(error: BaseException | None) -> bool:
     return isinstance(error, RunError) or (isinstance(error, OSError) and error.errno in _FATAL)
 
 
+def by_the_model(error: BaseException) -> bool:
+    """True if the model raised it, see `blame_the_model`."""
+    return _BY_THE_MODEL in getattr(error, "__notes__", ())
+
+
+def blame_the_model(error: BaseException) -> None:
+    """Notes in an exception that the model raised it."""
+    error.add_note(_BY_THE_MODEL)
+
+
+def why_of(error: BaseException) -> str:
+    """An error in words."""
+    return str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+
+
 class Shards:
     """The shards of a run.
 
-    A shard that fails `tries` times is made in pieces by whoever takes it next, see `attnx.jobs.attempts`. One that
-    fails again, by another fault than the model's, is set aside with the reason, and the run goes on.
+    One that fails `tries` times is set aside with the last reason, and the run goes on. If the model failed, or its
+    process died, it is made in pieces instead, by whoever takes it next: see `attnx.jobs.attempts`.
 
     Raises:
         ValueError: fewer than one try.
@@ -65,10 +81,17 @@ class Shards:
         """True if a shard has failed so often that it is made in pieces."""
         return self._raised[shard] + self._died[shard] >= self.tries
 
-    def failed(self, shard: int | None, why: str, cause: BaseException | None = None, died: bool = False) -> None:
+    def failed(
+        self,
+        shard: int | None,
+        why: str,
+        cause: BaseException | None = None,
+        died: bool = False,
+        model: bool = False,
+    ) -> None:
         """A shard could not be made, or whoever makes them fails before it gets one.
 
-        died: the process that made it did.
+        died: the process that made it did; model: it was the model that failed.
 
         Raises:
             RunError: so many failures in a row that it can't be the shards.
@@ -84,7 +107,8 @@ class Shards:
             self.say(f"tried again: {why}")
             return
         (self._died if died else self._raised)[shard] += 1
-        if self._raised[shard] <= self.tries and self._died[shard] <= self.tries + _DEATHS:
+        raised = self._raised[shard] - model
+        if raised < self.tries and self._died[shard] <= self.tries + _DEATHS:
             how = "made in pieces" if self.in_pieces(shard) else "tried again"
             self.say(f"shard {shard} failed and is {how}: {why}")
             self._waiting.append(shard)
