@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, overload
 import typer
 
 from attnx.cli_options import PATH, device_of, devices_of, one_of
-from attnx.limits import PROCESSES
+from attnx.limits import ACTORS
 from attnx.supervisor import is_supervised, progressed, restart
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ class Asked:
         if self.log_every is not None and not 0 < self.log_every <= _LONGEST:
             raise ValueError(f"log-every: expected seconds above 0, at most {_LONGEST:,}; got {self.log_every:g}")
         allowed_errors(self.allow_errors, 1)
-        if self.actors is not None and self.actors > PROCESSES:
-            raise ValueError(f"actors: expected at most {PROCESSES}; got {self.actors}")
+        if self.actors is not None and self.actors > ACTORS:
+            raise ValueError(f"actors: expected at most {ACTORS}; got {self.actors}")
         if self.engine != "ranks" and (self.rank, self.world) != (None, None):
             raise ValueError(f"rank, world: they are for --engine ranks; got --engine {self.engine}")
         of_ray = (self.address, self.actors, self.actor_cpus, self.actor_gpus)
@@ -163,7 +163,7 @@ class Asked:
     @property
     def pixels(self) -> int:
         """max_pixels as asked for, or what memory allows."""
-        from attnx.jobs.decoding import default_max_pixels, default_workers
+        from attnx.jobs.memory import default_max_pixels, default_workers
 
         workers = default_workers() if self.workers is None else self.workers
         return self.max_pixels or default_max_pixels(max(1, workers))
@@ -218,6 +218,7 @@ def run_recipe(
 
     from attnx.jobs.decoding import start_server
     from attnx.jobs.estimate import estimate
+    from attnx.jobs.memory import decoder_bytes
     from attnx.jobs.progress import Log, progress_bar
     from attnx.jobs.run import run_job
     from attnx.jobs.sources.unplanned import unplanned
@@ -230,6 +231,8 @@ def run_recipe(
         if line:
             say(line)
     if asked.dry_run:
+        most = recipe.max_pixels
+        say(f"pictures of at most {most:,} pixels, for which a decoder takes up to {decoder_bytes(most) / 1e6:,.0f} MB")
         typer.echo(estimate(tools, running, asked.shard_size, what, say))
         return
     if len(devices) > 1 or cluster is not None:

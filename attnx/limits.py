@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "ACTORS",
     "CAPTION_BYTES",
     "CHECKPOINT_DEPTH",
     "HEADER_BYTES",
@@ -11,9 +12,9 @@ __all__ = [
     "MASK_PIXELS",
     "MODEL_LAYERS",
     "PICTURE_BYTES",
-    "PROCESSES",
     "RUN_BYTES",
     "VOCAB_BYTES",
+    "WORKERS",
 ]
 
 PICTURE_BYTES = 2**30  # an encoded picture that is read into memory: a tar's member, a cell of a table
@@ -26,4 +27,5 @@ RUN_BYTES = 2**24  # run.json
 CHECKPOINT_DEPTH = 8  # nested containers around a state dict
 MODEL_LAYERS = 4096  # layers that a config.json asks for
 VOCAB_BYTES = 2**26  # a vocabulary of word pieces
-PROCESSES = 1024  # decoders, actors, ranks' processes
+WORKERS = 256  # processes that decode, on a machine
+ACTORS = 4096  # of a cluster

@@ -35,9 +35,10 @@ import attnx
 from attnx.cli_jobs import MAX_PIXELS
 from attnx.cli_options import rollout_options
 from attnx.images import find_images
-from attnx.jobs.decoding import Decode, Decoders, Picture, start_server, usable_cores
+from attnx.jobs.decoding import Decode, Decoders, Picture, start_server
 from attnx.jobs.engines.cluster import Cluster
 from attnx.jobs.job import open_job
+from attnx.jobs.memory import usable_cores
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.recipe import ExtractRecipe, Running, Tools
 from attnx.jobs.run import run_job

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from small_job import draw
 
-from attnx.jobs import decoding
-from attnx.jobs.decoding import BYTES_PER_PIXEL, Decode, Decoders, decoder_bytes, default_max_pixels, usable_memory
+from attnx.jobs import memory
+from attnx.jobs.decoding import Decode, Decoders
+from attnx.jobs.memory import BYTES_PER_PIXEL, decoder_bytes, default_max_pixels, usable_memory
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources import Entry
 from attnx.jobs.sources.folder import Files
@@ -47,9 +48,9 @@ def test_a_limit_that_is_there_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "setrlimit", lambda *wanted: asked.append(wanted))
     for hard in (resource.RLIM_INFINITY, 2**20):
         monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (0, hard))
-        decoding._limit_memory(2**30)
+        memory.limit_memory(2**24, False)
     (_, (free, _)), (_, bound) = asked
-    assert free > 2**30
+    assert free > decoder_bytes(2**24)
     assert bound == (2**20, 2**20)
 
 
@@ -78,11 +79,11 @@ def test_long_errors_are_cut(tmp_path: Path) -> None:
 
 def test_the_default_follows_memory_and_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decoder_bytes(1000) == 1000 * BYTES_PER_PIXEL
-    for memory, decoders, pixels in [
+    for found, decoders, pixels in [
         (2**40, 1, 178_956_970), (2**30, 16, 2**24), (8_000_000_000, 4, 50_000_000), (8_000_000_000, 3, 66_000_000),
         (8_000_000_000, 0, 178_956_970),
     ]:  # fmt: skip
-        monkeypatch.setattr(decoding, "usable_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(memory, "usable_memory", lambda found=found: found)
         assert default_max_pixels(decoders) == pixels
 
 
@@ -92,8 +93,8 @@ def test_the_default_follows_memory_and_decoders(monkeypatch: pytest.MonkeyPatch
 )
 def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, limit: str) -> None:
     whole = usable_memory()
-    monkeypatch.setattr(decoding, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(decoding, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "cgroup")
     for name, text in [("proc/self/cgroup", f"5:cpuset:/a\n{line}\n"), ("cgroup/" + limit, "1234567\n")]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)

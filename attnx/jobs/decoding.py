@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import queue
 import signal
 import sys
@@ -15,12 +14,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from attnx.images import ImageError, large_images, read_scaled
+from attnx.jobs.memory import decoder_bytes, default_workers, limit_memory
 from attnx.jobs.pixels import Crop, Pixels
 from attnx.jobs.sources import Entry, Reader
 from attnx.jobs.sources.reachable import is_unreachable
@@ -28,32 +27,12 @@ from attnx.jobs.sources.reachable import is_unreachable
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-__all__ = [
-    "BYTES_PER_PIXEL",
-    "Decode",
-    "Decoders",
-    "Picture",
-    "decoder_bytes",
-    "default_max_pixels",
-    "default_workers",
-    "start_server",
-    "usable_cores",
-    "usable_memory",
-]
-
-# Most formats take 8 while they are decoded, WebP takes 16, JPEG 2000 takes 20. JPEG 2000 with alpha takes 25: near
-# max_pixels it is an error.
-BYTES_PER_PIXEL = 20
+__all__ = ["Decode", "Decoders", "Picture", "start_server"]
 
 _MAIN = threading.Lock()
 _READY_WITHIN = 120.0  # seconds, for a process to start
 _GRACE = 0.5  # seconds, for processes to end
 _LONGEST = 300  # characters of an error
-_SLACK = 2**29  # bytes: libraries that are imported with the first picture, rows of a table, what malloc keeps
-_SLACK_OF_PROCESSORS = 2**32  # bytes: transformers and torch are imported, too
-_STACKS = 2**24  # bytes a core: decoders of AVIF start threads
-_MOST_PIXELS, _FEWEST_PIXELS = 178_956_970, 2**24  # of the default; the first is Pillow's own limit
-_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -288,59 +267,7 @@ def _serve(pipe: Connection, decode: Decode) -> None:
             # Whoever would kill it may be dead by then: the default of this signal ends the process.
             signal.setitimer(signal.ITIMER_REAL, timeout + 10)
             if decode.max_pixels is not None:
-                slack = _SLACK_OF_PROCESSORS if decode.pixels.kind == "processor" else _SLACK
-                _limit_memory(decoder_bytes(decode.max_pixels) + slack + _STACKS * usable_cores())
+                limit_memory(decode.max_pixels, decode.pixels.kind == "processor")
             picture = decode(entry)
             signal.setitimer(signal.ITIMER_REAL, 0)
             pipe.send(picture)
-
-
-def _limit_memory(more: int) -> None:
-    """What would allocate so many bytes more than this process has now gets a MemoryError, on Linux."""
-    if sys.platform != "linux":
-        return
-    import resource
-
-    # For each picture anew: what a library leaks in a million pictures is not the fault of the next one.
-    has = int((_PROC / "self" / "statm").read_text().split()[5]) * resource.getpagesize()
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    soft = has + more if hard == resource.RLIM_INFINITY else min(has + more, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def decoder_bytes(max_pixels: int) -> int:
-    """The most memory that a decoder takes for one picture, beyond what it has when it starts."""
-    return BYTES_PER_PIXEL * max_pixels
-
-
-def default_max_pixels(decoders: int) -> int:
-    """`max_pixels` with which so many decoders take at most half of the memory; at least 2**24."""
-    share = usable_memory() // 2 // max(1, decoders) // BYTES_PER_PIXEL
-    return max(_FEWEST_PIXELS, min(_MOST_PIXELS, share // 10**6 * 10**6))
-
-
-def usable_memory() -> int:
-    """The bytes that this process may use: a container or a job scheduler may allow less than the machine has."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else [2**33]
-    with contextlib.suppress(OSError):
-        for line in (_PROC / "self" / "cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers and "memory" not in controllers.split(","):
-                continue
-            folder, name = (_CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (_CGROUPS, "memory.max")
-            # A group is bound by those that it lies in; a container may see its own group as the root.
-            inner = Path(group.strip("/"))
-            for path in (inner, *inner.parents):
-                with contextlib.suppress(OSError, ValueError):
-                    limits.append(int((folder / path / name).read_text()))
-    return min(limits)
-
-
-def default_workers() -> int:
-    """Processes that decode, unless so many are asked for."""
-    return min(16, usable_cores())
-
-
-def usable_cores() -> int:
-    """The cores that this process may use: a container or a job scheduler may allow fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnx.jobs.decoding import Decode, Decoders, default_workers
+from attnx.jobs.decoding import Decode, Decoders
 from attnx.jobs.job import Job
+from attnx.jobs.memory import default_workers
 from attnx.jobs.packing import Format
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources import Source, open_source
@@ -23,7 +24,7 @@ from attnx.jobs.sources.reachable import Reachable
 from attnx.jobs.sources.table import Table
 from attnx.jobs.tasks import Extract, Find, ImageTask, Task, WordTask
 from attnx.jobs.worker import Worker
-from attnx.limits import PROCESSES
+from attnx.limits import WORKERS
 from attnx.models.loading import Loaded, load_model
 
 __all__ = ["ExtractRecipe", "Recipe", "Running", "Tools", "WordsRecipe", "recipe_of"]
@@ -54,8 +55,8 @@ class Running:
             raise ValueError(f"batch-size: expected at least 1, got {self.batch_size}")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers: expected at least 0, got {self.workers}")
-        if self.workers is not None and self.workers > PROCESSES:
-            raise ValueError(f"workers: expected at most {PROCESSES}, got {self.workers}")
+        if self.workers is not None and self.workers > WORKERS:
+            raise ValueError(f"workers: expected at most {WORKERS}, got {self.workers}")
         if self.tries < 1:
             raise ValueError(f"tries: expected at least 1, got {self.tries}")
         if self.shard_timeout is not None and not 0 < self.shard_timeout <= _LONGEST:

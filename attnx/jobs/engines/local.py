@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from attnx.jobs.attempts import Attempt
-from attnx.jobs.decoding import usable_cores
 from attnx.jobs.engines.queue import RunError, Shards, by_the_model, is_fatal, why_of
 from attnx.jobs.job import Job
+from attnx.jobs.memory import usable_cores
 from attnx.jobs.recipe import Running
 from attnx.jobs.worker import Made, Stages
 from attnx.supervisor import die_with
