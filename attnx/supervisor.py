@@ -55,6 +55,7 @@ def supervise() -> None:
         restarts = 0
         while True:
             reading, writing = os.pipe()
+            os.set_blocking(writing, False)
             parent = os.getpid()
             signal.pthread_sigmask(signal.SIG_BLOCK, {*_ENDING, signal.SIGCHLD})
             child = os.fork()

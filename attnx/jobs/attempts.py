@@ -76,9 +76,11 @@ class Attempt:
         self._write()
 
     def why_not(self, start: int, stop: int) -> str | None:
-        """Why a piece is not to be run as a whole: it failed before; else None."""
+        """Why a piece is not to be run as a whole: it failed before, or a part of it; else None."""
         for first, last, count, why in self.failed:
-            if (first, last) == (start, stop) and (stop - start > 1 or why != DIED or count >= _DEATHS):
+            if stop - start == 1 and (first, last) == (start, stop) and (why != DIED or count >= _DEATHS):
+                return str(why)
+            if stop - start > 1 and start <= first and last <= stop:
                 return str(why)
         return None
 

@@ -111,17 +111,19 @@ def run_job(
     if progress is not None:
         progress(before, rows)
     shards, makers, running = Shards(todo, tries, say), 1, replace(running, tries=tries)
-    if not todo:
-        stages = Stages()
-    elif cluster is not None:
-        stages, makers = run_on_cluster(job, cluster, shards, running, advance)
-    elif len(devices) > 1:
-        makers = len(devices)
-        stages = run_on_devices(job, devices, shards, running, advance)
-    else:
-        stages = run_here(tools, job, shards, running, advance, say, hang)
-    # Of processes and actors that died.
-    job.remove_temporaries(rank)
+    try:
+        if not todo:
+            stages = Stages()
+        elif cluster is not None:
+            stages, makers = run_on_cluster(job, cluster, shards, running, advance)
+        elif len(devices) > 1:
+            makers = len(devices)
+            stages = run_on_devices(job, devices, shards, running, advance)
+        else:
+            stages = run_here(tools, job, shards, running, advance, say, hang)
+    finally:
+        # Of processes and actors that died.
+        job.remove_temporaries(rank)
     done = [shard for shard in ours if shard not in shards.set_aside]
     counts = {shard: job.errors(shard) for shard in done}
     failed = sum(counts.values())

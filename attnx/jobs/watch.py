@@ -14,7 +14,6 @@ __all__ = ["Hang", "Watch"]
 
 _TICK = 0.5  # seconds
 _FIRST = 600.0  # seconds for a batch while none is known: compilers may run
-_LEAST = 10.0
 _TIMES = 20.0  # as long as the longest batch so far
 
 
@@ -33,15 +32,16 @@ class Watch:
     """A thread that watches sections; a context manager.
 
     Args:
-        limit: seconds that a section may take; unless given, 20 times as long as the longest so far, at least 10 s, and
-            600 s where none is known.
+        limit: seconds that a section may take; unless given, 20 times as long as the longest so far, but not less than
+            `least`. Where none is known, the limit at which the shard
+            failed before, or 600 s.
         hang: is called with the section that takes longer; it ends the process. None: nothing is watched.
 
     Seconds are counted in steps of at most a second, so that a process that was stopped and goes on is not blamed.
     """
 
-    def __init__(self, limit: float | None, hang: Callable[[Hang], None] | None) -> None:
-        self.limit, self._hang = limit, hang
+    def __init__(self, limit: float | None, hang: Callable[[Hang], None] | None, least: float = 10.0) -> None:
+        self.limit, self.least, self._hang = limit, least, hang
         self._longest: float | None = None
         self._sections: dict[int, Hang] = {}
         self._ended = threading.Event()
@@ -71,7 +71,7 @@ class Watch:
         if self.limit is not None:
             return self.limit
         if self._longest is not None:
-            return max(_LEAST, _TIMES * self._longest)
+            return max(self.least, _TIMES * self._longest)
         return attempt.limit or _FIRST
 
     def _watch(self) -> None:

@@ -105,7 +105,9 @@ class Worker:
         self._begun: dict[int, _Shard] = {}
         self._turns = False
         self._alone, self._any_map = 0, False
-        self._watch = Watch(self.shard_timeout, None if self.hang is None else self._hangs)
+        # A GPU's kernels may be compiled for the shape of a batch.
+        least = 10.0 if self._on_cpu() else 60.0
+        self._watch = Watch(self.shard_timeout, None if self.hang is None else self._hangs, least)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="attnx-write")
         self._last: Future[Made] | None = None
 
@@ -129,7 +131,7 @@ class Worker:
         begun = [self._begin(number) for number in (shard, following) if number is not None]
         self._begun = {each.shard: each for each in begun}
         packed: list[Future[pa.Table]] = []
-        self._turns = self.device is None or torch.device(self.device).type == "cpu"
+        self._turns = self._on_cpu()
         attempt = Attempt.of(self.job.out, shard)
         in_pieces = attempt.begun >= self.tries or bool(attempt.failed)
         attempt.begin()
@@ -159,6 +161,9 @@ class Worker:
             last.exception()
             self.stages.file += time.perf_counter() - start
         return self._last
+
+    def _on_cpu(self) -> bool:
+        return self.device is None or torch.device(self.device).type == "cpu"
 
     def _note_source(self, batch: _Batch) -> bool:
         """Remembers an image that could be read; True if the source may be why another could not."""
@@ -255,9 +260,10 @@ class Worker:
             if why is None:
                 try:
                     attempt.begin_piece(piece.start, piece.stop)
-                    found += self._run_piece(batch, first, last, piece)
+                    made = self._run_piece(batch, first, last, piece)
                     attempt.end_piece()
-                    self._any_map = True
+                    found += made
+                    self._any_map |= bool(made)
                     continue
                 except Exception as error:
                     if is_fatal(error):
