@@ -227,11 +227,11 @@ def run_recipe(
     start_server()
     tools = recipe.load(device_of(devices[0]))
     about = f"model {recipe.describe_model()}, source {_short(recipe.source)} ({recipe.kind})"
-    for line in (notice, about):
-        if line:
-            say(line)
+    begin = [line for line in (notice, about) if line]
     if asked.dry_run:
         most = recipe.max_pixels
+        for line in begin:
+            say(line)
         say(f"pictures of at most {most:,} pixels, for which a decoder takes up to {decoder_bytes(most) / 1e6:,.0f} MB")
         typer.echo(estimate(tools, running, asked.shard_size, what, say))
         return
@@ -253,8 +253,8 @@ def run_recipe(
 
     try:
         with _opened(tools, images, out, asked, rank) as (tools, job):
-            # Nothing, unless this run has listed the source.
-            for line in images.skipped.lines():
+            # What was skipped is known to the run that has listed the source.
+            for line in (*begin, *images.skipped.lines()):
                 say(line)
             if not job.planned_now and (rank is None or rank.rank == 0):
                 for line in unplanned(images, job):

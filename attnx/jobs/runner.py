@@ -1,0 +1,218 @@
+"""Runs the model on batches of pictures: in parts where memory is short, in pieces where it failed before."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from attnx.jobs.attempts import Attempt
+from attnx.jobs.decoding import Picture
+from attnx.jobs.engines.queue import RunError, blame_the_model, is_fatal, why_of
+from attnx.jobs.pixels import Pixels
+from attnx.jobs.sources import Entry
+from attnx.jobs.tasks import Found, Task
+from attnx.jobs.watch import Hang, Watch
+
+__all__ = ["Batch", "Images", "Runner", "Stages", "on_cpu"]
+
+Batch: TypeAlias = "list[tuple[list[Entry], Picture]]"
+_Readable: TypeAlias = "tuple[list[Entry], np.ndarray]"
+_ALONE = 8  # images that fail one by one, and none that doesn't, until the model is blamed
+
+
+@dataclass
+class Stages:
+    """Where the time went, in seconds. Of the thread that runs the model: images (waiting for pictures), device
+    (to it), model, file (waiting for the shard before the last to be written). Beside it: decoding, in all processes
+    together, pack and write.
+    """
+
+    images: float = 0.0
+    device: float = 0.0
+    model: float = 0.0
+    file: float = 0.0
+    decoding: float = 0.0
+    pack: float = 0.0
+    write: float = 0.0
+
+    def __add__(self, other: Stages) -> Stages:
+        return Stages(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+
+class Images(NamedTuple):
+    """Images start <= i < stop of the shard of a note."""
+
+    attempt: Attempt
+    start: int
+    stop: int
+
+
+@dataclass
+class Runner:
+    """Runs a task; a context manager. Arguments are those of `Worker`.
+
+    most: images at a time.
+    """
+
+    pixels: Pixels
+    task: Task
+    device: Any
+    most: int
+    fill: bool
+    say: Callable[[str], None]
+    stages: Stages
+    shard_timeout: float | None = None
+    hang: Callable[[str], None] | None = None
+    _failed_alone: int = field(default=0, init=False)
+    _any_map: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        # A GPU's kernels may be compiled for the shape of a batch.
+        least = 10.0 if on_cpu(self.device) else 60.0
+        self._watch = Watch(self.shard_timeout, None if self.hang is None else self._hangs, least)
+
+    def __enter__(self) -> Runner:
+        self._watch.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._watch.__exit__(*error)
+
+    def start(self, batch: Batch, images: Images) -> list[Callable[[], list[Found]]]:
+        """Begins with those that have pixels, in as many parts as memory asks for."""
+        waits: list[Callable[[], list[Found]]] = []
+        waiting = [(group, picture.pixels) for group, picture in batch if picture.pixels is not None]
+        while waiting:
+            part, full = waiting[: self.most], False
+            try:
+                start = time.perf_counter()
+                pixels = _to_device(np.stack([pixels for _, pixels in part]), self.device)
+                normalised = self._filled(self.pixels.normalise(pixels))
+                ready = time.perf_counter()
+                with self.model(images):
+                    waits.append(self.task.start(normalised, [group for group, _ in part]))
+                self.stages.device += ready - start
+                self.stages.model += time.perf_counter() - ready
+                del waiting[: len(part)]
+            except torch.OutOfMemoryError:
+                waiting[: len(part)] = self._halved(part)
+                full = True
+            # Not where the error still holds what was computed.
+            if full and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return waits
+
+    def start_pieces(self, batch: Batch, images: Images) -> list[Callable[[], list[Found]]]:
+        """What `start` does, and waits. A piece of the batch that fails is halved; an image that fails alone gets that
+        as its error.
+
+        Raises:
+            RunError: the model fails at every image.
+        """
+        found: list[Found] = []
+        waiting = [(0, len(batch))]
+        attempt = images.attempt
+        while waiting:
+            first, last = waiting.pop()
+            piece = Images(attempt, images.start + first, images.start + last)
+            why = attempt.why_not(piece.start, piece.stop)
+            if why is None:
+                try:
+                    attempt.begin_piece(piece.start, piece.stop)
+                    made = self._run_piece(batch, first, last, piece)
+                    attempt.end_piece()
+                    found += made
+                    self._any_map |= bool(made)
+                    continue
+                except Exception as error:
+                    if is_fatal(error):
+                        raise
+                    why = f"the model fails at this image: {why_of(error)}"[:300]
+                    attempt.fail(piece.start, piece.stop, why)
+            if last - first > 1:
+                middle = (first + last) // 2
+                waiting += [(middle, last), (first, middle)]
+                continue
+            self._failed_alone += 1
+            if self._failed_alone >= _ALONE and not self._any_map:
+                raise RunError(f"the model fails at every image; at the last: {why}")
+            group, picture = batch[first]
+            found += [Found(error=why)] * len(group) if picture.pixels is not None else []
+        return [lambda: found]
+
+    def _run_piece(self, batch: Batch, first: int, last: int, images: Images) -> list[Found]:
+        """What is found for a piece of a batch.
+
+        Its images stay where they are in the batch, whose others are replaced by them, so that no sum is rounded in
+        another way. Captions are taken alone.
+        """
+        piece = batch[first:last]
+        own = [picture for _, picture in piece if picture.pixels is not None]
+        if not own:
+            return []
+        if not self.task.format.captions:
+            others = itertools.cycle(own)
+            piece = [
+                (group, picture if first <= i < last or picture.pixels is None else next(others))
+                for i, (group, picture) in enumerate(batch)
+            ]
+        waits = self.start(piece, images)
+        with self.model(images):
+            found = [one for wait in waits for one in wait()]
+        if self.task.format.captions:
+            return found
+        readable = [i for i, (group, picture) in enumerate(batch) for _ in group if picture.pixels is not None]
+        return [one for i, one in zip(readable, found, strict=True) if first <= i < last]
+
+    @contextlib.contextmanager
+    def model(self, images: Images) -> Iterator[None]:
+        """The model runs inside: it is watched, and blamed for what is raised."""
+        try:
+            with self._watch.section(*images):
+                yield
+        except Exception as error:
+            blame_the_model(error)
+            raise
+
+    def _hangs(self, where: Hang) -> None:
+        why = f"the model took longer than {where.limit:g} s"
+        where.attempt.fail(where.start, where.stop, why, where.limit)
+        assert self.hang is not None
+        self.hang(why)
+
+    def _filled(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.fill or len(images) == self.most:
+            return images
+        return torch.nn.functional.pad(images, (0, 0) * (images.dim() - 1) + (0, self.most - len(images)))
+
+    def _halved(self, part: list[_Readable]) -> list[_Readable]:
+        """What did not fit into memory, to be tried in smaller parts; re-raises where it can't be cut."""
+        if len(part) > 1:
+            self.most = len(part) // 2
+            self.say(f"out of memory with {len(part)} images at a time: going on with {self.most}")
+            return part
+        (group, pixels) = part[0]
+        if len(group) == 1:
+            raise
+        half = len(group) // 2
+        self.say(f"out of memory with {len(group)} captions of an image: going on with {half}")
+        return [(group[:half], pixels), (group[half:], pixels)]
+
+
+def on_cpu(device: Any) -> bool:
+    """True if a device, None included, is the CPU."""
+    return device is None or torch.device(device).type == "cpu"
+
+
+def _to_device(pixels: np.ndarray, device: Any) -> torch.Tensor:
+    tensor = torch.from_numpy(pixels)
+    if device is None or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
