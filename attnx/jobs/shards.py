@@ -3,8 +3,9 @@
 Columns: see `attnx.jobs.packing.Format`. The job's settings are JSON in the schema's metadata under `attnx`. Any
 Parquet reader reads the files.
 
-Between the last page and the footer lies a seal that Parquet readers skip: a CRC-32 of every column chunk, and a
-SHA-256 of these, of the footer and of the size of the data. So one flipped bit of a file is found where it is read.
+Between the last page and the footer lies a seal that Parquet readers skip: a CRC-32 of every column chunk and of what
+lies between it and the next, and a SHA-256 of these, of the footer and of the size of the data. So one flipped bit of a
+file is found where it is read.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +53,10 @@ class DamagedError(ValueError):
 
 
 def parts(out: Path) -> list[Path]:
-    """The complete shards in a folder, by number."""
+    """The complete shards in a folder, by number. What has such a name and is no file is an error for who opens it."""
     # By number: in order of names, part-100000 comes before part-99999.
     with os.scandir(out) as entries:
-        numbers = {entry.name: re.fullmatch(r"part-(\d+)\.parquet", entry.name) for entry in entries if entry.is_file()}
+        numbers = {entry.name: re.fullmatch(r"part-(\d+)\.parquet", entry.name) for entry in entries}
     return [out / name for _, name in sorted((int(match[1]), name) for name, match in numbers.items() if match)]
 
 
@@ -64,7 +66,8 @@ class Part:
     Attributes:
         rows, errors: how many rows it has, and how many of them have an error.
         settings: what its maps were made with.
-        place: the shard's number, the SHA-256 of its job's manifest, and the size of the tensors beside it in bytes.
+        place: the shard's number, the SHA-256 of its job's manifest, and of the file of tensors beside it the
+            size in bytes and the CRC-32.
 
     Raises:
         DamagedError: the file is not as it was written.
@@ -79,7 +82,7 @@ class Part:
         # Kept open: the file may be replaced while it is read.
         self._handle = open_regular(path)
         try:
-            self._checksums, footer = _check_seal(self._handle.fileno())
+            self._checksums, footer, data = _check_seal(self._handle.fileno())
             self.metadata: pq.FileMetaData = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
             self.schema: pa.Schema = self.metadata.schema.to_arrow_schema()
             known = self.schema.metadata or {}
@@ -93,6 +96,7 @@ class Part:
             chunks = self.groups * self.metadata.num_columns
             if len(self._checksums) != chunks:
                 raise ValueError(f"{len(self._checksums)} checksums of {chunks} column chunks")
+            self._places = _places(self.metadata, data)
         except (ValueError, KeyError, AttributeError, RecursionError, pa.ArrowException) as error:
             self._handle.close()
             raise DamagedError(path, str(error) or type(error).__name__) from error
@@ -165,9 +169,10 @@ class Part:
             for group in range(self.groups):
                 self._check(group, range(self.metadata.num_columns))
         if beside:
-            rows = self.table(["tensor", "tensor_crc32"]).to_pylist() if everything else []
             try:
-                check_tensors(tensors_of(self.path), self.place["tensors"], rows)
+                check_tensors(
+                    tensors_of(self.path), self.place["tensors"], self.place["tensors_crc32"] if everything else None
+                )
             except (ValueError, KeyError, OSError) as error:
                 raise DamagedError(tensors_of(self.path), str(error)) from error
 
@@ -178,8 +183,8 @@ class Part:
     def _check(self, group: int, leaves: Sequence[int]) -> None:
         for leaf in leaves:
             if (group, leaf) not in self._checked:
-                crc = _crc(self._handle.fileno(), *_place_of(self.metadata, group, leaf))
-                if crc != self._checksums[group * self.metadata.num_columns + leaf]:
+                chunk = group * self.metadata.num_columns + leaf
+                if _crc(self._handle.fileno(), *self._places[chunk]) != self._checksums[chunk]:
                     told = f"the checksum of column {self.schema.names[leaf]} of row group {group} is wrong"
                     raise DamagedError(self.path, told)
                 self._checked.add((group, leaf))
@@ -197,7 +202,7 @@ def write_part(
     place = dict(place or {})
     if tensors:
         table, content = split(table)
-        place["tensors"] = len(content)
+        place["tensors"], place["tensors_crc32"] = len(content), zlib.crc32(content)
         with replacing(tensors_of(target)) as path:
             path.write_bytes(content)
     # A row is read with its group, which should be no more than a few megabytes.
@@ -242,15 +247,14 @@ def _seal(path: Path) -> None:
         length, _ = _END.unpack(os.pread(file.fileno(), _END.size, size - _END.size))
         data = size - _END.size - length
         footer = os.pread(file.fileno(), size - data, data)
-        chunks = [(group, leaf) for group in range(metadata.num_row_groups) for leaf in range(metadata.num_columns)]
-        checksums = [_crc(file.fileno(), *_place_of(metadata, *chunk)) for chunk in chunks]
+        checksums = [_crc(file.fileno(), *place) for place in _places(metadata, data)]
         packed = struct.pack(f"<{len(checksums)}I", *checksums)
         file.seek(data)
         file.write(packed + _SEAL.pack(_digest(data, packed, footer), len(checksums), _SEAL_MAGIC) + footer)
 
 
-def _check_seal(file: int) -> tuple[tuple[int, ...], bytes]:
-    """The checksums of a file's column chunks, and its footer.
+def _check_seal(file: int) -> tuple[tuple[int, ...], bytes, int]:
+    """The checksums of a file's column chunks, its footer, and the size of the data before both.
 
     Raises:
         ValueError: they are not as they were written.
@@ -273,18 +277,22 @@ def _check_seal(file: int) -> tuple[tuple[int, ...], bytes]:
     footer = os.pread(file, size - seal - _SEAL.size, seal + _SEAL.size)
     if _digest(data, packed, footer) != digest:
         raise ValueError("the checksum of its footer is wrong")
-    return struct.unpack(f"<{count}I", packed), footer
+    return struct.unpack(f"<{count}I", packed), footer, data
 
 
 def _digest(data: int, packed: bytes, footer: bytes) -> bytes:
     return hashlib.sha256(data.to_bytes(8, "little") + packed + footer).digest()
 
 
-def _place_of(metadata: pq.FileMetaData, group: int, leaf: int) -> tuple[int, int]:
-    """Where a column chunk begins in the file, and its size, in bytes."""
-    chunk = metadata.row_group(group).column(leaf)
-    start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
-    return int(start), int(chunk.total_compressed_size)
+def _places(metadata: pq.FileMetaData, data: int) -> list[tuple[int, int]]:
+    """Where each column chunk begins in the file, and its size up to the next, in bytes; the first begins at 0."""
+    columns = (
+        metadata.row_group(group).column(leaf)
+        for group in range(metadata.num_row_groups)
+        for leaf in range(metadata.num_columns)
+    )
+    starts = [each.dictionary_page_offset if each.has_dictionary_page else each.data_page_offset for each in columns]
+    return [(start, stop - start) for start, stop in pairwise([0, *starts[1:], data])]
 
 
 def _crc(file: int, start: int, size: int) -> int:

@@ -1,0 +1,406 @@
+"""A damaged file of a job is never taken for a good one: it is named, and a shard is made again."""
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from small_job import draw, files, made_job, opened, tools
+from test_cli import fails, run
+
+import attnx
+from attnx.jobs.job import Job
+from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.rows import Row, read_shards
+from attnx.jobs.run import Report, run_job
+from attnx.jobs.runfile import FORMAT, read_run, write_run
+from attnx.jobs.shards import DamagedError, Part
+
+HERE = Running(batch_size=4, workers=0)
+STORES = ("map", "full")
+FIRST = "part-00000.parquet"
+FIELDS = ("format", "sha256", "rows", "shard_size", "batch_size", "manifest_sha256", "source", "settings", "recipe")
+MISSING = object()
+VALUES: dict[str, Any] = {
+    "0": 0, "-3": -3, "x": "x", "missing": MISSING, "huge": 10**30, "nested": {"a": [{"b": None}] * 50},
+}  # fmt: skip
+
+
+class Finished:
+    """A finished job of 12 pictures, one of them cut off, in shards of 5; and what is read of it."""
+
+    def __init__(self, pictures: Path, out: Path, store: str) -> None:
+        rolling = {"residual": 0.5, "discard": 0.0, "start": 0, "preset": None}
+        more = {} if store == "map" else {"store": store, "method": "rollout", "rolling": rolling}
+        self.made: Tools = tools(pictures, **more)
+        self.out = out
+        resume(self.made, out, shard_size=5)
+        self.files = files(out)
+        self.rows = [told(row) for row in read_shards(out)]
+        self.summary = summary(out, out.with_suffix(".summary"))[1]
+
+    def copy(self, to: Path) -> Path:
+        """The folder once more."""
+        return Path(shutil.copytree(self.out, to, ignore=shutil.ignore_patterns(".lock*")))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """By what is stored."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("finished")
+    pictures = draw(folder / "pictures", 12, broken=(7,))
+    return {store: Finished(pictures, folder / store, store) for store in STORES}
+
+
+@pytest.fixture(params=STORES)
+def job(request: pytest.FixtureRequest, finished: dict[str, Finished]) -> Finished:
+    return finished[request.param]
+
+
+def resume(made: Tools, out: Path, shard_size: int | None = None, **options: Any) -> Report:
+    with opened(made, out, shard_size) as planned:
+        return run_job(made, planned, HERE, **options)
+
+
+def told(row: Row) -> tuple[Any, ...]:
+    """A row, to be compared."""
+    amap = None if row.map is None else (row.map.shape, row.map.tobytes())
+    return row.key, amap, row.error, row.width, row.height, row.crop, row.text
+
+
+def summary(folder: Path, to: Path) -> tuple[int, Any]:
+    """The exit code of `attnx summary`, and what it found, or the line that it said."""
+    result = run("summary", folder, "--out", to, "--examples", 1)
+    if result.exit_code == 0:
+        found = json.loads((to / "summary.json").read_text())
+        # By the times of files.
+        return 0, {name: value for name, value in found.items() if "second" not in name}
+    lines = result.stderr.strip().splitlines()
+    assert (result.exit_code, len(lines)) == (2, 1), result.output
+    assert lines[0].startswith("attnx: ")
+    return 2, lines[0]
+
+
+def compared(content: dict[str, bytes]) -> dict[str, Any]:
+    """Files without what was set aside; run.json by what it says, for its spaces mean nothing."""
+    return {name: json.loads(each) if name == "run.json" else each for name, each in content.items()}
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """The files of a job but what was set aside, and locks."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(out.iterdir())
+        if path.suffix != ".damaged" and not path.name.startswith(".lock")
+    }
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """With a range of bytes that is flipped, cut out or zeroed; a range is a byte as often as a block or the rest."""
+    while True:
+        start = rng.randrange(len(content))
+        size = rng.choice([1, 1, rng.randint(1, 64), rng.randint(1, 4096), len(content)])
+        stop = min(start + size, len(content))
+        kind = rng.choice(["flip", "cut", "zero"])
+        if kind == "flip" and stop == start + 1:
+            middle = bytes([content[start] ^ 1 << rng.randrange(8)])
+        elif kind == "flip":
+            middle = bytes(byte ^ 0xFF for byte in content[start:stop])
+        else:
+            middle = b"" if kind == "cut" else bytes(stop - start)
+        changed = content[:start] + middle + content[stop:]
+        if changed != content:
+            return changed
+
+
+def by_iteration(out: Path) -> list[tuple[Any, ...]]:
+    return [told(row) for row in attnx.open(out)]
+
+
+def by_key(out: Path) -> list[tuple[Any, ...]]:
+    maps = attnx.open(out)
+    return [told(maps[key]) for key in list(maps.keys())]
+
+
+def by_index(out: Path) -> list[tuple[Any, ...]]:
+    maps = attnx.open(out)
+    return [told(maps[i]) for i in range(len(maps))]
+
+
+def answer(ask: Callable[[], Any]) -> Any:
+    """What comes back, or the message of an error that a user may meet."""
+    try:
+        return ask()
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+def check(job: Finished, out: Path, name: str, rng: random.Random, to: Path) -> None:
+    """One damage of a copy, and all who read it."""
+    (out / name).write_bytes(damaged(job.files[name], rng))
+    for read in (by_iteration, by_key, by_index):
+        found = answer(lambda read=read: read(out))
+        assert name in found if isinstance(found, str) else found == job.rows, read
+    code, found = summary(out, to)
+    assert found == job.summary if code == 0 else name in found
+    said: list[str] = []
+    report = answer(lambda: resume(job.made, out, say=said.append))
+    if isinstance(report, str):
+        assert name in report
+        assert not name.startswith("part-"), "a shard is made again"
+        return
+    assert (report.rows, report.maps, report.set_aside) == (12, 11, {})
+    assert compared(files_of(out)) == compared(job.files)
+    if name.startswith("part-"):
+        assert len(said) == 1
+        assert name in said[0]
+        folder = out / f"{Path(name).stem}.damaged"
+        assert (folder / name).exists()
+        # Both files of the shard, or one.
+        assert {path.name for path in folder.iterdir()} == {each for each in job.files if Path(each).stem == name[:10]}
+    assert by_iteration(out) == job.rows
+
+
+def damages(finished: dict[str, Finished], folder: Path, count: int, seed: int) -> None:
+    """So many of all files in turn."""
+    all_files = [(store, name) for store in STORES for name in finished[store].files]
+    for number in range(count):
+        store, name = all_files[number % len(all_files)]
+        out = finished[store].copy(folder / str(number))
+        try:
+            check(finished[store], out, name, random.Random(f"{seed} {number}"), folder / "summary")
+        except BaseException as error:
+            error.add_note(f"damage {number} of seed {seed}: {name} of store {store}")
+            raise
+        shutil.rmtree(out)
+
+
+def test_no_damage_of_sixty_goes_unseen(finished: dict[str, Finished], tmp_path: Path) -> None:
+    damages(finished, tmp_path, 60, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_no_damage_of_a_thousand_goes_unseen(finished: dict[str, Finished], tmp_path: Path) -> None:
+    damages(finished, tmp_path, 1000, seed=2)
+
+
+def test_every_byte_of_a_shard_is_under_a_checksum(job: Finished, tmp_path: Path) -> None:
+    """The first, the last, and those between the columns, which no reader reads."""
+    out = job.copy(tmp_path / "out")
+    for name in (name for name in job.files if name.startswith("part-00000")):
+        content = job.files[name]
+        size = len(content)
+        for at in {*range(20), *range(20, size, max(1, size // 150)), *range(size - 20, size)}:
+            (out / name).write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            with pytest.raises(DamagedError, match=name):
+                Job(out).open_part(0).check(everything=True)
+        (out / name).write_bytes(content)
+    Job(out).open_part(0).check(everything=True)
+
+
+def test_another_shard_in_a_shards_place_is_found(job: Finished, tmp_path: Path) -> None:
+    """One of as many rows, so that only what it says of itself tells."""
+    out = job.copy(tmp_path / "out")
+    for path in out.glob("part-00001.*"):
+        shutil.copy(path, out / f"part-00000{path.suffix}")
+    with pytest.raises(DamagedError, match=rf"{FIRST} is damaged: expected shard 0; got 1"):
+        by_iteration(out)
+    assert f"{FIRST} is damaged" in fails("summary", out, "--out", tmp_path / "summary")
+    said: list[str] = []
+    resume(job.made, out, say=said.append)
+    assert len(said) == 1
+    assert FIRST in said[0]
+    assert files_of(out) == job.files
+
+
+def test_a_shard_of_another_job_is_found(job: Finished, tmp_path: Path) -> None:
+    other = made_job(draw(tmp_path / "pictures", 15), tmp_path / "other", 5)
+    out = job.copy(tmp_path / "out")
+    shutil.copy(other / FIRST, out / FIRST)
+    with pytest.raises(DamagedError, match=rf"{FIRST} is damaged: expected manifest \w+; got \w+"):
+        by_index(out)
+    assert f"{FIRST} is damaged" in fails("summary", out, "--out", tmp_path / "summary")
+    resume(job.made, out, say=lambda text: None)
+    assert files_of(out) == job.files
+
+
+def test_a_flipped_tensor_is_found_and_both_files_are_set_aside(finished: dict[str, Finished], tmp_path: Path) -> None:
+    job = finished["full"]
+    out = job.copy(tmp_path / "out")
+    first = "part-00000.safetensors"
+    content = bytearray((out / first).read_bytes())
+    content[-1] ^= 1
+    (out / first).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{first} is damaged: the checksum of tensor \d is wrong"):
+        by_iteration(out)
+    resume(job.made, out, say=lambda text: None)
+    assert files_of(out) == job.files
+    assert {path.name for path in (out / "part-00000.damaged").iterdir()} == {FIRST, first}
+    assert (out / "part-00000.damaged" / first).read_bytes() == content
+
+
+def test_a_newer_format_is_refused_and_nothing_is_touched(job: Finished, tmp_path: Path) -> None:
+    out = job.copy(tmp_path / "out")
+    planned = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**planned, "format": FORMAT + 1}))
+    before = files(out)
+    for refused in (lambda: attnx.open(out), lambda: resume(job.made, out)):
+        with pytest.raises(ValueError, match=rf"run\.json has format {FORMAT + 1}, of a newer attnx"):
+            refused()
+    assert "of a newer attnx" in fails("summary", out, "--out", tmp_path / "summary")
+    assert "of a newer attnx" in fails(*extract(job, out))
+    assert files(out) == before
+
+
+def extract(job: Finished, out: Path, *more: object) -> list[object]:
+    """The command line that made a job."""
+    how = ["--model", "demo", "--method", "cls"] if job.made.recipe.store == "map" else ["--store", "full"]
+    most = ["--max-pixels", job.made.recipe.max_pixels, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
+    return ["extract", job.made.recipe.source, "--out", out, *how, *most, "--model", "demo", *more]
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("name", FIELDS)
+def test_an_edited_run_json_is_one_line(finished: dict[str, Finished], tmp_path: Path, name: str, value: str) -> None:
+    job = finished["map"]
+    out = job.copy(tmp_path / "out")
+    planned = json.loads((out / "run.json").read_text())
+    edited = {**planned, name: VALUES[value]}
+    if VALUES[value] is MISSING:
+        del edited[name]
+    (out / "run.json").write_text(json.dumps(edited))
+    before = files(out)
+    with pytest.raises(ValueError, match=r"run\.json") as raised:
+        attnx.open(out)
+    assert len(str(raised.value).splitlines()) == 1
+    line = fails(*extract(job, out))
+    assert line.startswith("attnx: ")
+    assert "run.json" in line
+    assert len(line) <= 300
+    assert files(out) == before
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("name", FIELDS[2:])
+def test_so_is_one_with_a_new_checksum(finished: dict[str, Finished], tmp_path: Path, name: str, value: str) -> None:
+    """Somebody who knows how to make it: what the rows are is then not for run.json alone to say."""
+    job = finished["map"]
+    out = job.copy(tmp_path / "out")
+    planned = read_run(out)
+    planned[name] = VALUES[value]
+    if VALUES[value] is MISSING:
+        del planned[name]
+    write_run(out, planned)
+    read = answer(lambda: by_iteration(out))
+    assert "is damaged" in read if isinstance(read, str) else read == job.rows
+    code, found = summary(out, tmp_path / "summary")
+    assert found["rows"] == 12 if code == 0 else "damaged" in found or "recipe" in found
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[" * 10**6, b"{}", b"[]", b"null", b'{"format": 1e999}', b"\xff\xfe", b"9" * 5000]
+)
+def test_any_other_run_json_is_one_line(finished: dict[str, Finished], tmp_path: Path, content: bytes) -> None:
+    out = finished["map"].copy(tmp_path / "out")
+    (out / "run.json").write_bytes(content)
+    with pytest.raises(DamagedError, match=r"run\.json is damaged"):
+        attnx.open(out)
+    assert "run.json is damaged" in summary(out, tmp_path / "summary")[1]
+
+
+def test_verify_reads_what_is_otherwise_too_much(
+    job: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large jobs the footers and sizes are checked; here any job is large."""
+    monkeypatch.setattr("attnx.jobs.run._VERIFIED", 0)
+    out = job.copy(tmp_path / "out")
+    name = "part-00001.parquet" if job.made.recipe.store == "map" else "part-00001.safetensors"
+    content = bytearray(job.files[name])
+    content[len(content) // 2 if name.endswith("tensors") else 200] ^= 0x10
+    (out / name).write_bytes(content)
+    quick = run(*extract(job, out))
+    assert quick.exit_code == 1, quick.output
+    assert "12" in quick.output
+    assert "damaged" not in quick.output
+    assert (out / name).read_bytes() == content
+    thorough = run(*extract(job, out, "--verify"))
+    assert thorough.exit_code == 1, thorough.output
+    assert f"{name} is damaged" in thorough.stderr
+    assert "shard 1 is made again" in thorough.stderr
+    assert files_of(out) == job.files
+    aside = out / "part-00001.damaged"
+    assert {path.name for path in aside.iterdir()} == {each for each in job.files if each.startswith("part-00001")}
+    assert (aside / name).read_bytes() == content
+
+
+def test_a_cut_file_is_found_without_verify(job: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnx.jobs.run._VERIFIED", 0)
+    for name in (name for name in job.files if name.startswith("part-00002")):
+        out = job.copy(tmp_path / name)
+        (out / name).write_bytes(job.files[name][:-1])
+        said: list[str] = []
+        resume(job.made, out, say=said.append)
+        assert len(said) == 1
+        assert name in said[0]
+        assert files_of(out) == job.files
+
+
+def test_other_readers_read_the_shards(job: Finished) -> None:
+    """With the checksums of pages, which they may check."""
+    wanted = [row[0] for row in job.rows]
+    paths = sorted(str(path) for path in job.out.glob("part-*.parquet"))
+    checked = [pq.read_table(path, page_checksum_verification=True) for path in paths]
+    assert [key for table in checked for key in table.column("key").to_pylist()] == wanted
+    assert [key for path in paths for key in pq.read_table(path).column("key").to_pylist()] == wanted
+    found = duckdb.sql(f"select key, error from read_parquet({paths!r}) order by key").fetchall()
+    assert [key for key, _ in found] == wanted
+    assert [key for key, error in found if error is not None] == ["007.jpg"]
+    if job.made.recipe.store == "map":
+        values = duckdb.sql(f"select map[1] * scale from '{paths[0]}'").fetchall()
+        np.testing.assert_allclose(values[0], [np.frombuffer(job.rows[0][1][1], np.float32)[0]], rtol=1e-3)
+
+
+def test_pages_have_checksums_of_their_own(finished: dict[str, Finished], tmp_path: Path) -> None:
+    """Other readers than ours find the damage, too."""
+    job = finished["map"]
+    path = tmp_path / FIRST
+    column = Part(job.out / FIRST).metadata.row_group(0).column(2)
+    content = bytearray(job.files[FIRST])
+    content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(OSError, match="CRC"):
+        pq.read_table(path, page_checksum_verification=True)
+
+
+@pytest.mark.parametrize("replace", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+@pytest.mark.parametrize("name", [FIRST, "part-00000.safetensors", "run.json", "manifest.parquet"])
+def test_what_is_no_file_is_an_error_at_once(
+    finished: dict[str, Finished], tmp_path: Path, name: str, replace: Callable[[Path], None]
+) -> None:
+    """A pipe would keep a reader waiting."""
+    job = finished["full"]
+    out = job.copy(tmp_path / "out")
+    (out / name).unlink()
+    replace(out / name)
+    start = time.perf_counter()
+    for read in (by_iteration, by_key, by_index):
+        with pytest.raises((ValueError, OSError), match=name):
+            read(out)
+    if name != "part-00000.safetensors":
+        # Of whole maps, the summary reads the rows alone.
+        assert name in fails("summary", out, "--out", tmp_path / "summary")
+    result = run(*extract(job, out))
+    assert name in result.stderr
+    assert result.exit_code == 2 or files_of(out) == job.files
+    assert time.perf_counter() - start < 10
