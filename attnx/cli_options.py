@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -70,6 +71,9 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except (typer.Exit, UsageError):
             raise
+        except KeyboardInterrupt as error:
+            # typer would forget which signal it was.
+            raise typer.Exit(128 + getattr(error, "number", signal.SIGINT)) from None
         except Exception as error:
             if os.environ.get("ATTNX_TRACEBACK"):
                 traceback.print_exc()

@@ -221,7 +221,16 @@ class Worker:
         attempt.end()
         return made
 
+    def _check_plan(self) -> None:
+        """Raises RunError if the folder is another run's now: no other try would do better."""
+        try:
+            self.job.check_plan()
+        except ValueError as error:
+            raise RunError(str(error)) from error
+
     def _write_part(self, shard: int, packed: list[Future[pa.Table]]) -> Made:
+        # First: what is in the folder of another run is not ours.
+        self._check_plan()
         made = self.task.format.concatenate([batch.result() for batch in packed])
         start = time.perf_counter()
         target, done = self.job.part(shard), made
@@ -230,8 +239,12 @@ class Worker:
             order = np.arange(len(failed))
             order[failed] = len(failed) + np.arange(len(made))
             done = self.task.format.concatenate([read_part(target), made]).take(order)
-        self.job.check_plan()
-        write_part(done, target, self.job.run["settings"], self.tensors, self.job.place(shard))
+        try:
+            write_part(done, target, self.job.run["settings"], self.tensors, self.job.place(shard))
+        except FileNotFoundError:
+            # A run that begins removes what is half-written.
+            self._check_plan()
+            raise
         self.stages.write += time.perf_counter() - start
         return Made(shard, len(made), len(made) - int(made.column("error").null_count))
 

@@ -25,7 +25,7 @@ __all__ = ["Cluster", "run_on_cluster"]
 _AT_A_TIME = 2
 _PATIENCE = 60.0  # seconds until it is said that nothing happens
 _LEAST_VERSION = (2, 52)  # has token authentication
-_LONGEST_FOLDER = 40  # characters: Ray's sockets stand below it, and their paths have at most 107
+_LONGEST_FOLDER = 26  # characters: Ray's sockets stand 81 below it, and their paths have at most 107
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,12 @@ def _private_cluster() -> Iterator[Any]:
             f"engine ray: expected ray 2.52 or newer, whose clusters can be private; got {ray.__version__}. Upgrade "
             "it, or give --address of a running cluster"
         )
-    above = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    with tempfile.TemporaryDirectory(
-        prefix="attnx-", dir=above if len(above) <= _LONGEST_FOLDER else None, ignore_cleanup_errors=True
-    ) as folder:
+    folders = (os.environ.get("RAY_TMPDIR"), tempfile.gettempdir())
+    above = next((each for each in folders if each and len(each) <= _LONGEST_FOLDER), "/tmp")
+    with tempfile.TemporaryDirectory(prefix="attnx-", dir=above, ignore_cleanup_errors=True) as folder:
+        # Ray opens the folder that it is given to everyone; it lies in one that is ours.
         ray.init(
-            address="local", include_dashboard=False, _temp_dir=folder, _node_ip_address="127.0.0.1",
+            address="local", include_dashboard=False, _temp_dir=f"{folder}/r", _node_ip_address="127.0.0.1",
             log_to_driver=False, logging_level=logging.WARNING,
         )  # fmt: skip
         try:

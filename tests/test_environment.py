@@ -1,0 +1,319 @@
+"""What a job stands in may go: the source, the output, room on a disk, locks. That ends a run, and costs no row."""
+
+import errno
+import fcntl
+import io
+import os
+import threading
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+from urllib.error import HTTPError
+
+import pytest
+import torch
+from small_job import draw, files, opened, tools
+from test_cli import fails
+from typer.testing import CliRunner, Result
+
+from attnx.cli import app
+from attnx.jobs import shards as shard_files
+from attnx.jobs.engines.queue import RunError
+from attnx.jobs.job import Job
+from attnx.jobs.progress import Log
+from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.rows import read_shards
+from attnx.jobs.run import Report, run_job
+from attnx.jobs.sources import Entry, reachable
+from attnx.jobs.sources.folder import Files
+from attnx.jobs.sources.reachable import Reachable, is_unreachable
+
+HERE = Running(batch_size=4, workers=0)
+HOW = ("--method", "cls", "--device", "cpu", "--workers", "0", "--batch-size", "4", "--shard-size", "5")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Tools:
+    torch.set_num_threads(1)
+    return tools(draw(tmp_path_factory.mktemp("environment") / "pictures", 40))
+
+
+@pytest.fixture(scope="module")
+def whole(made: Tools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed job, in shards of 5."""
+    out = tmp_path_factory.mktemp("whole")
+    run(made, out)
+    return out
+
+
+def run(made: Tools, out: Path, **options: Any) -> Report:
+    with opened(made, out, 5) as job:
+        return run_job(made, job, HERE, **options)
+
+
+def extract(source: str | Path, out: Path, *more: object) -> Result:
+    return CliRunner().invoke(app, ["extract", str(source), "--out", str(out), *HOW, *map(str, more)])
+
+
+def once(act: Callable[[], object]) -> Callable[[int, int], None]:
+    """A progress that acts after the first shard."""
+    left = [act]
+
+    def progress(done: int, total: int) -> None:
+        if done and left:
+            left.pop()()
+
+    return progress
+
+
+def between_shards(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """The same, of a command."""
+    progress, count = once(act), Log.progress
+
+    def both(self: Log, done: int, total: int) -> None:
+        count(self, done, total)
+        progress(done, total)
+
+    monkeypatch.setattr(Log, "progress", both)
+
+
+def test_a_source_that_vanishes_ends_the_run_and_costs_no_row(made: Tools, whole: Path, tmp_path: Path) -> None:
+    source = Path(made.recipe.source)
+    gone = source.with_name("gone")
+    with pytest.raises(RunError, match=r"source: .*pictures can't be reached: it is not there any more.*run the same"):
+        run(made, tmp_path, progress=once(lambda: source.rename(gone)))
+    gone.rename(source)
+    there = Job(tmp_path).done()
+    assert 0 < len(there) < 8
+    assert [row.error for row in read_shards(tmp_path)] == [None] * 5 * len(there)
+    assert not list(tmp_path.glob(".attempt*")), "it was no shard's fault"
+    report = run(made, tmp_path)
+    assert (report.errors, report.made) == (0, 40 - 5 * len(there))
+    assert files(tmp_path) == files(whole)
+
+
+def test_a_command_whose_source_vanishes_ends_with_2(
+    made: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(made.recipe.source)
+    gone, out = source.with_name("gone"), tmp_path / "out"
+    between_shards(monkeypatch, lambda: source.rename(gone))
+    result = extract(source, out)
+    gone.rename(source)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.splitlines()
+    assert "can't be reached: it is not there any more. Nothing of this shard was written; run the same" in lines[-1]
+    assert lines[-2].startswith("attnx: stopped at ")
+    again = extract(source, out)
+    assert again.exit_code == 0, again.output
+    assert "maps of 40 images" in again.stdout
+
+
+def test_pictures_that_can_not_be_read_are_their_rows_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One was deleted, another belongs to somebody else; the source is there."""
+    pictures, out = draw(tmp_path / "pictures", 20), tmp_path / "out"
+    made_with = tools(pictures)
+    with opened(made_with, out, 5):
+        (pictures / "007.jpg").unlink()
+        (pictures / "012.jpg").chmod(0)
+    if os.geteuid() == 0:
+        read = Files.__call__
+
+        def refused(self: Files, entry: Entry) -> tuple[Path, IO[bytes] | None]:
+            if entry.key == "012.jpg":
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), entry.path)
+            return read(self, entry)
+
+        monkeypatch.setattr(Files, "__call__", refused)
+    report = run(made_with, out)
+    assert (report.rows, report.maps, report.errors, report.set_aside) == (20, 18, 2, {})
+    errors = {row.key: row.error for row in read_shards(out) if row.error}
+    assert list(errors) == ["007.jpg", "012.jpg"]
+    assert "No such file" in str(errors["007.jpg"])
+    assert "Permission denied" in str(errors["012.jpg"])
+
+
+def test_a_source_in_which_nothing_can_be_read_is_not_reached(tmp_path: Path) -> None:
+    """An empty mount point, at the first shard: no row was readable before."""
+    pictures, out = draw(tmp_path / "pictures", 20), tmp_path / "out"
+    made_with = tools(pictures)
+    with opened(made_with, out, 5):
+        for path in pictures.iterdir():
+            path.unlink()
+    with pytest.raises(RunError, match="of some rows tried, none can be read; the first: FileNotFoundError"):
+        run(made_with, out)
+    assert Job(out).done() == set()
+
+
+def caused(error: Exception, by: Exception, name: str = "__cause__") -> Exception:
+    """As it is caught."""
+    setattr(error, name, by)
+    return error
+
+
+class HubError(Exception):
+    """As of libraries that read from a hub: the code is the response's."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.response = types.SimpleNamespace(status_code=code)
+
+
+def http(code: int) -> HTTPError:
+    return HTTPError("https://example.org/a.jpg", code, "", None, io.BytesIO())  # type: ignore[arg-type]
+
+
+GONE = OSError(errno.ESTALE, "Stale file handle")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(code, os.strerror(code)) for code in (errno.ENOENT, errno.ESTALE, errno.EIO, errno.EACCES)),
+        caused(ValueError("can't be read"), GONE), caused(ValueError("can't be read"), GONE, "__context__"),
+        caused(RuntimeError("of a loader"), caused(ValueError("can't be read"), GONE)), http(503), HubError(503),
+        caused(ValueError("can't be read"), http(500)),
+    ],
+)  # fmt: skip
+def test_errors_that_may_be_the_sources(error: Exception) -> None:
+    assert is_unreachable(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        None, http(404), HubError(404), ValueError("truncated"), OSError("no picture"), MemoryError(),
+        caused(ValueError("truncated"), KeyError("a")), OSError(errno.EISDIR, "Is a directory"),
+    ],
+)  # fmt: skip
+def test_errors_that_are_a_rows_own(error: BaseException | None) -> None:
+    assert not is_unreachable(error)
+
+
+def test_errors_that_cause_each_other_come_to_an_end() -> None:
+    first, second = ValueError("a"), ValueError("b")
+    first.__cause__, second.__cause__ = second, first
+    assert not is_unreachable(first)
+
+
+def test_a_source_is_reached_if_what_could_be_read_still_can(tmp_path: Path) -> None:
+    pictures = draw(tmp_path / "pictures", 3)
+    source = Reachable(pictures, Files(pictures))
+    entries = [Entry(f"{i:03d}.jpg", f"{i:03d}.jpg") for i in range(3)]
+    assert source.why_not(entries) is None
+    (pictures / "000.jpg").unlink()
+    assert source.why_not(entries) is None, "another row can be read"
+    source.add(entries[1])
+    (pictures / "001.jpg").unlink()
+    assert "a row that could be read a moment ago can't be read: FileNotFoundError" in str(source.why_not(entries))
+    source.add(entries[2])
+    assert source.why_not(entries) is None, "the latest of a folder is asked for"
+
+
+def test_another_device_at_the_sources_place_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = draw(tmp_path / "pictures", 1)
+    source = Reachable(pictures, Files(pictures))
+    assert source.why_not([Entry("a", "000.jpg")]) is None
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", lambda self: types.SimpleNamespace(st_dev=-1))
+        assert source.why_not([Entry("a", "000.jpg")]) == "another device is mounted there"
+
+
+def test_a_source_that_never_answers_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a hard mount, whose server is gone."""
+    monkeypatch.setattr(reachable, "_PATIENCE", 0.3)
+    end = threading.Event()
+
+    def read(entry: Entry) -> tuple[Path, IO[bytes] | None]:
+        end.wait(60)
+        return tmp_path, None
+
+    start = time.monotonic()
+    source = Reachable(tmp_path, read)
+    source.add(Entry("a", "a"))
+    assert source.why_not([]) == "it did not answer within 0.3 s"
+    assert time.monotonic() - start < 10
+    end.set()
+
+
+def test_an_output_that_is_removed_ends_the_run_and_is_not_made_anew(
+    made: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    # At once, as nobody who removes it file by file can.
+    between_shards(monkeypatch, lambda: out.rename(tmp_path / "removed"))
+    result = extract(made.recipe.source, out)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.splitlines()
+    assert "No such file or directory" in lines[-1]
+    assert all(line.startswith("attnx: ") for line in lines)
+    assert len(lines[-1]) <= 300
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EDQUOT])
+def test_a_disk_that_takes_no_more_ends_the_run(
+    made: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    seal, sealed = shard_files._seal, []
+
+    def full(path: Path) -> None:
+        sealed.append(path)
+        if len(sealed) > 2:
+            raise OSError(code, os.strerror(code), str(path))
+        seal(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shard_files, "_seal", full)
+        result = extract(made.recipe.source, tmp_path)
+    assert result.exit_code == 2, result.output
+    assert os.strerror(code) in result.stderr.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock", "manifest.parquet", "part-00000.parquet", "part-00001.parquet", "run.json"
+    ]  # fmt: skip
+    assert extract(made.recipe.source, tmp_path).exit_code == 0
+
+
+def no_locks(file: object, how: int) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_a_file_system_without_locks_is_told(
+    made: Tools, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match=r"has no locks \(No locks available\): start no second run there while this"):
+        run(made, tmp_path)
+    assert files(tmp_path) == files(whole)
+
+
+def test_where_there_are_no_locks_the_run_that_began_first_gives_way(
+    made: Tools, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    said: list[str] = []
+    second: list[Report] = []
+    with pytest.warns(UserWarning, match="has no locks"):
+        with pytest.raises(RunError, match=r"^out: another run began to write to .*, whose file system has no locks"):
+            run(made, tmp_path, say=said.append, progress=once(lambda: second.append(run(made, tmp_path))))
+    assert (second[0].maps, second[0].set_aside) == (40, {})
+    assert said == [], "it is no shard's fault, so none is tried again"
+    assert files(tmp_path) == files(whole)
+
+
+def test_a_processor_that_can_not_be_loaded_is_told_before_there_is_a_job(made: Tools, tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    ViTModel(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
+    told = fails(
+        "extract", made.recipe.source, "--out", tmp_path / "out", "--model", f"hf:{tmp_path / 'model'}", *HOW,
+        "--pixels", "processor",
+    )  # fmt: skip
+    assert "processor" in told
+    assert not (tmp_path / "out").exists()
