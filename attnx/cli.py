@@ -44,7 +44,6 @@ from attnx.cli_words import words
 from attnx.supervisor import supervise
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_ended_by: int | None = None  # the signal that this process obeys
 
 
 class OneLine(TyperGroup):
@@ -67,7 +66,7 @@ class OneLine(TyperGroup):
             sys.exit(2)
         except typer.Abort:
             code = 130
-        sys.exit(128 + _ended_by if _ended_by else code if isinstance(code, int) else 0)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 app = typer.Typer(
@@ -212,8 +211,6 @@ class Stopped(KeyboardInterrupt):
 
 
 def _stop(number: int, frame: object) -> None:
-    global _ended_by
-    _ended_by = number
     # Once: what cleans up is not to be interrupted.
     for each in _ENDING:
         signal.signal(each, signal.SIG_IGN)
