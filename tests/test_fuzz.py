@@ -18,7 +18,8 @@ HOSTILE = [
     "", " ", "-1", "0", "1", "2", "0.5", "-0", "nan", "inf", "-inf", "1e999", "1" * 30, "1" * 5000, "x" * 5000, "0x10",
     "\x00", "a\x00b", "\n", "\x1b[2J", "🙂" * 100, "\udcff", "\ud800", "ключ", "..", "./", "--", "=", "%", "{}",
     "[bold]", "/dev/null", "/dev/zero", "/dev/full", "/missing/x", "pipe", "deep/pipe/x", "pictures", "text",
-    "pictures/000.jpg", "job", "job/run.json", "job/part-00000.parquet", "pairs.jsonl", "empty", "link", "*", "1%", "1x1", "None",
+    "pictures/000.jpg",
+    "job", "job/run.json", "job/part-00000.parquet", "pairs.jsonl", "empty", "link", "*", "1%", "1x1", "None",
 ]  # fmt: skip
 OUT = [
     "new",
