@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DIED", "Attempt", "attempts"]
+__all__ = ["DIED", "Attempt", "forget_attempts"]
 
 DIED = "the process of the model died at this image"
 _DEATHS = 2  # of a process with one image, until the image is blamed: something else may have killed it once
@@ -105,6 +107,10 @@ class Attempt:
             self.path.write_text(json.dumps(note), encoding="utf-8")
 
 
-def attempts(out: Path) -> list[Path]:
-    """The notes of a folder."""
-    return sorted(out.glob(".attempt-*.json"))
+def forget_attempts(out: Path, shards: Iterable[int]) -> None:
+    """Removes the notes of shards that are done: a kill may fall between a shard and the end of its note."""
+    done = set(shards)
+    for path in out.glob(".attempt-*.json"):
+        number = re.match(r"\.attempt-(\d+)\.json$", path.name)
+        if number is not None and int(number[1]) in done:
+            path.unlink(missing_ok=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from attnx.jobs.attempts import forget_attempts
 from attnx.jobs.engines.cluster import Cluster, run_on_cluster
 from attnx.jobs.engines.here import run_here
 from attnx.jobs.engines.local import run_on_devices
@@ -124,6 +126,8 @@ def run_job(
     finally:
         # Of processes and actors that died.
         job.remove_temporaries(rank)
+        with contextlib.suppress(OSError):
+            forget_attempts(job.out, job.done() & set(ours))
     done = [shard for shard in ours if shard not in shards.set_aside]
     counts = {shard: job.errors(shard) for shard in done}
     failed = sum(counts.values())
