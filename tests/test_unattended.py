@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from attnx.cli import app
 from attnx.cli_jobs import allowed_errors
-from attnx.jobs import decoding, runfile, sources
+from attnx.jobs import memory, runfile, sources
 from attnx.jobs.progress import Log
 
 HOW = ("--method", "cls", "--device", "cpu", "--workers", "0", "--batch-size", "4", "--shard-size", "4")
@@ -188,7 +188,7 @@ def test_ranks_of_machines_with_other_memory_share_a_job(
 
     monkeypatch.setattr(runfile, "read_run", late)
     for rank, most in enumerate((5_000_000, 4_000_000, 9_000_000)):
-        monkeypatch.setattr(decoding, "default_max_pixels", lambda decoders, most=most: most)
+        monkeypatch.setattr(memory, "default_max_pixels", lambda decoders, most=most: most)
         result = extract(photos, tmp_path / "out", "--engine", "ranks", "--rank", rank, "--world", 3)
         assert result.exit_code == (1 if rank == 0 else 0), result.output
         assert f"rank {rank} of 3: maps of {(3, 4, 2)[rank]} images" in result.stdout

@@ -62,6 +62,19 @@ def test_processes_give_what_this_process_gives(tmp_path: Path) -> None:
     assert [row.key for row in here if row.error] == ["003.jpg", "012.jpg"]
 
 
+def test_a_batch_lies_in_memory_as_it_does_whoever_decoded_it(tmp_path: Path) -> None:
+    """A convolution of another order rounds otherwise."""
+    folder, strides = draw(tmp_path / "pictures", 4), []
+
+    def noted(images: torch.Tensor) -> torch.Tensor:
+        strides.append(images.stride())
+        return grey(images)
+
+    for workers in (0, 1):
+        made(folder, tmp_path / f"{workers}", noted, workers=workers, batch_size=2)
+    assert strides == [(72, 24, 6, 1)] * 4
+
+
 class Hanging(Files):
     """Reads files, but for one that never comes."""
 

@@ -43,13 +43,14 @@ class Attempt:
         path = out / f".attempt-{shard:05d}.json"
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
-            note = Attempt(path, int(known["begun"]), known["under_way"], list(known["failed"]), known["limit"])
-            if note.under_way is not None:
-                start, stop = map(int, note.under_way)
-                note.under_way = None
+            failed = [[int(start), int(stop), int(count), str(why)] for start, stop, count, why in known["failed"]]
+            limit = None if known["limit"] is None else float(known["limit"])
+            note = Attempt(path, int(known["begun"]), failed=failed, limit=limit)
+            if known["under_way"] is not None:
+                start, stop = map(int, known["under_way"])
                 note.fail(start, stop, DIED)
             return note
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return Attempt(path)
 
     def begin(self) -> None:
@@ -63,8 +64,9 @@ class Attempt:
         self._write()
 
     def end_piece(self) -> None:
-        """The model is done with the piece."""
+        """The model is done with the piece, which no later death is blamed on."""
         self.under_way = None
+        self._write()
 
     def fail(self, start: int, stop: int, why: str, limit: float | None = None) -> None:
         """Notes that a piece failed."""

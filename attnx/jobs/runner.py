@@ -93,7 +93,9 @@ class Runner:
             part, full = waiting[: self.most], False
             try:
                 start = time.perf_counter()
-                pixels = _to_device(np.stack([pixels for _, pixels in part]), self.device)
+                # In the same order in memory, whoever decoded them: sums of another order may be rounded otherwise.
+                stacked = np.ascontiguousarray(np.stack([pixels for _, pixels in part]))
+                pixels = _to_device(stacked, self.device)
                 normalised = self._filled(self.pixels.normalise(pixels))
                 ready = time.perf_counter()
                 with self.model(images):
