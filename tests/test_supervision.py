@@ -1,0 +1,490 @@
+"""An image at which the model raises, dies or hangs costs its row, on every engine; what is killed leaves nothing."""
+
+import dataclasses
+import importlib.util
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import processes
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from small_job import draw, files, opened, shards, tools
+
+from attnx.jobs.attempts import DIED, Attempt
+from attnx.jobs.engines.queue import RunError, Shards
+from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.run import Report, run_job
+from attnx.jobs.shards import parts
+from attnx.jobs.tasks import ImageTask
+from attnx.jobs.watch import Hang, Watch
+from attnx.supervisor import temporary_folder
+
+BAD = 17
+LOCAL1, LOCAL2 = ("--device", "cpu"), ("--device", "cpu,cpu")
+RAY = ("--device", "cpu", "--engine", "ray", "--actors", "2", "--actor-cpus", "1")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Tools:
+    """Of 40 pictures, of which one is white."""
+    torch.set_num_threads(1)
+    folder = draw(tmp_path_factory.mktemp("pictures"), 40)
+    Image.new("RGB", (60, 40), (255, 255, 255)).save(folder / f"{BAD:03d}.jpg")
+    return tools(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(made: Tools, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The undisturbed job, by its batch size."""
+    jobs: dict[int, Path] = {}
+
+    def of(batch_size: int) -> Path:
+        if batch_size not in jobs:
+            jobs[batch_size] = tmp_path_factory.mktemp("whole")
+            run(made, jobs[batch_size], batch_size)
+        return jobs[batch_size]
+
+    return of
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder for temporary files, whose path is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="attnx-t-") as folder:
+        yield Path(folder)
+
+
+def run(made: Tools, out: Path, batch_size: int = 4, shard_size: int = 4, **options: object) -> Report:
+    with opened(made, out, shard_size) as job:
+        return run_job(made, job, Running(batch_size=batch_size, workers=0), **options)
+
+
+def attempts(out: Path) -> list[Path]:
+    """The notes of a folder."""
+    return sorted(out.glob(".attempt-*"))
+
+
+def rows(out: Path) -> list[dict]:
+    return pq.read_table(parts(out)).to_pylist()
+
+
+def only_the_bad_row_differs(out: Path, whole: Path) -> str:
+    """And why it has no map."""
+    assert list(shards(out)) == list(shards(whole))
+    now, before = rows(out), rows(whole)
+    assert [i for i in range(40) if now[i] != before[i]] == [BAD]
+    assert now[BAD]["map"] is None
+    return now[BAD]["error"]
+
+
+def raising(made: Tools, bad: Callable[[torch.Tensor], bool], error: BaseException) -> Tools:
+    """Tools whose model raises at some batches."""
+    assert isinstance(made.task, ImageTask)
+    extract = made.task.extract
+
+    def raises(images: torch.Tensor) -> torch.Tensor:
+        if bad(images):
+            raise error
+        return extract(images)
+
+    return dataclasses.replace(made, task=dataclasses.replace(made.task, extract=raises))
+
+
+def any_white(images: torch.Tensor) -> bool:
+    return bool((images.std(dim=(2, 3)).sum(1) < 1e-6).any())
+
+
+def test_a_note_counts_what_was_begun_and_not_finished(tmp_path: Path) -> None:
+    for begun in (1, 2):
+        note = Attempt.of(tmp_path, 7)
+        note.begin()
+        assert Attempt.of(tmp_path, 7).begun == begun
+    assert [path.name for path in attempts(tmp_path)] == [".attempt-00007.json"]
+    Attempt.of(tmp_path, 7).withdraw()
+    assert Attempt.of(tmp_path, 7).begun == 1
+    Attempt.of(tmp_path, 7).withdraw()
+    assert attempts(tmp_path) == []
+    note = Attempt.of(tmp_path, 7)
+    note.begin()
+    note.fail(0, 4, "why")
+    note.withdraw()
+    assert (Attempt.of(tmp_path, 7).begun, Attempt.of(tmp_path, 7).failed) == (0, [[0, 4, 1, "why"]])
+    note.end()
+    note.end()
+    assert attempts(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"", b"{", b"\xff\x00", b"[]", b"null", b"[" * 100_000, b'{"begun": 1}',
+        b'{"begun": Infinity, "under_way": null, "failed": [], "limit": null}',
+        b'{"begun": 1, "under_way": [1], "failed": [], "limit": null}',
+        b'{"begun": 1, "under_way": null, "failed": [3], "limit": null}',
+        b'{"begun": 1, "under_way": null, "failed": [[0, 4]], "limit": null}',
+        b'{"begun": 1, "under_way": null, "failed": [], "limit": "long"}',
+    ],
+)  # fmt: skip
+def test_a_damaged_note_is_a_new_one(tmp_path: Path, damaged: bytes) -> None:
+    (tmp_path / ".attempt-00003.json").write_bytes(damaged)
+    note = Attempt.of(tmp_path, 3)
+    assert note == Attempt(tmp_path / ".attempt-00003.json")
+    note.begin()
+    assert Attempt.of(tmp_path, 3).begun == 1
+
+
+def test_a_death_in_a_piece_is_noted_by_the_next_reader(tmp_path: Path) -> None:
+    def die(start: int, stop: int) -> Attempt:
+        Attempt.of(tmp_path, 0).begin_piece(start, stop)
+        return Attempt.of(tmp_path, 0)
+
+    note = die(0, 2)
+    assert note.failed == [[0, 2, 1, DIED]]
+    assert Attempt.of(tmp_path, 0).failed == note.failed, "once, however often it is read"
+    assert note.why_not(0, 2) == DIED
+    assert note.why_not(0, 1) is None
+    # Something else may have killed a process once.
+    assert die(1, 2).why_not(1, 2) is None
+    assert die(1, 2).why_not(1, 2) == DIED
+    note.fail(0, 1, "it raises")
+    assert note.why_not(0, 1) == "it raises"
+    note.begin_piece(2, 3)
+    note.end_piece()
+    assert len(Attempt.of(tmp_path, 0).failed) == len(note.failed)
+
+
+@pytest.fixture
+def hung(monkeypatch: pytest.MonkeyPatch) -> Callable[[Watch, float, Attempt], bool]:
+    """Whether a watch finds that a section of so many seconds hangs; its steps are short."""
+    monkeypatch.setattr("attnx.jobs.watch._TICK", 0.01)
+
+    def takes(watch: Watch, seconds: float, attempt: Attempt) -> bool:
+        found.clear()
+        with watch.section(attempt, 0, 4):
+            return found.wait(seconds)
+
+    return takes
+
+
+found = threading.Event()
+
+
+def hang(where: Hang) -> None:
+    assert (where.start, where.stop) == (0, 4)
+    found.set()
+
+
+def test_a_section_that_takes_longer_than_its_limit_hangs(
+    hung: Callable[[Watch, float, Attempt], bool], tmp_path: Path
+) -> None:
+    with Watch(0.3, hang) as watch:
+        assert not hung(watch, 0.01, Attempt(tmp_path))
+        assert hung(watch, 20, Attempt(tmp_path))
+
+
+def test_without_a_limit_sections_before_and_the_note_say_what_is_long(
+    hung: Callable[[Watch, float, Attempt], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_FIRST", 1000.0), ("_TIMES", 5.0)):
+        monkeypatch.setattr(f"attnx.jobs.watch.{name}", value)
+    note = Attempt(tmp_path / "note")
+    with Watch(None, hang, least=0.2) as watch:
+        assert watch._allowed(note) == 1000
+        note.limit = 30.0
+        assert watch._allowed(note) == 30
+        assert not hung(watch, 0.01, note)
+        assert 0.2 <= watch._allowed(note) < 30
+        watch._longest = 0.1
+        assert watch._allowed(note) == 0.5
+        assert hung(watch, 20, note)
+
+
+def test_a_process_that_was_stopped_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour passes between any two looks at the clock, of which a second counts."""
+    hours = itertools.count(step=3600.0)
+    clock = SimpleNamespace(monotonic=lambda: next(hours), perf_counter=time.perf_counter)
+    monkeypatch.setattr("attnx.jobs.watch.time", clock)
+    monkeypatch.setattr("attnx.jobs.watch._TICK", 0.01)
+    found.clear()
+    with Watch(1000.0, hang) as watch, watch.section(Attempt(tmp_path), 0, 4):
+        assert not found.wait(0.5)
+        assert 0 < next(iter(watch._sections.values())).seconds < 5
+    assert next(hours) > 3600
+
+
+def test_without_somebody_to_tell_nothing_is_watched(tmp_path: Path) -> None:
+    with Watch(0.001, None) as watch, watch.section(Attempt(tmp_path), 0, 4):
+        assert not watch._thread.is_alive()
+
+
+def test_a_shard_at_which_the_model_fails_is_made_in_pieces_once() -> None:
+    said: list[str] = []
+    queue = Shards([5, 6], 2, said.append)
+    assert [queue.take(), queue.take()] == [5, 6]
+    queue.done()
+    for in_pieces in (False, True):
+        queue.failed(5, "why", model=True)
+        assert queue.take() == 5
+        assert queue.in_pieces(5) == in_pieces
+    assert (queue.set_aside, queue.finished) == ({}, False)
+    queue.failed(5, "why", model=True)
+    assert (queue.take(), queue.set_aside, queue.finished) == (None, {5: "why"}, True)
+    assert said == [
+        "shard 5 failed and is tried again: why", "shard 5 failed and is made in pieces: why",
+        "shard 5 is set aside after 3 tries: why",
+    ]  # fmt: skip
+
+
+def test_a_shard_that_kills_one_process_after_another_is_set_aside_at_last() -> None:
+    queue = Shards([5, 6], 2, lambda text: None)
+    queue.done()
+    deaths = 0
+    while not queue.set_aside:
+        queue.failed(5, "died", died=True)
+        deaths += 1
+        assert deaths < 100
+    assert deaths == 2 + 20 + 1
+    assert (queue.set_aside, queue.finished) == ({5: "died"}, True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_a_model_that_raises_at_one_image_costs_its_row(
+    made: Tools, whole: Callable[[int], Path], tmp_path: Path, batch_size: int
+) -> None:
+    said: list[str] = []
+    report = run(raising(made, any_white, IndexError("too\nlong")), tmp_path, batch_size, say=said.append)
+    error = only_the_bad_row_differs(tmp_path, whole(batch_size))
+    assert error.startswith("the model fails at this image: IndexError: too")
+    assert (report.maps, report.errors, report.set_aside) == (39, 1, {})
+    assert "shard 4 failed and is made in pieces" in said[-1]
+    assert processes.stray(tmp_path) == []
+    # Its row alone is done again; what is in a batch with others may be rounded otherwise.
+    again = run(made, tmp_path, batch_size, retry_failed=True)
+    assert (again.made, again.errors) == (1, 0)
+    now, before = rows(tmp_path), rows(whole(batch_size))
+    assert now[:BAD] + now[BAD + 1 :] == before[:BAD] + before[BAD + 1 :]
+
+
+def test_a_model_that_raises_at_every_image_ends_the_job(made: Tools, tmp_path: Path) -> None:
+    broken = raising(made, lambda images: True, IndexError("always"))
+    # After three such runs the first shards are made in pieces.
+    for _ in range(3):
+        with pytest.raises(RunError, match=r"stopped after 3 failures in a row; .* of shard 2: IndexError: always"):
+            run(broken, tmp_path, shard_size=10)
+    with pytest.raises(RunError, match=r"the model fails at every image; at the last: .*IndexError: always"):
+        run(broken, tmp_path, shard_size=10)
+    assert shards(tmp_path) == {}
+
+
+def test_tries_are_counted_across_runs_but_for_those_that_were_interrupted(
+    made: Tools, whole: Callable[[int], Path], tmp_path: Path
+) -> None:
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run(raising(made, any_white, KeyboardInterrupt()), tmp_path)
+        assert attempts(tmp_path) == []
+    stopped = raising(made, any_white, OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space"):
+        run(stopped, tmp_path)
+    assert attempts(tmp_path) == []
+    # As a process leaves it that is killed, which may have written the shard.
+    Attempt.of(tmp_path, 0).begin()
+    for _ in range(3):
+        Attempt.of(tmp_path, 4).begin()
+    said: list[str] = []
+    run(raising(made, any_white, IndexError("why")), tmp_path, say=said.append)
+    assert said == [], "it is made in pieces at once"
+    assert "IndexError: why" in only_the_bad_row_differs(tmp_path, whole(4))
+    assert attempts(tmp_path) == []
+
+
+POISON = """
+import importlib.abc, importlib.util, os, signal, sys, time
+
+def poisoned(start):
+    def run(self, images, groups):
+        if (images.std(dim=(2, 3)).sum(1) < 1e-6).any():
+            how = os.environ["POISON"]
+            if how == "raise":
+                raise IndexError("poison\\nand more")
+            if how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "deaf":
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+                print("deaf", file=sys.stderr, flush=True)
+            time.sleep(10**6)
+        return start(self, images, groups)
+    return run
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "attnx.jobs.tasks":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        def exec_module(module):
+            load(module)
+            module.ImageTask.start = poisoned(module.ImageTask.start)
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """Where the interpreter finds what makes the model fail at a white picture."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(POISON)
+    return tmp_path / "site"
+
+
+def poison(how: str, name: str, options: tuple[str, ...], batch: int, quick: bool = False) -> object:
+    marks = () if quick else (pytest.mark.slow, pytest.mark.timeout(600))
+    return pytest.param(how, options, batch, id=f"{how}-{name}-{batch}", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "batch"),
+    [
+        poison("die", "local1", LOCAL1, 1, quick=True),
+        poison("hang", "local2", LOCAL2, 1, quick=True),
+        *(
+            poison(how, name, options, 4)
+            for how in ("raise", "die", "hang")
+            for name, options in (("local1", LOCAL1), ("local2", LOCAL2), ("ray", RAY))
+        ),
+    ],
+)
+def test_an_image_that_the_model_does_not_survive_costs_its_row(
+    made: Tools, whole: Callable[[int], Path], site: Path, temporary: Path, tmp_path: Path, how: str,
+    options: tuple[str, ...], batch: int,
+) -> None:  # fmt: skip
+    if "ray" in options and importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    env, out = processes.marked(temporary, site, POISON=how), tmp_path / "out"
+    more = ("--batch-size", str(batch), "--tries", "1", *(("--shard-timeout", "3") if how == "hang" else ()))
+    with processes.start(Path(made.recipe.source), out, *options, *more, env=env) as process:
+        _, told = process.communicate(timeout=550)
+    assert process.returncode == 1, told
+    assert "Traceback" not in told
+    error = only_the_bad_row_differs(out, whole(batch))
+    assert error.startswith(
+        {
+            "raise": "the model fails at this image: IndexError: poison",
+            "die": DIED,
+            "hang": "the model took longer than 3 s",
+        }[how]
+    )
+    assert processes.stray(out) == []
+    assert processes.left(30, temporary.name) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_the_temporary_files_of_a_run_that_was_killed_are_removed_by_the_next(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not those of one under way."""
+    script = "import time; from attnx.supervisor import temporary_folder as t\nwith t() as f: print(f); time.sleep(600)"
+    env = processes.marked(temporary, PYTHONUNBUFFERED="1")
+    with (
+        subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, text=True) as killed,
+        subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, text=True) as under_way,
+    ):
+        assert killed.stdout is not None
+        assert under_way.stdout is not None
+        left, used = Path(killed.stdout.readline().strip()), Path(under_way.stdout.readline().strip())
+        (left / "deep").mkdir()
+        (left / "deep" / "file").touch()
+        killed.kill()
+        killed.wait()
+        assert {left, used} == set(temporary.iterdir())
+        monkeypatch.setenv("TMPDIR", str(temporary))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        with temporary_folder() as own:
+            assert {own, used} == set(temporary.iterdir())
+            assert tempfile.gettempdir() == str(own)
+        assert {used} == set(temporary.iterdir())
+        under_way.kill()
+
+
+def wait_for_a_shard(process: subprocess.Popen, out: Path) -> None:
+    while not out.exists() or not shards(out):
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def test_a_run_that_is_killed_or_told_to_end_leaves_nothing(temporary: Path, tmp_path: Path) -> None:
+    """SIGKILL to all of it, which the next run cleans up after; and that is told by SIGTERM to its first process."""
+    pictures, out, env = draw(tmp_path / "pictures", 400), tmp_path / "out", processes.marked(temporary)
+    options = (*LOCAL1, "--batch-size", "1")
+    with processes.start(pictures, out, *options, env=env) as process:
+        wait_for_a_shard(process, out)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert [path.name.startswith("attnx-run-") for path in temporary.iterdir()] == [True]
+    assert processes.left(30, temporary.name) == []
+    before = len(shards(out))
+    with processes.start(pictures, out, *options, env=env) as process:
+        while len(shards(out)) == before:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 143, told
+    assert told.count("ended by SIGTERM") == 1
+    assert "Traceback" not in told
+    assert before < len(shards(out)) < 100
+    assert processes.stray(out) == []
+    assert processes.left(30, temporary.name) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_second_interrupt_ends_what_does_not_obey_the_first(
+    made: Tools, site: Path, temporary: Path, tmp_path: Path
+) -> None:
+    env, out = processes.marked(temporary, site, POISON="deaf"), tmp_path / "out"
+    with processes.start(Path(made.recipe.source), out, *LOCAL1, env=env) as process:
+        assert process.stderr is not None
+        while (line := process.stderr.readline()) != "deaf\n":
+            assert line, "it ended"
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert process.returncode == 130
+    assert processes.left(30, temporary.name) == []
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("engine", "kills"), [("local1", 90), ("local2", 50), ("ranks", 50), ("ray", 10)])
+def test_two_hundred_kills_lose_nothing_and_leave_nobody(
+    made: Tools, whole: Callable[[int], Path], temporary: Path, tmp_path: Path, engine: str, kills: int
+) -> None:
+    """At random moments, of all processes of a run, of the first, or of one below it."""
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    script = str(Path(__file__).with_name("kill_jobs.py"))
+    command = [sys.executable, script, made.recipe.source, str(whole(4)), str(tmp_path), engine, str(kills)]
+    env = processes.marked(temporary)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3500, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 2, "kills must fall everywhere, at the beginning of a job too"
+    assert list(temporary.iterdir()) == []
+    for out in tmp_path.iterdir():
+        assert not out.is_dir() or files(out) == files(whole(4)), out
