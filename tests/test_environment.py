@@ -4,6 +4,7 @@ import errno
 import fcntl
 import io
 import os
+import tarfile
 import threading
 import time
 import types
@@ -316,4 +317,23 @@ def test_a_processor_that_can_not_be_loaded_is_told_before_there_is_a_job(made: 
         "--pixels", "processor",
     )  # fmt: skip
     assert "processor" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tar_that_can_not_be_read_ends_the_planning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its samples would be missing from the plan for good."""
+    path = tmp_path / "tars" / "a.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo("x.jpg")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"none"))
+
+    def stale(path: Path) -> IO[bytes]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr("attnx.jobs.sources.tar.open_regular", stale)
+    result = extract(path.parent, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "Stale file handle" in result.stderr
     assert not (tmp_path / "out").exists()

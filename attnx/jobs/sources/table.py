@@ -228,9 +228,9 @@ def _pictures(path: Path, root: Path, file: "pq.ParquetFile") -> str | None:
             return None
         raise ValueError(f"source: {path}: {error}") from error
     if found is None and not texts:
-        columns = shown(", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow), 400)
+        columns = shown(", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow), 100)
         expected = f"a column {' or '.join(PATH)} of texts, or pictures as {{bytes, path}} or as bytes named image"
-        advice = "rename or add a column, or write the pictures to files and a table of their paths"
+        advice = "rename or add a column"
         raise ValueError(f"source: expected {expected}; {path} has {columns or 'none'}; {advice}")
     return found
 

@@ -13,6 +13,7 @@ from typing import IO, Any
 from attnx.files import open_regular
 from attnx.images import image_suffixes, is_unreadable_image
 from attnx.jobs.sources import Entry, shown, text_of, wrong_caption
+from attnx.jobs.sources.reachable import is_unreachable
 from attnx.jobs.sources.skipped import LINK, PART, UNREAD, Skipped
 from attnx.limits import CAPTION_BYTES, HEADER_BYTES, JSON_BYTES, PICTURE_BYTES
 
@@ -113,6 +114,9 @@ def _samples(tar: Path, name: str, skipped: Skipped) -> Iterator[Entry]:
                 yield from found
     except OSError as error:
         broken.append(error)
+    if broken and is_unreachable(broken[0]):
+        # No fault of the tar's, and so none that may stand in the plan.
+        raise broken[0]
     if broken:
         why = shown(str(broken[0]) or type(broken[0]).__name__)
         yield Entry(f"{name}/", None, error=f"{told}: the tar ends early or is broken, after {read} samples: {why}")
