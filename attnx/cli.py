@@ -41,9 +41,7 @@ from attnx.cli_options import (
 )
 from attnx.cli_summary import summary
 from attnx.cli_words import words
-from attnx.supervisor import supervise
-
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from attnx.supervisor import ENDING, can_supervise, supervise
 
 
 class OneLine(TyperGroup):
@@ -212,16 +210,20 @@ class Stopped(KeyboardInterrupt):
 
 def _stop(number: int, frame: object) -> None:
     # Once: what cleans up is not to be interrupted.
-    for each in _ENDING:
+    for each in ENDING:
         signal.signal(each, signal.SIG_IGN)
     raise Stopped(number)
 
 
 def main() -> None:
     """The entry point: after a signal, 128 and its number, as shells do: 130 after an interrupt."""
-    if sys.argv[1:2] in (["extract"], ["words"]) and hasattr(os, "fork"):
-        supervise()
-    for number in _ENDING:
+    if sys.argv[1:2] in (["extract"], ["words"]) and can_supervise():
+        try:
+            supervise()
+        except OSError as error:
+            typer.echo(f"attnx: {one_line(f'no process or temporary folder for the job: {error}')}", err=True)
+            sys.exit(2)
+    for number in ENDING:
         # nohup has the terminal's end ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)

@@ -19,8 +19,9 @@ def open_regular(path: str | Path) -> IO[bytes]:
     Raises:
         OSError: the file is missing, can't be read, or is not a regular file.
     """
-    # A pipe without a writer would wait; O_NONBLOCK changes nothing about regular files.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    # A pipe without a writer would wait; O_NONBLOCK changes nothing about regular files. Systems lack some of these.
+    flags = (getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
+    descriptor = os.open(path, os.O_RDONLY | sum(flags))
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(f"{path}: expected a regular file; got a folder, pipe, socket or device")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
 import signal
@@ -19,14 +18,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["RESTART", "die_with", "is_supervised", "progressed", "restart", "supervise"]
+__all__ = ["ENDING", "RESTART", "can_supervise", "die_with", "is_supervised", "progressed", "restart", "supervise"]
 
 RESTART = 86  # the exit code of a process that wants to be started again
 _MOST = 30  # restarts without a shard in between
 _PREFIX = "attnx-run-"
 _LONGEST = 60  # characters of a temporary folder, below which sockets stand
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _status: int | None = None
+
+
+def can_supervise() -> bool:
+    """True on systems that have what it takes, such as Linux."""
+    return hasattr(os, "fork") and hasattr(signal, "sigtimedwait")
 
 
 def is_supervised() -> bool:
@@ -57,7 +61,7 @@ def supervise() -> None:
             reading, writing = os.pipe()
             os.set_blocking(writing, False)
             parent = os.getpid()
-            signal.pthread_sigmask(signal.SIG_BLOCK, {*_ENDING, signal.SIGCHLD})
+            signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING, signal.SIGCHLD})
             child = os.fork()
             if child == 0:
                 os.close(reading)
@@ -66,7 +70,7 @@ def supervise() -> None:
                 # Libraries may ask a question; nobody is there to answer.
                 with open(os.devnull) as nothing:
                     os.dup2(nothing.fileno(), 0)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_ENDING, signal.SIGCHLD})
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ENDING, signal.SIGCHLD})
                 return
             os.close(writing)
             status, ended_by_us = _wait(child)
@@ -94,15 +98,22 @@ def temporary_folder() -> Iterator[Path]:
 
     Folders that killed runs left are removed first: their lock is free.
     """
+    import fcntl
+
     above = tempfile.gettempdir()
     above = above if len(above) <= _LONGEST or not os.access("/tmp", os.W_OK) else "/tmp"
     for left in Path(above).glob(f"{_PREFIX}*"):
         _remove_abandoned(left)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=above))
     owner = os.getpid()
-    lock = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=above))
+        lock = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        # Another run may have taken it for abandoned, before the lock.
+        if folder.is_dir():
+            break
+        os.close(lock)
     before, tempfile.tempdir = os.environ.get("TMPDIR"), None
     os.environ["TMPDIR"] = str(folder)
     try:
@@ -117,6 +128,8 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def _remove_abandoned(folder: Path) -> None:
+    import fcntl
+
     with contextlib.suppress(OSError):
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
             return
@@ -144,8 +157,8 @@ def _wait(child: int) -> tuple[int, int | None]:
     """
     told: int | None = None
     while True:
-        info = signal.sigtimedwait({*_ENDING, signal.SIGCHLD}, 1.0)
-        if info is not None and info.si_signo in _ENDING and signal.getsignal(info.si_signo) is not signal.SIG_IGN:
+        info = signal.sigtimedwait({*ENDING, signal.SIGCHLD}, 1.0)
+        if info is not None and info.si_signo in ENDING and signal.getsignal(info.si_signo) is not signal.SIG_IGN:
             number = signal.SIGKILL if told is not None else info.si_signo
             told = told or info.si_signo
             with contextlib.suppress(ProcessLookupError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import time
 import uuid
 import warnings
@@ -42,6 +41,8 @@ def locked(path: Path, shared: bool = False, wait: bool = False) -> Iterator[Loc
         ValueError: somebody else holds it.
         OSError: it can't be made.
     """
+    import fcntl
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # To read, too: NFS refuses a shared lock otherwise.

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from attnx.files import open_regular, replacing
 from attnx.jobs.tensors import check_tensors, join, split, tensors_of
@@ -82,7 +82,7 @@ class Part:
         # Kept open: the file may be replaced while it is read.
         self._handle = open_regular(path)
         try:
-            self._checksums, footer, data = _check_seal(self._handle.fileno())
+            self._checksums, footer, data = _check_seal(self._handle)
             self.metadata: pq.FileMetaData = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
             self.schema: pa.Schema = self.metadata.schema.to_arrow_schema()
             known = self.schema.metadata or {}
@@ -184,7 +184,7 @@ class Part:
         for leaf in leaves:
             if (group, leaf) not in self._checked:
                 chunk = group * self.metadata.num_columns + leaf
-                if _crc(self._handle.fileno(), *self._places[chunk]) != self._checksums[chunk]:
+                if _crc(self._handle, *self._places[chunk]) != self._checksums[chunk]:
                     told = f"the checksum of column {self.schema.names[leaf]} of row group {group} is wrong"
                     raise DamagedError(self.path, told)
                 self._checked.add((group, leaf))
@@ -243,38 +243,38 @@ def _seal(path: Path) -> None:
 
     metadata = pq.read_metadata(path)
     with path.open("rb+") as file:
-        size = os.fstat(file.fileno()).st_size
-        length, _ = _END.unpack(os.pread(file.fileno(), _END.size, size - _END.size))
+        size = file.seek(0, os.SEEK_END)
+        length, _ = _END.unpack(_read(file, size - _END.size, _END.size))
         data = size - _END.size - length
-        footer = os.pread(file.fileno(), size - data, data)
-        checksums = [_crc(file.fileno(), *place) for place in _places(metadata, data)]
+        footer = _read(file, data, size - data)
+        checksums = [_crc(file, *place) for place in _places(metadata, data)]
         packed = struct.pack(f"<{len(checksums)}I", *checksums)
         file.seek(data)
         file.write(packed + _SEAL.pack(_digest(data, packed, footer), len(checksums), _SEAL_MAGIC) + footer)
 
 
-def _check_seal(file: int) -> tuple[tuple[int, ...], bytes, int]:
+def _check_seal(file: IO[bytes]) -> tuple[tuple[int, ...], bytes, int]:
     """The checksums of a file's column chunks, its footer, and the size of the data before both.
 
     Raises:
         ValueError: they are not as they were written.
     """
-    size = os.fstat(file).st_size
+    size = file.seek(0, os.SEEK_END)
     least = len(b"PAR1") + _SEAL.size + _END.size
     if size < least:
         raise ValueError(f"expected at least {least} bytes; got {size}")
-    length, magic = _END.unpack(os.pread(file, _END.size, size - _END.size))
+    length, magic = _END.unpack(_read(file, size - _END.size, _END.size))
     if magic != b"PAR1":
         raise ValueError("it does not end as Parquet files do")
     seal = size - _END.size - length - _SEAL.size
     if seal < 0:
         raise ValueError(f"it has no room for a footer of {length:,} bytes")
-    digest, count, magic = _SEAL.unpack(os.pread(file, _SEAL.size, seal))
+    digest, count, magic = _SEAL.unpack(_read(file, seal, _SEAL.size))
     data = seal - 4 * count
     if magic != _SEAL_MAGIC or data < 0:
         raise ValueError("it has no checksums before its footer")
-    packed = os.pread(file, 4 * count, data)
-    footer = os.pread(file, size - seal - _SEAL.size, seal + _SEAL.size)
+    packed = _read(file, data, 4 * count)
+    footer = _read(file, seal + _SEAL.size, size - seal - _SEAL.size)
     if _digest(data, packed, footer) != digest:
         raise ValueError("the checksum of its footer is wrong")
     return struct.unpack(f"<{count}I", packed), footer, data
@@ -295,9 +295,14 @@ def _places(metadata: pq.FileMetaData, data: int) -> list[tuple[int, int]]:
     return [(start, stop - start) for start, stop in pairwise([0, *starts[1:], data])]
 
 
-def _crc(file: int, start: int, size: int) -> int:
+def _read(file: IO[bytes], start: int, size: int) -> bytes:
+    file.seek(start)
+    return file.read(size)
+
+
+def _crc(file: IO[bytes], start: int, size: int) -> int:
     """The CRC-32 of a part of a file; of one that ends early, of what there is."""
     crc = 0
     for at in range(start, start + size, _BLOCK):
-        crc = zlib.crc32(os.pread(file, min(_BLOCK, start + size - at), at), crc)
+        crc = zlib.crc32(_read(file, at, min(_BLOCK, start + size - at)), crc)
     return crc

@@ -28,7 +28,7 @@ from attnx.jobs.job import Job
 from attnx.jobs.memory import usable_cores
 from attnx.jobs.recipe import Running
 from attnx.jobs.worker import Made, Stages
-from attnx.supervisor import die_with
+from attnx.supervisor import ENDING, die_with
 
 __all__ = ["run_on_devices"]
 
@@ -206,7 +206,7 @@ class _Process:
 def main(out: str, device: str, running: str) -> None:
     """The life of a process."""
     # An interrupt is for the one that started us; so is what a scheduler sends to all processes.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     die_with(os.getppid())
     # What else prints goes to the standard error.
