@@ -94,7 +94,8 @@ def run_job(
     """
     start = time.perf_counter()
     ours = range(job.shards) if rank is None else range(rank.rank, job.shards, rank.world)
-    there = _undamaged(job, [shard for shard in ours if shard in job.done()], verify, say)
+    written = job.done()
+    there = _undamaged(job, [shard for shard in ours if shard in written], verify, say)
     todo = [shard for shard in ours if shard not in there]
     rows = sum(map(job.rows_of, ours))
     before = rows - sum(map(job.rows_of, todo))

@@ -109,6 +109,9 @@ class Worker:
         self._turns = on_cpu(self.device)
         attempt = Attempt.of(self.job.out, shard)
         in_pieces = attempt.begun >= self.tries or bool(attempt.failed)
+        if in_pieces and self._last is not None:
+            # A GPU may still be busy with the shard before, and fail at it.
+            self._last.exception()
         attempt.begin()
         done, unreachable = 0, False
         try:

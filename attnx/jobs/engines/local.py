@@ -91,6 +91,9 @@ def _after(process: _Process, answer: dict[str, Any], shards: Shards, others: in
     why = answer.get("failed") or process.end()
     process.end()
     if "fatal" in answer:
+        # It has withdrawn the attempt that failed itself.
+        for shard in process.begun - {answer.get("shard")}:
+            Attempt.of(process.job.out, shard).withdraw()
         raise RunError(why) if answer["fatal"] is None else OSError(answer["fatal"], why)
     blamed = answer.get("shard", process.making)
     shards.give_back([shard for shard in process.theirs if shard != blamed])
