@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, overload
 
 import typer
 
-from attnx.cli_options import PATH, device_of, devices_of, one_of
+from attnx.cli_options import PATH, device_of, devices_of, one_line, one_of
 from attnx.limits import ACTORS
-from attnx.supervisor import is_supervised, progressed, restart
+from attnx.supervisor import is_supervised, progressed, remember, remembered, restart
 
 if TYPE_CHECKING:
     from attnx.jobs.engines.cluster import Cluster
@@ -39,7 +38,7 @@ MaxPixels = Annotated[
     int | None,
     typer.Option(
         help="A larger JPEG is decoded at a smaller scale, another larger picture is its row's error. Unless given, at "
-        "most 178,956,970, fewer where memory is short for so many decoders; the first run decides.",
+        "most 178,956,970, fewer where memory is short for so many decoders; a job keeps the value of its first run.",
         min=1,
         show_default=False,
     ),
@@ -66,16 +65,22 @@ ActorCpus = Annotated[int | None, typer.Option(help="Ray: of each; what a machin
 ActorGpus = Annotated[
     float | None, typer.Option(help="Ray: of each; 1 if the cluster has any; give it where none is up yet.", min=0)
 ]
-Tries = Annotated[int, typer.Option(help="Of a shard; then it is made in pieces, to find the image to blame.", min=1)]
+Tries = Annotated[
+    int, typer.Option(help="How often a shard may fail before it is made in pieces, to find the bad image.", min=1)
+]
 ShardTimeout = Annotated[
     float | None,
     typer.Option(
-        help="Seconds for a batch, then the model hangs: 20 times the longest batch, at least 10, unless given.",
+        help="Seconds after which a batch counts as hung; 20 times the longest one, at least 10, unless given.",
         show_default=False,
     ),
 ]
 Verify = Annotated[
-    bool, typer.Option("--verify", help="Read all shards that are there first; else, of more than 1 GiB, the footers.")
+    bool,
+    typer.Option(
+        "--verify",
+        help="First read every existing shard in full; otherwise only footers and sizes, if they exceed 1 GiB.",
+    ),
 ]
 LogEvery = Annotated[
     float | None,
@@ -197,7 +202,7 @@ def allowed_errors(text: str, rows: int) -> int:
 
 def say(text: str) -> None:
     """Tells something on the standard error."""
-    typer.echo(f"attnx: {text}", err=True)
+    typer.echo(f"attnx: {one_line(text)}", err=True)
 
 
 def run_recipe(
@@ -243,34 +248,36 @@ def run_recipe(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     bar = asked.log_every is None and sys.stderr.isatty()
-    log = Log(what, inf if bar else asked.log_every or _LOG_EVERY, say)
+    log = Log(what, None if bar else asked.log_every or _LOG_EVERY, say)
 
     def note(made: "Made") -> None:
         log.errors += made.errors
+        remember(made.shard)
         progressed()
 
-    def hang(why: str) -> None:
+    def hang(why: str, shard: int) -> None:
         say(f"{why}; it is started again")
         restart()
 
     try:
-        with _opened(tools, images, out, asked, rank) as (tools, job):
+        with log, _opened(tools, images, out, asked, rank) as (tools, job):
             # What was skipped is known to the run that has listed the source.
             for line in (*begin, *images.skipped.lines()):
                 say(line)
-            if not job.planned_now and (rank is None or rank.rank == 0):
-                for line in unplanned(images, job):
-                    say(line)
             if job.run["batch_size"] not in (None, asked.batch_size):
                 told = f"batch-size: {job.run['batch_size']} in earlier runs, {asked.batch_size} now"
                 say(f"{told}: sums may be rounded otherwise, so maps may differ in their last bits")
             progressed()
-            with progress_bar(job.rows, what) if bar else nullcontext(log.progress) as progress:
+            with progress_bar(job.rows, what) if bar else nullcontext(None) as drawn:
                 report = run_job(
                     tools, job, running, devices=devices, cluster=cluster, rank=rank, tries=asked.tries,
-                    retry_failed=asked.retry_failed, progress=_both(log.progress, progress) if bar else progress,
+                    retry_failed=asked.retry_failed, made_now=remembered(), progress=_both(log.progress, drawn),
                     note=note, say=say, verify=True if asked.verify else None, hang=hang if is_supervised() else None,
                 )  # fmt: skip
+            # At the end: a large source takes long to list.
+            if not job.planned_now and (rank is None or rank.rank == 0):
+                for line in unplanned(images, job):
+                    say(line)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             told = f"ended by {signal.Signals(getattr(error, 'number', signal.SIGINT)).name}"
@@ -325,10 +332,11 @@ def _opened(
         yield tools, job
 
 
-def _both(first: "Progress", second: "Progress") -> "Progress":
+def _both(first: "Progress", second: "Progress | None") -> "Progress":
     def progress(done: int, total: int) -> None:
         first(done, total)
-        second(done, total)
+        if second is not None:
+            second(done, total)
 
     return progress
 

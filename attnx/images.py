@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
@@ -58,6 +59,7 @@ _OTHER_SUFFIXES = (
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 _OF_A_JOB = {"manifest.parquet", "run.json"}
 _STRIP = 2**20  # pixels of a 16-bit picture that are scaled at a time
+_HEADER = 2**16  # bytes
 _LONGEST = 200  # characters of a decoder's own message
 _INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 _UPRIGHT = {
@@ -227,6 +229,7 @@ def _read(
 
 def _decode(source: IO[bytes], max_pixels: int | None, scaled: bool) -> tuple[Image.Image, int, tuple[int, int]]:
     """The picture as it lies in the file, its orientation, and its full (width, height)."""
+    _check_header(source)
     with Image.open(source, formats=_formats()) as image:
         size = image.size
         if 0 in size:
@@ -237,6 +240,16 @@ def _decode(source: IO[bytes], max_pixels: int | None, scaled: bool) -> tuple[Im
             raise ValueError(f"expected at most {max_pixels:,} pixels, got {size[0]} x {size[1]}")
         image.load()
         return _to_rgb(image), _orientation(image), size
+
+
+def _check_header(source: IO[bytes]) -> None:
+    """Raises ValueError for a PNM file with a long header: Pillow reads comments byte by byte."""
+    head = source.read(_HEADER)
+    source.seek(0)
+    if len(head) == _HEADER and re.match(rb"P[1-7fFy]\s", head):
+        words = re.sub(rb"#[^\n]*", b" ", head).split()
+        if len(words) < (3 if words[0] in (b"P1", b"P4") else 4):
+            raise ValueError(f"expected a header of at most {_HEADER:,} bytes")
 
 
 def _reduce(image: Image.Image, max_pixels: int) -> None:

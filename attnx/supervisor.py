@@ -18,9 +18,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["ENDING", "RESTART", "can_supervise", "die_with", "is_supervised", "progressed", "restart", "supervise"]
+__all__ = [
+    "ENDING",
+    "RESTART",
+    "can_supervise",
+    "die_with",
+    "is_supervised",
+    "progressed",
+    "remember",
+    "remembered",
+    "restart",
+    "supervise",
+]
 
 RESTART = 86  # the exit code of a process that wants to be started again
+_TWICE = 1.0  # seconds, in which a second signal is the first one again
 _MOST = 30  # restarts without a shard in between
 _PREFIX = "attnx-run-"
 _LONGEST = 60  # characters of a temporary folder, below which sockets stand
@@ -39,10 +51,29 @@ def is_supervised() -> bool:
 
 
 def progressed() -> None:
-    """The job goes on: called when it begins with shards, and for every shard that was written."""
+    """Tells the supervisor that the job goes on: called once before the first shard, and after each shard."""
     if _status is not None:
         with contextlib.suppress(OSError):
             os.write(_status, b".")
+
+
+def remembered() -> set[int]:
+    """The shards that processes of this run have made, this one included: after a restart they are not made again."""
+    try:
+        return {int(line) for line in _memory().read_text().split()}
+    except (OSError, ValueError):
+        return set()
+
+
+def remember(shard: int) -> None:
+    """Notes a shard that was made, for a process that goes on after this one."""
+    if _status is not None:
+        with contextlib.suppress(OSError), _memory().open("a") as file:
+            file.write(f"{shard}\n")
+
+
+def _memory() -> Path:
+    return Path(tempfile.gettempdir(), "made") if _status is not None else Path(os.devnull)
 
 
 def restart() -> None:
@@ -55,6 +86,8 @@ def restart() -> None:
 def supervise() -> None:
     """Returns in a new process, which is to do the work; the process that called waits for it, and exits as it does."""
     global _status
+    # Whoever ignores it has the system reap our child.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with temporary_folder():
         restarts = 0
         while True:
@@ -86,7 +119,7 @@ def supervise() -> None:
                 _say(f"{how} before the first shard was begun; it may need more memory than there is")
                 sys.exit(2)
             if restarts > _MOST:
-                _say(f"{how}; it was started {_MOST} times and wrote no shard. The same command goes on")
+                _say(f"{how or 'the model hangs'}; {_MOST} processes wrote no shard. Run the command again")
                 sys.exit(2)
             if how:
                 _say(f"{how}; it is started again")
@@ -107,7 +140,10 @@ def temporary_folder() -> Iterator[Path]:
     owner = os.getpid()
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=above))
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_SH)
         # Another run may have taken it for abandoned, before the lock.
@@ -156,11 +192,15 @@ def _wait(child: int) -> tuple[int, int | None]:
     The first signal is the child's to obey; at the second it is killed.
     """
     told: int | None = None
+    since = 0.0
     while True:
         info = signal.sigtimedwait({*ENDING, signal.SIGCHLD}, 1.0)
         if info is not None and info.si_signo in ENDING and signal.getsignal(info.si_signo) is not signal.SIG_IGN:
+            # One signal may come twice: from a terminal, and from a wrapper that passes it on.
+            if told is not None and time.monotonic() - since < _TWICE:
+                continue
             number = signal.SIGKILL if told is not None else info.si_signo
-            told = told or info.si_signo
+            told, since = told or info.si_signo, time.monotonic()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, number)
         done, status = os.waitpid(child, os.WNOHANG)

@@ -203,23 +203,39 @@ def test_a_source_is_reached_if_what_could_be_read_still_can(tmp_path: Path) -> 
     pictures = draw(tmp_path / "pictures", 3)
     source = Reachable(pictures, Files(pictures))
     entries = [Entry(f"{i:03d}.jpg", f"{i:03d}.jpg") for i in range(3)]
-    assert source.why_not(entries) is None
+    assert source.why_not([], entries) is None
     (pictures / "000.jpg").unlink()
-    assert source.why_not(entries) is None, "another row can be read"
+    assert source.why_not([], entries) is None, "another row can be read"
     source.add(entries[1])
     (pictures / "001.jpg").unlink()
-    assert "a row that could be read a moment ago can't be read: FileNotFoundError" in str(source.why_not(entries))
+    told = str(source.why_not([], entries))
+    assert "a row that could be read a moment ago can't be read: FileNotFoundError" in told
     source.add(entries[2])
-    assert source.why_not(entries) is None, "the latest of a folder is asked for"
+    assert source.why_not([], entries) is None, "the latest of a folder is asked for"
+
+
+def test_of_several_folders_the_one_that_fails_is_looked_at(tmp_path: Path) -> None:
+    """A share may be mounted below the source; and a folder that is done may be removed."""
+    for name in ("done", "share"):
+        draw(tmp_path / name, 2)
+    source = Reachable(tmp_path, Files(tmp_path))
+    entries = {name: [Entry(f"{name}/00{i}.jpg", f"{name}/00{i}.jpg") for i in range(3)] for name in ("done", "share")}
+    source.add(entries["share"][0])
+    source.add(entries["done"][0])
+    (tmp_path / "share").rename(tmp_path / "gone")
+    assert "share/000.jpg" in str(source.why_not([entries["share"][1]], []))
+    (tmp_path / "gone").rename(tmp_path / "share")
+    (tmp_path / "done").rename(tmp_path / "gone")
+    assert source.why_not([entries["share"][2]], []) is None
 
 
 def test_another_device_at_the_sources_place_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = draw(tmp_path / "pictures", 1)
     source = Reachable(pictures, Files(pictures))
-    assert source.why_not([Entry("a", "000.jpg")]) is None
+    assert source.why_not([], [Entry("a", "000.jpg")]) is None
     with monkeypatch.context() as patched:
         patched.setattr(Path, "stat", lambda self: types.SimpleNamespace(st_dev=-1))
-        assert source.why_not([Entry("a", "000.jpg")]) == "another device is mounted there"
+        assert source.why_not([], [Entry("a", "000.jpg")]) == "another device is mounted there"
 
 
 def test_a_source_that_never_answers_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +250,7 @@ def test_a_source_that_never_answers_is_not_waited_for(tmp_path: Path, monkeypat
     start = time.monotonic()
     source = Reachable(tmp_path, read)
     source.add(Entry("a", "a"))
-    assert source.why_not([]) == "it did not answer within 0.3 s"
+    assert source.why_not([], []) == "it did not answer within 0.3 s"
     assert time.monotonic() - start < 10
     end.set()
 

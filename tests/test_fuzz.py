@@ -74,7 +74,7 @@ ARGUMENTS = {
     "summary": ["job"], "kernels": [], "demo": [],
 }  # fmt: skip
 # A job's first lines, and what torch logs when it imports packages beside ours.
-NOTICES = re.compile(r"attnx: (no --model|model )|[WE]\d{4} .*torch/")
+NOTICES = re.compile(r"attnx: (no --model|model |caption: )|[WE]\d{4} .*torch/")
 
 
 class TooLongError(BaseException):

@@ -21,8 +21,10 @@ import torch
 from PIL import Image
 from small_job import draw, files, opened, shards, tools
 
+from attnx.images import read_image
 from attnx.jobs.attempts import DIED, Attempt
 from attnx.jobs.engines.queue import RunError, Shards
+from attnx.jobs.job import Job
 from attnx.jobs.recipe import Running, Tools
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.shards import parts
@@ -101,6 +103,13 @@ def raising(made: Tools, bad: Callable[[torch.Tensor], bool], error: BaseExcepti
     return dataclasses.replace(made, task=dataclasses.replace(made.task, extract=raises))
 
 
+def images_of(made: Tools) -> list[torch.Tensor]:
+    """What the model is given."""
+    source = Path(made.recipe.source)
+    pixels = [made.pixels(read_image(path))[0] for path in sorted(source.iterdir())]
+    return list(made.pixels.normalise(torch.stack([torch.from_numpy(each.copy()) for each in pixels])))
+
+
 def any_white(images: torch.Tensor) -> bool:
     return bool((images.std(dim=(2, 3)).sum(1) < 1e-6).any())
 
@@ -125,6 +134,20 @@ def test_a_note_counts_what_was_begun_and_not_finished(tmp_path: Path) -> None:
     assert attempts(tmp_path) == []
 
 
+def test_a_note_of_another_job_is_none(tmp_path: Path) -> None:
+    Attempt.of(tmp_path, 7, "one").begin()
+    assert Attempt.of(tmp_path, 7, "other").begun == 0
+    assert Attempt.of(tmp_path, 7, "one").begun == 1
+
+
+def test_an_attempt_that_we_ended_blames_no_image(tmp_path: Path) -> None:
+    note = Attempt.of(tmp_path, 7)
+    note.begin()
+    note.begin_piece(1, 2)
+    Attempt.of(tmp_path, 7, died=False).withdraw()
+    assert attempts(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "damaged",
     [
@@ -139,7 +162,7 @@ def test_a_note_counts_what_was_begun_and_not_finished(tmp_path: Path) -> None:
 def test_a_damaged_note_is_a_new_one(tmp_path: Path, damaged: bytes) -> None:
     (tmp_path / ".attempt-00003.json").write_bytes(damaged)
     note = Attempt.of(tmp_path, 3)
-    assert note == Attempt(tmp_path / ".attempt-00003.json")
+    assert note == Attempt(tmp_path / ".attempt-00003.json", 3)
     note.begin()
     assert Attempt.of(tmp_path, 3).begun == 1
 
@@ -253,8 +276,8 @@ def test_a_shard_that_kills_one_process_after_another_is_set_aside_at_last() -> 
     while not queue.set_aside:
         queue.failed(5, "died", died=True)
         deaths += 1
-        assert deaths < 100
-    assert deaths == 2 + 20 + 1
+        assert deaths < 200
+    assert deaths == 2 + 100
     assert (queue.set_aside, queue.finished) == ({5: "died"}, True)
 
 
@@ -276,15 +299,36 @@ def test_a_model_that_raises_at_one_image_costs_its_row(
     assert now[:BAD] + now[BAD + 1 :] == before[:BAD] + before[BAD + 1 :]
 
 
-def test_a_model_that_raises_at_every_image_ends_the_job(made: Tools, tmp_path: Path) -> None:
+def test_a_model_whose_process_always_dies_ends_the_job() -> None:
+    queue = Shards([5, 6], 2, lambda text: None)
+    with pytest.raises(RunError, match="no shard was made: 17 processes died; the last: died"):
+        for _ in range(100):
+            queue.failed(queue.take(), "died", died=True)
+
+
+@pytest.mark.parametrize("shard_size", [1, 4, 10])
+def test_a_model_that_raises_at_every_image_ends_the_job(made: Tools, tmp_path: Path, shard_size: int) -> None:
     broken = raising(made, lambda images: True, IndexError("always"))
-    # After three such runs the first shards are made in pieces.
-    for _ in range(3):
-        with pytest.raises(RunError, match=r"stopped after 3 failures in a row; .* of shard 2: IndexError: always"):
-            run(broken, tmp_path, shard_size=10)
     with pytest.raises(RunError, match=r"the model fails at every image; at the last: .*IndexError: always"):
-        run(broken, tmp_path, shard_size=10)
-    assert shards(tmp_path) == {}
+        run(broken, tmp_path, shard_size=shard_size)
+    # Of shards of one image it takes two to tell the model's fault from the image's.
+    assert len(shards(tmp_path)) == (shard_size == 1)
+
+
+def test_bad_images_in_the_first_shards_cost_their_rows(made: Tools, tmp_path: Path) -> None:
+    """Before any shard was made, and more of them than tries."""
+    whole = tmp_path / "whole"
+    run(made, whole, 4)
+    bad = {0, 5, 9, 14}
+    seen = dict(enumerate(images_of(made)))
+
+    def any_bad(images: torch.Tensor) -> bool:
+        return any(torch.equal(image, seen[i]) for image in images for i in bad)
+
+    report = run(raising(made, any_bad, IndexError("why")), tmp_path / "out", 4)
+    assert (report.errors, report.set_aside) == (len(bad), {})
+    now, before = rows(tmp_path / "out"), rows(whole)
+    assert {i for i in range(40) if now[i] != before[i]} == bad
 
 
 def test_tries_are_counted_across_runs_but_for_those_that_were_interrupted(
@@ -299,9 +343,10 @@ def test_tries_are_counted_across_runs_but_for_those_that_were_interrupted(
         run(stopped, tmp_path)
     assert attempts(tmp_path) == []
     # As a process leaves it that is killed, which may have written the shard.
-    Attempt.of(tmp_path, 0).begin()
+    job = Job(tmp_path)
+    job.attempt(0).begin()
     for _ in range(3):
-        Attempt.of(tmp_path, 4).begin()
+        job.attempt(4).begin()
     said: list[str] = []
     run(raising(made, any_white, IndexError("why")), tmp_path, say=said.append)
     assert said == [], "it is made in pieces at once"
@@ -321,7 +366,7 @@ def poisoned(start):
             if how == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "deaf":
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
                 print("deaf", file=sys.stderr, flush=True)
             time.sleep(10**6)
         return start(self, images, groups)

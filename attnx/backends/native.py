@@ -221,8 +221,11 @@ def _cached(level: str) -> ctypes.CDLL:
     try:
         return loaded(compiled(level))
     except CacheError as error:
-        with tempfile.TemporaryDirectory(prefix="attnx-", ignore_cleanup_errors=True) as folder:
-            functions = loaded(compiled(level, folder=Path(folder)))  # it stays loaded when its file is gone
+        try:
+            with tempfile.TemporaryDirectory(prefix="attnx-", ignore_cleanup_errors=True) as folder:
+                functions = loaded(compiled(level, folder=Path(folder)))  # it stays loaded when its file is gone
+        except OSError as cause:
+            raise ImportError(f"{error}; there is no temporary folder either: {cause}") from cause
         warnings.warn(f"attnx: {error}; it was compiled for this process alone", stacklevel=2)
         return functions
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from attnx.files import open_regular
+from attnx.limits import RUN_BYTES
 
 __all__ = ["DIED", "Attempt", "forget_attempts"]
 
@@ -29,29 +33,41 @@ class Attempt:
         under_way: the piece, images start <= i < stop of the shard, under way; None unless it is made in pieces.
         failed: pieces that failed: [start, stop, how often, why].
         limit: seconds that a piece may take, if a longer one was found to hang.
+        job: which job it is of: a note of another job is none.
     """
 
     path: Path
+    shard: int = 0
+    job: str = ""
     begun: int = 0
     under_way: tuple[int, int] | None = None
     failed: list[list[Any]] = field(default_factory=list)
     limit: float | None = None
 
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
     @staticmethod
-    def of(out: Path, shard: int) -> Attempt:
-        """The note of a shard in a folder; a new one if there is none that can be read."""
+    def of(out: Path, shard: int, job: str = "", died: bool = True) -> Attempt:
+        """The note of a shard in a folder; a new one if there is none that can be read.
+
+        died: whether a piece that is under way failed, because its process died.
+        """
         path = out / f".attempt-{shard:05d}.json"
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            with open_regular(path) as file:
+                known = json.loads(file.read(RUN_BYTES))
             failed = [[int(start), int(stop), int(count), str(why)] for start, stop, count, why in known["failed"]]
             limit = None if known["limit"] is None else float(known["limit"])
-            note = Attempt(path, int(known["begun"]), failed=failed, limit=limit)
-            if known["under_way"] is not None:
+            if known["job"] != job:
+                return Attempt(path, shard, job)
+            note = Attempt(path, shard, job, int(known["begun"]), failed=failed, limit=limit)
+            if died and known["under_way"] is not None:
                 start, stop = map(int, known["under_way"])
                 note.fail(start, stop, DIED)
             return note
         except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            return Attempt(path)
+            return Attempt(path, shard, job)
 
     def begin(self) -> None:
         """Counts an attempt. It fails unless `end` or `withdraw` follows."""
@@ -89,7 +105,7 @@ class Attempt:
         return None
 
     def withdraw(self) -> None:
-        """The attempt does not count: it was ended by us."""
+        """Takes back `begin`: we ended the attempt ourselves."""
         self.begun -= 1
         self.under_way = None
         if self.begun <= 0 and not self.failed:
@@ -103,16 +119,18 @@ class Attempt:
             self.path.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        note = {name: value for name, value in asdict(self).items() if name != "path"}
+        note = {name: value for name, value in asdict(self).items() if name not in ("path", "shard")}
+        temporary = self.path.with_name(f".part-{self.shard:05d}-attempt.tmp")
         # A note that can't be written costs no more than a longer search.
-        with contextlib.suppress(OSError):
-            self.path.write_text(json.dumps(note), encoding="utf-8")
+        with self._lock, contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(note), encoding="utf-8")
+            temporary.replace(self.path)
 
 
-def forget_attempts(out: Path, shards: Iterable[int]) -> None:
-    """Removes the notes of shards that are done: a kill may fall between a shard and the end of its note."""
-    done = set(shards)
+def forget_attempts(out: Path, shards: Iterable[int] | None = None) -> None:
+    """Removes the notes of shards that are done, or of all: a kill may fall between a shard and the end of its note."""
+    done = None if shards is None else set(shards)
     for path in out.glob(".attempt-*.json"):
         number = re.match(r"\.attempt-(\d+)\.json$", path.name)
-        if number is not None and int(number[1]) in done:
+        if number is not None and (done is None or int(number[1]) in done):
             path.unlink(missing_ok=True)

@@ -147,20 +147,22 @@ class Decoders:
         try:
             for _ in range(2):
                 process = process or self._start()
+                slow = False
                 try:
                     return process.decode(entry, self.timeout)
                 except TimeoutError:
-                    error, again = f"{entry.path}: decoding took longer than {self.timeout:g} s", False
+                    error, slow = f"{entry.path}: decoding took longer than {self.timeout:g} s", True
                 # It died: by this image, or by something else, such as a lack of memory; so the image has a second try.
                 except (EOFError, OSError) as cause:
                     if self._closed:
                         break
-                    error, again = f"{entry.path}: decoding it killed the process ({cause})", True
+                    error = f"{entry.path}: decoding it killed the process ({cause})"
                 self._drop(process)
                 process = None
-                if not again:
+                if slow:
                     break
-            return Picture(error="stopped" if self._closed else _cut(error))
+            # A share whose server is gone answers nothing at all.
+            return Picture(error="stopped" if self._closed else error, unreachable=slow)
         finally:
             self._idle.put(process)
 

@@ -7,6 +7,7 @@ of the manifest, complete if it is there. `.lock` is held by whoever writes: one
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from attnx.files import replacing
+from attnx.jobs.attempts import Attempt, forget_attempts
 from attnx.jobs.locks import Lock, locked
 from attnx.jobs.manifest import Manifest, file_sha256, write_manifest
 from attnx.jobs.runfile import RUN, read_run, write_run
@@ -83,6 +85,16 @@ class Job:
         part = Part(self.part(shard))
         part.check_place(shard, self.rows_of(shard), self.manifest_sha256)
         return part
+
+    @property
+    def identity(self) -> str:
+        """Tells it from jobs of other sources, settings or shard sizes."""
+        made_with = json.dumps([self.manifest_sha256, self.shard_size, self.run["settings"]], sort_keys=True)
+        return hashlib.sha256(made_with.encode()).hexdigest()
+
+    def attempt(self, shard: int, died: bool = True) -> Attempt:
+        """The note of a shard, see `Attempt.of`."""
+        return Attempt.of(self.out, shard, self.identity, died)
 
     def check_plan(self) -> None:
         """Checks that the folder still holds this job: another run may have planned anew, where locks don't work.
@@ -195,6 +207,7 @@ def forget_job(out: Path, described: dict[str, Any]) -> None:
         if read_run(out)["source"] == described:
             for path in (*parts(out), *out.glob("part-*.safetensors"), out / RUN, out / _MANIFEST):
                 path.unlink(missing_ok=True)
+            forget_attempts(out)
 
 
 def default_shard_size(row_bytes: int) -> int:
@@ -222,6 +235,7 @@ def _planned(out: Path, asked: dict[str, Any], alone: bool) -> Job | None:
 def _plan(out: Path, source: Listing, run: dict[str, Any]) -> Job:
     if parts(out):
         raise ValueError(f"out: expected an empty folder or a job's; {out} has shards and no {RUN}")
+    forget_attempts(out)
     with replacing(out / _MANIFEST) as path:
         rows = write_manifest(source.entries(), path)
         sha256 = file_sha256(path)

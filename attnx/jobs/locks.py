@@ -35,7 +35,7 @@ class Lock:
 def locked(path: Path, shared: bool = False, wait: bool = False) -> Iterator[Lock]:
     """Holds a file's lock. The file is made with its folder.
 
-    Where the file system has no locks, that is said, and the last one who comes has the file: see `Lock.check`.
+    Where the file system has no locks, that is said, and the most recent run owns the file: see `Lock.check`.
 
     Raises:
         ValueError: somebody else holds it.

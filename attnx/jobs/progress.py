@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
@@ -13,37 +14,46 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 
 class Log:
-    """Lines that say how far a job is, for the log of a run without a terminal.
+    """Lines that say how far a job is, for the log of a run without a terminal; a context manager.
 
     Args:
         unit: what is counted.
-        every: seconds between lines.
+        every: seconds between lines; None: no lines are said.
         say: gets the lines.
     """
 
-    def __init__(self, unit: str, every: float, say: Callable[[str], None]) -> None:
+    def __init__(self, unit: str, every: float | None, say: Callable[[str], None]) -> None:
         self.unit, self.every, self._say = unit, every, say
-        self._start = self._last = time.monotonic()
+        self._start = time.monotonic()
         self._before: int | None = None
         self.done = self.total = self.errors = 0
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Log:
+        if self.every is not None:
+            threading.Thread(target=self._tell, args=(self.every,), name="attnx-log", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
 
     def progress(self, done: int, total: int) -> None:
-        """Says how far the job is, if the last line is old enough."""
+        """Rows that are done and planned."""
+        # What an earlier run did is no part of this one's rate.
         self._before = done if self._before is None else self._before
         self.done, self.total = done, total
-        now = time.monotonic()
-        if now - self._last >= self.every:
-            self._last = now
-            self._say(self.line())
 
     def line(self) -> str:
         """How many are done and planned, images/s, the time left, and how many of this run have an error."""
         done, total, unit = self.done, self.total, self.unit
-        # What an earlier run did is no part of this one's rate.
         rate = (done - (self._before or 0)) / max(time.monotonic() - self._start, 1e-9)
         left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
         wrong = f", {self.errors:,} errors" if self.errors else ""
         return f"{done:,} of {total:,} {unit} ({100 * done / max(total, 1):.0f} %), {rate:.1f} {unit}/s{left}{wrong}"
+
+    def _tell(self, every: float) -> None:
+        while not self._ended.wait(every):
+            self._say(self.line() if self.total else "listing the source")
 
 
 @contextlib.contextmanager

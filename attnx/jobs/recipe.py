@@ -243,7 +243,7 @@ class Tools:
         job: Job,
         running: Running,
         say: Callable[[str], None] = print,
-        hang: Callable[[str], None] | None = None,
+        hang: Callable[[str, int], None] | None = None,
     ) -> Iterator[Worker]:
         """What makes the shards of a job; of a small one a process for every 32 rows decodes, if none are asked for.
 

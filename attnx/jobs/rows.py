@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnx.jobs.shards import Part, parts
+from attnx.jobs.shards import DamagedError, Part, parts
 from attnx.jobs.tensors import read_tensor, tensors_of
 
 if TYPE_CHECKING:
@@ -92,8 +92,15 @@ def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[Row]:
 
 
 def shards_in(out: str | Path) -> list[Path]:
-    """The complete shards of a folder, which has at least one."""
+    """The complete shards of a folder, which has at least one.
+
+    Raises:
+        FileNotFoundError: it has none.
+        DamagedError: something else has the name of a shard.
+    """
     found = parts(Path(out)) if Path(out).is_dir() else []
+    for path in set(Path(out).glob("part-*.parquet")) - set(found):
+        raise DamagedError(path, "expected a regular file; got a folder, pipe, socket or device")
     if not found:
         raise FileNotFoundError(f"out: expected a folder with part-*.parquet files, got {out}")
     return found

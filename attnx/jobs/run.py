@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 
 from attnx.jobs.attempts import forget_attempts
@@ -28,8 +28,8 @@ _VERIFIED = 2**30  # bytes of shards that are read in a second or two
 class Report:
     """How a run went. Of its part of the job: rows, those of them with a map, with an error, and that were done before.
 
-    made: rows that were done in this run, by so many makers (processes, or actors) at a time; set_aside: shards that
-    can't be made, and why; first_error: key and error of the first row that has one.
+    made: rows that were done in this run. makers: how many processes or actors made them at a time. set_aside: the
+    reason, for each shard that can't be made. first_error: key and error of the first row that has one.
     """
 
     rows: int
@@ -67,11 +67,12 @@ def run_job(
     rank: Rank | None = None,
     tries: int = 3,
     retry_failed: bool = False,
+    made_now: Container[int] = (),
     progress: Progress | None = None,
     note: Callable[[Made], None] | None = None,
     say: Callable[[str], None] = print,
     verify: bool | None = None,
-    hang: Callable[[str], None] | None = None,
+    hang: Callable[[str, int], None] | None = None,
 ) -> Report:
     """Does what is left: the shards that are not there, or with `retry_failed` also rows with an error.
 
@@ -81,12 +82,14 @@ def run_job(
         cluster: actors make the shards.
         rank: of several runs that share the job.
         tries: of a shard; then it is made in pieces, see `attnx.jobs.attempts`.
+        made_now: shards whose failed rows this run has done again, in a process before this one.
         progress: called as progress(done, total) rows after every shard; done counts those of earlier runs.
         note: called with every shard that was written.
         say: is told what is out of the ordinary.
         verify: reads all of the shards that are there. Unless given, if they have at most 1 GiB; of others the footers
             and sizes are checked. A damaged one is set aside, and made again.
-        hang: ends this process, and has the run started again, when the model hangs; None: nothing is done.
+        hang: called as hang(why, shard) when the model hangs; it ends this process, and another one goes on with the
+            job. None: nothing is done.
 
     Raises:
         OSError: the disk is full; what was written is whole.
@@ -100,7 +103,7 @@ def run_job(
     rows = sum(map(job.rows_of, ours))
     before = rows - sum(map(job.rows_of, todo))
     if retry_failed:
-        todo += [shard for shard in ours if shard in there and job.errors(shard)]
+        todo += [shard for shard in ours if shard in there and shard not in made_now and job.errors(shard)]
     made = 0
 
     def advance(one: Made) -> None:
@@ -113,7 +116,7 @@ def run_job(
 
     if progress is not None:
         progress(before, rows)
-    shards, makers, running = Shards(todo, tries, say), 1, replace(running, tries=tries)
+    shards, makers, running = Shards(todo, tries, say, bool(there)), 1, replace(running, tries=tries)
     try:
         if not todo:
             stages = Stages()

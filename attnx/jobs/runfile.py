@@ -59,7 +59,8 @@ def read_run(out: Path) -> dict[str, Any]:
             "another folder"
         )
     if version != FORMAT:
-        raise DamagedError(path, f"expected format {FORMAT}; got {version!r:.80}")
+        older = "; an older attnx wrote it, or it was changed" if version is None else ""
+        raise DamagedError(path, f"expected format {FORMAT}; got {version!r:.80}{older}")
     digest = run.pop("sha256", None)
     if digest != _digest(run):
         raise DamagedError(path, "its checksum is wrong: it was changed after it was written")

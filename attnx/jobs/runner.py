@@ -58,7 +58,7 @@ class Images(NamedTuple):
 class Runner:
     """Runs a task; a context manager. Arguments are those of `Worker`.
 
-    most: images at a time.
+    most: images at a time. any_map: whether the model is known to have given a map of some image.
     """
 
     pixels: Pixels
@@ -69,14 +69,15 @@ class Runner:
     say: Callable[[str], None]
     stages: Stages
     shard_timeout: float | None = None
-    hang: Callable[[str], None] | None = None
+    hang: Callable[[str, int], None] | None = None
+    any_map: bool = False
+    why: str = ""
     _failed_alone: int = field(default=0, init=False)
-    _any_map: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         # A GPU's kernels may be compiled for the shape of a batch.
-        least = 10.0 if on_cpu(self.device) else 60.0
-        self._watch = Watch(self.shard_timeout, None if self.hang is None else self._hangs, least)
+        least, first = (10.0, 0.0) if on_cpu(self.device) else (60.0, 120.0)
+        self._watch = Watch(self.shard_timeout, None if self.hang is None else self._hangs, least, first)
 
     def __enter__(self) -> Runner:
         self._watch.__enter__()
@@ -131,7 +132,7 @@ class Runner:
                     made = self._run_piece(batch, first, last, piece)
                     attempt.end_piece()
                     found += made
-                    self._any_map |= bool(made)
+                    self.any_map |= bool(made)
                     continue
                 except Exception as error:
                     if is_fatal(error):
@@ -143,11 +144,16 @@ class Runner:
                 waiting += [(middle, last), (first, middle)]
                 continue
             self._failed_alone += 1
-            if self._failed_alone >= _ALONE and not self._any_map:
-                raise RunError(f"the model fails at every image; at the last: {why}")
+            self.why = why
+            self.check(_ALONE)
             group, picture = batch[first]
             found += [Found(error=why)] * len(group) if picture.pixels is not None else []
         return [lambda: found]
+
+    def check(self, most: int) -> None:
+        """Raises RunError if so many images failed alone, and no image did not: then it is the model."""
+        if self._failed_alone >= most and not self.any_map:
+            raise RunError(f"the model fails at every image; at the last: {self.why}")
 
     def _run_piece(self, batch: Batch, first: int, last: int, images: Images) -> list[Found]:
         """What is found for a piece of a batch.
@@ -187,7 +193,7 @@ class Runner:
         why = f"the model took longer than {where.limit:g} s"
         where.attempt.fail(where.start, where.stop, why, where.limit)
         assert self.hang is not None
-        self.hang(why)
+        self.hang(why, where.attempt.shard)
 
     def _filled(self, images: torch.Tensor) -> torch.Tensor:
         if not self.fill or len(images) == self.most:

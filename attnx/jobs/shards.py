@@ -11,6 +11,7 @@ file is found where it is read.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -53,10 +54,10 @@ class DamagedError(ValueError):
 
 
 def parts(out: Path) -> list[Path]:
-    """The complete shards in a folder, by number. What has such a name and is no file is an error for who opens it."""
+    """The complete shards in a folder, by number."""
     # By number: in order of names, part-100000 comes before part-99999.
     with os.scandir(out) as entries:
-        numbers = {entry.name: re.fullmatch(r"part-(\d+)\.parquet", entry.name) for entry in entries}
+        numbers = {entry.name: re.fullmatch(r"part-(\d+)\.parquet", entry.name) for entry in entries if entry.is_file()}
     return [out / name for _, name in sorted((int(match[1]), name) for name, match in numbers.items() if match)]
 
 
@@ -130,7 +131,8 @@ class Part:
         self._check(group, [self._leaf(name) for name in names])
         try:
             if self._file is None:
-                self._file = pq.ParquetFile(self._handle, metadata=self.metadata, page_checksum_verification=True)
+                content = pa.PythonFile(_Positioned(self._handle.fileno()), "r")
+                self._file = pq.ParquetFile(content, metadata=self.metadata, page_checksum_verification=True)
             table = self._file.read_row_group(group, names, use_threads=False)
         except (pa.ArrowException, ValueError) as error:
             raise DamagedError(self.path, str(error)) from error
@@ -272,7 +274,7 @@ def _check_seal(file: IO[bytes]) -> tuple[tuple[int, ...], bytes, int]:
     digest, count, magic = _SEAL.unpack(_read(file, seal, _SEAL.size))
     data = seal - 4 * count
     if magic != _SEAL_MAGIC or data < 0:
-        raise ValueError("it has no checksums before its footer")
+        raise ValueError("it has no checksums before its footer, unless an older attnx wrote it")
     packed = _read(file, data, 4 * count)
     footer = _read(file, seal + _SEAL.size, size - seal - _SEAL.size)
     if _digest(data, packed, footer) != digest:
@@ -296,8 +298,42 @@ def _places(metadata: pq.FileMetaData, data: int) -> list[tuple[int, int]]:
 
 
 def _read(file: IO[bytes], start: int, size: int) -> bytes:
-    file.seek(start)
-    return file.read(size)
+    return _read_at(file.fileno(), start, size)
+
+
+def _read_at(descriptor: int, start: int, size: int) -> bytes:
+    """Bytes of a file at a place. The file's position, which forked processes share, is not used where pread exists."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, start)
+    os.lseek(descriptor, start, os.SEEK_SET)
+    return os.read(descriptor, size)
+
+
+class _Positioned(io.RawIOBase):
+    """A file that is read at a position of its own."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._position = descriptor, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: os.fstat(self._descriptor).st_size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        left = os.fstat(self._descriptor).st_size - self._position
+        found = _read_at(self._descriptor, self._position, left if size < 0 else max(0, min(size, left)))
+        self._position += len(found)
+        return found
 
 
 def _crc(file: IO[bytes], start: int, size: int) -> int:

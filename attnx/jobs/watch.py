@@ -35,13 +35,16 @@ class Watch:
         limit: seconds that a section may take; unless given, 20 times as long as the longest so far, but not less than
             `least`. Where none is known, the limit at which the shard
             failed before, or 600 s.
+        first: seconds that the first section may take in any case.
         hang: is called with the section that takes longer; it ends the process. None: nothing is watched.
 
     Seconds are counted in steps of at most a second, so that a process that was stopped and goes on is not blamed.
     """
 
-    def __init__(self, limit: float | None, hang: Callable[[Hang], None] | None, least: float = 10.0) -> None:
-        self.limit, self.least, self._hang = limit, least, hang
+    def __init__(
+        self, limit: float | None, hang: Callable[[Hang], None] | None, least: float = 10.0, first: float = 0.0
+    ) -> None:
+        self.limit, self.least, self.first, self._hang = limit, least, first, hang
         self._longest: float | None = None
         self._sections: dict[int, Hang] = {}
         self._ended = threading.Event()
@@ -68,11 +71,9 @@ class Watch:
         self._longest = max(self._longest or 0.0, time.perf_counter() - begin)
 
     def _allowed(self, attempt: Attempt) -> float:
-        if self.limit is not None:
-            return self.limit
-        if self._longest is not None:
-            return max(self.least, _TIMES * self._longest)
-        return attempt.limit or _FIRST
+        if self._longest is None:
+            return max(self.first, self.limit or attempt.limit or _FIRST)
+        return self.limit or max(self.least, _TIMES * self._longest)
 
     def _watch(self) -> None:
         last = time.monotonic()

@@ -33,7 +33,7 @@ _BATCHES_AHEAD = 3
 _MOST_OF_ONE = 4
 _COMPUTES = 0.75  # of a decoder's time: below that, it mostly waits
 _PATIENCE = 5.0  # seconds, with a picture that holds up the others
-_SAMPLED = 20  # rows of a source of which none is known to be readable
+_SAMPLED = 200  # rows of a source of which none is known to be readable
 
 
 class Made(NamedTuple):
@@ -57,7 +57,7 @@ class Worker:
         fill: every batch is filled up with images of zeros: what runs the model is made for one shape.
         tries: a shard that failed so often is made in pieces, see `attnx.jobs.attempts`.
         shard_timeout: see `Watch`.
-        hang: ends the process, and says why: it is called when the model hangs. None: nothing is done.
+        hang: called as hang(why, shard) when the model hangs; it ends the process. None: nothing is done.
         source: of the images; where some can't be reached, no shard is written unless it is still there.
     """
 
@@ -73,7 +73,7 @@ class Worker:
     stages: Stages = field(default_factory=Stages)
     tries: int = 3
     shard_timeout: float | None = None
-    hang: Callable[[str], None] | None = None
+    hang: Callable[[str, int], None] | None = None
     source: Reachable | None = None
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class Worker:
         self._turns = False
         self._runner = Runner(
             self.pixels, self.task, self.device, self.batch_size, self.fill, self.say, self.stages, self.shard_timeout,
-            self.hang,
+            self.hang, any_map=bool(self.job.done()),
         )  # fmt: skip
         self._background = ThreadPoolExecutor(1, thread_name_prefix="attnx-write")
         self._last: Future[Made] | None = None
@@ -107,25 +107,27 @@ class Worker:
         self._begun = {each.shard: each for each in begun}
         packed: list[Future[pa.Table]] = []
         self._turns = on_cpu(self.device)
-        attempt = Attempt.of(self.job.out, shard)
+        attempt = self.job.attempt(shard)
         in_pieces = attempt.begun >= self.tries or bool(attempt.failed)
         if in_pieces and self._last is not None:
             # A GPU may still be busy with the shard before, and fail at it.
             self._last.exception()
         attempt.begin()
-        done, unreachable = 0, False
+        done, unreachable = 0, list[Entry]()
         try:
             for groups in _batches(begun[0].groups, self.batch_size):
                 start = time.perf_counter()
                 batch = [(group, self._next()) for group in groups]
                 self.stages.images += time.perf_counter() - start
-                unreachable |= self._note_source(batch)
+                unreachable += self._note_source(batch)
                 images = Images(attempt, done, done + len(batch))
                 start_batch = self._runner.start_pieces if in_pieces else self._runner.start
                 packed.append(self._background.submit(self._pack, batch, start_batch(batch, images), images))
                 done = images.stop
+            if in_pieces:
+                self._runner.check(2)
             if unreachable:
-                self._check_source()
+                self._check_source(unreachable)
         except BaseException as error:
             if not isinstance(error, Exception) or is_fatal(error):
                 attempt.withdraw()
@@ -140,20 +142,22 @@ class Worker:
             self.stages.file += time.perf_counter() - start
         return self._last
 
-    def _note_source(self, batch: Batch) -> bool:
-        """Remembers an image that could be read; True if the source may be why another could not."""
-        if self.source is not None:
-            for group, picture in batch:
-                if picture.pixels is not None:
-                    self.source.add(next((entry for entry in group if entry.error is None), group[0]))
-        return any(picture.unreachable for _, picture in batch)
+    def _note_source(self, batch: Batch) -> list[Entry]:
+        """Remembers which images could be read; gives those that could not, which may be the source's fault."""
+        read = [
+            (next((entry for entry in group if entry.error is None), group[0]), picture) for group, picture in batch
+        ]
+        for entry, picture in read:
+            if picture.pixels is not None and self.source is not None:
+                self.source.add(entry)
+        return [entry for entry, picture in read if picture.unreachable]
 
-    def _check_source(self) -> None:
-        """Raises RunError if the source is gone."""
+    def _check_source(self, failed: list[Entry]) -> None:
+        """Raises RunError if the source is gone, of which some images can't be reached."""
         if self.source is None:
             return
         rows = np.linspace(0, self.job.rows - 1, num=min(_SAMPLED, self.job.rows), dtype=np.int64).tolist()
-        why = self.source.why_not(self.job.entry(row) for row in rows)
+        why = self.source.why_not(failed, (self.job.entry(row) for row in rows))
         if why is not None:
             told = f"source: {self.source.path} can't be reached: {why}. Nothing of this shard was written"
             raise RunError(f"{told}; run the same command again when it is there")
@@ -166,9 +170,7 @@ class Worker:
             entries = [entry for entry, failed in zip(entries, self._failed(shard), strict=True) if failed]
         most = _MOST_OF_ONE * self.batch_size
         groups = [part for group in self.task.groups(entries) for part in _parts(group, most)]
-        # An image is read by an entry that has no error of its own, if there is one.
-        first = (next((entry for entry in group if entry.error is None), group[0]) for group in groups)
-        return _Shard(shard, groups, deque(first), deque())
+        return _Shard(shard, groups, deque(map(_own, groups)), deque())
 
     def _failed(self, shard: int) -> np.ndarray:
         column = self.job.open_part(shard).table(["error"]).column("error")
@@ -259,6 +261,11 @@ class _Shard(NamedTuple):
     groups: list[list[Entry]]
     waiting: deque[Entry]
     running: deque[Future[Picture]]
+
+
+def _own(group: list[Entry]) -> Entry:
+    """The entry by which an image is read: one that has no error of its own, if there is one."""
+    return next((entry for entry in group if entry.error is None), group[0])
 
 
 def _parts(group: list[Entry], most: int) -> Iterator[list[Entry]]:

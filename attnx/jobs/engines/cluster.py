@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from attnx.jobs.attempts import Attempt
 from attnx.jobs.engines.queue import Shards, by_the_model, is_fatal, why_of
 from attnx.jobs.job import Job
 from attnx.jobs.recipe import Running
@@ -58,7 +57,7 @@ class Maker:
         self._open, self._said = contextlib.ExitStack(), list[str]()
         self._worker = self._open.enter_context(tools.worker(job, running, self._said.append, self._hangs))
 
-    def _hangs(self, why: str) -> None:
+    def _hangs(self, why: str, shard: int) -> None:
         os._exit(1)
 
     def ready(self) -> None:
@@ -133,6 +132,7 @@ def _private_cluster() -> Iterator[Any]:
         )
     folders = (os.environ.get("RAY_TMPDIR"), tempfile.gettempdir())
     above = next((each for each in folders if each and len(each) <= _LONGEST_FOLDER), "/tmp")
+    os.makedirs(above, mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="attnx-", dir=above, ignore_cleanup_errors=True) as folder:
         # Ray opens the folder that it is given to everyone; it lies in one that is ours.
         ray.init(
@@ -213,8 +213,9 @@ def _run(
     finally:
         for actor in actors:
             ray.kill(actor.handle)
-            for shard, _ in actor.theirs:
-                Attempt.of(job.out, shard).withdraw()
+            # The others wait for it.
+            for shard, _ in list(actor.theirs)[:1]:
+                job.attempt(shard, died=False).withdraw()
 
 
 def _sizes(nodes: list[dict[str, Any]], cluster: Cluster) -> tuple[int, int, float]:

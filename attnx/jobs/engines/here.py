@@ -22,7 +22,7 @@ def run_here(
     running: Running,
     advance: Callable[[Made], None],
     say: Callable[[str], None],
-    hang: Callable[[str], None] | None = None,
+    hang: Callable[[str, int], None] | None = None,
 ) -> Stages:
     """Makes the shards, and says where the time went. An interrupt or a kill loses what is not written.
 

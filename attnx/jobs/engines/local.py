@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from attnx.jobs.attempts import Attempt
 from attnx.jobs.engines.queue import RunError, Shards, by_the_model, is_fatal, why_of
 from attnx.jobs.job import Job
 from attnx.jobs.memory import usable_cores
@@ -83,7 +82,7 @@ def run_on_devices(
         for process in processes:
             process.end()
             for shard in process.begun:
-                Attempt.of(job.out, shard).withdraw()
+                job.attempt(shard, died=False).withdraw()
 
 
 def _after(process: _Process, answer: dict[str, Any], shards: Shards, others: int) -> list[_Process]:
@@ -93,7 +92,7 @@ def _after(process: _Process, answer: dict[str, Any], shards: Shards, others: in
     if "fatal" in answer:
         # It has withdrawn the attempt that failed itself.
         for shard in process.begun - {answer.get("shard")}:
-            Attempt.of(process.job.out, shard).withdraw()
+            process.job.attempt(shard, died=False).withdraw()
         raise RunError(why) if answer["fatal"] is None else OSError(answer["fatal"], why)
     blamed = answer.get("shard", process.making)
     shards.give_back([shard for shard in process.theirs if shard != blamed])
@@ -225,9 +224,9 @@ def main(out: str, device: str, running: str) -> None:
         else:
             _fail(answers, error, shard)
 
-    def hangs(why: str) -> None:
+    def hangs(why: str, which: int) -> None:
         print(f"attnx: {device}: {why}", file=sys.stderr)
-        _fail(answers, TimeoutError(why), shard, hangs=True)
+        _fail(answers, TimeoutError(why), which, hangs=True)
 
     shard: int | None = None
     try:

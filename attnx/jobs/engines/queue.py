@@ -13,7 +13,8 @@ _FATAL = (
     errno.EPERM, errno.ENOTDIR,
 )  # fmt: skip
 _BY_THE_MODEL = "raised by the model"
-_DEATHS = 20  # of processes with one shard, beyond its tries: as many as finding one image among a thousand takes
+# Of processes with one shard, beyond its tries. To find one image among a thousand takes thirteen.
+_DEATHS, _DEATHS_AT_FIRST = 100, 15
 
 
 class RunError(RuntimeError):
@@ -46,20 +47,20 @@ class Shards:
     One that fails `tries` times is set aside with the last reason, and the run goes on. If the model failed, or its
     process died, it is made in pieces instead, by whoever takes it next: see `attnx.jobs.attempts`.
 
+    any_done: whether some shards were made by earlier runs.
+
     Raises:
         ValueError: fewer than one try.
     """
 
-    def __init__(self, todo: Sequence[int], tries: int, say: Callable[[str], None]) -> None:
+    def __init__(self, todo: Sequence[int], tries: int, say: Callable[[str], None], any_done: bool = False) -> None:
         if tries < 1:
             raise ValueError(f"tries: expected at least 1, got {tries}")
         self._waiting = deque(todo)
         self._left = len(todo)
-        self._alone = len(todo) == 1
         self.tries, self.say = tries, say
-        self._raised: Counter[int] = Counter()
-        self._died: Counter[int] = Counter()
-        self._any_done = False
+        self._failures: Counter[int] = Counter()
+        self._any_done = any_done
         self._in_a_row = 0
         self.set_aside: dict[int, str] = {}
 
@@ -79,7 +80,7 @@ class Shards:
 
     def in_pieces(self, shard: int) -> bool:
         """True if a shard has failed so often that it is made in pieces."""
-        return self._raised[shard] + self._died[shard] >= self.tries
+        return self._failures[shard] >= self.tries
 
     def failed(
         self,
@@ -96,26 +97,28 @@ class Shards:
         Raises:
             RunError: so many failures in a row that it can't be the shards.
         """
-        if shard is None or not self.in_pieces(shard):
+        pieces = shard is not None and (died or model)
+        if not pieces:
             self._in_a_row += 1
-        if self._in_a_row > self.tries * (4 if self._any_done or self._alone else 1) - (
-            shard is None or not self._alone
-        ):
-            told = f"stopped after {self._in_a_row} failures in a row; the last, of shard {shard}: {why}"
+        told = f"stopped after {self._in_a_row} failures in a row; the last, of shard {shard}: {why}"
+        if self._in_a_row >= self.tries * (4 if self._any_done else 1):
             raise RunError(told) from cause
         if shard is None:
             self.say(f"tried again: {why}")
             return
-        (self._died if died else self._raised)[shard] += 1
-        raised = self._raised[shard] - model
-        if raised < self.tries and self._died[shard] <= self.tries + _DEATHS:
-            how = "made in pieces" if self.in_pieces(shard) else "tried again"
+        self._failures[shard] += 1
+        more = (_DEATHS if self._any_done else _DEATHS_AT_FIRST) if died else 1 if model else 0
+        if self._failures[shard] < self.tries + more:
+            how = "made in pieces" if pieces and self.in_pieces(shard) else "tried again"
             self.say(f"shard {shard} failed and is {how}: {why}")
-            self._waiting.append(shard)
-        else:
-            self.say(f"shard {shard} is set aside after {self._raised[shard] + self._died[shard]} tries: {why}")
-            self.set_aside[shard] = why
-            self._left -= 1
+            # In pieces at once: others would only come between it and the image to blame.
+            (self._waiting.appendleft if pieces else self._waiting.append)(shard)
+            return
+        if died and not self._any_done:
+            raise RunError(f"no shard was made: {self._failures[shard]} processes died; the last: {why}") from cause
+        self.say(f"shard {shard} is set aside after {self._failures[shard]} tries: {why}")
+        self.set_aside[shard] = why
+        self._left -= 1
 
     @property
     def finished(self) -> bool:

@@ -55,16 +55,20 @@ class Reachable:
         if len(self._known) > _KNOWN:
             del self._known[next(iter(self._known))]
 
-    def why_not(self, others: Iterable[Entry]) -> str | None:
+    def why_not(self, failed: Iterable[Entry], others: Iterable[Entry]) -> str | None:
         """Why the source can't be reached; None if it can.
 
+        failed: rows that can't be reached. Of each one's folder, or else of the last folder, a row that could be read
+        before must still be readable.
         others: rows of which one must be readable, where none is known that was.
         """
+        folders = {os.path.dirname(entry.path or "") for entry in failed} & set(self._known)
+        known = [self._known[folder] for folder in folders or list(self._known)[-1:]]
         found: list[str | None] = [f"it did not answer within {_PATIENCE:g} s"]
 
         def look() -> None:
             try:
-                found[0] = self._look(list(self._known.values()), others)
+                found[0] = self._look(known, others)
             except Exception as error:
                 found[0] = f"{type(error).__name__}: {error}"
 

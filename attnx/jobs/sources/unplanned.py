@@ -18,7 +18,7 @@ __all__ = ["unplanned"]
 def unplanned(source: Source, job: Job) -> list[str]:
     """A line that tells of rows that were added to a folder or a table since the job was planned; else none.
 
-    Of tars and data sets, which take long to list, nothing is told; nor where the source is gone.
+    Tars and data sets are skipped, because listing them is slow; so is a source that is gone.
     """
     if source.kind not in ("folder", "table"):
         return []
