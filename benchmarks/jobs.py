@@ -32,13 +32,12 @@ import torch
 from PIL import Image
 
 import attnx
-from attnx.cli_jobs import MAX_PIXELS
 from attnx.cli_options import rollout_options
 from attnx.images import find_images
 from attnx.jobs.decoding import Decode, Decoders, Picture, start_server
 from attnx.jobs.engines.cluster import Cluster
 from attnx.jobs.job import open_job
-from attnx.jobs.memory import usable_cores
+from attnx.jobs.memory import MOST_PIXELS, usable_cores
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.recipe import ExtractRecipe, Running, Tools
 from attnx.jobs.run import run_job
@@ -107,7 +106,7 @@ def _recipe(options: argparse.Namespace, folder: Path) -> ExtractRecipe:
     return ExtractRecipe(
         source=str(folder / "images"), kind="folder", root=None, split=None,
         model="demo" if options.quick else options.model, pretrained=options.quick, checkpoint=None, image_size=None,
-        seed=0, method="rollout", heads="mean", dtype=options.dtype, map_dtype="float16", max_pixels=MAX_PIXELS,
+        seed=0, method="rollout", heads="mean", dtype=options.dtype, map_dtype="float16", max_pixels=MOST_PIXELS,
         pixels=None, layers=None, keep="auto", compile=False, store="map", rolling=rollout_options(0.5, 0.0, 0, None),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 __all__ = [
     "BYTES_PER_PIXEL",
+    "MOST_PIXELS",
     "decoder_bytes",
     "default_max_pixels",
     "default_workers",
@@ -24,7 +25,7 @@ BYTES_PER_PIXEL = 20
 _SLACK = 2**29  # bytes: libraries that are imported with the first picture, rows of a table, what malloc keeps
 _SLACK_OF_PROCESSORS = 2**32  # bytes: transformers and torch are imported, too
 _STACKS = 2**24  # bytes a core: decoders of AVIF start threads
-_MOST_PIXELS, _FEWEST_PIXELS = 178_956_970, 2**24  # of the default; the first is Pillow's own limit
+MOST_PIXELS, _FEWEST_PIXELS = 178_956_970, 2**24  # of the default; the first is Pillow's own limit
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -54,7 +55,7 @@ def decoder_bytes(max_pixels: int) -> int:
 def default_max_pixels(decoders: int) -> int:
     """`max_pixels` with which so many decoders take at most half of the memory; at least 2**24."""
     share = usable_memory() // 2 // max(1, decoders) // BYTES_PER_PIXEL
-    return max(_FEWEST_PIXELS, min(_MOST_PIXELS, share // 10**6 * 10**6))
+    return max(_FEWEST_PIXELS, min(MOST_PIXELS, share // 10**6 * 10**6))
 
 
 def usable_memory() -> int:
