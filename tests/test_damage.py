@@ -1,6 +1,7 @@
 """A damaged file of a job is never taken for a good one: it is named, and a shard is made again."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -409,3 +410,22 @@ def test_what_is_no_file_is_an_error_at_once(
         assert name in result.stderr
         assert result.exit_code == 2 or files_of(out) == job.files
     assert time.perf_counter() - start < 10
+
+
+def read_again_and_again(part: Part, want: int) -> None:
+    """In a forked process, whose files share their positions with those of the others."""
+    for _ in range(100):
+        part._checked.clear()
+        assert part.table().num_rows == want
+
+
+def test_forked_processes_read_the_same_shard(finished: dict[str, Finished]) -> None:
+    """As the workers of a DataLoader do."""
+    part = Part(finished["map"].out / FIRST)
+    context = multiprocessing.get_context("fork")
+    readers = [context.Process(target=read_again_and_again, args=(part, part.rows)) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert [reader.exitcode for reader in readers] == [0, 0, 0]
