@@ -51,7 +51,7 @@ def is_supervised() -> bool:
 
 
 def progressed() -> None:
-    """Tells the supervisor that the job goes on: called once before the first shard, and after each shard."""
+    """Tells the supervisor that the job goes on: called once before the first shard, and after each shard or piece."""
     if _status is not None:
         with contextlib.suppress(OSError):
             os.write(_status, b".")

@@ -19,6 +19,7 @@ from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources import Entry
 from attnx.jobs.tasks import Found, Task
 from attnx.jobs.watch import Hang, Watch
+from attnx.supervisor import progressed
 
 __all__ = ["Batch", "Images", "Runner", "Stages", "on_cpu"]
 
@@ -132,7 +133,9 @@ class Runner:
                     made = self._run_piece(batch, first, last, piece)
                     attempt.end_piece()
                     found += made
-                    self.any_map |= bool(made)
+                    if made:
+                        self.any_map = True
+                        progressed()
                     continue
                 except Exception as error:
                     if is_fatal(error):
