@@ -369,3 +369,15 @@ def test_to_tensor_refuses(change, name):
     right = {"image": Image.new("RGB", (4, 4)), "size": (4, 4), "mean": (0, 0, 0), "std": (1, 1, 1)}
     with pytest.raises(ValueError, match=f"^{name}: expected .* got"):
         to_tensor(**(right | change))
+
+
+def test_a_pnm_with_an_endless_comment_is_refused(tmp_path: Path) -> None:
+    """Pillow reads it byte by byte."""
+    path = tmp_path / "a.ppm"
+    path.write_bytes(b"P6\n#" + b"x" * 2**20 + b"\n2 2\n255\n" + bytes(12))
+    with pytest.raises(ImageError, match="expected a header of at most 65,536 bytes"):
+        read_image(path)
+    path.write_bytes(b"P6\n#" + b"x" * 1000 + b"\n200 200\n255\n" + bytes(120_000))
+    assert read_image(path).size == (200, 200)
+    path.write_bytes(b"P4\n800 800\n" + bytes(80_000))
+    assert read_image(path).size == (800, 800)
