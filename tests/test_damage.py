@@ -186,8 +186,8 @@ def damages(finished: dict[str, Finished], folder: Path, count: int, seed: int) 
         shutil.rmtree(out)
 
 
-def test_no_damage_of_sixty_goes_unseen(finished: dict[str, Finished], tmp_path: Path) -> None:
-    damages(finished, tmp_path, 60, seed=1)
+def test_no_damage_of_forty_goes_unseen(finished: dict[str, Finished], tmp_path: Path) -> None:
+    damages(finished, tmp_path, 40, seed=1)
 
 
 @pytest.mark.slow

@@ -406,7 +406,7 @@ def poison(how: str, name: str, options: tuple[str, ...], batch: int, quick: boo
     ("how", "options", "batch"),
     [
         poison("die", "local1", LOCAL1, 1, quick=True),
-        poison("hang", "local2", LOCAL2, 1, quick=True),
+        poison("hang", "local2", LOCAL2, 1),
         *(
             poison(how, name, options, 4)
             for how in ("raise", "die", "hang")

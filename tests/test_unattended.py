@@ -254,6 +254,7 @@ def test_what_nobody_foresaw_is_one_line(photos: Path, tmp_path: Path, monkeypat
     assert result.stderr.endswith(f"\n{line}\n")
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_ends_a_job_is_told_how_far_it_is(tmp_path: Path) -> None:
     pictures, out = draw(tmp_path / "pictures", 300), tmp_path / "out"
     command = [sys.executable, "-c", "from attnx.cli import main; main()", "extract", str(pictures), "--out", str(out)]
