@@ -185,7 +185,7 @@ def absolute(path: Path | None) -> str | None:
 
 
 def allowed_errors(text: str, rows: int) -> int:
-    """How many of so many rows may have an error, by a number or a share.
+    """The number of rows that may have an error, from a number or a share of all rows.
 
     Raises:
         ValueError: it is neither.

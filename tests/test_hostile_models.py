@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from attnx.jobs.pixels import _processor
 from attnx.models.albef import AlbefConfig
 from attnx.models.albef_checkpoint import load_albef
-from attnx.models.loading import load_checkpoint, load_model, read_weights
+from attnx.models.checkpoint import load_checkpoint, read_weights
+from attnx.models.loading import load_model
 from attnx.models.words import Tokenizer
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"]

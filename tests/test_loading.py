@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from attnx.models.loading import load_checkpoint, load_model, read_weights
+from attnx.models.checkpoint import load_checkpoint, read_weights
+from attnx.models.loading import load_model
 
 NAME = "vit_tiny_patch16_224"
 

@@ -1,4 +1,4 @@
-"""How often a shard was begun and not finished, noted in OUT, because a process that dies can't tell.
+"""Notes in OUT of shards that were begun and not finished, because a process that dies can't tell.
 
 `.attempt-00007.json` is there while shard 7 is made, and after an attempt that failed. A shard that failed too often is
 made in pieces: a piece that fails is halved, until one image is left, whose row then says why.
@@ -96,7 +96,7 @@ class Attempt:
         self._write()
 
     def why_not(self, start: int, stop: int) -> str | None:
-        """Why a piece is not to be run as a whole: it failed before, or a part of it; else None."""
+        """Reason not to run a piece as a whole: it failed before, or a part of it did; else None."""
         for first, last, count, why in self.failed:
             if stop - start == 1 and (first, last) == (start, stop) and (why != DIED or count >= _DEATHS):
                 return str(why)

@@ -73,7 +73,7 @@ class Job:
         return self.out / f"part-{shard:05d}.parquet"
 
     def place(self, shard: int) -> dict[str, Any]:
-        """What is written into a shard's file, so that no other file is taken for it."""
+        """Written into a shard's file, so that no other file is taken for it."""
         return {"shard": shard, "manifest": self.manifest_sha256}
 
     def open_part(self, shard: int) -> Part:

@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal, lines in a log."""
+"""Progress of a job: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Log:
         self.done, self.total = done, total
 
     def line(self) -> str:
-        """How many are done and planned, images/s, the time left, and how many of this run have an error."""
+        """Counts of rows done and planned, images/s, the time left, and the count of this run's errors."""
         done, total, unit = self.done, self.total, self.unit
         rate = (done - (self._before or 0)) / max(time.monotonic() - self._start, 1e-9)
         left = f", {duration((total - done) / rate)} left" if rate and done < total else ""

@@ -245,7 +245,7 @@ class Tools:
         say: Callable[[str], None] = print,
         hang: Callable[[str, int], None] | None = None,
     ) -> Iterator[Worker]:
-        """What makes the shards of a job; of a small one a process for every 32 rows decodes, if none are asked for.
+        """The worker for a job. Unless `workers` is given, a small job gets one decoder for every 32 rows.
 
         hang: see `Worker`.
         """

@@ -103,12 +103,14 @@ def run_job(
     rows = sum(map(job.rows_of, ours))
     before = rows - sum(map(job.rows_of, todo))
     if retry_failed:
-        todo += [shard for shard in ours if shard in there and shard not in made_now and job.errors(shard)]
-    made = 0
+        todo += [shard for shard, errors in there.items() if errors and shard not in made_now]
+    made, counts = 0, dict(there)
 
     def advance(one: Made) -> None:
         nonlocal made
         made += one.rows
+        # Of a shard that is done again, the rows without an error keep their maps.
+        counts[one.shard] = one.errors
         if note is not None:
             note(one)
         if progress is not None:
@@ -133,24 +135,24 @@ def run_job(
         with contextlib.suppress(OSError):
             forget_attempts(job.out, job.done() & set(ours))
     done = [shard for shard in ours if shard not in shards.set_aside]
-    counts = {shard: job.errors(shard) for shard in done}
-    failed = sum(counts.values())
+    failed = sum(counts[shard] for shard in done)
     maps = sum(map(job.rows_of, done)) - failed
-    first = next((_first_error(job, shard) for shard, count in counts.items() if count), None)
+    first = next((_first_error(job, shard) for shard in done if counts[shard]), None)
     seconds = time.perf_counter() - start
     return Report(rows, maps, failed, before, made, makers, seconds, stages, shards.set_aside, first)
 
 
-def _undamaged(job: Job, there: list[int], verify: bool | None, say: Callable[[str], None]) -> set[int]:
-    """The shards that are as they were written; others are set aside."""
+def _undamaged(job: Job, there: list[int], verify: bool | None, say: Callable[[str], None]) -> dict[int, int]:
+    """The shards that are as they were written, with how many rows have an error; others are set aside."""
     if verify is None:
         files = (path for shard in there for path in (job.part(shard), tensors_of(job.part(shard))))
         verify = sum(path.stat().st_size for path in files if path.exists()) <= _VERIFIED
-    good = set()
+    good = {}
     for shard in there:
         try:
-            job.open_part(shard).check(verify)
-            good.add(shard)
+            part = job.open_part(shard)
+            part.check(verify)
+            good[shard] = part.errors
         except DamagedError as error:
             folder = set_aside(job.part(shard))
             say(f"{error}; it is now in {folder}, and shard {shard} is made again")

@@ -30,7 +30,7 @@ _ALONE = 8  # images that fail one by one, and none that doesn't, until the mode
 
 @dataclass
 class Stages:
-    """Where the time went, in seconds. Of the thread that runs the model: images (waiting for pictures), device
+    """Seconds that stages took. Of the thread that runs the model: images (waiting for pictures), device
     (to it), model, file (waiting for the shard before the last to be written). Beside it: decoding, in all processes
     together, pack and write.
     """

@@ -19,7 +19,7 @@ _TIMES = 20.0  # as long as the longest batch so far
 
 @dataclass
 class Hang:
-    """A piece of a shard in which the model hangs, see `Attempt`; seconds: how long it may take."""
+    """A piece of a shard, see `Attempt`, that the model works on. limit, seconds: what it may take, and has taken."""
 
     attempt: Attempt
     start: int
@@ -33,8 +33,7 @@ class Watch:
 
     Args:
         limit: seconds that a section may take; unless given, 20 times as long as the longest so far, but not less than
-            `least`. Where none is known, the limit at which the shard
-            failed before, or 600 s.
+            `least`. Where none is known, the limit at which the shard failed before, or 600 s.
         first: seconds that the first section may take in any case.
         hang: is called with the section that takes longer; it ends the process. None: nothing is watched.
 

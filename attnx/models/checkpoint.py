@@ -1,0 +1,195 @@
+"""Files of weights: read without running any code, checked, and put into a model."""
+
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnx.limits import CHECKPOINT_DEPTH
+
+_CONTAINERS = ("state_dict", "model", "teacher", "student", "model_state", "module")
+_WRAPPERS = ("module.", "backbone.", "_orig_mod.")
+_HEADS = ("head.", "head_dist.", "fc.", "classifier.", "pooler.")
+
+
+def weights_file(path: str | Path) -> Path:
+    """The path of a checkpoint.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint: expected a file; {printable(path, None)} is none")
+    return Path(path)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file of weights, out of whatever usual container and without wrappers' prefixes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of weights only.
+    """
+    path = weights_file(path)
+    return _unwrap(_read(path), path)
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Loads a file of weights, whatever usual container or prefix they are wrapped in. A classifier may be missing.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of weights, or keys, shapes or values that don't fit; says which.
+    """
+    weights = read_weights(path)
+    own = model.state_dict()
+    try:
+        filtered = _timm_filter(model, weights)
+    except Exception as error:
+        raise ValueError(f"checkpoint {printable(path, None)}: timm can't convert it: {first_line(error)}") from error
+    bodies = ({k: v for k, v in keys.items() if not k.startswith(_HEADS)} for keys in (filtered, own))
+    told = misfit(*bodies)
+    if told:
+        raise ValueError(f"checkpoint {printable(path, None)} doesn't fit {type(model).__name__}: {told}")
+    fitting = {k: v for k, v in filtered.items() if k in own and own[k].shape == v.shape}
+    check_values(fitting, own, path)
+    model.load_state_dict(fitting, strict=False)
+
+
+def misfit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What of some weights doesn't fit a model's own: keys missing, unexpected, of another shape."""
+    wrong = {
+        "missing": [k for k in own if k not in weights],
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [
+            f"{k} {list(weights[k].shape)} for {list(own[k].shape)}"
+            for k in own
+            if k in weights and own[k].shape != weights[k].shape
+        ],
+    }
+    return "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in wrong.items() if keys)
+
+
+def check_values(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> None:
+    """Checks the values of weights that fit a model's own by key and shape.
+
+    Raises:
+        ValueError: weights of another kind of dtype than the model's, or not finite where the model's are.
+    """
+    for key, value in weights.items():
+        mine, where = own[key], f"checkpoint {printable(path, None)}: {printable(key)}"
+        if _kind(value.dtype) != _kind(mine.dtype):
+            raise ValueError(f"{where}: expected {_kind(mine.dtype)} weights, such as {mine.dtype}; got {value.dtype}")
+        if not mine.is_floating_point():
+            continue
+        try:
+            finite = value.to(mine.dtype).isfinite()
+        except RuntimeError as error:
+            raise ValueError(f"{where}: torch can't read {value.dtype}: {first_line(error)}") from error
+        if not finite.all() and mine.isfinite().all():
+            raise ValueError(f"{where} has {int((~finite).sum())} values that are not finite as {mine.dtype}")
+
+
+def first_line(error: Exception, most: int = 150) -> str:
+    """The first line of an error, cut."""
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0], most)
+
+
+def printable(name: object, most: int | None = 100) -> str:
+    """A name on one line: what is not printable is escaped, and what is longer than most is cut."""
+    text = str(name)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if most is None or len(text) <= most else text[: most - 3] + "..."
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "floating-point"
+    return "complex" if dtype.is_complex else "boolean" if dtype == torch.bool else "integer"
+
+
+def _read(path: Path) -> Any:
+    with path.open("rb") as file:
+        head = file.read(9)
+    # A safetensors file is the length of its header, then the header, which is JSON.
+    if path.suffix.lower() == ".safetensors" or (head[8:] == b"{" and head[5:8] == bytes(3)):
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except Exception as error:
+            told = f"expected a safetensors file: {first_line(error)}"
+            raise ValueError(f"checkpoint {printable(path, None)}: {told}") from error
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                claimed = sum(member.file_size for member in archive.infolist())
+            if claimed > path.stat().st_size:
+                raise ValueError(f"it claims {claimed:,} bytes and has {path.stat().st_size:,}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of what the error tells, or `_unwrap` refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        told = f"expected a torch file of weights only: {first_line(error, 100)}"
+        raise ValueError(f"checkpoint {printable(path, None)}: {told}") from error
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint, its keys without wrappers' prefixes."""
+    where = f"checkpoint {printable(path, None)}"
+    for _ in range(CHECKPOINT_DEPTH + 1):
+        inner = (
+            [content[c] for c in _CONTAINERS if isinstance(content.get(c), Mapping)]
+            if isinstance(content, Mapping)
+            else []
+        )
+        if not inner:
+            break
+        content = inner[0]
+    else:
+        raise ValueError(f"{where}: expected a state dict of tensors at most {CHECKPOINT_DEPTH} containers deep")
+    if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{where}: expected a state dict of tensors; got {type(content).__name__}")
+    weights = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    for key, value in weights.items():
+        told = _unusual(value)
+        if told:
+            raise ValueError(f"{where}: {printable(key)}: expected an ordinary tensor with data; got {told}")
+    for wrapper in _WRAPPERS:
+        weights = {k.removeprefix(wrapper): v for k, v in weights.items()}
+    return weights
+
+
+def _unusual(value: Tensor) -> str:
+    """What is unusual about a tensor; empty if nothing is."""
+    if type(value) not in (Tensor, nn.Parameter):
+        return f"a {type(value).__name__}"
+    if value.is_nested:
+        return "a nested tensor"
+    if value.layout != torch.strided:
+        return f"layout {value.layout}"
+    if value.is_meta:
+        return "one without data (meta)"
+    if value.is_quantized:
+        return f"a quantized one, {value.dtype}"
+    if value.nbytes > value.untyped_storage().nbytes():
+        return f"shape {list(value.shape)} of {value.untyped_storage().nbytes()} bytes"
+    return ""
+
+
+def _timm_filter(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's own conversions of foreign ViT checkpoints, and its interpolation of position embeddings."""
+    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+    if not isinstance(model, VisionTransformer):
+        return weights
+    # DINO's projection head belongs to its training, not to the backbone.
+    return checkpoint_filter_fn({k: v for k, v in weights.items() if not k.startswith("head.mlp")}, model)
+
+
+def _some(keys: Sequence[str], most: int = 6) -> str:
+    return ", ".join(map(printable, keys[:most])) + (f" and {len(keys) - most} more" if len(keys) > most else "")
