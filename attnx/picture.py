@@ -11,6 +11,7 @@ import math
 import os
 import uuid
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -307,10 +308,13 @@ def _wrapped(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 def _shorten(title: str, fits: Callable[[str], bool]) -> str:
-    title = short = " ".join(title.split())
-    kept = len(title)
-    # The middle goes, because the names of neighbouring layers differ near their end.
-    while kept and not fits(short):
-        kept -= 1
-        short = f"{title[: (kept + 1) // 2].rstrip()}…{title[len(title) - kept // 2 :].lstrip()}"
-    return short
+    title = " ".join(title.split())
+    if fits(title):
+        return title
+
+    def keep(count: int) -> str:
+        # The middle goes, because the names of neighbouring layers differ near their end.
+        return f"{title[: (count + 1) // 2].rstrip()}…{title[len(title) - count // 2 :].lstrip()}"
+
+    too_many = bisect_left(range(len(title)), True, key=lambda count: not fits(keep(count)))
+    return keep(max(0, too_many - 1))

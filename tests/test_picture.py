@@ -517,3 +517,18 @@ def test_a_size_that_turns_the_map_is_said(grid, size):
 def test_what_is_no_size(size):
     with pytest.raises(ValueError, match=r"(size|image): expected"):
         picture.heat(scores(3, 3), size)
+
+
+def test_a_long_title_is_measured_a_few_times():
+    from attnx.picture import _shorten
+
+    asked = []
+
+    def fits(text):
+        asked.append(text)
+        return len(text) <= 11
+
+    assert _shorten("a" * 3000 + "b" * 3000, fits) == "aaaaa…bbbbb"
+    assert len(asked) < 20
+    assert _shorten("short", fits) == "short"
+    assert _shorten("long", lambda text: False) == "…"
