@@ -23,6 +23,7 @@ __all__ = [
     "RESTART",
     "can_supervise",
     "die_with",
+    "is_restart",
     "is_supervised",
     "progressed",
     "remember",
@@ -38,6 +39,7 @@ _PREFIX = "attnx-run-"
 _LONGEST = 60  # characters of a temporary folder, below which sockets stand
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _status: int | None = None
+_restarted = False
 
 
 def can_supervise() -> bool:
@@ -48,6 +50,11 @@ def can_supervise() -> bool:
 def is_supervised() -> bool:
     """True in a process that will be started again."""
     return _status is not None
+
+
+def is_restart() -> bool:
+    """True in a process that goes on after another one of the same run, which died."""
+    return _restarted
 
 
 def progressed() -> None:
@@ -85,7 +92,7 @@ def restart() -> None:
 
 def supervise() -> None:
     """Returns in a new process, which is to do the work; the process that called waits for it, and exits as it does."""
-    global _status
+    global _status, _restarted
     # Whoever ignores it has the system reap our child.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with temporary_folder():
@@ -114,7 +121,7 @@ def supervise() -> None:
             if ended_by_us is not None:
                 sys.exit(128 + ended_by_us)
             how = "" if code == RESTART else f"the process ended with {signal.Signals(-code).name}"
-            restarts = 1 if len(signs) > 1 else restarts + 1
+            restarts, _restarted = (1 if len(signs) > 1 else restarts + 1), True
             if not signs:
                 _say(f"{how} before the first shard was begun; it may need more memory than there is")
                 sys.exit(2)

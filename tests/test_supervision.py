@@ -187,6 +187,39 @@ def test_a_death_in_a_piece_is_noted_by_the_next_reader(tmp_path: Path) -> None:
     assert len(Attempt.of(tmp_path, 0).failed) == len(note.failed)
 
 
+def whole_runs_that_die(made: Tools, out: Path, most: int) -> int:
+    """How many runs were killed at the white picture, each as a whole, until one was done or it were that many."""
+
+    def dies(images: torch.Tensor) -> bool:
+        return any_white(images) and os.kill(os.getpid(), signal.SIGKILL) is None
+
+    for number in range(most):
+        if (child := os.fork()) == 0:
+            run(raising(made, dies, AssertionError()), out)
+            os._exit(0)
+        if (code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) == 0:
+            return number
+        assert code == -signal.SIGKILL
+    return most
+
+
+def test_kills_of_whole_runs_blame_no_image(made: Tools, whole: Callable[[int], Path], tmp_path: Path) -> None:
+    """Though each falls on the same one: so it is where a scheduler ends every run after the same time."""
+    assert whole_runs_that_die(made, tmp_path, 9) == 9
+    [note] = attempts(tmp_path)
+    assert Attempt.of(tmp_path, BAD // 4, Job(tmp_path).identity).begun == 9, note
+    run(made, tmp_path)
+    assert files(tmp_path) == files(whole(4))
+
+
+def test_an_image_at_which_whole_runs_die_again_and_again_costs_its_row(
+    made: Tools, whole: Callable[[int], Path], tmp_path: Path
+) -> None:
+    assert 9 < whole_runs_that_die(made, tmp_path, 25) < 25
+    assert only_the_bad_row_differs(tmp_path, whole(4)) == DIED
+    assert attempts(tmp_path) == []
+
+
 @pytest.fixture
 def hung(monkeypatch: pytest.MonkeyPatch) -> Callable[[Watch, float, Attempt], bool]:
     """Whether a watch finds that a section of so many seconds hangs; its steps are short."""

@@ -2,6 +2,9 @@
 
 `.attempt-00007.json` is there while shard 7 is made, and after an attempt that failed. A shard that failed too often is
 made in pieces: a piece that fails is halved, until one image is left, whose row then says why.
+
+Whoever kills a whole run, such as a scheduler, says nothing about an image. So such a death fails no piece, unless the
+shard was begun very often.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from typing import Any
 from attnx.files import open_regular
 from attnx.limits import RUN_BYTES
 
-__all__ = ["DIED", "Attempt", "forget_attempts"]
+__all__ = ["DIED", "Attempt", "forget_attempts", "noted"]
 
 DIED = "the process of the model died at this image"
 _DEATHS = 2  # of a process with one image, until the image is blamed: something else may have killed it once
+_EXCUSED = 10  # attempts at a shard that may end with the whole run, until that is blamed on an image, too
 
 
 @dataclass
@@ -113,6 +117,12 @@ class Attempt:
         else:
             self._write()
 
+    def excuse(self) -> None:
+        """The process died because all of its run did: the piece under way is not blamed, if that is not usual."""
+        if self.begun < _EXCUSED:
+            self.under_way = None
+            self._write()
+
     def end(self) -> None:
         """The shard is there: the note is removed."""
         with contextlib.suppress(OSError):
@@ -127,10 +137,15 @@ class Attempt:
             temporary.replace(self.path)
 
 
+def noted(out: Path) -> dict[int, Path]:
+    """The notes in a folder, by shard."""
+    found = ((re.match(r"\.attempt-(\d+)\.json$", path.name), path) for path in out.glob(".attempt-*.json"))
+    return {int(number[1]): path for number, path in found if number is not None}
+
+
 def forget_attempts(out: Path, shards: Iterable[int] | None = None) -> None:
     """Removes the notes of shards that are done, or of all: a kill may fall between a shard and the end of its note."""
     done = None if shards is None else set(shards)
-    for path in out.glob(".attempt-*.json"):
-        number = re.match(r"\.attempt-(\d+)\.json$", path.name)
-        if number is not None and (done is None or int(number[1]) in done):
+    for shard, path in noted(out).items():
+        if done is None or shard in done:
             path.unlink(missing_ok=True)

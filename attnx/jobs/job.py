@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from attnx.files import replacing
-from attnx.jobs.attempts import Attempt, forget_attempts
+from attnx.jobs.attempts import Attempt, forget_attempts, noted
 from attnx.jobs.locks import Lock, locked
 from attnx.jobs.manifest import Manifest, file_sha256, write_manifest
 from attnx.jobs.runfile import RUN, read_run, write_run
 from attnx.jobs.shards import DamagedError, Part, parts
 from attnx.jobs.sources import Entry, Listing
+from attnx.supervisor import is_restart
 
 __all__ = ["Job", "Rank", "default_shard_size", "forget_job", "open_job", "writing"]
 
@@ -95,6 +96,12 @@ class Job:
     def attempt(self, shard: int, died: bool = True) -> Attempt:
         """The note of a shard, see `Attempt.of`."""
         return Attempt.of(self.out, shard, self.identity, died)
+
+    def excuse_attempts(self, rank: Rank | None = None) -> None:
+        """For a run that begins: those before it ended as a whole, which is no fault of the images under way."""
+        for shard in noted(self.out):
+            if rank is None or shard % rank.world == rank.rank:
+                self.attempt(shard, died=False).excuse()
 
     def check_plan(self) -> None:
         """Checks that the folder still holds this job: another run may have planned anew, where locks don't work.
@@ -195,6 +202,8 @@ def open_job(
                 job.run["recipe"] = recipe
                 write_run(out, job.run)
         job.remove_temporaries(rank)
+        if not is_restart():
+            job.excuse_attempts(rank)
         job.lock = lock
         yield job
 

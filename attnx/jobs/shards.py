@@ -11,7 +11,6 @@ file is found where it is read.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from attnx.files import open_regular, replacing
 from attnx.jobs.tensors import check_tensors, join, split, tensors_of
@@ -80,8 +79,9 @@ class Part:
         import pyarrow.parquet as pq
 
         self.path = path
-        # Kept open: the file may be replaced while it is read.
-        self._handle = open_regular(path)
+        open_regular(path).close()
+        # Kept open: the file may be replaced while it is read. Forked processes share its position, which is not used.
+        self._handle = pa.OSFile(str(path))
         try:
             self._checksums, footer, data = _check_seal(self._handle)
             self.metadata: pq.FileMetaData = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
@@ -131,8 +131,7 @@ class Part:
         self._check(group, [self._leaf(name) for name in names])
         try:
             if self._file is None:
-                content = pa.PythonFile(_Positioned(self._handle.fileno()), "r")
-                self._file = pq.ParquetFile(content, metadata=self.metadata, page_checksum_verification=True)
+                self._file = pq.ParquetFile(self._handle, metadata=self.metadata, page_checksum_verification=True)
             table = self._file.read_row_group(group, names, use_threads=False)
         except (pa.ArrowException, ValueError) as error:
             raise DamagedError(self.path, str(error)) from error
@@ -241,42 +240,44 @@ def set_aside(path: Path) -> Path:
 
 def _seal(path: Path) -> None:
     """Puts the seal between the data and the footer of a Parquet file that was just written."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(path)
-    with path.open("rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        length, _ = _END.unpack(_read(file, size - _END.size, _END.size))
+    with pa.OSFile(str(path)) as written:
+        size = written.size()
+        length, _ = _END.unpack(written.read_at(_END.size, size - _END.size))
         data = size - _END.size - length
-        footer = _read(file, data, size - data)
-        checksums = [_crc(file, *place) for place in _places(metadata, data)]
-        packed = struct.pack(f"<{len(checksums)}I", *checksums)
+        footer = written.read_at(size - data, data)
+        checksums = [_crc(written, *place) for place in _places(metadata, data)]
+    packed = struct.pack(f"<{len(checksums)}I", *checksums)
+    with path.open("rb+") as file:
         file.seek(data)
         file.write(packed + _SEAL.pack(_digest(data, packed, footer), len(checksums), _SEAL_MAGIC) + footer)
 
 
-def _check_seal(file: IO[bytes]) -> tuple[tuple[int, ...], bytes, int]:
+def _check_seal(file: pa.NativeFile) -> tuple[tuple[int, ...], bytes, int]:
     """The checksums of a file's column chunks, its footer, and the size of the data before both.
 
     Raises:
         ValueError: they are not as they were written.
     """
-    size = file.seek(0, os.SEEK_END)
+    size = file.size()
     least = len(b"PAR1") + _SEAL.size + _END.size
     if size < least:
         raise ValueError(f"expected at least {least} bytes; got {size}")
-    length, magic = _END.unpack(_read(file, size - _END.size, _END.size))
+    length, magic = _END.unpack(file.read_at(_END.size, size - _END.size))
     if magic != b"PAR1":
         raise ValueError("it does not end as Parquet files do")
     seal = size - _END.size - length - _SEAL.size
     if seal < 0:
         raise ValueError(f"it has no room for a footer of {length:,} bytes")
-    digest, count, magic = _SEAL.unpack(_read(file, seal, _SEAL.size))
+    digest, count, magic = _SEAL.unpack(file.read_at(_SEAL.size, seal))
     data = seal - 4 * count
     if magic != _SEAL_MAGIC or data < 0:
         raise ValueError("it has no checksums before its footer, unless an older attnx wrote it")
-    packed = _read(file, data, 4 * count)
-    footer = _read(file, seal + _SEAL.size, size - seal - _SEAL.size)
+    packed = file.read_at(4 * count, data)
+    footer = file.read_at(size - seal - _SEAL.size, seal + _SEAL.size)
     if _digest(data, packed, footer) != digest:
         raise ValueError("the checksum of its footer is wrong")
     return struct.unpack(f"<{count}I", packed), footer, data
@@ -297,48 +298,9 @@ def _places(metadata: pq.FileMetaData, data: int) -> list[tuple[int, int]]:
     return [(start, stop - start) for start, stop in pairwise([0, *starts[1:], data])]
 
 
-def _read(file: IO[bytes], start: int, size: int) -> bytes:
-    return _read_at(file.fileno(), start, size)
-
-
-def _read_at(descriptor: int, start: int, size: int) -> bytes:
-    """Bytes of a file at a place. The file's position, which forked processes share, is not used where pread exists."""
-    if hasattr(os, "pread"):
-        return os.pread(descriptor, size, start)
-    os.lseek(descriptor, start, os.SEEK_SET)
-    return os.read(descriptor, size)
-
-
-class _Positioned(io.RawIOBase):
-    """A file that is read at a position of its own."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._position = descriptor, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: os.fstat(self._descriptor).st_size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = os.fstat(self._descriptor).st_size - self._position
-        found = _read_at(self._descriptor, self._position, left if size < 0 else max(0, min(size, left)))
-        self._position += len(found)
-        return found
-
-
-def _crc(file: IO[bytes], start: int, size: int) -> int:
+def _crc(file: pa.NativeFile, start: int, size: int) -> int:
     """The CRC-32 of a part of a file; of one that ends early, of what there is."""
     crc = 0
     for at in range(start, start + size, _BLOCK):
-        crc = zlib.crc32(_read(file, at, min(_BLOCK, start + size - at)), crc)
+        crc = zlib.crc32(file.read_at(min(_BLOCK, start + size - at), at), crc)
     return crc
