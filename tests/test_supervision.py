@@ -152,11 +152,11 @@ def test_an_attempt_that_we_ended_blames_no_image(tmp_path: Path) -> None:
     "damaged",
     [
         b"", b"{", b"\xff\x00", b"[]", b"null", b"[" * 100_000, b'{"begun": 1}',
-        b'{"begun": Infinity, "under_way": null, "failed": [], "limit": null}',
-        b'{"begun": 1, "under_way": [1], "failed": [], "limit": null}',
-        b'{"begun": 1, "under_way": null, "failed": [3], "limit": null}',
-        b'{"begun": 1, "under_way": null, "failed": [[0, 4]], "limit": null}',
-        b'{"begun": 1, "under_way": null, "failed": [], "limit": "long"}',
+        b'{"begun": Infinity, "under_way": null, "failed": [], "limit": null, "runs": 0}',
+        b'{"begun": 1, "under_way": [1], "failed": [], "limit": null, "runs": 0}',
+        b'{"begun": 1, "under_way": null, "failed": [3], "limit": null, "runs": 0}',
+        b'{"begun": 1, "under_way": null, "failed": [[0, 4]], "limit": null, "runs": 0}',
+        b'{"begun": 1, "under_way": null, "failed": [], "limit": "long", "runs": 0}',
     ],
 )  # fmt: skip
 def test_a_damaged_note_is_a_new_one(tmp_path: Path, damaged: bytes) -> None:
@@ -206,8 +206,8 @@ def whole_runs_that_die(made: Tools, out: Path, most: int) -> int:
 def test_kills_of_whole_runs_blame_no_image(made: Tools, whole: Callable[[int], Path], tmp_path: Path) -> None:
     """Though each falls on the same one: so it is where a scheduler ends every run after the same time."""
     assert whole_runs_that_die(made, tmp_path, 9) == 9
-    [note] = attempts(tmp_path)
-    assert Attempt.of(tmp_path, BAD // 4, Job(tmp_path).identity).begun == 9, note
+    known = Attempt.of(tmp_path, BAD // 4, Job(tmp_path).identity)
+    assert (known.begun, known.runs) == (9, 8)
     run(made, tmp_path)
     assert files(tmp_path) == files(whole(4))
 
@@ -346,6 +346,8 @@ def test_a_model_that_raises_at_every_image_ends_the_job(made: Tools, tmp_path: 
         run(broken, tmp_path, shard_size=shard_size)
     # Of shards of one image it takes two to tell the model's fault from the image's.
     assert len(shards(tmp_path)) == (shard_size == 1)
+    again = run(made, tmp_path, shard_size=shard_size, retry_failed=True)
+    assert (again.maps, again.errors) == (40, 0)
 
 
 def test_bad_images_in_the_first_shards_cost_their_rows(made: Tools, tmp_path: Path) -> None:

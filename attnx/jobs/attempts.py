@@ -3,8 +3,8 @@
 `.attempt-00007.json` is there while shard 7 is made, and after an attempt that failed. A shard that failed too often is
 made in pieces: a piece that fails is halved, until one image is left, whose row then says why.
 
-Whoever kills a whole run, such as a scheduler, says nothing about an image. So such a death fails no piece, unless the
-shard was begun very often.
+Whoever kills a whole run, such as a scheduler, says nothing about an image; and after a run the model may be mended. So
+a run blames no image for what was noted by those before it, unless very many of them ended at the shard.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["DIED", "Attempt", "forget_attempts", "noted"]
 
 DIED = "the process of the model died at this image"
 _DEATHS = 2  # of a process with one image, until the image is blamed: something else may have killed it once
-_EXCUSED = 10  # attempts at a shard that may end with the whole run, until that is blamed on an image, too
+_EXCUSED = 9  # runs that may end at a shard, until that is blamed on an image, too
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Attempt:
         under_way: the piece, images start <= i < stop of the shard, under way; None unless it is made in pieces.
         failed: pieces that failed: [start, stop, how often, why].
         limit: seconds that a piece may take, if a longer one was found to hang.
+        runs: how many ended when it was begun and not finished.
         job: which job it is of: a note of another job is none.
     """
 
@@ -47,6 +48,7 @@ class Attempt:
     under_way: tuple[int, int] | None = None
     failed: list[list[Any]] = field(default_factory=list)
     limit: float | None = None
+    runs: int = 0
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,10 +67,12 @@ class Attempt:
             limit = None if known["limit"] is None else float(known["limit"])
             if known["job"] != job:
                 return Attempt(path, shard, job)
-            note = Attempt(path, shard, job, int(known["begun"]), failed=failed, limit=limit)
-            if died and known["under_way"] is not None:
+            note = Attempt(path, shard, job, int(known["begun"]), None, failed, limit, int(known["runs"]))
+            if known["under_way"] is not None:
                 start, stop = map(int, known["under_way"])
-                note.fail(start, stop, DIED)
+                note.under_way = start, stop
+                if died:
+                    note.fail(start, stop, DIED)
             return note
         except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return Attempt(path, shard, job)
@@ -118,10 +122,15 @@ class Attempt:
             self._write()
 
     def excuse(self) -> None:
-        """The process died because all of its run did: the piece under way is not blamed, if that is not usual."""
-        if self.begun < _EXCUSED:
-            self.under_way = None
-            self._write()
+        """For a run that begins: no image is blamed for how those before it ended, unless they were very many."""
+        self.runs += self.begun > 0
+        if self.runs <= _EXCUSED:
+            self.under_way, self.failed = None, []
+        self._write()
+
+    def acquit(self) -> None:
+        """The model is to blame, and no image. `withdraw` follows."""
+        self.begun, self.failed = 1, []
 
     def end(self) -> None:
         """The shard is there: the note is removed."""

@@ -98,7 +98,7 @@ class Job:
         return Attempt.of(self.out, shard, self.identity, died)
 
     def excuse_attempts(self, rank: Rank | None = None) -> None:
-        """For a run that begins: those before it ended as a whole, which is no fault of the images under way."""
+        """See `Attempt.excuse`; of a rank's shards, or of all."""
         for shard in noted(self.out):
             if rank is None or shard % rank.world == rank.rank:
                 self.attempt(shard, died=False).excuse()

@@ -148,14 +148,15 @@ class Runner:
                 continue
             self._failed_alone += 1
             self.why = why
-            self.check(_ALONE)
+            self.check(_ALONE, attempt)
             group, picture = batch[first]
             found += [Found(error=why)] * len(group) if picture.pixels is not None else []
         return [lambda: found]
 
-    def check(self, most: int) -> None:
+    def check(self, most: int, attempt: Attempt) -> None:
         """Raises RunError if so many images failed alone, and no image did not: then it is the model."""
         if self._failed_alone >= most and not self.any_map:
+            attempt.acquit()
             raise RunError(f"the model fails at every image; at the last: {self.why}")
 
     def _run_piece(self, batch: Batch, first: int, last: int, images: Images) -> list[Found]:

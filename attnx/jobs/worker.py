@@ -125,7 +125,7 @@ class Worker:
                 packed.append(self._background.submit(self._pack, batch, start_batch(batch, images), images))
                 done = images.stop
             if in_pieces:
-                self._runner.check(2)
+                self._runner.check(2, attempt)
             if unreachable:
                 self._check_source(unreachable)
         except BaseException as error:
