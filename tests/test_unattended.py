@@ -216,6 +216,7 @@ def test_ranks_of_machines_with_other_memory_share_a_job(
         ["extract", "PHOTOS", "--image-size", "9\x1b[2J" * 200], ["extract", "PHOTOS", "--kind", "k" * 5000],
         ["extract", "x" * 100 + "/" + "y\n" * 2000], ["extract", "PHOTOS", "--actors", "2"],
         ["extract", "PHOTOS", "--model", "m" * 5000], ["extract", "PHOTOS", "--shard-timeout", "-1"],
+        ["extract", "PHOTOS", "--out", "\udcff"],
     ],
     ids=lambda options: " ".join(options).encode("unicode_escape").decode()[:60],
 )  # fmt: skip

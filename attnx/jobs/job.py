@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -183,6 +184,11 @@ def open_job(
     """
     if shard_size is not None and shard_size < 1:
         raise ValueError(f"shard-size: expected at least 1, got {shard_size}")
+    try:
+        str(out).encode()
+    except UnicodeEncodeError as error:
+        # pyarrow opens no others.
+        raise ValueError(f"out: expected a path of UTF-8; got {os.fsencode(out)!r}") from error
     asked: dict[str, Any] = {"source": described, "settings": settings}
     if shard_size is not None:
         asked["shard_size"] = shard_size
