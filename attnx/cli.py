@@ -34,13 +34,13 @@ from attnx.cli_options import (
     Start,
     UsageError,
     layers_of,
-    one_line,
     prepared,
     rollout_options,
     told,
 )
 from attnx.cli_summary import summary
 from attnx.cli_words import words
+from attnx.messages import say, warnings_in_lines
 from attnx.supervisor import ENDING, can_supervise, supervise
 
 
@@ -53,14 +53,15 @@ class OneLine(TyperGroup):
         if not standalone_mode:
             return run(standalone_mode=False)
         try:
-            code = run(standalone_mode=False)
+            with warnings_in_lines():
+                code = run(standalone_mode=False)
         except UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":
                 error.show()
                 sys.exit(2)
             context = getattr(error, "ctx", None)
             of = "" if context is None or context.parent is None else f"{context.info_name}: "
-            typer.echo(f"attnx: {one_line(of + error.format_message())}", err=True)
+            say(of + error.format_message())
             sys.exit(2)
         except typer.Abort:
             code = 130
@@ -195,7 +196,7 @@ def kernels(
     typer.echo(json.dumps([row._asdict() for row in rows]) if as_json else "\n".join(table(rows)))
     failed = list(failures(rows))
     for line in failed:
-        typer.echo(f"attnx: {line}", err=True)
+        say(line)
     if failed:
         raise typer.Exit(1)
 
@@ -221,7 +222,7 @@ def main() -> None:
         try:
             supervise()
         except OSError as error:
-            typer.echo(f"attnx: {one_line(f'no process or temporary folder for the job: {error}')}", err=True)
+            say(f"no process or temporary folder for the job: {error}")
             sys.exit(2)
     for number in ENDING:
         # nohup has the terminal's end ignored.

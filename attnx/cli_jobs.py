@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, overload
 
 import typer
 
-from attnx.cli_options import PATH, device_of, devices_of, one_line, one_of
+from attnx.cli_options import PATH, device_of, devices_of, one_of
 from attnx.limits import ACTORS
+from attnx.messages import say
 from attnx.supervisor import is_supervised, progressed, remember, remembered, restart
 
 if TYPE_CHECKING:
@@ -198,11 +199,6 @@ def allowed_errors(text: str, rows: int) -> int:
         raise ValueError(f"allow-errors: expected a number of rows, or a share such as 0.1%; got {text!r:.80}")
     # Of 100 rows 29 % are 29, and not 28, as floats have it.
     return int(Fraction(number) * rows / 100) if share else int(number)
-
-
-def say(text: str) -> None:
-    """Tells something on the standard error."""
-    typer.echo(f"attnx: {one_line(text)}", err=True)
 
 
 def run_recipe(

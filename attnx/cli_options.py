@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attnx.limits import IMAGE_SIDE
+from attnx.messages import say
+
 if TYPE_CHECKING:
     import torch
 
@@ -77,27 +80,21 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if os.environ.get("ATTNX_TRACEBACK"):
                 traceback.print_exc()
-            typer.echo(f"attnx: {_line(command.__name__, error)}", err=True)
+            say(_error_line(command.__name__, error))
             raise typer.Exit(2) from None
 
     return run
 
 
-def _line(command: str, error: Exception) -> str:
-    """An error in a line: newlines and what could move a terminal's cursor are left out."""
+def _error_line(command: str, error: Exception) -> str:
+    """What a command says about an error."""
     told = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if (
         not isinstance(error, (ValueError, RuntimeError, OSError, NotImplementedError, KeyError, ImportError))
         or not told
     ):
         told = f"{command}: {type(error).__name__}: {told} (ATTNX_TRACEBACK=1 shows where)"
-    return one_line(told)
-
-
-def one_line(text: str, most: int = 290) -> str:
-    """A text in one line of at most so many characters; of a longer one the middle is left out."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2 - 1) :]}"
+    return told
 
 
 def device_of(name: str | None) -> "torch.device":
@@ -109,9 +106,9 @@ def device_of(name: str | None) -> "torch.device":
     import torch
 
     try:
-        on = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        on = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
         torch.empty(0, device=on)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         cause = str(error).splitlines()[0]
         raise ValueError(f"device: expected one that torch can use here; got {name!r} ({cause})") from error
     return on
@@ -129,7 +126,7 @@ def devices_of(names: str | None) -> list[str]:
         if not torch.cuda.is_available():
             raise ValueError("device: all is for GPUs; torch finds none here")
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    found = names.split(",") if names else [None]
+    found = [None] if names is None else names.split(",")
     if len(found) == 1:
         return [str(device_of(found[0]))]
     for name in found:
@@ -171,10 +168,12 @@ def pixels_of(text: str | None) -> tuple[int, int] | None:
     """
     if text is None:
         return None
-    parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise ValueError(f"image-size: expected pixels such as 480 or 480x640; got {text!r}")
-    return int(parts[0]), int(parts[-1])
+    match = re.fullmatch(r"([0-9]{1,5})(?:[xX]([0-9]{1,5}))?", text)
+    height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not (0 < height <= IMAGE_SIDE and 0 < width <= IMAGE_SIDE):
+        expected = f"pixels such as 480 or 480x640, at most {IMAGE_SIDE} on a side"
+        raise ValueError(f"image-size: expected {expected}; got {text!r:.80}")
+    return height, width
 
 
 def prepared(

@@ -1,6 +1,5 @@
 """attnx words: what each word of a caption looks at, for one image or for a file of pairs."""
 
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -174,10 +173,7 @@ def _draw(recipe: "WordsRecipe", image: Path, caption: str, out: Path, on: "torc
 
     picture = read_image(image)
     loaded, find = recipe.load_pair(on)
-    with warnings.catch_warnings(record=True) as warned:
-        found = find(loaded.prepare(picture)[None].to(on), [[caption]])[0]
-    for warning in warned:
-        typer.echo(f"attnx: {warning.message}", err=True)
+    found = find(loaded.prepare(picture)[None].to(on), [[caption]])[0]
     for path, what in draw_words(picture, found, out, style).items():
         typer.echo(f"{path}  {what}")
 

@@ -7,6 +7,7 @@ __all__ = [
     "CAPTION_BYTES",
     "CHECKPOINT_DEPTH",
     "HEADER_BYTES",
+    "IMAGE_SIDE",
     "JSON_BYTES",
     "LINE_BYTES",
     "MASK_PIXELS",
@@ -22,6 +23,7 @@ CAPTION_BYTES = 2**20  # a caption
 JSON_BYTES = 2**24  # a tar's member of JSON, which may have a caption
 HEADER_BYTES = 2**20  # all headers of one member of a tar: long names, pax records, sparse maps
 LINE_BYTES = 2**22  # a line of a table in text, in characters; the csv module limits a field to 131,072
+IMAGE_SIDE = 16384  # pixels of what a model gets
 MASK_PIXELS = 178_956_970  # a labelled mask; Pillow refuses larger images, too
 RUN_BYTES = 2**24  # run.json
 CHECKPOINT_DEPTH = 8  # nested containers around a state dict

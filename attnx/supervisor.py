@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from attnx.messages import say
+
 __all__ = [
     "ENDING",
     "RESTART",
@@ -123,13 +125,13 @@ def supervise() -> None:
             how = "" if code == RESTART else f"the process ended with {signal.Signals(-code).name}"
             restarts, _restarted = (1 if len(signs) > 1 else restarts + 1), True
             if not signs:
-                _say(f"{how} before the first shard was begun; it may need more memory than there is")
+                say(f"{how} before the first shard was begun; it may need more memory than there is")
                 sys.exit(2)
             if restarts > _MOST:
-                _say(f"{how or 'the model hangs'}; {_MOST} processes wrote no shard. Run the command again")
+                say(f"{how or 'the model hangs'}; {_MOST} processes wrote no shard. Run the command again")
                 sys.exit(2)
             if how:
-                _say(f"{how}; it is started again")
+                say(f"{how}; it is started again")
 
 
 @contextlib.contextmanager
@@ -232,7 +234,3 @@ def die_with(parent: int) -> None:
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-
-
-def _say(text: str) -> None:
-    print(f"attnx: {text}", file=sys.stderr, flush=True)

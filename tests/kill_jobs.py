@@ -110,9 +110,10 @@ def run(source: Path, whole: Path, folder: Path, engine: str, kills: int) -> int
         os.killpg(each, signal.SIGKILL)
     reap(runs, 30)
     assert not processes.left(30), processes.left(0)
+    told = time.time()
     finish(source, folder / str(jobs), whole, engine)
     assert not processes.left(30), processes.left(0)
-    assert list(temporary.iterdir()) == []
+    assert not (left := [(path, path.stat().st_mtime) for path in temporary.rglob("*")]), (left, time.time(), told)
     return jobs + 1
 
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -271,6 +272,72 @@ def extract(job: Finished, out: Path, *more: object) -> list[object]:
     return ["extract", job.made.recipe.source, "--out", out, *how, *most, "--model", "demo", *more]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "part-1.parquet",
+        "part-000001.parquet",
+        "part-0000\u0661.parquet",
+        "part-00001 (copy).parquet",
+        "part-00003.parquet",
+    ],
+)
+def test_a_second_file_of_a_shard_is_none(finished: dict[str, Finished], tmp_path: Path, name: str) -> None:
+    """Under another name of its number, or beyond the job's last: its rows would be there twice."""
+    job = finished["map"]
+    out = job.copy(tmp_path / "out")
+    shutil.copy(out / "part-00001.parquet", out / name)
+    for read in (by_iteration, by_key, by_index):
+        with pytest.raises(DamagedError, match=re.escape(name)):
+            read(out)
+    assert name in fails("summary", out, "--out", tmp_path / "summary")
+    result = run(*extract(job, out))
+    assert f"{name} is no shard of this job; it is now in " in result.stderr
+    assert files_of(out) == job.files
+    assert [path.name for path in out.glob("*.damaged/*")] == [name]
+
+
+@pytest.mark.parametrize("how", ["file", "link", "folder"])
+def test_what_was_set_aside_gives_way(finished: dict[str, Finished], tmp_path: Path, how: str) -> None:
+    """To what is set aside now; what a link leads to stays."""
+    job = finished["map"]
+    out = job.copy(tmp_path / "out")
+    aside, elsewhere = out / "part-00000.damaged", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    {"file": aside.touch, "link": lambda: aside.symlink_to(elsewhere), "folder": aside.mkdir}[how]()
+    (out / FIRST).write_bytes(b"PAR1")
+    said: list[str] = []
+    resume(job.made, out, say=said.append)
+    assert files_of(out) == job.files
+    assert f"{FIRST} is damaged" in said[0]
+    assert not aside.is_symlink()
+    assert [path.name for path in aside.iterdir()] == [FIRST]
+    assert (elsewhere / "kept").exists()
+
+
+@pytest.mark.parametrize("value", [-5, 0, True, 1.5, [1], "x", float("inf"), float("nan"), 10**400])
+def test_limits_in_run_json_are_not_believed(finished: dict[str, Finished], tmp_path: Path, value: object) -> None:
+    job = finished["map"]
+    out = job.copy(tmp_path / "out")
+    planned = read_run(out)
+    write_run(out, {**planned, "settings": {**planned["settings"], "max_pixels": value}})
+    line = fails("extract", job.made.recipe.source, "--out", out, "--device", "cpu", "--method", "cls")
+    assert "run.json is damaged" in line
+    with pytest.raises(DamagedError, match=r"run\.json is damaged"):
+        attnx.open(out)
+
+
+@pytest.mark.parametrize("how", ["pipe", "folder", "link"])
+def test_a_lock_is_a_regular_file(finished: dict[str, Finished], tmp_path: Path, how: str) -> None:
+    job = finished["map"]
+    out = job.copy(tmp_path / "out")
+    lock = out / ".lock"
+    {"pipe": lambda: os.mkfifo(lock), "folder": lock.mkdir, "link": lambda: lock.symlink_to("/dev/zero")}[how]()
+    assert f"out: expected {lock} to be a regular file" in fails(*extract(job, out))
+    assert files_of(out) == job.files
+
+
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("name", FIELDS)
 def test_an_edited_run_json_is_one_line(finished: dict[str, Finished], tmp_path: Path, name: str, value: str) -> None:
@@ -402,10 +469,9 @@ def test_what_is_no_file_is_an_error_at_once(
         # Of whole maps, the summary reads the rows alone.
         assert name in fails("summary", out, "--out", tmp_path / "summary")
     result = run(*extract(job, out))
-    if (out / name).is_dir() and name == FIRST:
-        assert "shards that could not be made: 0" in result.stdout
-    elif name == FIRST:
-        assert files_of(out) == job.files, "a shard takes the place of the pipe"
+    if name == FIRST:
+        assert f"{name} is no shard of this job; it is now in {out / 'part-00000.damaged'}" in result.stderr
+        assert files_of(out) == job.files
     else:
         assert name in result.stderr
         assert result.exit_code == 2 or files_of(out) == job.files

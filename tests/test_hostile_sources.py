@@ -181,6 +181,7 @@ def test_lines_of_json(tmp_path: Path) -> None:
         '{"path": "a.png", "caption": "' + "x" * (CAPTION_BYTES + 1) + '"}',
         '{"path": "' + "x" * (2 * LINE_BYTES + 7) + '"}',
         '{"path": NaN}',
+        '{"path": "a.png", "path": "b.png"}',
         '{"path": "a.png", "key": "last"}',
     ]
     found = entries(tmp_path / "x.jsonl", "\n".join(lines).encode())
@@ -189,6 +190,8 @@ def test_lines_of_json(tmp_path: Path) -> None:
     assert f"at most {CAPTION_BYTES:,} bytes; got {CAPTION_BYTES + 1:,}" in errors[4]
     assert "line 6: expected at most" in errors[5]
     assert "line 7: expected a path" in errors[6]
+    assert "line 8: " in errors[7]
+    assert "path comes twice" in errors[7]
     assert (errors[0], found[-1].key, errors[-1]) == ("", "last", "")
     assert max(map(len, errors)) < 300
 
@@ -290,3 +293,10 @@ def test_captions_of_json_in_a_tar(tmp_path: Path) -> None:
     number = member("x.json", json.dumps({"caption": "a"}).encode()[:-1] + b', "n": ' + b"1" * 9999 + b"}")
     found = entries(tmp_path / "a.tar", GOOD + deep + member("x.png", b"?") + number + bytes(1024))
     assert [(entry.text, entry.error) for entry in found] == [(None, None), (None, None)]
+
+
+@pytest.mark.parametrize(("name", "content"), [("good.txt", b"caf\xe9"), ("good.json", b'{"caption": "caf\xe9"}')])
+def test_a_caption_of_a_tar_that_is_no_utf_8_is_its_samples_error(tmp_path: Path, name: str, content: bytes) -> None:
+    [found] = entries(tmp_path / "a.tar", GOOD + member(name, content) + bytes(1024))
+    assert (found.text, found.path) == (None, None)
+    assert "expected valid Unicode as caption; got 'caf\\udce9'" in (found.error or "")

@@ -216,7 +216,10 @@ def test_ranks_of_machines_with_other_memory_share_a_job(
         ["extract", "PHOTOS", "--image-size", "9\x1b[2J" * 200], ["extract", "PHOTOS", "--kind", "k" * 5000],
         ["extract", "x" * 100 + "/" + "y\n" * 2000], ["extract", "PHOTOS", "--actors", "2"],
         ["extract", "PHOTOS", "--model", "m" * 5000], ["extract", "PHOTOS", "--shard-timeout", "-1"],
-        ["extract", "PHOTOS", "--out", "\udcff"],
+        ["extract", "PHOTOS", "--out", "\udcff"], ["extract", "PHOTOS", "--image-size", "1000000"],
+        ["extract", "PHOTOS", "--image-size", "9" * 5000], ["extract", "PHOTOS", "--image-size", "\u0663\u0662"],
+        ["extract", "PHOTOS", "--device", "hpu"], ["extract", "PHOTOS", "--device", "mkldnn"],
+        ["extract", "PHOTOS", "--device", ""], ["extract", "PHOTOS", "--device", "cpu,"],
     ],
     ids=lambda options: " ".join(options).encode("unicode_escape").decode()[:60],
 )  # fmt: skip
@@ -230,10 +233,12 @@ def test_a_mistake_is_one_line_and_makes_nothing(
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     *before, line = told(result)
-    assert all(text.startswith(("no --model: ", "model ")) for text in before)
+    assert all(text.startswith(("no --model: ", "model ", "'mkldnn' is no longer used")) for text in before)
     assert len(f"attnx: {line}") <= 300
     assert line.isprintable()
-    if "" in options:
+    if "--device" in options:
+        assert line.startswith("device: expected ")
+    elif "" in options:
         assert "expected a file or folder; got an empty text" in line
     assert list(here.iterdir()) == []
 

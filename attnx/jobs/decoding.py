@@ -23,6 +23,7 @@ from attnx.jobs.memory import decoder_bytes, default_workers, limit_memory
 from attnx.jobs.pixels import Crop, Pixels
 from attnx.jobs.sources import Entry, Reader
 from attnx.jobs.sources.reachable import is_unreachable
+from attnx.messages import warnings_in_lines
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -262,7 +263,7 @@ def _serve(pipe: Connection, decode: Decode) -> None:
     """A process's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    with contextlib.suppress(EOFError, OSError), large_images(decode.max_pixels):
+    with contextlib.suppress(EOFError, OSError), warnings_in_lines(), large_images(decode.max_pixels):
         pipe.send(None)
         while True:
             entry, timeout = pipe.recv()

@@ -21,7 +21,7 @@ from attnx.jobs.attempts import Attempt, forget_attempts, noted
 from attnx.jobs.locks import Lock, locked
 from attnx.jobs.manifest import Manifest, file_sha256, write_manifest
 from attnx.jobs.runfile import RUN, read_run, write_run
-from attnx.jobs.shards import DamagedError, Part, parts
+from attnx.jobs.shards import DamagedError, Part, part_name, parts
 from attnx.jobs.sources import Entry, Listing
 from attnx.supervisor import is_restart
 
@@ -72,7 +72,7 @@ class Job:
 
     def part(self, shard: int) -> Path:
         """The file of a shard."""
-        return self.out / f"part-{shard:05d}.parquet"
+        return self.out / part_name(shard)
 
     def place(self, shard: int) -> dict[str, Any]:
         """Written into a shard's file, so that no other file is taken for it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import stat
 import time
 import uuid
 import warnings
@@ -43,6 +45,8 @@ def locked(path: Path, shared: bool = False, wait: bool = False) -> Iterator[Loc
     """
     import fcntl
 
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(f"out: expected {path} to be a regular file; got a folder, link, pipe or device")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # To read, too: NFS refuses a shared lock otherwise.

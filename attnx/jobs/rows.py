@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnx.jobs.shards import DamagedError, Part, parts
+from attnx.jobs.shards import DamagedError, Part, parts, strays
 from attnx.jobs.tensors import read_tensor, tensors_of
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def shards_in(out: str | Path) -> list[Path]:
         DamagedError: something else has the name of a shard.
     """
     found = parts(Path(out)) if Path(out).is_dir() else []
-    for path in set(Path(out).glob("part-*.parquet")) - set(found):
-        raise DamagedError(path, "expected a regular file; got a folder, pipe, socket or device")
+    for path in strays(Path(out)) if Path(out).is_dir() else ():
+        raise DamagedError(path, "expected a regular file with the name of a shard, such as part-00003.parquet")
     if not found:
         raise FileNotFoundError(f"out: expected a folder with part-*.parquet files, got {out}")
     return found

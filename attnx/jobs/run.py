@@ -15,7 +15,7 @@ from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job, Rank
 from attnx.jobs.progress import Progress
 from attnx.jobs.recipe import Running, Tools
-from attnx.jobs.shards import DamagedError, set_aside
+from attnx.jobs.shards import DamagedError, set_aside, strays
 from attnx.jobs.tensors import tensors_of
 from attnx.jobs.worker import Made, Stages
 
@@ -97,6 +97,8 @@ def run_job(
     """
     start = time.perf_counter()
     ours = range(job.shards) if rank is None else range(rank.rank, job.shards, rank.world)
+    for path in strays(job.out, job.shards) if rank is None or rank.rank == 0 else ():
+        say(f"{path} is no shard of this job; it is now in {set_aside(path)}")
     written = job.done()
     there = _undamaged(job, [shard for shard in ours if shard in written], verify, say)
     todo = [shard for shard in ours if shard not in there]

@@ -47,7 +47,7 @@ def read_run(out: Path) -> dict[str, Any]:
     if len(content) > RUN_BYTES:
         raise DamagedError(path, f"expected at most {RUN_BYTES:,} bytes")
     try:
-        run = json.loads(content)
+        run = json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise DamagedError(path, f"expected JSON; {error}") from error
     if not isinstance(run, dict):
@@ -70,7 +70,15 @@ def read_run(out: Path) -> dict[str, Any]:
             raise DamagedError(path, f"{name} is {value!r:.80}")
     if run["rows"] < 1 or run["shard_size"] < 1:
         raise DamagedError(path, f"expected at least one row; got {run['rows']} in shards of {run['shard_size']}")
+    batch_size, most = run.get("batch_size"), run["settings"].get("max_pixels")
+    for name, value in (("batch_size", batch_size), ("max_pixels", most)):
+        if value is not None and not (type(value) is int and 1 <= value < 2**63):
+            raise DamagedError(path, f"{name} is {value!r:.80}")
     return run
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"got {constant}")
 
 
 def _digest(run: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["SETTINGS", "DamagedError", "Part", "parts", "read_part", "set_aside", "write_part"]
+__all__ = ["SETTINGS", "DamagedError", "Part", "part_name", "parts", "read_part", "set_aside", "strays", "write_part"]
 
 SETTINGS = b"attnx"
 _PLACE = b"attnx.place"
@@ -52,12 +52,34 @@ class DamagedError(ValueError):
         return type(self), (self.path, self.why)
 
 
+def part_name(shard: int) -> str:
+    """The name of a shard's file."""
+    return f"part-{shard:05d}.parquet"
+
+
 def parts(out: Path) -> list[Path]:
-    """The complete shards in a folder, by number."""
-    # By number: in order of names, part-100000 comes before part-99999.
+    """The complete shards in a folder, by number: in order of names, part-100000 would come before part-99999."""
     with os.scandir(out) as entries:
-        numbers = {entry.name: re.fullmatch(r"part-(\d+)\.parquet", entry.name) for entry in entries if entry.is_file()}
-    return [out / name for _, name in sorted((int(match[1]), name) for name, match in numbers.items() if match)]
+        numbers = [_number(entry.name) for entry in entries if entry.is_file()]
+    return [out / part_name(number) for number in sorted(number for number in numbers if number is not None)]
+
+
+def strays(out: Path, shards: int | None = None) -> list[Path]:
+    """What readers of `part-*.parquet` would take for a shard, and is none, or none of the first so many."""
+
+    def is_stray(path: Path) -> bool:
+        number = _number(path.name)
+        if number is None or (shards is not None and number >= shards):
+            return True
+        return os.path.lexists(path) and not path.is_file()
+
+    return sorted(filter(is_stray, out.glob("part-*.parquet")))
+
+
+def _number(name: str) -> int | None:
+    """The shard of which a file has the name."""
+    match = re.fullmatch(r"part-([0-9]{5,18})\.parquet", name)
+    return int(match[1]) if match and part_name(int(match[1])) == name else None
 
 
 class Part:
@@ -228,12 +250,14 @@ def read_part(path: Path) -> pa.Table:
 def set_aside(path: Path) -> Path:
     """Moves a shard's files into the folder part-N.damaged beside it, which is returned."""
     folder = path.with_suffix(".damaged")
-    if folder.is_dir():
+    if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
+    elif os.path.lexists(folder):
+        folder.unlink()
     folder.mkdir()
     # The Parquet file first: without it there is no shard.
     for each in (path, tensors_of(path)):
-        if each.exists():
+        if os.path.lexists(each):
             each.replace(folder / each.name)
     return folder
 

@@ -193,7 +193,10 @@ def _huggingface(name: str, pretrained: bool, image_size: tuple[int, int] | None
         raise ValueError(f"model: hf:{name} is a model type without weights; pass --no-pretrained, or a model's name")
     model = getattr(model, "vision_model", model)
     config = getattr(model.config, "vision_config", model.config)
-    own = height_and_width(getattr(config, "image_size", None)) or (224, 224)
+    try:
+        own = height_and_width(getattr(config, "image_size", None)) or (224, 224)
+    except ValueError as error:
+        raise ValueError(f"model: hf:{printable(name, 150)}'s configuration: {error}") from error
     takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     kwargs = {"interpolate_pos_encoding": True} if takes and image_size not in (None, own) else {}
     how = (*IMAGENET, "bicubic") if is_type else _huggingface_preparation(name)
@@ -222,7 +225,7 @@ def _check_config(config: Any) -> None:
         if method in _KERNEL_QUANTIZATION:
             raise _UnfitError(f"its quantization {method} runs code from the hub, which attnx never does")
         layers = getattr(part, "num_hidden_layers", None)
-        if isinstance(layers, int) and layers > MODEL_LAYERS:
+        if isinstance(layers, int) and not 0 <= layers <= MODEL_LAYERS:
             raise _UnfitError(f"expected at most {MODEL_LAYERS} layers; num_hidden_layers is {layers}")
         todo += [value for value in vars(part).values() if isinstance(value, PretrainedConfig)]
     try:

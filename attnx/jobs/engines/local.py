@@ -27,6 +27,7 @@ from attnx.jobs.job import Job
 from attnx.jobs.memory import usable_cores
 from attnx.jobs.recipe import Running
 from attnx.jobs.worker import Made, Stages
+from attnx.messages import say, warnings_in_lines
 from attnx.supervisor import ENDING, die_with
 
 __all__ = ["run_on_devices"]
@@ -225,7 +226,7 @@ def main(out: str, device: str, running: str) -> None:
             _fail(answers, error, shard)
 
     def hangs(why: str, which: int) -> None:
-        print(f"attnx: {device}: {why}", file=sys.stderr)
+        say(f"{device}: {why}")
         _fail(answers, TimeoutError(why), which, hangs=True)
 
     shard: int | None = None
@@ -237,7 +238,6 @@ def main(out: str, device: str, running: str) -> None:
         job = Job(Path(out))
         tools = recipe_of(job.run["recipe"]).load(torch.device(device))
         job.check_settings(tools.settings)
-        say = functools.partial(print, "attnx:", file=sys.stderr)
         with tools.worker(job, Running(**json.loads(running)), say, hangs) as worker:
             following: int | None = None
             # Of none: it is ready for the first.
@@ -274,4 +274,5 @@ def _fail(answers: int, error: BaseException, shard: int | None, hangs: bool = F
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with warnings_in_lines():
+        main(*sys.argv[1:])

@@ -140,7 +140,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_once)
         except ValueError as error:
             yield name, f"{expected}; {error}"
             continue
@@ -148,6 +148,16 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
             yield name, f"{expected}; got lists or objects nested too deep"
             continue
         yield name, row if isinstance(row, dict) else f"{expected}; got {shown(text_of(line.strip()), 80)}"
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError if a name comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shown(text_of(twice))} comes twice")
+    return found
 
 
 def _csv(path: Path, suffix: str) -> Iterator[tuple[str, Mapping[str, Any] | str]]:

@@ -269,7 +269,7 @@ def _text(content: IO[bytes], parts: list[tuple[str, tarfile.TarInfo]]) -> str |
     """The sample's caption; of two members of one name, the first one's.
 
     Raises:
-        ValueError: it is too long.
+        ValueError: it is too long, or no UTF-8.
     """
     for suffix in _TEXT:
         member = next((member for part, member in parts if part == suffix), None)
@@ -278,9 +278,10 @@ def _text(content: IO[bytes], parts: list[tuple[str, tarfile.TarInfo]]) -> str |
             if member.size > most:
                 raise ValueError(f"expected a {suffix} of at most {most:,} bytes; got one of {member.size:,}")
             content.seek(member.offset_data)
-            text = _caption(content.read(member.size).decode(errors="replace"), suffix)
+            # What is no UTF-8 is refused with the caption that has it.
+            text = _caption(content.read(member.size).decode(errors="surrogateescape"), suffix)
             if text is not None:
-                if len(text) > CAPTION_BYTES and (wrong := wrong_caption(text)):
+                if wrong := wrong_caption(text):
                     raise ValueError(wrong)
                 return text
     return None
