@@ -138,14 +138,13 @@ def supervise() -> None:
 def temporary_folder() -> Iterator[Path]:
     """Temporary files of this process and its children go into a folder of their own, which is removed at the end.
 
-    Folders that killed runs left are removed first: their lock is free.
+    Folders that killed runs left are removed first, and at the end again: their lock is free when all have died.
     """
     import fcntl
 
     above = tempfile.gettempdir()
     above = above if len(above) <= _LONGEST or not os.access("/tmp", os.W_OK) else "/tmp"
-    for left in Path(above).glob(f"{_PREFIX}*"):
-        _remove_abandoned(left)
+    _remove_abandoned(Path(above))
     owner = os.getpid()
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=above))
@@ -170,20 +169,22 @@ def temporary_folder() -> Iterator[Path]:
             os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
             _remove(folder)
             os.close(lock)
+            _remove_abandoned(Path(above))
 
 
-def _remove_abandoned(folder: Path) -> None:
+def _remove_abandoned(above: Path) -> None:
     import fcntl
 
-    with contextlib.suppress(OSError):
-        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-            return
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
+    for folder in above.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _remove(folder: Path) -> None:
