@@ -120,7 +120,7 @@ class Part:
             if len(self._checksums) != chunks:
                 raise ValueError(f"{len(self._checksums)} checksums of {chunks} column chunks")
             self._places = _places(self.metadata, data)
-        except (ValueError, KeyError, AttributeError, RecursionError, pa.ArrowException) as error:
+        except (ValueError, KeyError, AttributeError, RecursionError, struct.error, pa.ArrowException) as error:
             self._handle.close()
             raise DamagedError(path, str(error) or type(error).__name__) from error
         self._file: pq.ParquetFile | None = None
