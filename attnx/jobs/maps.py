@@ -102,8 +102,7 @@ class Maps:
     def keys(self) -> Iterator[str]:
         """All keys, in order."""
         for file in map(self._file, range(len(self._shards))):
-            for batch in file.batches(["key"]):
-                yield from batch.column("key").to_pylist()
+            yield from file.table(["key"]).column("key").to_pylist()
 
     def errors(self) -> Iterator[tuple[str, str]]:
         """Of the rows that have no map: their keys, and why."""

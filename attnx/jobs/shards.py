@@ -105,8 +105,9 @@ class Part:
         # Kept open: the file may be replaced while it is read. Forked processes share its position, which is not used.
         self._handle = pa.OSFile(str(path))
         try:
-            self._checksums, footer, data = _check_seal(self._handle)
-            self.metadata: pq.FileMetaData = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+            self._checksums, data = _check_seal(self._handle)
+            self._file = pq.ParquetFile(self._handle, page_checksum_verification=True)
+            self.metadata: pq.FileMetaData = self._file.metadata
             self.schema: pa.Schema = self.metadata.schema.to_arrow_schema()
             known = self.schema.metadata or {}
             self.settings: dict[str, Any] = json.loads(known[SETTINGS])
@@ -123,7 +124,6 @@ class Part:
         except (ValueError, KeyError, AttributeError, RecursionError, struct.error, pa.ArrowException) as error:
             self._handle.close()
             raise DamagedError(path, str(error) or type(error).__name__) from error
-        self._file: pq.ParquetFile | None = None
         self._checked: set[tuple[int, int]] = set()
 
     @property
@@ -147,17 +147,8 @@ class Part:
             DamagedError: they are not as they were written.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        names = self.columns if columns is None else list(columns)
-        self._check(group, [self._leaf(name) for name in names])
-        try:
-            if self._file is None:
-                self._file = pq.ParquetFile(self._handle, metadata=self.metadata, page_checksum_verification=True)
-            table = self._file.read_row_group(group, names, use_threads=False)
-        except (pa.ArrowException, ValueError) as error:
-            raise DamagedError(self.path, str(error)) from error
-        batches = table.combine_chunks().to_batches()
+        batches = self._read([group], columns).combine_chunks().to_batches()
         return batches[0] if batches else pa.RecordBatch.from_pylist([], self.schema)
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -165,10 +156,8 @@ class Part:
         return (self.read(group, columns) for group in range(self.groups))
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows."""
-        import pyarrow as pa
-
-        return pa.Table.from_batches(self.batches(columns))
+        """All rows. Raises DamagedError as `read` does."""
+        return self._read(range(self.groups), columns)
 
     def check_place(self, shard: int, rows: int, manifest: str) -> None:
         """Checks that it is a shard of a job: its number, its rows, and the SHA-256 of the job's manifest.
@@ -198,6 +187,18 @@ class Part:
                 )
             except (ValueError, KeyError, OSError) as error:
                 raise DamagedError(tensors_of(self.path), str(error)) from error
+
+    def _read(self, groups: Sequence[int], columns: Sequence[str] | None) -> pa.Table:
+        import pyarrow as pa
+
+        names = self.columns if columns is None else list(columns)
+        leaves = [self._leaf(name) for name in names]
+        for group in groups:
+            self._check(group, leaves)
+        try:
+            return self._file.read_row_groups(list(groups), names, use_threads=False)
+        except (pa.ArrowException, ValueError) as error:
+            raise DamagedError(self.path, str(error)) from error
 
     def _leaf(self, name: str) -> int:
         # Columns of lists are one leaf each, as here: a leaf's number is its field's.
@@ -280,8 +281,8 @@ def _seal(path: Path) -> None:
         file.write(packed + _SEAL.pack(_digest(data, packed, footer), len(checksums), _SEAL_MAGIC) + footer)
 
 
-def _check_seal(file: pa.NativeFile) -> tuple[tuple[int, ...], bytes, int]:
-    """The checksums of a file's column chunks, its footer, and the size of the data before both.
+def _check_seal(file: pa.NativeFile) -> tuple[tuple[int, ...], int]:
+    """The checksums of a file's column chunks, and the size of the data before them and the footer.
 
     Raises:
         ValueError: they are not as they were written.
@@ -304,7 +305,7 @@ def _check_seal(file: pa.NativeFile) -> tuple[tuple[int, ...], bytes, int]:
     footer = file.read_at(size - seal - _SEAL.size, seal + _SEAL.size)
     if _digest(data, packed, footer) != digest:
         raise ValueError("the checksum of its footer is wrong")
-    return struct.unpack(f"<{count}I", packed), footer, data
+    return struct.unpack(f"<{count}I", packed), data
 
 
 def _digest(data: int, packed: bytes, footer: bytes) -> bytes:
