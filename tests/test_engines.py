@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,15 @@ def kill_once(kill: Callable[[], None]) -> Callable[[int, int], None]:
     return progress
 
 
+def block(part: Path) -> Callable[[int, int], None]:
+    """A progress that puts a folder in a shard's place when the job begins, so that the shard can't be written."""
+
+    def progress(done: int, total: int) -> None:
+        (part / "full").mkdir(parents=True, exist_ok=True)
+
+    return progress
+
+
 def test_a_process_for_each_device_and_one_that_is_killed_costs_a_shard(
     made: Tools, whole: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,8 +137,7 @@ def test_a_device_that_fails_is_left_to_the_others(made: Tools, whole: Path, tmp
 def test_a_shard_that_can_not_be_made_is_set_aside(made: Tools, whole: Path, tmp_path: Path) -> None:
     """A folder stands where its file should be."""
     said: list[str] = []
-    (tmp_path / "part-00002.parquet" / "full").mkdir(parents=True)
-    report = run(made, tmp_path, **TWO, say=said.append, tries=1)
+    report = run(made, tmp_path, **TWO, say=said.append, tries=1, progress=block(tmp_path / "part-00002.parquet"))
     assert (list(report.set_aside), report.maps, report.errors) == ([2], 35, 0)
     assert "Is a directory" in report.set_aside[2]
     assert said[0].startswith("shard 2 is set aside after 1 tries: IsADirectoryError")
@@ -136,9 +145,9 @@ def test_a_shard_that_can_not_be_made_is_set_aside(made: Tools, whole: Path, tmp
     assert {name: (tmp_path / name).read_bytes() for name in want if name != "part-00002.parquet"} == {
         name: content for name, content in want.items() if name != "part-00002.parquet"
     }
-    (tmp_path / "part-00002.parquet" / "full").rmdir()
-    (tmp_path / "part-00002.parquet").rmdir()
-    run(made, tmp_path)
+    run(made, tmp_path, say=said.append)
+    assert "part-00002.parquet is no shard of this job; it is now in" in said[-1]
+    shutil.rmtree(tmp_path / "part-00002.damaged")
     assert files(tmp_path) == files(whole)
 
 
@@ -263,15 +272,15 @@ def test_a_rank_that_nothing_says_is_refused() -> None:
 def test_actors_of_a_cluster(ray, made: Tools, whole: Path, tmp_path: Path) -> None:
     """One of which is killed, and costs a shard's time; and one shard can't be made, for a folder is in its place."""
     said: list[str] = []
-    (tmp_path / "part-00006.parquet" / "full").mkdir(parents=True)
+    blocked = block(tmp_path / "part-00006.parquet")
+    # Not our child, but one of the cluster's.
+    kill = kill_once(lambda: os.kill(children(1, "ray::Maker")[0], signal.SIGKILL))
 
-    def kill() -> None:
-        # Not our child, but one of the cluster's.
-        os.kill(children(1, "ray::Maker")[0], signal.SIGKILL)
+    def progress(done: int, total: int) -> None:
+        blocked(done, total)
+        kill(done, total)
 
-    report = run(
-        made, tmp_path, cluster=Cluster(actors=2, cpus=1), progress=kill_once(kill), say=said.append, tries=2
-    )  # fmt: skip
+    report = run(made, tmp_path, cluster=Cluster(actors=2, cpus=1), progress=progress, say=said.append, tries=2)
     want = {name: content for name, content in shards(whole).items() if name != "part-00006.parquet"}
     assert {name: (tmp_path / name).read_bytes() for name in want} == want
     assert (report.maps, report.errors, report.makers, list(report.set_aside)) == (34, 1, 2, [6])
@@ -285,8 +294,7 @@ def test_actors_of_a_cluster(ray, made: Tools, whole: Path, tmp_path: Path) -> N
 
 def test_here_too_a_shard_is_set_aside(made: Tools, whole: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    (tmp_path / "part-00007.parquet" / "full").mkdir(parents=True)
-    report = run(made, tmp_path, say=said.append, tries=2)
+    report = run(made, tmp_path, say=said.append, tries=2, progress=block(tmp_path / "part-00007.parquet"))
     assert (list(report.set_aside), report.maps, len(said)) == ([7], 34, 2)
     assert shards(whole).items() >= {name: (tmp_path / name).read_bytes() for name in list(shards(whole))[:7]}.items()
 

@@ -277,8 +277,9 @@ def test_a_capture_of_a_model_set_to_eager_leaves_the_output(name: str) -> None:
     if not isinstance(model, transformers.PreTrainedModel):
         pytest.skip("no model of transformers")
     model.set_attn_implementation("eager")
-    # It chooses queries by their scores, and makes ten times as much of rounding.
-    budget = 1e-3 if name == "HF Grounding DINO" else BUDGET
+    # One chooses queries by their scores, the other masks by a threshold: they make ten times as much of rounding, and
+    # torch's own fused attention is as far from float64 as ours.
+    budget = 1e-3 if name in ("HF Grounding DINO", "HF Mask2Former") else BUDGET
     with torch.no_grad():
         plain = model(**given)
         try:
