@@ -35,6 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     return json.loads(path.read_text()), done.stdout
 
 
+@pytest.mark.long
 def test_every_contestant_has_a_row_or_a_reason(results: tuple[dict, str]) -> None:
     contestants: dict[tuple[str, str], set[str]] = {}
     for row in results[0]["rows"]:
@@ -52,6 +53,7 @@ def test_every_contestant_has_a_row_or_a_reason(results: tuple[dict, str]) -> No
     assert results[0]["done"] is True
 
 
+@pytest.mark.long
 def test_rows_carry_times_ratios_and_errors(results: tuple[dict, str]) -> None:
     for row in results[0]["rows"]:
         assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"], row
@@ -68,6 +70,7 @@ def test_rows_carry_times_ratios_and_errors(results: tuple[dict, str]) -> None:
     assert all(0 < mb < 100 for mb in needed)
 
 
+@pytest.mark.long
 def test_result_says_where_it_comes_from_but_no_path(results: tuple[dict, str]) -> None:
     result = results[0]
     assert result["quick"] is True
@@ -90,6 +93,7 @@ def test_mkl_takes_the_processor_for_intels_and_the_result_says_so() -> None:
     assert mkl.VARIABLE not in os.environ
 
 
+@pytest.mark.long
 def test_table_of_ratios_comes_last(results: tuple[dict, str]) -> None:
     lines = results[1].split("contestant  ")[-1].splitlines()
     assert any(line.startswith("vecmat") for line in lines)

@@ -220,6 +220,7 @@ KILLED = """
 """
 
 
+@pytest.mark.long
 def test_fifty_kills_lose_nothing(made: Tools, whole: Path, tmp_path: Path) -> None:
     script = KILLED.format(tests=str(Path(__file__).parent), source=made.recipe.source, out=str(tmp_path))
     command = [sys.executable, "-c", textwrap.dedent(script)]

@@ -21,8 +21,17 @@ CASES = [
     *(("bfloat16", target, 64) for target in ("sm_86", "sm_89", "gfx942")),
     *(("float32", target, 64) for target in ("sm_80", "sm_90", "gfx942")),
 ]
-# LLVM takes minutes for gfx942.
-PARAMETERS = [pytest.param(*case, marks=pytest.mark.slow) if case[1] == "gfx942" else case for case in CASES]
+QUICK = {("bfloat16", "sm_90", 64), ("float32", "sm_80", 64)}
+
+
+def case(dtype, target, head_dim):
+    """A parameter; LLVM takes minutes for gfx942."""
+    quick = (dtype, target, head_dim) in QUICK
+    marks = pytest.mark.slow if target == "gfx942" else () if quick else pytest.mark.long
+    return pytest.param(dtype, target, head_dim, marks=marks)
+
+
+PARAMETERS = [case(*each) for each in CASES]
 # What one version's register allocation spills, where those before and after it spill nothing: bytes by kernel.
 KNOWN = {
     "3.8": {("bfloat16", target, 64): {"map_bias": 8, "map_row_bias": 8} for target in ("sm_80", "sm_86", "sm_89")},
@@ -375,6 +384,7 @@ for target in offline.TARGETS:
 """
 
 
+@pytest.mark.long
 def test_loops_of_compiled_kernels_are_found():
     """On AMD they are those that LLVM names in its comments."""
     done = python(LOOPS)
