@@ -80,14 +80,14 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if os.environ.get("ATTNX_TRACEBACK"):
                 traceback.print_exc()
-            say(_error_line(command.__name__, error))
+            say(_message_of(command.__name__, error))
             raise typer.Exit(2) from None
 
     return run
 
 
-def _error_line(command: str, error: Exception) -> str:
-    """What a command says about an error."""
+def _message_of(command: str, error: Exception) -> str:
+    """The message of an error; with its type and the command, if nobody foresaw it."""
     told = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if (
         not isinstance(error, (ValueError, RuntimeError, OSError, NotImplementedError, KeyError, ImportError))

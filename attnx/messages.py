@@ -1,4 +1,4 @@
-"""What a command says on stderr: lines of their own, which begin with the program's name."""
+"""Messages of a command on stderr: each is a line, which begins with the program's name."""
 
 from __future__ import annotations
 

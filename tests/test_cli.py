@@ -14,7 +14,6 @@ from typer.testing import CliRunner, Result
 import attnx
 from attnx.cli import app
 from attnx.images import read_image
-from attnx.jobs.rows import read_settings, read_shards
 from attnx.models.loading import load_model
 
 RANDOM = ["--model", "timm:vit_tiny_patch16_224", "--no-pretrained", "--image-size", "48x64", "--device", "cpu"]
@@ -57,14 +56,14 @@ def test_demo(tmp_path: Path) -> None:
     assert set(results["pointing_game"]) == {"rollout", "cls", "random"}
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width > 6 * 192
-    assert len(list(read_shards(tmp_path / "rollout"))) == 6
+    assert len(list(attnx.open(tmp_path / "rollout"))) == 6
     # A second demo replaces the first; what is not a demo's is never touched.
     assert run("demo", "--out", tmp_path, "--scenes", 4).exit_code == 0
-    assert len(list(read_shards(tmp_path / "cls"))) == 4
+    assert len(list(attnx.open(tmp_path / "cls"))) == 4
     extracted = tmp_path / "x" / "rollout"
     assert run("extract", tmp_path / "scenes", "--out", extracted).exit_code == 0
     assert "holds a job with other settings" in fails("demo", "--out", tmp_path / "x")
-    assert len(list(read_shards(extracted))) == 4
+    assert len(list(attnx.open(extracted))) == 4
     assert "scenes: expected at least 1" in fails("demo", "--out", tmp_path / "x", "--scenes", 0)
 
 
@@ -79,7 +78,7 @@ def test_extract_is_the_api(photos: Path, tmp_path: Path, method: str, options: 
     )
     assert result.exit_code == 0, result.output
     assert "maps of 3 images in" in result.output
-    rows = list(read_shards(out))
+    rows = list(attnx.open(out))
     assert [(r.key, r.width, r.height) for r in rows] == [("a.png", 80, 60), ("b.jpg", 50, 90), ("sub/c.png", 40, 40)]
     torch.manual_seed(0)
     loaded = load_model("timm:vit_tiny_patch16_224", pretrained=False, image_size=(48, 64))
@@ -91,7 +90,7 @@ def test_extract_is_the_api(photos: Path, tmp_path: Path, method: str, options: 
         assert row.map is not None
         assert row.map.shape == shape
         np.testing.assert_allclose(row.map, want(trace)[0].numpy(), rtol=2e-3, atol=1e-6)
-    settings = read_settings(out)
+    settings = attnx.open(out).settings
     assert (settings["model"], settings["method"], settings["pixels"]["size"]) == (RANDOM[1], method, [48, 64])
 
 
@@ -118,7 +117,7 @@ def test_extract_is_eager_attention_and_the_papers_arithmetic(family: str, photo
     assert result.exit_code == 0, result.output
     loaded = load_model(model)
     loaded.model.set_attn_implementation("eager")
-    for row in read_shards(tmp_path / "maps"):
+    for row in attnx.open(tmp_path / "maps"):
         image = loaded.prepare(read_image(source / row.key))[None]
         with torch.no_grad():
             maps = loaded.model(image, output_attentions=True).attentions
@@ -134,7 +133,7 @@ def test_extract_records_what_it_cannot_read(photos: Path, tmp_path: Path) -> No
     assert result.exit_code == 1
     assert "maps of 2 images in" in result.output
     assert "2 images could not be read" in result.output
-    errors = {r.key: r.error for r in read_shards(tmp_path / "maps")}
+    errors = {r.key: r.error for r in attnx.open(tmp_path / "maps")}
     assert errors["a.png"] is None
     assert "b.jpg" in (errors["b.jpg"] or "")
     assert errors["d.jpg"]

@@ -22,7 +22,7 @@ from test_cli import fails, run
 import attnx
 from attnx.jobs.job import Job
 from attnx.jobs.recipe import Running, Tools
-from attnx.jobs.rows import Row, read_shards
+from attnx.jobs.rows import Row
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.runfile import FORMAT, read_run, write_run
 from attnx.jobs.shards import DamagedError, Part
@@ -47,7 +47,7 @@ class Finished:
         self.out = out
         resume(self.made, out, shard_size=5)
         self.files = files(out)
-        self.rows = [told(row) for row in read_shards(out)]
+        self.rows = [told(row) for row in attnx.open(out)]
         self.summary = summary(out, out.with_suffix(".summary"))[1]
 
     def copy(self, to: Path) -> Path:

@@ -15,12 +15,12 @@ import pytest
 import torch
 from small_job import draw, files, opened, shards, tools
 
+import attnx
 from attnx.jobs.engines.cluster import Cluster, _sizes
 from attnx.jobs.engines.here import device_of_rank, rank_of
 from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job, Rank, writing
 from attnx.jobs.recipe import Running, Tools
-from attnx.jobs.rows import read_shards
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.runfile import write_run
 
@@ -179,7 +179,7 @@ def test_a_run_that_is_killed_takes_its_processes_with_it(made: Tools, whole: Pa
     whole_job = tools(pictures)
     with opened(whole_job, out) as job:
         run_job(whole_job, job, Running(workers=0))
-    assert [row.key for row in read_shards(out)] == [f"{i:03d}.jpg" for i in range(120)]
+    assert [row.key for row in attnx.open(out)] == [f"{i:03d}.jpg" for i in range(120)]
     # Decoders see for themselves that nobody listens.
     until = time.monotonic() + 30
     while any(map(alive, below)) and time.monotonic() < until:

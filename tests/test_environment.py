@@ -19,13 +19,13 @@ from small_job import draw, files, opened, tools
 from test_cli import fails
 from typer.testing import CliRunner, Result
 
+import attnx
 from attnx.cli import app
 from attnx.jobs import shards as shard_files
 from attnx.jobs.engines.queue import RunError
 from attnx.jobs.job import Job
 from attnx.jobs.progress import Log
 from attnx.jobs.recipe import Running, Tools
-from attnx.jobs.rows import read_shards
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.sources import Entry, reachable
 from attnx.jobs.sources.folder import Files
@@ -88,7 +88,7 @@ def test_a_source_that_vanishes_ends_the_run_and_costs_no_row(made: Tools, whole
     gone.rename(source)
     there = Job(tmp_path).done()
     assert 0 < len(there) < 8
-    assert [row.error for row in read_shards(tmp_path)] == [None] * 5 * len(there)
+    assert [row.error for row in attnx.open(tmp_path)] == [None] * 5 * len(there)
     assert not list(tmp_path.glob(".attempt*")), "it was no shard's fault"
     report = run(made, tmp_path)
     assert (report.errors, report.made) == (0, 40 - 5 * len(there))
@@ -130,7 +130,7 @@ def test_pictures_that_can_not_be_read_are_their_rows_errors(tmp_path: Path, mon
         monkeypatch.setattr(Files, "__call__", refused)
     report = run(made_with, out)
     assert (report.rows, report.maps, report.errors, report.set_aside) == (20, 18, 2, {})
-    errors = {row.key: row.error for row in read_shards(out) if row.error}
+    errors = {row.key: row.error for row in attnx.open(out) if row.error}
     assert list(errors) == ["007.jpg", "012.jpg"]
     assert "No such file" in str(errors["007.jpg"])
     assert "Permission denied" in str(errors["012.jpg"])

@@ -227,8 +227,8 @@ def test_nor_that_of_a_config_inside(tmp_path: Path) -> None:
     [
         ({"hidden_size": 10**9}, "parameters"),
         ({"hidden_size": 10**6, "intermediate_size": 10**6}, "GiB; this machine has"),
-        ({"num_hidden_layers": 10**9}, "expected at most 4096 layers"),
-        ({"num_hidden_layers": -1}, "expected at most 4096 layers; num_hidden_layers is -1"),
+        ({"num_hidden_layers": 10**9}, "expected 0 to 4096 layers"),
+        ({"num_hidden_layers": -1}, "expected 0 to 4096 layers; num_hidden_layers is -1"),
         ({"image_size": 0}, "model: "),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4 runs code from the hub"),
         ({"image_size": "large"}, ""),

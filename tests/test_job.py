@@ -16,10 +16,10 @@ import pytest
 import torch
 from small_job import draw, files, opened, shards, tools
 
+import attnx
 from attnx.images import read_image
 from attnx.jobs.job import Job, Rank, open_job, writing
 from attnx.jobs.recipe import Running, Tools
-from attnx.jobs.rows import read_shards
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.shards import parts
 from attnx.jobs.sources import Entry, open_source
@@ -50,7 +50,7 @@ def run(made: Tools, out: Path, running: Running = HERE, shard_size: int | None 
 def test_a_job_is_its_files(made: Tools, whole: Path) -> None:
     parts = [f"part-{i:05d}.parquet" for i in range(5)]
     assert list(files(whole)) == ["manifest.parquet", *parts, "run.json"]
-    rows = list(read_shards(whole))
+    rows = list(attnx.open(whole))
     assert [row.key for row in rows] == [f"{i:03d}.jpg" for i in range(30)]
     assert [row.key for row in rows if row.map is None] == ["010.jpg", "029.jpg"]
     assert all("can't be read" in (row.error or "") for row in rows if row.map is None)
@@ -167,7 +167,7 @@ def test_nothing_is_written_outside_the_folder(made: Tools, tmp_path: Path) -> N
     out = tmp_path / "deep" / "out"
     listed = dataclasses.replace(made, recipe=dataclasses.replace(made.recipe, source=str(table), kind="table"))
     run(listed, out)
-    rows = list(read_shards(out))
+    rows = list(attnx.open(out))
     assert [row.key for row in rows] == hard
     assert {row.text for row in rows} == {"<b>a & b</b>"}
     assert all(row.map is not None for row in rows)
@@ -261,7 +261,7 @@ def test_an_interrupt_leaves_whole_shards(tmp_path: Path) -> None:
     again = tools(pictures)
     with opened(again, out) as job:
         run_job(again, job, HERE)
-    assert [row.key for row in read_shards(out)] == [f"{i:03d}.jpg" for i in range(300)]
+    assert [row.key for row in attnx.open(out)] == [f"{i:03d}.jpg" for i in range(300)]
 
 
 def test_a_full_disk_stops_the_job_and_loses_nothing(made: Tools, whole: Path, tmp_path: Path) -> None:

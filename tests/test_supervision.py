@@ -138,6 +138,10 @@ def test_a_note_of_another_job_is_none(tmp_path: Path) -> None:
     Attempt.of(tmp_path, 7, "one").begin()
     assert Attempt.of(tmp_path, 7, "other").begun == 0
     assert Attempt.of(tmp_path, 7, "one").begun == 1
+    Attempt.of(tmp_path, 7, "one").excuse()
+    assert Attempt.of(tmp_path, 7, "one").runs == 1
+    Attempt.of(tmp_path, 7, "other").excuse()
+    assert attempts(tmp_path) == []
 
 
 def test_an_attempt_that_we_ended_blames_no_image(tmp_path: Path) -> None:
@@ -188,7 +192,7 @@ def test_a_death_in_a_piece_is_noted_by_the_next_reader(tmp_path: Path) -> None:
 
 
 def whole_runs_that_die(made: Tools, out: Path, most: int) -> int:
-    """How many runs were killed at the white picture, each as a whole, until one was done or it were that many."""
+    """The number of runs that die at the white picture, each as a whole, before one is done; at most `most`."""
 
     def dies(images: torch.Tensor) -> bool:
         return any_white(images) and os.kill(os.getpid(), signal.SIGKILL) is None

@@ -12,7 +12,6 @@ from test_cli import fails, run
 import attnx
 from attnx.demo import pair
 from attnx.images import read_image
-from attnx.jobs.rows import read_settings, read_shards
 from attnx.picture import captioned
 
 CAPTION = "a red circle left of a blue square"
@@ -111,7 +110,7 @@ def test_a_file_of_pairs(photos: Path, weights: Path, tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert "maps of 4 pairs in" in result.output
-    rows = list(read_shards(out))
+    rows = list(attnx.open(out))
     assert [row.key for row in rows] == ["a.png#0", "a.png#1", "b.jpg#2", "a.png#3"]
     assert [row.text for row in rows] == [line["caption"] for line in lines]
     for row in rows:
@@ -124,7 +123,7 @@ def test_a_file_of_pairs(photos: Path, weights: Path, tmp_path: Path) -> None:
         assert row.word_of[1] == 0
         assert (row.score, row.error) == (None, None)
     assert (rows[2].width, rows[2].height) == (50, 90)
-    settings = read_settings(out)
+    settings = attnx.open(out).settings
     assert (settings["method"], settings["layer"], settings["model"]) == ("attention", 2, "demo")
     assert sorted(p.name for p in (out / "pictures").iterdir()) == [f"{i:06d}.png" for i in range(4)]
 
@@ -185,7 +184,7 @@ def test_what_is_wrong_with_a_pair_is_its_row(photos: Path, weights: Path, tmp_p
     pairs, out = write_pairs(tmp_path / "pairs.jsonl", *lines), tmp_path / "out"
     result = run("words", "--pairs", pairs, "--root", photos, "--checkpoint", weights, *DEMO, "--out", out)
     assert result.exit_code == 1, result.output
-    rows = list(read_shards(out))
+    rows = list(attnx.open(out))
     told = [row.error for row in rows]
     good = [0, 10, 11, 13]
     assert [i for i, error in enumerate(told) if error is None] == good
@@ -313,7 +312,7 @@ def test_a_job_leaves_anothers_shards_alone(photos: Path, weights: Path, tmp_pat
     assert "1 rows of an earlier run" in run(*args).output
     told = fails(*args, "--layer", 3)
     assert "holds a job with other settings. layer: 2 there, 3 asked" in told
-    assert len(list(read_shards(out))) == 1
+    assert len(list(attnx.open(out))) == 1
 
 
 def test_the_caption_is_set_as_it_is() -> None:
@@ -347,4 +346,4 @@ def test_words_that_are_not_in_the_vocabulary_are_said(photos: Path, weights: Pa
     assert result.exit_code == 0
     assert "[UNK]" not in result.stderr
     assert "UserWarning" not in result.stderr
-    assert [row.tokens.count("[UNK]") for row in read_shards(str(tmp_path / "job"))] == [1, 1]
+    assert [row.tokens.count("[UNK]") for row in attnx.open(str(tmp_path / "job"))] == [1, 1]

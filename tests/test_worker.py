@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from small_job import draw
 
+import attnx
 from attnx.jobs.decoding import Decode, Decoders, Picture
 from attnx.jobs.job import Job, open_job
 from attnx.jobs.packing import Format, Result, pack
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.recipe import Running
-from attnx.jobs.rows import Row, read_shards
+from attnx.jobs.rows import Row
 from attnx.jobs.sources import Entry, open_source
 from attnx.jobs.sources.folder import Files
 from attnx.jobs.tasks import Found, ImageTask, WordTask
@@ -44,7 +45,7 @@ def made(folder: Path, out: Path, extract: Callable = grey, workers: int = 0, **
     ):
         for shard in range(job.shards):
             worker.run_shard(shard, shard + 1 if shard + 1 < job.shards else None)
-    return list(read_shards(out))
+    return list(attnx.open(out))
 
 
 def same(left: list[Row], right: list[Row]) -> bool:
@@ -272,7 +273,7 @@ def test_captions_of_one_image_are_halved_too(tmp_path: Path) -> None:
         Worker(job, decoders, PIXELS, Words(grey), batch_size=4, say=told.append) as worker,
     ):
         worker.run_shard(0)
-    rows = list(read_shards(tmp_path / "out"))
+    rows = list(attnx.open(tmp_path / "out"))
     assert [float(row.map[0]) for row in rows if row.map is not None] == list(map(float, range(20)))
     assert "out of memory with 10 captions of an image: going on with 5" in told
 
@@ -314,7 +315,7 @@ def test_an_error_of_the_model_ends_the_job_and_keeps_what_is_made(tmp_path: Pat
 
     with pytest.raises(RuntimeError, match="the model"):
         made(folder, tmp_path / "out", fails_later, batch_size=2, shard_size=3)
-    assert [row.key for row in read_shards(tmp_path / "out")] == ["000.jpg", "001.jpg", "002.jpg"]
+    assert [row.key for row in attnx.open(tmp_path / "out")] == ["000.jpg", "001.jpg", "002.jpg"]
     with pytest.raises(ValueError, match=r"extract: expected a float tensor \[10, \.\.\.\]; got \[1, 4, 6\]"):
         made(folder, tmp_path / "one", lambda images: grey(images)[:1])
 
@@ -328,7 +329,7 @@ def test_a_following_shard_that_does_not_follow_is_forgotten(tmp_path: Path) -> 
     ):
         for shard, following in ((0, 1), (2, 3), (1, 0), (3, None)):
             worker.run_shard(shard, following)
-    assert same(list(read_shards(tmp_path / "out")), made(folder, tmp_path / "plain"))
+    assert same(list(attnx.open(tmp_path / "out")), made(folder, tmp_path / "plain"))
 
 
 def test_few_images_are_decoded_ahead(tmp_path: Path) -> None:

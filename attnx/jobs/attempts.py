@@ -122,11 +122,17 @@ class Attempt:
             self._write()
 
     def excuse(self) -> None:
-        """For a run that begins: no image is blamed for how those before it ended, unless they were very many."""
+        """For a run that begins: no image is blamed for how those before it ended, unless they were very many.
+
+        A note of nothing begun, or of another job, is removed.
+        """
         self.runs += self.begun > 0
         if self.runs <= _EXCUSED:
             self.under_way, self.failed = None, []
-        self._write()
+        if self.begun > 0:
+            self._write()
+        else:
+            self.end()
 
     def acquit(self) -> None:
         """The model is to blame, and no image. `withdraw` follows."""

@@ -15,7 +15,7 @@ import torch
 from attnx.jobs.job import Job
 from attnx.jobs.rows import Row, rows_of, shards_in
 from attnx.jobs.runfile import RUN
-from attnx.jobs.shards import DamagedError, Part
+from attnx.jobs.shards import Part
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,12 +54,10 @@ class Maps:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._shards = shards_in(self.folder)
+        job = Job(self.folder) if (self.folder / RUN).exists() else None
+        self._shards = shards_in(self.folder, None if job is None else job.shards)
         self._numbers = [int(shard.stem.removeprefix("part-")) for shard in self._shards]
         self._files: OrderedDict[int, Part] = OrderedDict()
-        job = Job(self.folder) if (self.folder / RUN).exists() else None
-        if job is not None and self._numbers[-1] >= job.shards:
-            raise DamagedError(self._shards[-1], f"its job has {job.shards} shards")
         self._manifest = None if job is None else job.manifest_sha256
         self.planned: int | None = None if job is None else job.rows
         self._shard_size = 0 if job is None else job.shard_size

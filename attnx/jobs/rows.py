@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attnx.jobs.shards import DamagedError, Part, parts, strays
+from attnx.jobs.shards import DamagedError, parts, strays
 from attnx.jobs.tensors import read_tensor, tensors_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Row", "read_settings", "read_shards", "rows_of", "rows_of_shard", "shards_in"]
+__all__ = ["Row", "rows_of", "shards_in"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,34 +43,6 @@ class Row:
     crop: tuple[float, ...] | None = None
 
 
-def read_shards(out: str | Path) -> Iterator[Row]:
-    """The rows of a job's shards, in the order they were written, a few hundred in memory at a time.
-
-    Raises:
-        FileNotFoundError: `out` has no shards; at the call, not at the first row.
-    """
-    return (row for shard in shards_in(out) for row in rows_of_shard(shard))
-
-
-def read_settings(out: str | Path) -> dict[str, Any]:
-    """What the maps of a folder of shards were made with.
-
-    Raises:
-        FileNotFoundError: `out` has no shards.
-        DamagedError: the first shard is not as attnx writes them.
-    """
-    return Part(shards_in(out)[0]).settings
-
-
-def rows_of_shard(shard: Path) -> Iterator[Row]:
-    """The rows of a shard.
-
-    Raises:
-        DamagedError: a file is not as it was written.
-    """
-    return (row for batch in Part(shard).batches() for row in rows_of(batch, shard))
-
-
 def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[Row]:
     """The rows of a part of a shard."""
     names = batch.schema.names
@@ -91,16 +63,17 @@ def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[Row]:
         yield Row(map=amap, **{**row, **lists})
 
 
-def shards_in(out: str | Path) -> list[Path]:
-    """The complete shards of a folder, which has at least one.
+def shards_in(out: Path, shards: int | None = None) -> list[Path]:
+    """The complete shards of a folder, which has at least one. shards: the number of its job's, if that is known.
 
     Raises:
         FileNotFoundError: it has none.
         DamagedError: something else has the name of a shard.
     """
-    found = parts(Path(out)) if Path(out).is_dir() else []
-    for path in strays(Path(out)) if Path(out).is_dir() else ():
-        raise DamagedError(path, "expected a regular file with the name of a shard, such as part-00003.parquet")
+    found = parts(out) if out.is_dir() else []
+    if found and (stray := next(iter(strays(out, shards)), None)):
+        expected = "a regular file with the name of a shard, such as part-00003.parquet"
+        raise DamagedError(stray, f"expected {expected}{'' if shards is None else f', of {shards} shards'}")
     if not found:
         raise FileNotFoundError(f"out: expected a folder with part-*.parquet files, got {out}")
     return found

@@ -154,7 +154,11 @@ class Runner:
         return [lambda: found]
 
     def check(self, most: int, attempt: Attempt) -> None:
-        """Raises RunError if so many images failed alone, and no image did not: then it is the model."""
+        """Blames the model if so many images failed alone, and none gave a map; the note then blames no image.
+
+        Raises:
+            RunError: it is the model.
+        """
         if self._failed_alone >= most and not self.any_map:
             attempt.acquit()
             raise RunError(f"the model fails at every image; at the last: {self.why}")

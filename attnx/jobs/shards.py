@@ -65,15 +65,15 @@ def parts(out: Path) -> list[Path]:
 
 
 def strays(out: Path, shards: int | None = None) -> list[Path]:
-    """What readers of `part-*.parquet` would take for a shard, and is none, or none of the first so many."""
+    """Entries of a folder that readers of `part-*.parquet` take for shards, and that are none of the first so many."""
 
-    def is_stray(path: Path) -> bool:
-        number = _number(path.name)
-        if number is None or (shards is not None and number >= shards):
-            return True
-        return os.path.lexists(path) and not path.is_file()
+    def is_stray(entry: os.DirEntry[str]) -> bool:
+        number = _number(entry.name)
+        return number is None or (shards is not None and number >= shards) or not entry.is_file()
 
-    return sorted(filter(is_stray, out.glob("part-*.parquet")))
+    with os.scandir(out) as entries:
+        named = (entry for entry in entries if entry.name.startswith("part-") and entry.name.endswith(".parquet"))
+        return sorted(out / entry.name for entry in named if is_stray(entry))
 
 
 def _number(name: str) -> int | None:

@@ -61,7 +61,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 
 def misfit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """What of some weights doesn't fit a model's own: keys missing, unexpected, of another shape."""
+    """Keys of weights that don't fit a model's own: missing, unexpected, of another shape."""
     wrong = {
         "missing": [k for k in own if k not in weights],
         "unexpected": [k for k in weights if k not in own],
@@ -165,7 +165,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _unusual(value: Tensor) -> str:
-    """What is unusual about a tensor; empty if nothing is."""
+    """A tensor's unusual traits, in words; empty if it has none."""
     if type(value) not in (Tensor, nn.Parameter):
         return f"a {type(value).__name__}"
     if value.is_nested:

@@ -226,7 +226,7 @@ def _check_config(config: Any) -> None:
             raise _UnfitError(f"its quantization {method} runs code from the hub, which attnx never does")
         layers = getattr(part, "num_hidden_layers", None)
         if isinstance(layers, int) and not 0 <= layers <= MODEL_LAYERS:
-            raise _UnfitError(f"expected at most {MODEL_LAYERS} layers; num_hidden_layers is {layers}")
+            raise _UnfitError(f"expected 0 to {MODEL_LAYERS} layers; num_hidden_layers is {layers}")
         todo += [value for value in vars(part).values() if isinstance(value, PretrainedConfig)]
     try:
         with torch.device("meta"):
