@@ -297,6 +297,12 @@ def test_a_second_file_of_a_shard_is_none(finished: dict[str, Finished], tmp_pat
     assert [path.name for path in out.glob("*.damaged/*")] == [name]
 
 
+def test_a_folder_whose_only_shard_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / FIRST).mkdir()
+    with pytest.raises(DamagedError, match=rf"{FIRST} is damaged: expected a regular file"):
+        attnx.open(tmp_path)
+
+
 @pytest.mark.parametrize("how", ["file", "link", "folder"])
 def test_what_was_set_aside_gives_way(finished: dict[str, Finished], tmp_path: Path, how: str) -> None:
     """To what is set aside now; what a link leads to stays."""

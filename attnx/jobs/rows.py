@@ -70,10 +70,10 @@ def shards_in(out: Path, shards: int | None = None) -> list[Path]:
         FileNotFoundError: it has none.
         DamagedError: something else has the name of a shard.
     """
-    found = parts(out) if out.is_dir() else []
-    if found and (stray := next(iter(strays(out, shards)), None)):
-        expected = "a regular file with the name of a shard, such as part-00003.parquet"
-        raise DamagedError(stray, f"expected {expected}{'' if shards is None else f', of {shards} shards'}")
+    found, odd = (parts(out), strays(out, shards)) if out.is_dir() else ([], [])
+    if odd:
+        of = "" if shards is None else f", of {shards} shards"
+        raise DamagedError(odd[0], f"expected a regular file with the name of a shard, such as part-00003.parquet{of}")
     if not found:
         raise FileNotFoundError(f"out: expected a folder with part-*.parquet files, got {out}")
     return found
