@@ -24,4 +24,4 @@ bench-gpu:
 	OUT=$(OUT) benchmarks/gpu.sh
 
 report:
-	python -m benchmarks.report
+	python -m benchmarks.report.page

@@ -3,7 +3,12 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["attnx", "attnx.*"]), "attnx.kernels", "attnx.kernels.cpu"],
+    packages=[
+        *find_packages(include=["attnx", "attnx.*"]),
+        "attnx.kernels",
+        "attnx.kernels.cpu",
+        "attnx.kernels.inspect",
+    ],
     package_dir={"attnx": "attnx", "attnx.kernels": "kernels"},
     package_data={"attnx.demo": ["weights.safetensors", "pair.safetensors"], "attnx.kernels.cpu": ["*.cpp", "*.h"]},
 )

@@ -1,11 +1,11 @@
 """attnx: the attention maps of any vision transformer, at the price of its attention."""
 
+from attnx import demo as _demo  # noqa: F401  (registers the bundled models)
 from attnx import huggingface
-from attnx.capture import Handle, capture, patch
-from attnx.classes import class_maps
-from attnx.extractor import Extractor
-from attnx.jobs.maps import open
-from attnx.layout import TokenLayout
+from attnx.extract.class_maps import class_maps
+from attnx.extract.extractor import Extractor
+from attnx.extract.word_maps import CaptionMaps, WordMaps, gradcam, word_maps
+from attnx.jobs.reader import open
 from attnx.methods import (
     cls_map,
     entropy,
@@ -17,9 +17,11 @@ from attnx.methods import (
     relevance,
     rollout,
 )
-from attnx.ops import attention, attention_lse, attention_map, gradient_map, vecmat
-from attnx.pairs import CaptionMaps, WordMaps, gradcam, word_maps
-from attnx.trace import Trace
+from attnx.ops.functional import attention, attention_lse, attention_map, gradient_map, vecmat
+from attnx.trace.capture import Handle, capture, patch
+from attnx.trace.layout import TokenLayout
+from attnx.trace.trace import Trace
+from attnx.version import VERSION
 
 __all__ = [
     "CaptionMaps",
@@ -50,4 +52,4 @@ __all__ = [
     "vecmat",
     "word_maps",
 ]
-__version__ = "0.1.0"
+__version__ = VERSION

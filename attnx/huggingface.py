@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnx.adapters.huggingface import asks_its_table, configurations, names_beyond_sdpa, supports_sdpa
-from attnx.layers import attention_layers
-from attnx.ops import attention
+from attnx.ops.functional import attention
+from attnx.trace.adapters.huggingface import asks_its_table, configurations, names_beyond_sdpa, supports_sdpa
+from attnx.trace.layers import attention_layers
 
 # What transformers hands to every attention function and SDPA's arithmetic does not depend on: masks hold it already,
 # or it says what else to return.
@@ -95,10 +95,10 @@ def register(name: str = "attnx", heads: str = "mean", backend: str = "auto") ->
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    from attnx.ops import check_backend
-    from attnx.reducers import Heads
+    from attnx.ops.functional import check_backend
+    from attnx.ops.reducers import Reduction
 
-    Heads.parse(heads), check_backend(backend)
+    Reduction.parse(heads), check_backend(backend)
     AttentionInterface.register(name, partial(_attention, heads=heads, backend=backend))
     # Without a mask function of the same name the model would attend to its padding.
     AttentionMaskInterface.register(name, sdpa_mask)

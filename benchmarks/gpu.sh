@@ -38,9 +38,9 @@ fi
 if [[ -n $QUICK ]]; then
     step tests 140 "$PYTHON" -m pytest tests/test_ops.py -k eager -x -p no:cacheprovider
     step benchmarks 300 "$PYTHON" -m benchmarks.run --quick --device cpu --out "$OUT"
-    step words 100 "$PYTHON" -m benchmarks.words --quick --out "$OUT"
-    step jobs 100 "$PYTHON" -m benchmarks.jobs --quick --out "$OUT"
-    step sweep 130 "$PYTHON" -m benchmarks.sweep --compile-only --quick --out "$OUT"
+    step words 100 "$PYTHON" -m benchmarks.suites.words --quick --out "$OUT"
+    step jobs 100 "$PYTHON" -m benchmarks.suites.jobs --quick --out "$OUT"
+    step sweep 130 "$PYTHON" -m benchmarks.suites.sweep --compile-only --quick --out "$OUT"
     exit "$status"
 fi
 # Most of the tests' time is compilation: where pytest-xdist is there, in parallel.
@@ -53,9 +53,9 @@ for timed in ${STEPS:-tests:130 benchmarks:230 words:75 jobs:75 sweep:75}; do
         tests) step tests "$seconds" "$PYTHON" -m pytest "${tests[@]}" -m "gpu or not gpu" -p no:cacheprovider $parallel ;;
         benchmarks) step benchmarks "$seconds" "$PYTHON" -m benchmarks.run --device cuda --limit $((seconds - 25)) --out "$OUT" ;;
         # shellcheck disable=SC2086
-        words) step words "$seconds" "$PYTHON" -m benchmarks.words --device cuda --only "384 px b16" ${ALBEF:+--original "$ALBEF"} --out "$OUT" ;;
-        jobs) step jobs "$seconds" "$PYTHON" -m benchmarks.jobs --device cuda --dtype bfloat16 --batch 64 --out "$OUT" ;;
-        sweep) step sweep "$seconds" "$PYTHON" -m benchmarks.sweep --limit $((seconds - 10)) --out "$OUT" ;;
+        words) step words "$seconds" "$PYTHON" -m benchmarks.suites.words --device cuda --only "384 px b16" ${ALBEF:+--original "$ALBEF"} --out "$OUT" ;;
+        jobs) step jobs "$seconds" "$PYTHON" -m benchmarks.suites.jobs --device cuda --dtype bfloat16 --batch 64 --out "$OUT" ;;
+        sweep) step sweep "$seconds" "$PYTHON" -m benchmarks.suites.sweep --limit $((seconds - 10)) --out "$OUT" ;;
         *) echo "STEPS: expected tests, benchmarks, words, jobs or sweep, each with :SECONDS; got $timed" >&2; exit 2 ;;
     esac
 done

@@ -31,8 +31,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import growth, memory, mkl, record, targets
+from benchmarks import mkl, record
 from benchmarks.machine import ROOT, environment, file_stem, part_of, write_atomically
+from benchmarks.report import targets
+from benchmarks.suites import growth, memory
 
 SUITES = {"op": 0.6, "models": 1.0}  # and the share of the time that is left which each may take
 GRACE = 15  # seconds from an interrupt to a kill

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import NotRun
+from benchmarks.peers.op import NotRun
 
 Seconds = Callable[[], float]
 

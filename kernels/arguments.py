@@ -36,8 +36,8 @@ def shared_args(
         BIAS=0 if bias is None else 2 if bias.dtype == torch.bool else 1,
         CAUSAL=is_causal,
         # A scale that is 0 in fp32 would make NaN of minus infinity.
-        FOLD=bias is None and scale >= 2**-126,
-        FAR=_is_far(q) or _is_far(k),
+        FOLD_SCALE=bias is None and scale >= 2**-126,
+        INT64_OFFSETS=_is_far(q) or _is_far(k),
         PRECISION=precision(q.dtype),
     )
 
@@ -53,14 +53,14 @@ def value_args(q: Tensor, v: Tensor | None, out: Tensor | None) -> dict[str, Any
 
 
 def gradient_args(grad: Tensor, v: Tensor) -> dict[str, Any]:
-    """The gradient of the output [B,H,M,Dv] and the values; merge after `shared_args`, whose FAR it may raise."""
-    far = {"FAR": True} if _is_far(grad) else {}
+    """Arguments for the output gradient [B,H,M,Dv] and the values. Merge after `shared_args`: may set INT64_OFFSETS."""
+    far = {"INT64_OFFSETS": True} if _is_far(grad) else {}
     return {**_of_values(v), "do_ptr": grad, **named_strides(grad, "dob doh dom dod"), **far}
 
 
 def _of_values(v: Tensor) -> dict[str, Any]:
     block_dv, rest_dv = split_d(v.shape[3])
-    far = {"FAR": True} if _is_far(v) else {}
+    far = {"INT64_OFFSETS": True} if _is_far(v) else {}
     strides = named_strides(v, "vb vh vn vd")
     return dict(v_ptr=v, **strides, DV=v.shape[3], BLOCK_DV=block_dv, REST_DV=rest_dv, **far)
 

@@ -19,9 +19,9 @@ from attnx.kernels.primitives import (
     products,
     query_offsets,
     row_offsets,
+    score_unit,
     store_tile,
-    unit,
-    wide,
+    to_int64,
 )
 
 
@@ -31,7 +31,7 @@ def attend(
     stride_kn, stride_kd, stride_vn, stride_vd, stride_bn, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, HAS_V: tl.constexpr,
-    BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD: tl.constexpr, FAR: tl.constexpr, EDGE: tl.constexpr,
+    BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD_SCALE: tl.constexpr, INT64_OFFSETS: tl.constexpr, EDGE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Output so far ((tile,) or (tile, rest)), row maxima and sums, after keys start..end in tiles of BLOCK_N."""
@@ -41,20 +41,21 @@ def attend(
     for first in tl.range(start, end, BLOCK_N, num_stages=1 if EDGE else None, disable_licm=BIAS != NO_BIAS):
         mask_n = offs < N - first
         rows = tl.minimum(offs, N - 1 - first) if EDGE else offs
-        k_tile = k_head + wide(first) * stride_kn
-        k = head_tiles(k_tile, row_offsets(rows, stride_kn, FAR), stride_kd, D, BLOCK_D, REST_D)
+        k_tile = k_head + to_int64(first) * stride_kn
+        k = head_tiles(k_tile, row_offsets(rows, stride_kn, INT64_OFFSETS), stride_kd, D, BLOCK_D, REST_D)
         s = masked_scores(
             products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
-            bias_head, bias_rows, mask_m, pos_m, first + offs, mask_n, stride_bn, scale_log2, BIAS, CAUSAL, FOLD, EDGE,
+            bias_head, bias_rows, mask_m, pos_m, first + offs, mask_n, stride_bn, scale_log2,
+            BIAS, CAUSAL, FOLD_SCALE, EDGE,
         )  # fmt: skip
-        m_new = tl.maximum(m, tl.max(s, 1) * unit(scale_log2, FOLD))
+        m_new = tl.maximum(m, tl.max(s, 1) * score_unit(scale_log2, FOLD_SCALE))
         shift = finite_max(m_new)
-        p = tl.exp2(s * unit(scale_log2, FOLD) - shift[:, None])
+        p = tl.exp2(s * score_unit(scale_log2, FOLD_SCALE) - shift[:, None])
         fade = tl.exp2(m - shift)
         l = l * fade + tl.sum(p, 1)
         if HAS_V:
-            v_tile = v_head + wide(first) * stride_vn
-            offs_v = row_offsets(offs, stride_vn, FAR)
+            v_tile = v_head + to_int64(first) * stride_vn
+            offs_v = row_offsets(offs, stride_vn, INT64_OFFSETS)
             p = p.to(v_head.dtype.element_ty)
             if EDGE:
                 v = load_masked(v_tile, offs_v, mask_n, stride_vd, 0, BLOCK_DV, DV)
@@ -81,20 +82,20 @@ def forward_kernel(
     H, GROUP, M, N, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, HAS_V: tl.constexpr,
-    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD: tl.constexpr, FAR: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD_SCALE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One head's BLOCK_M rows. Without values only lse [B, H, M] is written."""
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
     first_m = (pid % blocks_m) * BLOCK_M
-    h = wide((pid // blocks_m) % H)
-    b = wide(pid // blocks_m // H)
+    h = to_int64((pid // blocks_m) % H)
+    b = to_int64(pid // blocks_m // H)
     hk = h // GROUP
 
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < M - first_m
-    pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, FAR)
+    pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, INT64_OFFSETS)
     q = head_tiles(q_ptr + b * stride_qb + h * stride_qh + q_tile, offs_q, stride_qd, D, BLOCK_D, REST_D)
     k_head = k_ptr + b * stride_kb + hk * stride_kh
     v_head = v_ptr + b * stride_vb + hk * stride_vh
@@ -114,19 +115,21 @@ def forward_kernel(
     acc, m, l = attend(
         acc, m, l, q, k_head, v_head, bias_head, bias_rows, pos_m, mask_m, 0, inner, N,
         stride_kn, stride_kd, stride_vn, stride_vd, stride_bn, scale_log2,
-        D, BLOCK_D, REST_D, DV, BLOCK_DV, REST_DV, HAS_V, BIAS, False, FOLD, FAR, False, PRECISION, BLOCK_M, BLOCK_N,
+        D, BLOCK_D, REST_D, DV, BLOCK_DV, REST_DV, HAS_V, BIAS, False, FOLD_SCALE, INT64_OFFSETS, False, PRECISION,
+        BLOCK_M, BLOCK_N,
     )  # fmt: skip
     acc, m, l = attend(
         acc, m, l, q, k_head, v_head, bias_head, bias_rows, pos_m, mask_m, inner, end, N,
         stride_kn, stride_kd, stride_vn, stride_vd, stride_bn, scale_log2,
-        D, BLOCK_D, REST_D, DV, BLOCK_DV, REST_DV, HAS_V, BIAS, CAUSAL, FOLD, FAR, True, PRECISION, BLOCK_M, BLOCK_N,
+        D, BLOCK_D, REST_D, DV, BLOCK_DV, REST_DV, HAS_V, BIAS, CAUSAL, FOLD_SCALE, INT64_OFFSETS, True, PRECISION,
+        BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
     # A row without keys: l is 0, the output 0, the lse minus infinity.
     tl.store(lse_ptr + (b * H + h) * M + first_m + offs_m, (finite_max(m) + tl.log2(l)) * LN2, mask=mask_m)
     if HAS_V:
         share = (1.0 / tl.where(l == 0.0, 1.0, l))[:, None]
-        out_tile = out_ptr + b * stride_ob + h * stride_oh + wide(first_m) * stride_om
+        out_tile = out_ptr + b * stride_ob + h * stride_oh + to_int64(first_m) * stride_om
         offs_d = tl.arange(0, BLOCK_DV)
         store_tile(out_tile, acc[0] * share, offs_m, offs_d, mask_m, offs_d < DV, stride_om)
         if REST_DV > 0:

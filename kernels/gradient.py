@@ -12,14 +12,14 @@ from attnx.kernels.primitives import (
     fuse_heads,
     fused_start,
     head_tiles,
+    lse_to_log2,
     masked_scores,
     products,
     query_offsets,
     row_offsets,
-    shifts,
+    score_unit,
     store_tile,
-    unit,
-    wide,
+    to_int64,
 )
 
 
@@ -35,7 +35,8 @@ def gradient_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr,
     HEADS: tl.constexpr, CLAMP: tl.constexpr, HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-    FOLD: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLD_SCALE: tl.constexpr, INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_M, BLOCK_N] tile of a map [M, N]: P = exp(s - lse) times do v^T, head after head, stored once.
 
@@ -47,19 +48,19 @@ def gradient_kernel(
     block_m, block_n = tl.swizzle2d(pid % (blocks_m * blocks_n) // blocks_n, pid % blocks_n, blocks_m, blocks_n, 8)
     plane = pid // (blocks_m * blocks_n)
     first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N
-    b = wide(plane // splits)
+    b = to_int64(plane // splits)
     first_head = (plane % splits) * heads_each
     last_head = tl.minimum(first_head + heads_each, H) - 1
 
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M - first_m, offs_n < N - first_n
-    pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, FAR)
-    _, do_tile, offs_do = query_offsets(rows_ptr, first_m, offs_m, M, stride_dom, HAS_ROWS, FAR)
+    pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, INT64_OFFSETS)
+    _, do_tile, offs_do = query_offsets(rows_ptr, first_m, offs_m, M, stride_dom, HAS_ROWS, INT64_OFFSETS)
     keys = tl.minimum(offs_n, N - 1 - first_n)
-    offs_k, offs_v = row_offsets(keys, stride_kn, FAR), row_offsets(keys, stride_vn, FAR)
+    offs_k, offs_v = row_offsets(keys, stride_kn, INT64_OFFSETS), row_offsets(keys, stride_vn, INT64_OFFSETS)
     q_batch = q_ptr + b * stride_qb + q_tile
-    k_batch = k_ptr + b * stride_kb + wide(first_n) * stride_kn
-    v_batch = v_ptr + b * stride_vb + wide(first_n) * stride_vn
+    k_batch = k_ptr + b * stride_kb + to_int64(first_n) * stride_kn
+    v_batch = v_ptr + b * stride_vb + to_int64(first_n) * stride_vn
     do_batch = do_ptr + b * stride_dob + do_tile
     lse_tile = lse_ptr + b * H * M + first_m
     bias_rows = pos_m.to(tl.int64) * stride_bm
@@ -67,23 +68,23 @@ def gradient_kernel(
     fused = fused_start(BLOCK_M, BLOCK_N, HEADS, not CLAMP)
     # Two products need the registers that hoisted addresses would take.
     for head in tl.range(first_head, last_head + 1, disable_licm=True):
-        h = wide(head)
+        h = to_int64(head)
         q = head_tiles(q_batch + h * stride_qh, offs_q, stride_qd, D, BLOCK_D, REST_D)
         k = head_tiles(k_batch + h // GROUP * stride_kh, offs_k, stride_kd, D, BLOCK_D, REST_D)
         s = masked_scores(
             products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
             bias_ptr + b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + offs_n, mask_n,
-            stride_bn, scale_log2, BIAS, CAUSAL, FOLD, False,
+            stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE, False,
         )  # fmt: skip
-        lse = shifts(tl.load(lse_tile + h * M + offs_m, mask=mask_m, other=0.0))
-        p = tl.exp2(s * unit(scale_log2, FOLD) - lse[:, None])
+        lse = lse_to_log2(tl.load(lse_tile + h * M + offs_m, mask=mask_m, other=0.0))
+        p = tl.exp2(s * score_unit(scale_log2, FOLD_SCALE) - lse[:, None])
         do = head_tiles(do_batch + h * stride_doh, offs_do, stride_dod, DV, BLOCK_DV, REST_DV)
         v = head_tiles(v_batch + h // GROUP * stride_vh, offs_v, stride_vd, DV, BLOCK_DV, REST_DV)
         dp = products(do, v, BLOCK_M, BLOCK_N, REST_DV, PRECISION)
         if CLAMP:
             dp = tl.maximum(dp, 0.0, propagate_nan=tl.PropagateNan.ALL)
         fused = fuse_heads(fused, p * dp, HEADS)
-    map_tile = map_ptr + wide(plane) * M * N + wide(first_m) * N + first_n
+    map_tile = map_ptr + to_int64(plane) * M * N + to_int64(first_m) * N + first_n
     store_tile(map_tile, fused * map_share, offs_m, offs_n, mask_m, mask_n, N)
 
 

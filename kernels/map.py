@@ -14,14 +14,14 @@ from attnx.kernels.primitives import (
     fuse_heads,
     fused_start,
     head_tiles,
+    lse_to_log2,
     masked_scores,
     products,
     query_offsets,
     row_offsets,
-    shifts,
+    score_unit,
     store_tile,
-    unit,
-    wide,
+    to_int64,
 )
 
 
@@ -33,8 +33,9 @@ def map_kernel(
     stride_bb, stride_bh, stride_bm, stride_bn,
     H, GROUP, M, N, scale_log2, splits, heads_each, map_share,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, HEADS: tl.constexpr,
-    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD: tl.constexpr, FAR: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD_SCALE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """PARTS tiles [BLOCK_M, BLOCK_N] side by side of a map [M, N]: P = exp(s - lse), head after head, stored once.
 
@@ -47,41 +48,42 @@ def map_kernel(
     block_m, block_n = tl.swizzle2d(pid % (blocks_m * blocks_n) // blocks_n, pid % blocks_n, blocks_m, blocks_n, 8)
     plane = pid // (blocks_m * blocks_n)
     first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N * PARTS
-    b = wide(plane // splits)
+    b = to_int64(plane // splits)
     first_head = (plane % splits) * heads_each
     last_head = tl.minimum(first_head + heads_each, H) - 1
 
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m = offs_m < M - first_m
-    pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, FAR)
+    pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, INT64_OFFSETS)
     q_batch = q_ptr + b * stride_qb + q_tile
-    k_batch = k_ptr + b * stride_kb + wide(first_n) * stride_kn
+    k_batch = k_ptr + b * stride_kb + to_int64(first_n) * stride_kn
     lse_tile = lse_ptr + b * H * M + first_m
     bias_rows = pos_m.to(tl.int64) * stride_bm
 
     fused = ()
     for _ in tl.static_range(PARTS):
         fused = fused + (fused_start(BLOCK_M, BLOCK_N, HEADS),)
-    ahead = tl.load(lse_tile + wide(first_head) * M + offs_m, mask=mask_m, other=0.0)
+    ahead = tl.load(lse_tile + to_int64(first_head) * M + offs_m, mask=mask_m, other=0.0)
     # A bias needs the registers that hoisted addresses would take.
     for head in tl.range(first_head, last_head + 1, disable_licm=BIAS != NO_BIAS):
-        h = wide(head)
-        lse = shifts(ahead)
-        ahead = tl.load(lse_tile + wide(tl.minimum(head + 1, last_head)) * M + offs_m, mask=mask_m, other=0.0)
+        h = to_int64(head)
+        lse = lse_to_log2(ahead)
+        ahead = tl.load(lse_tile + to_int64(tl.minimum(head + 1, last_head)) * M + offs_m, mask=mask_m, other=0.0)
         q = head_tiles(q_batch + h * stride_qh, offs_q, stride_qd, D, BLOCK_D, REST_D)
         old = fused
         fused = ()
         for part in tl.static_range(PARTS):
             columns = offs_n + part * BLOCK_N
-            offs_k = row_offsets(tl.minimum(columns, N - 1 - first_n), stride_kn, FAR)
+            offs_k = row_offsets(tl.minimum(columns, N - 1 - first_n), stride_kn, INT64_OFFSETS)
             k = head_tiles(k_batch + h // GROUP * stride_kh, offs_k, stride_kd, D, BLOCK_D, REST_D)
             s = masked_scores(
                 products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
                 bias_ptr + b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + columns,
-                columns < N - first_n, stride_bn, scale_log2, BIAS, CAUSAL, FOLD, False,
+                columns < N - first_n, stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE, False,
             )  # fmt: skip
-            fused = fused + (fuse_heads(old[part], tl.exp2(s * unit(scale_log2, FOLD) - lse[:, None]), HEADS),)
-    map_tile = map_ptr + wide(plane) * M * N + wide(first_m) * N + first_n
+            p = tl.exp2(s * score_unit(scale_log2, FOLD_SCALE) - lse[:, None])
+            fused = fused + (fuse_heads(old[part], p, HEADS),)
+    map_tile = map_ptr + to_int64(plane) * M * N + to_int64(first_m) * N + first_n
     for part in tl.static_range(PARTS):
         columns = offs_n + part * BLOCK_N
         store_tile(map_tile, fused[part] * map_share, offs_m, columns, mask_m, columns < N - first_n, N)
@@ -100,12 +102,12 @@ def map_launch(shared: dict[str, Any], lse: Tensor, maps: Tensor, heads: int, sp
 def fuse_kernel(maps_ptr, map_ptr, size, splits, share, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     """One map [size] of each `splits` maps of some heads, in their order: the same bits every time."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    plane = wide(tl.program_id(1))
+    plane = to_int64(tl.program_id(1))
     mask = offs < size
     first = maps_ptr + plane * splits * size + offs
     fused = tl.load(first, mask=mask, other=0.0)
     for split in range(1, splits):
-        fused = fuse_heads(fused, tl.load(first + wide(split) * size, mask=mask, other=0.0), HEADS)
+        fused = fuse_heads(fused, tl.load(first + to_int64(split) * size, mask=mask, other=0.0), HEADS)
     tl.store(map_ptr + plane * size + offs, fused * share, mask=mask)
 
 

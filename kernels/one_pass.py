@@ -23,24 +23,24 @@ from attnx.kernels.primitives import (
     products,
     query_offsets,
     row_offsets,
+    score_unit,
     store_tile,
-    unit,
-    wide,
+    to_int64,
 )
 
 
 @triton.jit
 def weigh_values(
     p, v_head, out_tile, share, offs_m, mask_m, N, stride_vn, stride_vd, stride_om,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Stores share * p @ V; p has the row's tiles and its tail."""
     out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for part in tl.static_range(PARTS + (TAIL > 0)):
         offs_n = tl.arange(0, BLOCK_N if part < PARTS else TAIL)
-        v_tile = v_head + wide(part * BLOCK_N) * stride_vn
-        offs_v = row_offsets(offs_n, stride_vn, FAR)
+        v_tile = v_head + to_int64(part * BLOCK_N) * stride_vn
+        offs_v = row_offsets(offs_n, stride_vn, INT64_OFFSETS)
         if part == PARTS + (TAIL > 0) - 1:
             v = load_masked(v_tile, offs_v, offs_n < N - part * BLOCK_N, stride_vd, 0, BLOCK_DV, DV)
         else:
@@ -68,28 +68,28 @@ def one_pass_kernel(
     H, GROUP, M, N, scale_log2, splits, heads_each, map_share,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_V: tl.constexpr, HEADS: tl.constexpr,
-    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD: tl.constexpr, FAR: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr, TAIL: tl.constexpr, LAG: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD_SCALE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr, TAIL: tl.constexpr, DELAY_PV: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows, one head after another; a whole row of keys is on chip: PARTS tiles of BLOCK_N, and a TAIL.
 
-    With LAG the values are weighed one head later, at the start of the next turn. In one turn the compiler sees a
+    With DELAY_PV the values are weighed one head later, at the start of the next turn. In one turn the compiler sees a
     product that feeds a product, and gives every warp whole rows: half the warps would repeat the others' work.
     """
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
     first_m = (pid % blocks_m) * BLOCK_M
     plane = pid // blocks_m
-    b = wide(plane // splits)
+    b = to_int64(plane // splits)
     first_head = (plane % splits) * heads_each
     last_head = tl.minimum(first_head + heads_each, H) - 1
 
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < M - first_m
-    pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, FAR)
+    pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, INT64_OFFSETS)
     bias_rows = pos_m.to(tl.int64) * stride_bm
-    out_batch = out_ptr + b * stride_ob + wide(first_m) * stride_om
+    out_batch = out_ptr + b * stride_ob + to_int64(first_m) * stride_om
 
     fused = ()
     p = ()
@@ -98,16 +98,16 @@ def one_pass_kernel(
         p = p + (tl.zeros([BLOCK_M, BLOCK_N if part < PARTS else TAIL], v_ptr.dtype.element_ty),)
     share = tl.zeros([BLOCK_M], tl.float32)
 
-    for turn in tl.range(first_head, last_head + 1 + LAG, disable_licm=True):
-        if LAG:
-            before = wide(tl.maximum(turn - 1, first_head))
+    for turn in tl.range(first_head, last_head + 1 + DELAY_PV, disable_licm=True):
+        if DELAY_PV:
+            before = to_int64(tl.maximum(turn - 1, first_head))
             weigh_values(
                 p, v_ptr + b * stride_vb + before // GROUP * stride_vh, out_batch + before * stride_oh, share,
                 offs_m, offs_m < tl.where(turn > first_head, M - first_m, 0), N, stride_vn, stride_vd, stride_om,
-                DV, BLOCK_DV, FAR, PRECISION, BLOCK_M, BLOCK_N, PARTS, TAIL,
+                DV, BLOCK_DV, INT64_OFFSETS, PRECISION, BLOCK_M, BLOCK_N, PARTS, TAIL,
             )  # fmt: skip
         # The turn after the last head repeats it: a maximum or minimum does not change, a sum counts it as nothing.
-        h = wide(tl.minimum(turn, last_head))
+        h = to_int64(tl.minimum(turn, last_head))
         q_head = q_ptr + b * stride_qb + h * stride_qh + q_tile
         q = head_tiles(q_head, offs_q, stride_qd, D, BLOCK_D, REST_D)
         k_head = k_ptr + b * stride_kb + h // GROUP * stride_kh
@@ -119,27 +119,27 @@ def one_pass_kernel(
             rows = offs_n
             if part == PARTS + (TAIL > 0) - 1:
                 rows = tl.minimum(offs_n, N - 1 - part * BLOCK_N)
-            offs_k = row_offsets(rows, stride_kn, FAR)
-            k_tile = k_head + wide(part * BLOCK_N) * stride_kn
+            offs_k = row_offsets(rows, stride_kn, INT64_OFFSETS)
+            k_tile = k_head + to_int64(part * BLOCK_N) * stride_kn
             k = head_tiles(k_tile, offs_k, stride_kd, D, BLOCK_D, REST_D)
             tile = masked_scores(
                 products(q, k, BLOCK_M, BLOCK_N if part < PARTS else TAIL, REST_D, PRECISION),
                 bias_ptr + b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, part * BLOCK_N + offs_n, mask_n,
-                stride_bn, scale_log2, BIAS, CAUSAL, FOLD, part == PARTS + (TAIL > 0) - 1,
+                stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE, part == PARTS + (TAIL > 0) - 1,
             )  # fmt: skip
             m = tl.maximum(m, tl.max(tile, 1))
             s = s + (tile,)
 
-        m = finite_max(m) * unit(scale_log2, FOLD)
+        m = finite_max(m) * score_unit(scale_log2, FOLD_SCALE)
         l = tl.zeros([BLOCK_M], tl.float32)
         weights = ()
         for part in tl.static_range(PARTS + (TAIL > 0)):
-            weight = tl.exp2(s[part] * unit(scale_log2, FOLD) - m[:, None])
+            weight = tl.exp2(s[part] * score_unit(scale_log2, FOLD_SCALE) - m[:, None])
             l += tl.sum(weight, 1)
             weights = weights + (weight,)
         # A row without keys: l is 0, and so are all its weights.
         share = 1.0 / tl.where(l == 0.0, 1.0, l)
-        if LAG and HEADS != MAX and HEADS != MIN:
+        if DELAY_PV and HEADS != MAX and HEADS != MIN:
             share = tl.where(turn > last_head, 0.0, share)
         old = fused
         fused = ()
@@ -147,14 +147,14 @@ def one_pass_kernel(
         for part in tl.static_range(PARTS + (TAIL > 0)):
             fused = fused + (fuse_heads(old[part], weights[part] * share[:, None], HEADS),)
             p = p + (weights[part].to(v_ptr.dtype.element_ty),)
-        if HAS_V and not LAG:
+        if HAS_V and not DELAY_PV:
             weigh_values(
                 p, v_ptr + b * stride_vb + h // GROUP * stride_vh, out_batch + h * stride_oh, share,
                 offs_m, mask_m, N, stride_vn, stride_vd, stride_om,
-                DV, BLOCK_DV, FAR, PRECISION, BLOCK_M, BLOCK_N, PARTS, TAIL,
+                DV, BLOCK_DV, INT64_OFFSETS, PRECISION, BLOCK_M, BLOCK_N, PARTS, TAIL,
             )  # fmt: skip
 
-    map_tile = map_ptr + wide(plane) * M * N + wide(first_m) * N
+    map_tile = map_ptr + to_int64(plane) * M * N + to_int64(first_m) * N
     for part in tl.static_range(PARTS + (TAIL > 0)):
         offs_n = part * BLOCK_N + tl.arange(0, BLOCK_N if part < PARTS else TAIL)
         store_tile(map_tile, fused[part] * map_share, offs_m, offs_n, mask_m, offs_n < N, N)
@@ -177,7 +177,7 @@ def one_pass_launch(
         **given,
         **dict(map_ptr=maps, HEADS=heads, **split_args(q.shape[1], splits, heads)),
         **dict(BLOCK_D=short.padded, REST_D=0, BLOCK_DV=short.padded),
-        **dict(PARTS=short.parts, TAIL=short.tail, LAG=lag),
+        **dict(PARTS=short.parts, TAIL=short.tail, DELAY_PV=lag),
     }
     grid = (triton.cdiv(shared["M"], short.config.block_m) * q.shape[0] * splits,)
     return Launch(one_pass_kernel, grid, args, short.config)

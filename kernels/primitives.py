@@ -7,7 +7,7 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-HIDDEN: tl.constexpr = tl.constexpr(-5.0e4)  # attnx.reducers.HIDDEN
+MASK_THRESHOLD: tl.constexpr = tl.constexpr(-5.0e4)  # attnx.reducers.MASK_THRESHOLD
 
 # Triton's interpreter multiplies the bit patterns of bfloat16; widened to fp32 first, the products are the same.
 WIDEN: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -25,30 +25,30 @@ BOOLEAN: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
-def wide(index):
+def to_int64(index):
     """int64 of a loop's index: it is multiplied by strides, and the product may pass 2^31."""
     return tl.cast(index, tl.int64)
 
 
 @triton.jit
-def query_offsets(rows_ptr, first, offs, M, stride, HAS_ROWS: tl.constexpr, FAR: tl.constexpr):
+def query_offsets(rows_ptr, first, offs, M, stride, HAS_ROWS: tl.constexpr, INT64_OFFSETS: tl.constexpr):
     """(which query each row of the tile is, offset of the tile, offsets of its rows within it).
 
     A row after the last one becomes the last one: what it gives is never stored, so no load of it needs a mask.
-    Offsets within a tile are 32 bits wide unless FAR: every 64-bit one takes a register more.
+    Offsets within a tile are 32 bits wide unless INT64_OFFSETS: every 64-bit one takes a register more.
     """
     if HAS_ROWS:
         pos = tl.load(rows_ptr + first + offs, mask=first + offs < M, other=0).to(tl.int64)
-        return pos, wide(0), pos * stride
+        return pos, to_int64(0), pos * stride
     else:
         rows = tl.minimum(offs, M - 1 - first)
-        return first + offs, wide(first) * stride, row_offsets(rows, stride, FAR)
+        return first + offs, to_int64(first) * stride, row_offsets(rows, stride, INT64_OFFSETS)
 
 
 @triton.jit
-def row_offsets(rows, stride, FAR: tl.constexpr):
+def row_offsets(rows, stride, INT64_OFFSETS: tl.constexpr):
     """Offsets of a tile's rows within the tile."""
-    if FAR:
+    if INT64_OFFSETS:
         return rows.to(tl.int64) * stride
     else:
         return rows * stride
@@ -115,26 +115,26 @@ def masked_scores(
     scale_log2,
     BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
-    FOLD: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """The products as scores times log2(e), minus infinity where a key may not be attended.
 
-    With FOLD (no bias, scale > 0) they stay unscaled: exp2(s * scale_log2 - shift) is one instruction and the exponent,
-    and the maximum of scaled scores is the scaled maximum. `unit` is what is left to multiply by.
+    With FOLD_SCALE (no bias, scale > 0) the scores stay unscaled: exp2(s * scale_log2 - shift) is one FFMA and one
+    EX2, and the maximum of scaled scores is the scaled maximum. `score_unit` gives the factor that is left.
 
     Args:
         rows: offsets of the bias's rows; pos_m: which query each row is; offs_n: which key each column.
         EDGE: some columns are no keys (mask_n).
     """
-    if not FOLD:
+    if not FOLD_SCALE:
         s = s * scale_log2
     if BIAS != NO_BIAS:
         ptrs = bias_ptr + rows[:, None] + offs_n[None, :].to(tl.int64) * stride_bn
         bias = tl.load(ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0)
         if BIAS == ADDITIVE:
             bias = bias.to(tl.float32)
-            s = tl.where(bias < HIDDEN, float("-inf"), s + bias * LOG2E)
+            s = tl.where(bias < MASK_THRESHOLD, float("-inf"), s + bias * LOG2E)
         else:
             s = tl.where(bias != 0, s, float("-inf"))
     if CAUSAL:
@@ -145,9 +145,9 @@ def masked_scores(
 
 
 @triton.jit
-def unit(scale_log2, FOLD: tl.constexpr):
+def score_unit(scale_log2, FOLD_SCALE: tl.constexpr):
     """What scores of `masked_scores` are multiplied by to be in units of log 2."""
-    if FOLD:
+    if FOLD_SCALE:
         return scale_log2
     return 1.0
 
@@ -159,7 +159,7 @@ def finite_max(m):
 
 
 @triton.jit
-def shifts(lse):
+def lse_to_log2(lse):
     """What is subtracted from scores in units of log 2, of rows with these log-sum-exps (natural).
 
     Plus infinity for a row without keys: its weights are 0, and not exp(NaN).

@@ -10,13 +10,13 @@ from attnx.kernels.configs import Launch, Target, vecmat_config
 from attnx.kernels.primitives import (
     NO_BIAS,
     head_tiles,
+    lse_to_log2,
     masked_scores,
     products,
     query_offsets,
     row_offsets,
-    shifts,
-    unit,
-    wide,
+    score_unit,
+    to_int64,
 )
 
 
@@ -28,20 +28,20 @@ def vecmat_kernel(
     stride_bb, stride_bh, stride_bm, stride_bn,
     H, GROUP, M, N, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
-    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD: tl.constexpr, FAR: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD_SCALE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N entries of r @ P of one head: its keys stay on chip, the queries pass by; summed once, at the end."""
     pid = tl.program_id(0)
     blocks_n = tl.cdiv(N, BLOCK_N)
     first_n = (pid % blocks_n) * BLOCK_N
-    h = wide((pid // blocks_n) % H)
-    b = wide(pid // blocks_n // H)
+    h = to_int64((pid // blocks_n) % H)
+    b = to_int64(pid // blocks_n // H)
 
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_n = offs_n < N - first_n
-    offs_k = row_offsets(tl.minimum(offs_n, N - 1 - first_n), stride_kn, FAR)
-    k_tile = k_ptr + b * stride_kb + h // GROUP * stride_kh + wide(first_n) * stride_kn
+    offs_k = row_offsets(tl.minimum(offs_n, N - 1 - first_n), stride_kn, INT64_OFFSETS)
+    k_tile = k_ptr + b * stride_kb + h // GROUP * stride_kh + to_int64(first_n) * stride_kn
     k = head_tiles(k_tile, offs_k, stride_kd, D, BLOCK_D, REST_D)
     q_head = q_ptr + b * stride_qb + h * stride_qh
     bias_head = bias_ptr + b * stride_bb + h * stride_bh
@@ -56,19 +56,19 @@ def vecmat_kernel(
     # A bias needs the registers that hoisted addresses would take.
     for first_m in tl.range(start, M, BLOCK_M, disable_licm=BIAS != NO_BIAS):
         mask_m = offs_m < M - first_m
-        lse, r = shifts(ahead_lse), ahead_r
+        lse, r = lse_to_log2(ahead_lse), ahead_r
         # Those of the next rows are on their way while these are at work.
         rest = M - first_m - BLOCK_M
         ahead_lse = tl.load(lse_head + first_m + BLOCK_M + offs_m, mask=offs_m < rest, other=0.0)
         ahead_r = tl.load(r_batch + first_m + BLOCK_M + offs_m, mask=offs_m < rest, other=0.0)
-        pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, FAR)
+        pos_m, q_tile, offs_q = query_offsets(rows_ptr, first_m, offs_m, M, stride_qm, HAS_ROWS, INT64_OFFSETS)
         q = head_tiles(q_head + q_tile, offs_q, stride_qd, D, BLOCK_D, REST_D)
         s = masked_scores(
             products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
             bias_head, pos_m.to(tl.int64) * stride_bm, mask_m, pos_m, first_n + offs_n, mask_n,
-            stride_bn, scale_log2, BIAS, CAUSAL, FOLD, False,
+            stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE, False,
         )  # fmt: skip
-        p = tl.exp2(s * unit(scale_log2, FOLD) - lse[:, None])
+        p = tl.exp2(s * score_unit(scale_log2, FOLD_SCALE) - lse[:, None])
         # A row that has nothing to pass on passes no NaN on either.
         total += tl.where((r == 0.0)[:, None], 0.0, r[:, None] * p)
     tl.store(out_ptr + (b * H + h) * N + first_n + offs_n, tl.sum(total, 0), mask=mask_n)

@@ -15,7 +15,7 @@ from pathlib import Path
 import processes
 from small_job import tools
 
-from attnx.cli import main
+from attnx.cli.main import main
 
 ENGINES = {
     "local1": [["--device", "cpu"]],

@@ -30,7 +30,7 @@ def original_albef(config: AlbefConfig = CONFIG) -> torch.nn.Module:
     folder = checkout("ATTNX_ALBEF", "salesforce/ALBEF")
     sys.path.insert(0, str(ROOT))
     try:
-        from benchmarks.original import load_original
+        from benchmarks.peers.original import load_original
     finally:
         sys.path.remove(str(ROOT))
     return load_original(folder, config)

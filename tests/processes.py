@@ -25,7 +25,15 @@ def marked(temporary: Path, site: Path | None = None, **more: str) -> dict[str, 
 
 def start(source: Path, out: Path, *options: str, env: dict[str, str]) -> subprocess.Popen:
     """`attnx extract`, in a session of its own."""
-    command = [sys.executable, "-c", "from attnx.cli import main; main()", "extract", str(source), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "attnx",
+        "extract",
+        str(source),
+        "--out",
+        str(out),
+    ]
     return subprocess.Popen(
         [*command, *COMMON, *options], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,

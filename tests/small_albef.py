@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from attnx.models.albef import Albef, AlbefConfig
-from attnx.models.words import Tokenizer
+from attnx.models.tokenizer import Tokenizer
 
 VOCAB = (
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "circle", "square", "left", "of", "the"),

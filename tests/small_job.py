@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from attnx.jobs.job import Job, Rank, open_job
-from attnx.jobs.recipe import ExtractRecipe, Running, Tools
+from attnx.jobs.recipe import ExtractRecipe, RunOptions, Runtime
 from attnx.jobs.run import run_job
 
 RECIPE = ExtractRecipe(
@@ -38,13 +38,13 @@ def recipe(source: Path, **changes: Any) -> ExtractRecipe:
     return dataclasses.replace(RECIPE, source=str(source), **changes)
 
 
-def tools(source: Path, **changes: Any) -> Tools:
+def tools(source: Path, **changes: Any) -> Runtime:
     """Of a folder of pictures, on the CPU."""
     return recipe(source, **changes).load(torch.device("cpu"))
 
 
 @contextmanager
-def opened(made_with: Tools, out: Path, shard_size: int | None = None, rank: Rank | None = None) -> Iterator[Job]:
+def opened(made_with: Runtime, out: Path, shard_size: int | None = None, rank: Rank | None = None) -> Iterator[Job]:
     """The job of a folder, as `attnx extract` opens it."""
     how = made_with.recipe
     with open_job(
@@ -69,5 +69,5 @@ def made_job(folder: Path, out: Path, shard_size: int, **changes: Any) -> Path:
     torch.set_num_threads(1)
     made_with = tools(folder, **changes)
     with opened(made_with, out, shard_size) as planned:
-        run_job(made_with, planned, Running(batch_size=4, workers=0))
+        run_job(made_with, planned, RunOptions(batch_size=4, workers=0))
     return out

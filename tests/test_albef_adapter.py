@@ -14,8 +14,8 @@ from test_capture import assert_same_state, state
 from torch import Tensor, nn
 
 import attnx
-from attnx.adapters import albef, open_ears
 from attnx.testing import assert_within_budget
+from attnx.trace.adapters import albef, route_to_sdpa
 
 
 class Keeper(nn.Module):
@@ -309,7 +309,7 @@ def test_gradcam_of_a_capture_is_the_notebooks(pair, frozen):
     with attnx.capture(model, layers=name, grad=True) as trace:
         trace.backward(model(*inputs)[:, 1].sum())
     assert_within_budget(trace[name], weighted(*exact[1:]), weighted(*own[1:]), exponent=8)
-    # Asked in the old way too, even where the parameters are frozen and the original raises.
+    # JobOptions in the old way too, even where the parameters are frozen and the original raises.
     assert_within_budget(cross.get_attn_gradients(), exact[2], own[2], exponent=8)
 
 
@@ -364,7 +364,7 @@ def test_probabilities_that_are_returned(pair):
     cross, args, options = attend(pair, output_attentions=True)
     own = cross(*args, **options)
     with torch.no_grad(), attnx.capture(cross) as trace:
-        undo = open_ears(cross)
+        undo = route_to_sdpa(cross)
         assert undo == []  # what is open is left alone
         context, p, (k, v) = cross.forward(*args, **options)
         cross(*args, **{**options, "output_attentions": False})
@@ -432,7 +432,7 @@ def test_a_row_that_is_masked_whole_stays_finite_in_half(pair):
     options["encoder_attention_mask"][1] = torch.finfo(torch.float32).min
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         own = cross(*args, **options)[0]
-        undo = open_ears(cross)
+        undo = route_to_sdpa(cross)
         ours = cross(*args, **options)[0]
     assert "forward" in vars(cross)
     for put_back in undo:
@@ -529,7 +529,7 @@ def test_others_of_the_same_names_are_left_alone():
     Gated.__name__ = "Attention"
     models = (timm.create_model("vit_tiny_patch16_224", depth=1), transformers.BertModel(bert), Gated(12, 2))
     for model in models:
-        undo = open_ears(model)
+        undo = route_to_sdpa(model)
         assert not any("forward" in vars(module) for module in model.modules())
         while undo:
             undo.pop()()

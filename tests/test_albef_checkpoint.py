@@ -13,7 +13,7 @@ from small_albef import CONFIG, VOCAB, small_albef, small_images
 
 import attnx
 from attnx.models.albef_checkpoint import load_albef
-from attnx.models.words import Tokenizer, pre_caption
+from attnx.models.tokenizer import Tokenizer, pre_caption
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -197,7 +197,7 @@ def test_berts_own_tokenizer_says_the_same():
 def test_the_hubs_vocabulary(tmp_path, vocab, monkeypatch):
     from transformers import BertTokenizer
 
-    from attnx.models import words
+    from attnx.models import tokenizer as words
 
     BertTokenizer(str(vocab)).save_pretrained(tmp_path / "hub")
     monkeypatch.setattr(words, "HUB", str(tmp_path / "hub"))

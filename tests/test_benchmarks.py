@@ -15,7 +15,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 # Only for these imports: the root on the path would make a bare `kernels` ours.
 sys.path.insert(0, str(ROOT))
-from benchmarks import exact, machine, memory, mkl, peers, record, run, test_models, timing  # noqa: E402
+from benchmarks import exact, machine, mkl, record, run, timing  # noqa: E402
+from benchmarks.peers import op as peers  # noqa: E402
+from benchmarks.suites import memory, test_models  # noqa: E402
 
 sys.path.remove(str(ROOT))
 
@@ -308,7 +310,7 @@ def test_a_capture_without_memory_is_no_stream(device: dict[str, Exception]) -> 
 
 
 def test_a_sweep_without_time_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = pytest.importorskip("benchmarks.sweep")
+    sweep = pytest.importorskip("benchmarks.suites.sweep")
 
     def compile_all(target: Any, problems: Any, jobs: int) -> list[dict[str, Any]]:
         return [row for problem in problems for row in sweep.untried(problem, target)]
@@ -371,7 +373,7 @@ def test_what_no_memory_can_hold_is_not_tried(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", ["forward", "word_maps", "gradcam"])
 def test_words_run_on_a_tiny_model(name):
-    from benchmarks import words
+    from benchmarks.suites import words
 
     run = words.Run(2, 32)
     row = words.timed(name, run, None, quick=True) | words.peak(name, run, None, quick=True)
@@ -385,7 +387,7 @@ def test_words_run_on_a_tiny_model(name):
 
 
 def test_the_original_is_looked_for_where_it_was_said_to_be(tmp_path):
-    from benchmarks.original import load_original
+    from benchmarks.peers.original import load_original
 
     with pytest.raises(FileNotFoundError, match=r"expected one of salesforce/ALBEF"):
         load_original(tmp_path)

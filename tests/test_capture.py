@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import attnx
-from attnx.layers import attention_layers
 from attnx.testing import oracle
+from attnx.trace.layers import attention_layers
 
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}
 TIMM = {

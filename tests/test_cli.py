@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import attnx
-from attnx.cli import app
+from attnx.cli.main import app
 from attnx.images import read_image
 from attnx.models.loading import load_model
 

@@ -21,13 +21,13 @@ from test_cli import fails, run
 
 import attnx
 from attnx.jobs.job import Job
-from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.recipe import RunOptions, Runtime
 from attnx.jobs.rows import Row
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.runfile import FORMAT, read_run, write_run
 from attnx.jobs.shards import DamagedError, Part
 
-HERE = Running(batch_size=4, workers=0)
+HERE = RunOptions(batch_size=4, workers=0)
 STORES = ("map", "full")
 FIRST = "part-00000.parquet"
 FIELDS = ("format", "sha256", "rows", "shard_size", "batch_size", "manifest_sha256", "source", "settings", "recipe")
@@ -43,7 +43,7 @@ class Finished:
     def __init__(self, pictures: Path, out: Path, store: str) -> None:
         rolling = {"residual": 0.5, "discard": 0.0, "start": 0, "preset": None}
         more = {} if store == "map" else {"store": store, "method": "rollout", "rolling": rolling}
-        self.made: Tools = tools(pictures, **more)
+        self.made: Runtime = tools(pictures, **more)
         self.out = out
         resume(self.made, out, shard_size=5)
         self.files = files(out)
@@ -69,7 +69,7 @@ def job(request: pytest.FixtureRequest, finished: dict[str, Finished]) -> Finish
     return finished[request.param]
 
 
-def resume(made: Tools, out: Path, shard_size: int | None = None, **options: Any) -> Report:
+def resume(made: Runtime, out: Path, shard_size: int | None = None, **options: Any) -> Report:
     with opened(made, out, shard_size) as planned:
         return run_job(made, planned, HERE, **options)
 

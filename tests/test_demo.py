@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attnx.demo.model import demo_model
 from attnx.demo.run import run_demo
 from attnx.demo.scenes import CLASSES, draw_scene
+from attnx.demo.vit import demo_model
 
 UNSEEN = 30_000_000
 
@@ -38,7 +38,7 @@ def test_the_model_names_the_target() -> None:
 
 
 def test_weights_are_small() -> None:
-    import attnx.demo.model as module
+    import attnx.demo.vit as module
 
     assert module.WEIGHTS.stat().st_size <= 3 << 20
 

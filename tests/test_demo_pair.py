@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from attnx.demo import pair
+from attnx.demo import albef as pair
 from attnx.demo.captioned import RELATIONS, describe, draw_pair
-from attnx.demo.objective import holds, phrase
 from attnx.demo.pointing import Pointing, point_at_phrases, words_sheet
 from attnx.demo.scenes import COLORS, SHAPES
+from attnx.demo.training.objective import holds, phrase
 
 UNSEEN = 30_000_000
 
@@ -96,7 +96,7 @@ def test_words_point_at_what_they_name(pointing: Pointing) -> None:
 
 def test_the_pair_knows_what_belongs_to_what(pointing: Pointing) -> None:
     """Captions with the objects' colours or shapes exchanged are refused; true ones are not."""
-    model = pair.demo_pair()
+    model = pair.demo_albef()
     images = pair.prepare([scene.image for scene in pointing.scenes])
     facts = [scene.facts for scene in pointing.scenes]
     captions = [scene.caption for scene in pointing.scenes]
@@ -122,7 +122,7 @@ def test_training_writes_weights(tmp_path: Path) -> None:
     few = "--steps 3 --scenes 60 --batch-size 8 --held-out 4"
     runs = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
     for out in runs:
-        command = [sys.executable, "-m", "attnx.demo.train_pair", "--out", str(out), *few.split()]
+        command = [sys.executable, "-m", "attnx.demo.training.albef", "--out", str(out), *few.split()]
         told = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=True).stdout
         assert "3/3" in told
         assert "gradcam 2" in told

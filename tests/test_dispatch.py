@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnx
-from attnx import dispatch
+from attnx.ops import dispatch
 from attnx.testing import Case, assert_attention, random_inputs
 
 

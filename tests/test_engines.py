@@ -17,25 +17,25 @@ from small_job import draw, files, opened, shards, tools
 
 import attnx
 from attnx.jobs.engines.cluster import Cluster, _sizes
-from attnx.jobs.engines.here import device_of_rank, rank_of
+from attnx.jobs.engines.in_process import device_of_rank, rank_of
 from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job, Rank, writing
-from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.recipe import RunOptions, Runtime
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.runfile import write_run
 
-RUNNING = Running(batch_size=4, workers=1)
+RUNNING = RunOptions(batch_size=4, workers=1)
 TWO = {"devices": ["cpu", "cpu"]}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Tools:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     torch.set_num_threads(1)
     return tools(draw(tmp_path_factory.mktemp("pictures"), 40, broken=(10,)))
 
 
 @pytest.fixture(scope="module")
-def whole(made: Tools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(made: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The job in this process, in shards of 5."""
     out = tmp_path_factory.mktemp("whole")
     run(made, out)
@@ -54,7 +54,7 @@ def ray():
     ray.shutdown()
 
 
-def run(made: Tools, out: Path, **options) -> Report:
+def run(made: Runtime, out: Path, **options) -> Report:
     with opened(made, out, 5) as job:
         return run_job(made, job, RUNNING, **options)
 
@@ -99,7 +99,11 @@ def block(part: Path) -> Callable[[int, int], None]:
 
 
 def test_a_process_for_each_device_and_one_that_is_killed_costs_a_shard(
-    made: Tools, whole: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    made: Runtime,
+    whole: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     temporary = tmp_path_factory.mktemp("temporary")
     monkeypatch.setenv("TMPDIR", str(temporary))
@@ -125,7 +129,7 @@ def test_a_process_for_each_device_and_one_that_is_killed_costs_a_shard(
     assert len(list(temporary.iterdir())) <= 1
 
 
-def test_a_device_that_fails_is_left_to_the_others(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_a_device_that_fails_is_left_to_the_others(made: Runtime, whole: Path, tmp_path: Path) -> None:
     said: list[str] = []
     report = run(made, tmp_path, devices=["cpu", "cuda:99"], say=said.append, tries=2)
     assert files(tmp_path) == files(whole)
@@ -134,7 +138,7 @@ def test_a_device_that_fails_is_left_to_the_others(made: Tools, whole: Path, tmp
     assert all(text.startswith("cuda:99 is left out after 2 failures in a row: ") for text in said)
 
 
-def test_a_shard_that_can_not_be_made_is_set_aside(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_a_shard_that_can_not_be_made_is_set_aside(made: Runtime, whole: Path, tmp_path: Path) -> None:
     """A folder stands where its file should be."""
     said: list[str] = []
     report = run(made, tmp_path, **TWO, say=said.append, tries=1, progress=block(tmp_path / "part-00002.parquet"))
@@ -151,7 +155,7 @@ def test_a_shard_that_can_not_be_made_is_set_aside(made: Tools, whole: Path, tmp
     assert files(tmp_path) == files(whole)
 
 
-def test_processes_that_all_fail_end_the_job(made: Tools, tmp_path: Path) -> None:
+def test_processes_that_all_fail_end_the_job(made: Runtime, tmp_path: Path) -> None:
     said: list[str] = []
     with opened(made, tmp_path, 5) as job:
         write_run(tmp_path, {**job.run, "settings": {**job.run["settings"], "weights": "0"}})
@@ -162,9 +166,17 @@ def test_processes_that_all_fail_end_the_job(made: Tools, tmp_path: Path) -> Non
     assert shards(tmp_path) == {}
 
 
-def test_a_run_that_is_killed_takes_its_processes_with_it(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_takes_its_processes_with_it(made: Runtime, whole: Path, tmp_path: Path) -> None:
     pictures, out = draw(tmp_path / "pictures", 120), tmp_path / "out"
-    command = [sys.executable, "-c", "from attnx.cli import main; main()", "extract", str(pictures), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "attnx",
+        "extract",
+        str(pictures),
+        "--out",
+        str(out),
+    ]
     command += ["--device", "cpu,cpu", "--method", "cls", "--shard-size", "5", "--batch-size", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not out.exists() or not shards(out):
@@ -178,7 +190,7 @@ def test_a_run_that_is_killed_takes_its_processes_with_it(made: Tools, whole: Pa
         assert not any(map(alive, writers))
     whole_job = tools(pictures)
     with opened(whole_job, out) as job:
-        run_job(whole_job, job, Running(workers=0))
+        run_job(whole_job, job, RunOptions(workers=0))
     assert [row.key for row in attnx.open(out)] == [f"{i:03d}.jpg" for i in range(120)]
     # Decoders see for themselves that nobody listens.
     until = time.monotonic() + 30
@@ -188,9 +200,9 @@ def test_a_run_that_is_killed_takes_its_processes_with_it(made: Tools, whole: Pa
     assert not list(out.glob(".part*"))
 
 
-def test_ranks_share_a_job(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_ranks_share_a_job(made: Runtime, whole: Path, tmp_path: Path) -> None:
     """At once, each of which would plan."""
-    command = [sys.executable, "-c", "from attnx.cli import main; main()", "extract", made.recipe.source, "--out"]
+    command = [sys.executable, "-m", "attnx", "extract", made.recipe.source, "--out"]
     command += [str(tmp_path), "--device", "cpu", "--method", "cls", "--shard-size", "5", "--batch-size", "4"]
     command += ["--engine", "ranks"]
     ranks = [
@@ -209,7 +221,7 @@ def test_ranks_share_a_job(made: Tools, whole: Path, tmp_path: Path) -> None:
     assert Job(tmp_path).done() == set(range(8))
 
 
-def test_a_rank_does_its_part(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_a_rank_does_its_part(made: Runtime, whole: Path, tmp_path: Path) -> None:
     with opened(made, tmp_path, 5, Rank(1, 3)) as job:
         (tmp_path / ".part-00000-of-another.tmp").touch()
         report = run_job(made, job, RUNNING, rank=Rank(1, 3))
@@ -269,12 +281,12 @@ def test_a_rank_that_nothing_says_is_refused() -> None:
         rank_of(None, None, {"RANK": "1", "WORLD_SIZE": "two"})
 
 
-def test_actors_of_a_cluster(ray, made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_actors_of_a_cluster(ray, made: Runtime, whole: Path, tmp_path: Path) -> None:
     """One of which is killed, and costs a shard's time; and one shard can't be made, for a folder is in its place."""
     said: list[str] = []
     blocked = block(tmp_path / "part-00006.parquet")
     # Not our child, but one of the cluster's.
-    kill = kill_once(lambda: os.kill(children(1, "ray::Maker")[0], signal.SIGKILL))
+    kill = kill_once(lambda: os.kill(children(1, "ray::ShardActor")[0], signal.SIGKILL))
 
     def progress(done: int, total: int) -> None:
         blocked(done, total)
@@ -292,7 +304,7 @@ def test_actors_of_a_cluster(ray, made: Tools, whole: Path, tmp_path: Path) -> N
     assert not list(tmp_path.glob(".part*"))
 
 
-def test_here_too_a_shard_is_set_aside(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_here_too_a_shard_is_set_aside(made: Runtime, whole: Path, tmp_path: Path) -> None:
     said: list[str] = []
     report = run(made, tmp_path, say=said.append, tries=2, progress=block(tmp_path / "part-00007.parquet"))
     assert (list(report.set_aside), report.maps, len(said)) == ([7], 34, 2)

@@ -20,36 +20,36 @@ from test_cli import fails
 from typer.testing import CliRunner, Result
 
 import attnx
-from attnx.cli import app
+from attnx.cli.main import app
 from attnx.jobs import shards as shard_files
 from attnx.jobs.engines.queue import RunError
 from attnx.jobs.job import Job
 from attnx.jobs.progress import Log
-from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.recipe import RunOptions, Runtime
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.sources import Entry, reachable
 from attnx.jobs.sources.folder import Files
 from attnx.jobs.sources.reachable import Reachable, is_unreachable
 
-HERE = Running(batch_size=4, workers=0)
+HERE = RunOptions(batch_size=4, workers=0)
 HOW = ("--method", "cls", "--device", "cpu", "--workers", "0", "--batch-size", "4", "--shard-size", "5")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Tools:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     torch.set_num_threads(1)
     return tools(draw(tmp_path_factory.mktemp("environment") / "pictures", 40))
 
 
 @pytest.fixture(scope="module")
-def whole(made: Tools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(made: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed job, in shards of 5."""
     out = tmp_path_factory.mktemp("whole")
     run(made, out)
     return out
 
 
-def run(made: Tools, out: Path, **options: Any) -> Report:
+def run(made: Runtime, out: Path, **options: Any) -> Report:
     with opened(made, out, 5) as job:
         return run_job(made, job, HERE, **options)
 
@@ -80,7 +80,7 @@ def between_shards(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -
     monkeypatch.setattr(Log, "progress", both)
 
 
-def test_a_source_that_vanishes_ends_the_run_and_costs_no_row(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_a_source_that_vanishes_ends_the_run_and_costs_no_row(made: Runtime, whole: Path, tmp_path: Path) -> None:
     source = Path(made.recipe.source)
     gone = source.with_name("gone")
     with pytest.raises(RunError, match=r"source: .*pictures can't be reached: it is not there any more.*run the same"):
@@ -96,7 +96,7 @@ def test_a_source_that_vanishes_ends_the_run_and_costs_no_row(made: Tools, whole
 
 
 def test_a_command_whose_source_vanishes_ends_with_2(
-    made: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(made.recipe.source)
     gone, out = source.with_name("gone"), tmp_path / "out"
@@ -256,7 +256,7 @@ def test_a_source_that_never_answers_is_not_waited_for(tmp_path: Path, monkeypat
 
 
 def test_an_output_that_is_removed_ends_the_run_and_is_not_made_anew(
-    made: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     # At once, as nobody who removes it file by file can.
@@ -272,7 +272,7 @@ def test_an_output_that_is_removed_ends_the_run_and_is_not_made_anew(
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EDQUOT])
 def test_a_disk_that_takes_no_more_ends_the_run(
-    made: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    made: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     seal, sealed = shard_files._seal, []
 
@@ -298,7 +298,7 @@ def no_locks(file: object, how: int) -> None:
 
 
 def test_a_file_system_without_locks_is_told(
-    made: Tools, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Runtime, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.warns(UserWarning, match=r"has no locks \(No locks available\): start no second run there while this"):
@@ -307,7 +307,7 @@ def test_a_file_system_without_locks_is_told(
 
 
 def test_where_there_are_no_locks_the_run_that_began_first_gives_way(
-    made: Tools, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Runtime, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", no_locks)
     said: list[str] = []
@@ -320,7 +320,7 @@ def test_where_there_are_no_locks_the_run_that_began_first_gives_way(
     assert files(tmp_path) == files(whole)
 
 
-def test_a_processor_that_can_not_be_loaded_is_told_before_there_is_a_job(made: Tools, tmp_path: Path) -> None:
+def test_a_processor_that_can_not_be_loaded_is_told_before_there_is_a_job(made: Runtime, tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTModel
 
     config = ViTConfig(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import attnx
-from attnx.cli import app
+from attnx.cli.main import app
 
 
 def vit(size: tuple[int, int] = (48, 64), **options: object) -> nn.Module:

@@ -11,9 +11,9 @@ import transformers
 from torch import Tensor, nn
 
 import attnx
-from attnx import kept
-from attnx.backends import pages
-from attnx.extractor import Extractor
+from attnx.extract.extractor import Extractor
+from attnx.ops.backends import map_pool as pages
+from attnx.trace import records as kept
 
 TINY = {"embed_dim": 48, "depth": 4, "num_heads": 3}
 

@@ -12,7 +12,7 @@ import pytest
 from small_job import draw, made_job
 from typer.testing import CliRunner
 
-from attnx.cli import app
+from attnx.cli.main import app
 
 SECONDS = 30  # for one command
 HOSTILE = [

@@ -111,10 +111,10 @@ def test_no_gradient_of_all_heads_is_made():
 
     q = torch.randn(1, 12, 700, 64)
     with Watch():
-        from attnx.backends import eager
-        from attnx.reducers import Heads
+        from attnx.ops.backends import eager
+        from attnx.ops.reducers import Reduction
 
-        eager.gradient_map(q, q, q, q, None, False, 0.125, Heads.MEAN, True, None, None)
+        eager.gradient_map(q, q, q, q, None, False, 0.125, Reduction.MEAN, True, None, None)
     assert largest <= 5 << 20  # a block of weights is 4 MB; of all heads 24 MB
 
 

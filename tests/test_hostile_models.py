@@ -18,7 +18,7 @@ from attnx.models.albef import AlbefConfig
 from attnx.models.albef_checkpoint import load_albef
 from attnx.models.checkpoint import load_checkpoint, read_weights
 from attnx.models.loading import load_model
-from attnx.models.words import Tokenizer
+from attnx.models.tokenizer import Tokenizer
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"]
 
@@ -265,5 +265,5 @@ def test_vocabularies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Tokenizer(path)("dog").ids == (2, 5, 3)
     path.write_bytes(path.read_bytes() + b"\r\n\xff")
     refused(lambda: Tokenizer(path), "vocab: expected word pieces in UTF-8")
-    monkeypatch.setattr("attnx.models.words.VOCAB_BYTES", 8)
+    monkeypatch.setattr("attnx.models.tokenizer.VOCAB_BYTES", 8)
     refused(lambda: Tokenizer(path), "vocab: expected at most 8 bytes")

@@ -338,7 +338,7 @@ def test_another_thread_runs_an_eager_model_while_captures_come_and_go() -> None
     thread.start()
     try:
         for _ in range(200):
-            for undo in attnx.adapters.open_ears(model):
+            for undo in attnx.adapters.route_to_sdpa(model):
                 undo()
     finally:
         sys.setswitchinterval(interval)

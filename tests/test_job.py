@@ -19,35 +19,35 @@ from small_job import draw, files, opened, shards, tools
 import attnx
 from attnx.images import read_image
 from attnx.jobs.job import Job, Rank, open_job, writing
-from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.recipe import RunOptions, Runtime
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.shards import parts
 from attnx.jobs.sources import Entry, open_source
 
-HERE = Running(batch_size=4, workers=0)
+HERE = RunOptions(batch_size=4, workers=0)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Tools:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     """Of 30 pictures, the tenth and the last of which are cut off."""
     torch.set_num_threads(1)
     return tools(draw(tmp_path_factory.mktemp("pictures"), 30, broken=(10, 29)))
 
 
 @pytest.fixture(scope="module")
-def whole(made: Tools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(made: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed job, in shards of 7."""
     out = tmp_path_factory.mktemp("whole")
     run(made, out)
     return out
 
 
-def run(made: Tools, out: Path, running: Running = HERE, shard_size: int | None = 7, **options: object) -> Report:
+def run(made: Runtime, out: Path, running: RunOptions = HERE, shard_size: int | None = 7, **options: object) -> Report:
     with opened(made, out, shard_size) as job:
         return run_job(made, job, running, **options)
 
 
-def test_a_job_is_its_files(made: Tools, whole: Path) -> None:
+def test_a_job_is_its_files(made: Runtime, whole: Path) -> None:
     parts = [f"part-{i:05d}.parquet" for i in range(5)]
     assert list(files(whole)) == ["manifest.parquet", *parts, "run.json"]
     rows = list(attnx.open(whole))
@@ -65,7 +65,7 @@ def test_a_job_is_its_files(made: Tools, whole: Path) -> None:
     assert rows[0].crop == crop
 
 
-def test_it_goes_on_where_it_was_stopped(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_it_goes_on_where_it_was_stopped(made: Runtime, whole: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     with opened(made, tmp_path, 7) as job, made.worker(job, HERE) as worker:
         worker.run_shard(3).result()
@@ -78,7 +78,7 @@ def test_it_goes_on_where_it_was_stopped(made: Tools, whole: Path, tmp_path: Pat
     assert (again.before, again.made, again.maps) == (30, 0, 28)
 
 
-def test_other_settings_are_refused_with_each_difference(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused_with_each_difference(made: Runtime, whole: Path, tmp_path: Path) -> None:
     before = files(whole)
     other = tools(Path(made.recipe.source), map_dtype="uint8", heads="max")
     with pytest.raises(ValueError, match=r"other settings. heads: 'mean' there, 'max' asked; map_dtype: 'float16' "):
@@ -91,7 +91,7 @@ def test_other_settings_are_refused_with_each_difference(made: Tools, whole: Pat
     assert files(whole) == before
 
 
-def test_a_plan_without_shards_makes_room_for_another(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_a_plan_without_shards_makes_room_for_another(made: Runtime, whole: Path, tmp_path: Path) -> None:
     with opened(made, tmp_path, 3):
         pass
     with pytest.raises(ValueError, match="shard_size: 3 there, 7 asked"), opened(made, tmp_path, 7, Rank(0, 2)):
@@ -101,7 +101,7 @@ def test_a_plan_without_shards_makes_room_for_another(made: Tools, whole: Path, 
     assert files(tmp_path) == files(whole)
 
 
-def test_only_one_run_writes(made: Tools, tmp_path: Path) -> None:
+def test_only_one_run_writes(made: Runtime, tmp_path: Path) -> None:
     with opened(made, tmp_path, 7), pytest.raises(ValueError, match="another run writes to"):
         run(made, tmp_path)
     with opened(made, tmp_path, 7, Rank(0, 2)):
@@ -116,7 +116,7 @@ def test_only_one_run_writes(made: Tools, tmp_path: Path) -> None:
     assert run(made, tmp_path).maps == 28
 
 
-def test_failed_rows_are_done_again_and_no_others(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_failed_rows_are_done_again_and_no_others(made: Runtime, whole: Path, tmp_path: Path) -> None:
     pictures = draw(tmp_path / "pictures", 30, broken=(10, 29))
     changed = dataclasses.replace(made, recipe=dataclasses.replace(made.recipe, source=str(pictures)))
     out = tmp_path / "out"
@@ -135,7 +135,7 @@ def test_failed_rows_are_done_again_and_no_others(made: Tools, whole: Path, tmp_
     assert rows[10]["map"] is not None
 
 
-def test_a_folder_that_is_no_job_is_refused(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_job_is_refused(made: Runtime, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "part-00000.parquet").write_bytes((whole / "part-00000.parquet").read_bytes())
     with pytest.raises(ValueError, match=r"has shards and no run\.json"):
         run(made, tmp_path)
@@ -145,7 +145,7 @@ def test_a_folder_that_is_no_job_is_refused(made: Tools, whole: Path, tmp_path: 
         run(made, file)
 
 
-def test_keys_that_come_twice_leave_no_job(made: Tools, tmp_path: Path) -> None:
+def test_keys_that_come_twice_leave_no_job(made: Runtime, tmp_path: Path) -> None:
     class Twice:
         kind = "twice"
 
@@ -157,7 +157,7 @@ def test_keys_that_come_twice_leave_no_job(made: Tools, tmp_path: Path) -> None:
     assert list(files(tmp_path)) == []
 
 
-def test_nothing_is_written_outside_the_folder(made: Tools, tmp_path: Path) -> None:
+def test_nothing_is_written_outside_the_folder(made: Runtime, tmp_path: Path) -> None:
     """Keys are data: none of them is part of a path."""
     draw(tmp_path / "pictures", 1)
     hard = ["../../up", "/etc/passwd", "a/b\\c", "ключ-键", "x" * 5000, "nul\0l", "<script>alert(1)</script>"]
@@ -182,11 +182,11 @@ KILLED = """
     torch.set_num_threads(1)
     sys.path.insert(0, {tests!r})
     from small_job import opened, tools
-    from attnx.jobs.recipe import Running
+    from attnx.jobs.recipe import RunOptions
     from attnx.jobs.run import run_job
     import pyarrow.parquet
 
-    made, running = tools(Path({source!r})), Running(batch_size=4, workers=0)
+    made, running = tools(Path({source!r})), RunOptions(batch_size=4, workers=0)
     out, kills, finished = Path({out!r}), 0, 0
 
     def once(folder):
@@ -221,7 +221,7 @@ KILLED = """
 
 
 @pytest.mark.long
-def test_fifty_kills_lose_nothing(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_fifty_kills_lose_nothing(made: Runtime, whole: Path, tmp_path: Path) -> None:
     script = KILLED.format(tests=str(Path(__file__).parent), source=made.recipe.source, out=str(tmp_path))
     command = [sys.executable, "-c", textwrap.dedent(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
@@ -235,7 +235,15 @@ def test_fifty_kills_lose_nothing(made: Tools, whole: Path, tmp_path: Path) -> N
 def test_an_interrupt_leaves_whole_shards(tmp_path: Path) -> None:
     """As a user's: of a terminal, which sends it to every process of the command."""
     pictures, out = draw(tmp_path / "pictures", 300), tmp_path / "out"
-    command = [sys.executable, "-c", "from attnx.cli import main; main()", "extract", str(pictures), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "attnx",
+        "extract",
+        str(pictures),
+        "--out",
+        str(out),
+    ]
     command += [
         "--device",
         "cpu",
@@ -264,7 +272,7 @@ def test_an_interrupt_leaves_whole_shards(tmp_path: Path) -> None:
     assert [row.key for row in attnx.open(out)] == [f"{i:03d}.jpg" for i in range(300)]
 
 
-def test_a_full_disk_stops_the_job_and_loses_nothing(made: Tools, whole: Path, tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_job_and_loses_nothing(made: Runtime, whole: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -293,7 +301,7 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(made: Tools, whole: Path, t
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_shard_of_large_maps_has_few_rows(made: Tools, tmp_path: Path) -> None:
+def test_a_shard_of_large_maps_has_few_rows(made: Runtime, tmp_path: Path) -> None:
     with open_job(tmp_path, open_source(Path(made.recipe.source)), {}, {}, row_bytes=100 * 2**20) as job:
         assert (job.shard_size, job.shards) == (2, 15)
     assert Job(tmp_path).rows_of(14) == 2

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnx
-from attnx import TokenLayout, Trace, kept
-from attnx.backends import native
-from attnx.kept import KeptMap, KeptQK, attend
+from attnx import TokenLayout, Trace
 from attnx.kernels.cpu.build import instructions
+from attnx.ops.backends import native
 from attnx.testing import oracle
+from attnx.trace import records as kept
+from attnx.trace.records import MapRecord, QKRecord, attend
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -77,7 +78,7 @@ def exact_rollout(maps: list[Tensor], residual: float = 0.5) -> Tensor:
 
 def exact_maps(trace: Trace) -> list[Tensor]:
     layers = [trace.kept(name) for name in trace]
-    assert all(isinstance(layer, KeptQK) for layer in layers)
+    assert all(isinstance(layer, QKRecord) for layer in layers)
     return [oracle(layer.q, layer.k, layer.k, layer.bias, layer.is_causal, layer.scale)[1] for layer in layers]
 
 
@@ -106,7 +107,7 @@ def test_maps_made_on_demand_are_those_of_keep_map(heads: str, rows: list[int] |
     assert list(ours) == list(maps)
     for name in maps:
         layer = ours.kept(name)
-        assert isinstance(layer, KeptQK)
+        assert isinstance(layer, QKRecord)
         assert layer.shape == maps[name].shape == ours[name].shape
         torch.testing.assert_close(ours[name], maps[name], rtol=1e-5, atol=1e-7)
         for i in (0, -1):
@@ -234,7 +235,7 @@ def test_q_and_k_do_not_keep_v() -> None:
 def test_auto_keeps_what_is_smaller(size: int, options: dict, maps: bool, no_map_is_small: None) -> None:
     model, images = tiny(size=size)
     trace = run(model, images, keep="auto", **options)
-    assert all(isinstance(trace.kept(name), KeptMap if maps else KeptQK) for name in trace)
+    assert all(isinstance(trace.kept(name), MapRecord if maps else QKRecord) for name in trace)
     others = run(model, images, keep="qk" if maps else "map", **options)
     if options.get("heads") is None and "rows" not in options:
         assert trace.nbytes < others.nbytes
@@ -249,7 +250,7 @@ def test_auto_counts_a_bias_that_would_be_kept(no_map_is_small: None) -> None:
     for bias, maps in ((torch.zeros(200), False), (torch.zeros(1, 2, 200, 200), True)):
         with attnx.capture(Biased(), keep="auto") as trace:
             trace._model(x, bias)
-        assert isinstance(trace.kept(0), KeptMap) == maps
+        assert isinstance(trace.kept(0), MapRecord) == maps
 
 
 def test_memory_is_linear_in_the_tokens(no_map_is_small: None) -> None:
@@ -296,9 +297,9 @@ def test_nested_captures_keep_what_each_was_asked_for() -> None:
             heard = model(images)
     torch.testing.assert_close(heard, plain, rtol=1e-5, atol=1e-5)
     for name in middle:
-        assert isinstance(outer.kept(name), KeptQK)
+        assert isinstance(outer.kept(name), QKRecord)
         torch.testing.assert_close(outer[name], middle[name], rtol=1e-5, atol=1e-7)
-        assert isinstance(inner.kept(name), KeptQK)
+        assert isinstance(inner.kept(name), QKRecord)
         assert (inner[name] >= middle[name] * (1 - 1e-5)).all()
 
 
@@ -404,7 +405,7 @@ def test_patch_and_extractor_keep_too() -> None:
         first = handle.trace.kept(0)
         model(images + 1)
     assert handle.trace.kept(0) is not first
-    assert isinstance(handle.trace.kept(0), KeptQK)
+    assert isinstance(handle.trace.kept(0), QKRecord)
     handle.remove()
     results = [attnx.Extractor(model, keep=keep)(images) for keep in ("auto", "qk", "map")]
     assert torch.equal(results[0], results[2])  # maps that are small
@@ -475,7 +476,7 @@ def test_only_whole_mean_maps_without_a_mask_are_known_to_be_stochastic() -> Non
     call = dict(bias=None, is_causal=False, scale=None, backend="auto")
 
     def known(heads: str = "mean", rows: Tensor | None = None, keep: str = "map", **other: object) -> bool:
-        return attend(q, q, q, keep, heads=heads, rows=rows, **{**call, **other})[1].stochastic
+        return attend(q, q, q, keep, heads=heads, rows=rows, **{**call, **other})[1].rows_sum_to_one
 
     assert known()
     assert known(is_causal=True)

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import attnx
-from attnx.backends import native
 from attnx.kernels.cpu import build
+from attnx.ops.backends import native
 
 COMPILER = """#!/bin/sh
 if [ "$1" = --version ]; then echo fake {version}; exit; fi

@@ -9,7 +9,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import attnx
 from attnx import testing
-from attnx.backends import triton as backend
 from attnx.kernels.configs import (
     LONGER_ROW,
     Target,
@@ -20,7 +19,8 @@ from attnx.kernels.configs import (
     split_d,
     vecmat_config,
 )
-from attnx.reducers import Heads
+from attnx.ops.backends import triton as backend
+from attnx.ops.reducers import Reduction
 
 TARGETS = [Target("cuda", arch) for arch in (80, 86, 89, 90, 100, 120)] + [Target("hip", "gfx942")]
 
@@ -112,7 +112,7 @@ def test_triton_offsets_beyond_32_bits(n, launched, device):
     k_far = torch.empty(n * far, dtype=k.dtype, device=device).as_strided(k.shape, (0, 16, far, 1))
     k_far.copy_(k)
     out, amap = attnx.attention(q, k_far, v, backend="triton")
-    assert all(launch.args["FAR"] for launch in launched if "FAR" in launch.args)
+    assert all(launch.args["INT64_OFFSETS"] for launch in launched if "INT64_OFFSETS" in launch.args)
     testing.assert_attention(out, amap, q, k, v)
 
 
@@ -148,5 +148,5 @@ def test_configurations_do_not_look_at_the_length(target):
 
 def test_triton_makes_each_head_without_partial_maps(launched, device):
     inputs = testing.random_inputs(testing.Case(B=1, H=4, M=5, N=6), device=device)
-    backend.attention(*inputs[:3], None, False, 0.25, Heads.EACH, None)
+    backend.attention(*inputs[:3], None, False, 0.25, Reduction.EACH, None)
     assert names(launched) == ["one_pass_kernel"]

@@ -51,7 +51,7 @@ def python(code, *arguments):
 
 @functools.cache
 def command(*flags):
-    return python("from attnx.cli import main; main()", "kernels", *flags)
+    return python("from attnx.cli.main import main; main()", "kernels", *flags)
 
 
 def compiled(dtype, target, head_dim):
@@ -122,7 +122,7 @@ def test_command_prints_a_table():
 
 
 def test_command_says_what_spills():
-    from attnx.kernels.offline import Resources, failures
+    from attnx.kernels.inspect.offline import Resources, failures
 
     good = Resources("map", "sm_90", "bf16", 64, (128, 128, 8, 3), shared=100, limit=200)
     bad = [good._replace(spills=8), good._replace(shared=300), good._replace(error="PassManager failed")]
@@ -149,7 +149,7 @@ LOST = """
 
 
 def test_a_register_that_nothing_wrote_is_seen():
-    from attnx.kernels.undefined import undefined
+    from attnx.kernels.inspect.undefined import undefined
 
     assert undefined(LOST.format(base="UR7")) == []
     assert undefined(LOST.format(base="UR34")) == ["0020: UIADD3 UR34, UP0, UR34, 0x20, URZ: nothing wrote UR34"]
@@ -161,7 +161,7 @@ def test_a_register_that_nothing_wrote_is_seen():
 
 WIDTHS = """
 import json, torch
-from attnx.kernels import offline
+from attnx.kernels.inspect import offline
 from attnx.kernels.arguments import shared_args, value_args
 from attnx.kernels.configs import Target, gradient_config
 from attnx.kernels.forward import forward_launch
@@ -182,13 +182,13 @@ print(json.dumps(found))
 """
 
 
-FAR = """
+INT64_OFFSETS = """
 import json, torch
-from attnx.kernels import offline
+from attnx.kernels.inspect import offline
 from attnx.kernels.configs import Target
 target = Target("cuda", 80)
 # Those whose registers 64-bit offsets fill are left their spills: what counts is that they compile.
-found = {name: offline.resources(name, launch._replace(args={**launch.args, "FAR": True}), target)
+found = {name: offline.resources(name, launch._replace(args={**launch.args, "INT64_OFFSETS": True}), target)
          for name, launch in offline.launches(64, torch.bfloat16, target)
          if "_bias" not in name and "_mask" not in name}
 print(json.dumps({name: row.registers for name, row in found.items()}))
@@ -203,7 +203,7 @@ def test_values_of_another_width_than_the_keys_on_hopper():
 
 
 def test_offsets_of_64_bits_compile():
-    done = python(FAR)
+    done = python(INT64_OFFSETS)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout).keys() >= {"one_pass", "forward", "map", "map_row", "vecmat", "gradient"}
 
@@ -217,7 +217,7 @@ def test_offsets_of_64_bits_compile():
     ],
 )
 def test_command_says_what_it_expects(flags, message, monkeypatch):
-    from attnx.cli import app
+    from attnx.cli.main import app
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     done = CliRunner().invoke(app, ["kernels", *flags])
@@ -225,7 +225,7 @@ def test_command_says_what_it_expects(flags, message, monkeypatch):
 
 
 def test_command_needs_the_compiler(monkeypatch):
-    from attnx.cli import app
+    from attnx.cli.main import app
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     done = CliRunner().invoke(app, ["kernels"])
@@ -284,7 +284,7 @@ kernel:                                 ; @kernel
 
 
 def test_sass_is_read_by_class_and_loop():
-    from attnx.kernels.machine_code import Kind, parse
+    from attnx.kernels.inspect.machine_code import Kind, parse
 
     code = parse(SASS)
     by_opcode = {i.opcode.split(".")[0]: i for i in code.instructions}
@@ -314,14 +314,14 @@ def test_sass_is_read_by_class_and_loop():
 
 
 def test_a_barrier_that_is_used_twice_closes_no_loop():
-    from attnx.kernels.machine_code import parse
+    from attnx.kernels.inspect.machine_code import parse
 
     lines = ["BSSY B0, 0x30", "@P5 BRA 0x20", "BSYNC B0", "BSSY B0, 0x60", "@P5 BRA 0x50", "BSYNC B0", "EXIT"]
     assert parse("\n".join(f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate(lines))).loops == ()
 
 
 def test_amdgcn_is_read_by_class_and_loop():
-    from attnx.kernels.machine_code import Kind, parse
+    from attnx.kernels.inspect.machine_code import Kind, parse
 
     code = parse(AMDGCN)
     assert [(loop.depth, loop.parent) for loop in code.loops] == [(1, -1), (2, 0)]
@@ -357,15 +357,15 @@ def test_amdgcn_is_read_by_class_and_loop():
     ],
 )
 def test_sass_opcodes_have_their_class(opcode, kind):
-    from attnx.kernels.machine_code import sass_instruction
+    from attnx.kernels.inspect.machine_code import sass_instruction
 
     assert sass_instruction(opcode).kind.value == kind
 
 
 LOOPS = """
 import json, re, torch
-from attnx.kernels import offline
-from attnx.kernels.machine_code import Kind, parse
+from attnx.kernels.inspect import offline
+from attnx.kernels.inspect.machine_code import Kind, parse
 
 for target in offline.TARGETS:
     for name, launch in offline.launches(64, torch.bfloat16, target):

@@ -15,11 +15,11 @@ from small_job import draw, made_job, opened, recipe, tools
 from torch.utils.data import DataLoader
 
 import attnx
-from attnx.jobs.engines.here import run_here
+from attnx.jobs.engines.in_process import run_here
 from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job
 from attnx.jobs.progress import progress_bar
-from attnx.jobs.recipe import Running
+from attnx.jobs.recipe import RunOptions
 from attnx.jobs.rows import Row
 from attnx.jobs.run import run_job
 from attnx.jobs.shards import parts
@@ -74,7 +74,7 @@ def test_rows_by_place_and_by_key(out: Path) -> None:
 def test_of_a_job_under_way_what_is_there(pictures: Path, tmp_path: Path) -> None:
     made = tools(pictures)
     with opened(made, tmp_path, 6) as planned:
-        run_here(made, planned, Shards([1, 3], 1, print), Running(batch_size=4, workers=0), lambda _: None, print)
+        run_here(made, planned, Shards([1, 3], 1, print), RunOptions(batch_size=4, workers=0), lambda _: None, print)
     maps = attnx.open(tmp_path)
     want = [f"{i:03d}.jpg" for i in (*range(6, 12), 18, 19)]
     assert [maps[i].key for i in range(len(maps))] == list(maps.keys()) == want
@@ -127,7 +127,7 @@ def test_a_gpu_makes_the_same_maps(pictures: Path, tmp_path: Path, store: str, c
         pytest.skip("graphs are for --store map")
     made = recipe(pictures, store=store, compile=compiled).load(torch.device("cuda"))
     with opened(made, tmp_path / "gpu", 6) as planned:
-        run_job(made, planned, Running(batch_size=4, workers=2))
+        run_job(made, planned, RunOptions(batch_size=4, workers=2))
     want = list(attnx.open(made_job(pictures, tmp_path / "cpu", 6, store=store)))
     found = list(attnx.open(tmp_path / "gpu"))
     assert [(row.key, row.error) for row in found] == [(row.key, row.error) for row in want]
@@ -143,7 +143,7 @@ def test_full_maps_are_retried_beside_the_others(pictures: Path, tmp_path: Path)
     draw(folder, 8)
     made = tools(folder, store="full")
     with opened(made, out) as planned:
-        report = run_job(made, planned, Running(batch_size=4, workers=0), retry_failed=True)
+        report = run_job(made, planned, RunOptions(batch_size=4, workers=0), retry_failed=True)
     assert (report.maps, report.made) == (8, 1)
     after = list(attnx.open(out))
     assert [row.key for row in after] == [row.key for row in before]

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import attnx
-from attnx import operators
-from attnx.backends import native
 from attnx.kernels.cpu import build
-from attnx.reducers import HIDDEN, Heads
+from attnx.ops import operators
+from attnx.ops.backends import native
+from attnx.ops.reducers import MASK_THRESHOLD, Reduction
 from attnx.testing import (
     TABLE,
     Case,
@@ -330,9 +330,9 @@ def test_an_expanded_bias_is_not_made_whole(monkeypatch):
 
 def test_constants_are_those_of_python():
     source = Path(build.__file__).with_name("call.h").read_text()
-    assert float(re.search(r"HIDDEN = (-[0-9e]+)f", source)[1]) == HIDDEN
-    kinds = re.search(r"enum Heads : int64_t { (.*) }", source)[1].split(", ")
-    assert kinds == [member.name for member in sorted(Heads)]
+    assert float(re.search(r"MASK_THRESHOLD = (-[0-9e]+)f", source)[1]) == MASK_THRESHOLD
+    kinds = re.search(r"enum Reduction : int64_t { (.*) }", source)[1].split(", ")
+    assert kinds == [member.name for member in sorted(Reduction)]
 
 
 # How it is built

@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 import attnx
 from attnx import testing
-from attnx.backends import eager, native
+from attnx.ops.backends import eager, native
 from attnx.testing import Case, assert_attention, random_inputs
 from on_backends import LONG, SHORT, on_all
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that the Triton backend launches, in order."""
-    from attnx.backends import triton
+    from attnx.ops.backends import triton
 
     names, launch = [], triton._launch
 

@@ -39,7 +39,7 @@ def assert_close(ours, theirs):
 def test_albefs_save_attention_and_gradcam(layer, monkeypatch):
     folder = checkout("ATTNX_ALBEF", "salesforce/ALBEF")
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.original import load_original
+    from benchmarks.peers.original import load_original
 
     model, original = small_albef(), load_original(folder, CONFIG)
     original.load_state_dict(model.state_dict(), strict=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import attnx
-from attnx.backends import pages
+from attnx.ops.backends import map_pool as pages
 
 SIDE = 600  # a map of 1.4 MB
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="needs MADV_FREE")
@@ -70,7 +70,7 @@ def test_one_that_is_too_large_to_be_kept_does_not_drive_out_the_others(monkeypa
 def test_what_waits_is_given_up_before_memory_is_said_to_be_short():
     code = (
         "import resource, torch\n"
-        "from attnx.backends import pages\n"
+        "from attnx.ops.backends import pages\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20),) * 2)\n"
         "first = pages.empty((100 << 20,)); del first\n"

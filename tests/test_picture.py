@@ -15,7 +15,7 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
-from attnx import picture
+from attnx.figures import picture
 
 rng = np.random.default_rng(0)
 
@@ -520,7 +520,7 @@ def test_what_is_no_size(size):
 
 
 def test_a_long_title_is_measured_a_few_times():
-    from attnx.picture import _shorten
+    from attnx.figures.picture import _shorten
 
     asked = []
 

@@ -96,9 +96,9 @@ def test_a_cluster_of_our_own_is_nobody_elses(tmp_path: Path) -> None:
     assert answer == 42
     assert any("gcs_server" in command for command, *_ in processes)
     assert any("raylet" in command for command, *_ in processes)
-    listeners = {command: addresses for command, addresses, _ in processes if addresses}
-    assert any("gcs_server" in command for command in listeners)
-    assert {address for addresses in listeners.values() for address in addresses} <= LOOPBACK, listeners
+    interceptors = {command: addresses for command, addresses, _ in processes if addresses}
+    assert any("gcs_server" in command for command in interceptors)
+    assert {address for addresses in interceptors.values() for address in addresses} <= LOOPBACK, interceptors
     assert len(token) == 64
     expected = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     servers = [given for command, _, given in processes if "gcs_server " in command or "raylet/raylet " in command]

@@ -11,8 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Only for these imports: the root on the path would make a bare `kernels` ours.
 sys.path.insert(0, str(ROOT))
-from benchmarks import growth, report, stored, targets  # noqa: E402
-from benchmarks.report_table import configuration, ms, number, table  # noqa: E402
+from benchmarks.report import page as report  # noqa: E402
+from benchmarks.report import stored, targets  # noqa: E402
+from benchmarks.report.table import configuration, ms, number, table  # noqa: E402
+from benchmarks.suites import growth  # noqa: E402
 
 sys.path.remove(str(ROOT))
 

@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from attnx import images
-from attnx.cli import app
+from attnx.cli.main import app
 from attnx.images import find_images, read_image
 from attnx.jobs.manifest import write_manifest
 from attnx.jobs.sources import Source, open_source

@@ -25,7 +25,7 @@ from attnx.images import read_image
 from attnx.jobs.attempts import DIED, Attempt
 from attnx.jobs.engines.queue import RunError, Shards
 from attnx.jobs.job import Job
-from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.recipe import RunOptions, Runtime
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.shards import parts
 from attnx.jobs.tasks import ImageTask
@@ -38,7 +38,7 @@ RAY = ("--device", "cpu", "--engine", "ray", "--actors", "2", "--actor-cpus", "1
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Tools:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     """Of 40 pictures, of which one is white."""
     torch.set_num_threads(1)
     folder = draw(tmp_path_factory.mktemp("pictures"), 40)
@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Tools:
 
 
 @pytest.fixture(scope="module")
-def whole(made: Tools, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+def whole(made: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """The undisturbed job, by its batch size."""
     jobs: dict[int, Path] = {}
 
@@ -67,9 +67,9 @@ def temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
-def run(made: Tools, out: Path, batch_size: int = 4, shard_size: int = 4, **options: object) -> Report:
+def run(made: Runtime, out: Path, batch_size: int = 4, shard_size: int = 4, **options: object) -> Report:
     with opened(made, out, shard_size) as job:
-        return run_job(made, job, Running(batch_size=batch_size, workers=0), **options)
+        return run_job(made, job, RunOptions(batch_size=batch_size, workers=0), **options)
 
 
 def attempts(out: Path) -> list[Path]:
@@ -90,8 +90,8 @@ def only_the_bad_row_differs(out: Path, whole: Path) -> str:
     return now[BAD]["error"]
 
 
-def raising(made: Tools, bad: Callable[[torch.Tensor], bool], error: BaseException) -> Tools:
-    """Tools whose model raises at some batches."""
+def raising(made: Runtime, bad: Callable[[torch.Tensor], bool], error: BaseException) -> Runtime:
+    """Runtime whose model raises at some batches."""
     assert isinstance(made.task, ImageTask)
     extract = made.task.extract
 
@@ -103,7 +103,7 @@ def raising(made: Tools, bad: Callable[[torch.Tensor], bool], error: BaseExcepti
     return dataclasses.replace(made, task=dataclasses.replace(made.task, extract=raises))
 
 
-def images_of(made: Tools) -> list[torch.Tensor]:
+def images_of(made: Runtime) -> list[torch.Tensor]:
     """What the model is given."""
     source = Path(made.recipe.source)
     pixels = [made.pixels(read_image(path))[0] for path in sorted(source.iterdir())]
@@ -191,7 +191,7 @@ def test_a_death_in_a_piece_is_noted_by_the_next_reader(tmp_path: Path) -> None:
     assert len(Attempt.of(tmp_path, 0).failed) == len(note.failed)
 
 
-def whole_runs_that_die(made: Tools, out: Path, most: int) -> int:
+def whole_runs_that_die(made: Runtime, out: Path, most: int) -> int:
     """The number of runs that die at the white picture, each as a whole, before one is done; at most `most`."""
 
     def dies(images: torch.Tensor) -> bool:
@@ -207,7 +207,7 @@ def whole_runs_that_die(made: Tools, out: Path, most: int) -> int:
     return most
 
 
-def test_kills_of_whole_runs_blame_no_image(made: Tools, whole: Callable[[int], Path], tmp_path: Path) -> None:
+def test_kills_of_whole_runs_blame_no_image(made: Runtime, whole: Callable[[int], Path], tmp_path: Path) -> None:
     """Though each falls on the same one: so it is where a scheduler ends every run after the same time."""
     assert whole_runs_that_die(made, tmp_path, 9) == 9
     known = Attempt.of(tmp_path, BAD // 4, Job(tmp_path).identity)
@@ -217,7 +217,7 @@ def test_kills_of_whole_runs_blame_no_image(made: Tools, whole: Callable[[int], 
 
 
 def test_an_image_at_which_whole_runs_die_again_and_again_costs_its_row(
-    made: Tools, whole: Callable[[int], Path], tmp_path: Path
+    made: Runtime, whole: Callable[[int], Path], tmp_path: Path
 ) -> None:
     assert 9 < whole_runs_that_die(made, tmp_path, 25) < 25
     assert only_the_bad_row_differs(tmp_path, whole(4)) == DIED
@@ -320,7 +320,7 @@ def test_a_shard_that_kills_one_process_after_another_is_set_aside_at_last() -> 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_a_model_that_raises_at_one_image_costs_its_row(
-    made: Tools, whole: Callable[[int], Path], tmp_path: Path, batch_size: int
+    made: Runtime, whole: Callable[[int], Path], tmp_path: Path, batch_size: int
 ) -> None:
     said: list[str] = []
     report = run(raising(made, any_white, IndexError("too\nlong")), tmp_path, batch_size, say=said.append)
@@ -344,7 +344,7 @@ def test_a_model_whose_process_always_dies_ends_the_job() -> None:
 
 
 @pytest.mark.parametrize("shard_size", [1, 4, 10])
-def test_a_model_that_raises_at_every_image_ends_the_job(made: Tools, tmp_path: Path, shard_size: int) -> None:
+def test_a_model_that_raises_at_every_image_ends_the_job(made: Runtime, tmp_path: Path, shard_size: int) -> None:
     broken = raising(made, lambda images: True, IndexError("always"))
     with pytest.raises(RunError, match=r"the model fails at every image; at the last: .*IndexError: always"):
         run(broken, tmp_path, shard_size=shard_size)
@@ -354,7 +354,7 @@ def test_a_model_that_raises_at_every_image_ends_the_job(made: Tools, tmp_path: 
     assert (again.maps, again.errors) == (40, 0)
 
 
-def test_bad_images_in_the_first_shards_cost_their_rows(made: Tools, tmp_path: Path) -> None:
+def test_bad_images_in_the_first_shards_cost_their_rows(made: Runtime, tmp_path: Path) -> None:
     """Before any shard was made, and more of them than tries."""
     whole = tmp_path / "whole"
     run(made, whole, 4)
@@ -371,7 +371,7 @@ def test_bad_images_in_the_first_shards_cost_their_rows(made: Tools, tmp_path: P
 
 
 def test_tries_are_counted_across_runs_but_for_those_that_were_interrupted(
-    made: Tools, whole: Callable[[int], Path], tmp_path: Path
+    made: Runtime, whole: Callable[[int], Path], tmp_path: Path
 ) -> None:
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
@@ -454,7 +454,7 @@ def poison(how: str, name: str, options: tuple[str, ...], batch: int, quick: boo
     ],
 )
 def test_an_image_that_the_model_does_not_survive_costs_its_row(
-    made: Tools, whole: Callable[[int], Path], site: Path, temporary: Path, tmp_path: Path, how: str,
+    made: Runtime, whole: Callable[[int], Path], site: Path, temporary: Path, tmp_path: Path, how: str,
     options: tuple[str, ...], batch: int,
 ) -> None:  # fmt: skip
     if "ray" in options and importlib.util.find_spec("ray") is None:
@@ -537,7 +537,7 @@ def test_a_run_that_is_killed_or_told_to_end_leaves_nothing(temporary: Path, tmp
 
 
 def test_a_second_interrupt_ends_what_does_not_obey_the_first(
-    made: Tools, site: Path, temporary: Path, tmp_path: Path
+    made: Runtime, site: Path, temporary: Path, tmp_path: Path
 ) -> None:
     env, out = processes.marked(temporary, site, POISON="deaf"), tmp_path / "out"
     with processes.start(Path(made.recipe.source), out, *LOCAL1, env=env) as process:
@@ -558,7 +558,7 @@ def test_a_second_interrupt_ends_what_does_not_obey_the_first(
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("engine", "kills"), [("local1", 90), ("local2", 50), ("ranks", 50), ("ray", 10)])
 def test_two_hundred_kills_lose_nothing_and_leave_nobody(
-    made: Tools, whole: Callable[[int], Path], temporary: Path, tmp_path: Path, engine: str, kills: int
+    made: Runtime, whole: Callable[[int], Path], temporary: Path, tmp_path: Path, engine: str, kills: int
 ) -> None:
     """At random moments, of all processes of a run, of the first, or of one below it."""
     if engine == "ray" and importlib.util.find_spec("ray") is None:

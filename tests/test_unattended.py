@@ -13,8 +13,8 @@ import pytest
 from small_job import draw, shards
 from typer.testing import CliRunner, Result
 
-from attnx.cli import app
-from attnx.cli_jobs import allowed_errors
+from attnx.cli.job_options import allowed_errors
+from attnx.cli.main import app
 from attnx.jobs import memory, runfile, sources
 from attnx.jobs.progress import Log
 
@@ -263,7 +263,15 @@ def test_what_nobody_foresaw_is_one_line(photos: Path, tmp_path: Path, monkeypat
 @pytest.mark.slow
 def test_a_scheduler_that_ends_a_job_is_told_how_far_it_is(tmp_path: Path) -> None:
     pictures, out = draw(tmp_path / "pictures", 300), tmp_path / "out"
-    command = [sys.executable, "-c", "from attnx.cli import main; main()", "extract", str(pictures), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "attnx",
+        "extract",
+        str(pictures),
+        "--out",
+        str(out),
+    ]
     with subprocess.Popen(
         [*command, *HOW], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

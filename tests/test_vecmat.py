@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 
 import attnx
-from attnx.backends import eager, vendor
+from attnx.ops.backends import eager, vendor
 from attnx.testing import (
     TABLE,
     Case,

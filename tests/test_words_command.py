@@ -10,9 +10,9 @@ from PIL import Image
 from test_cli import fails, run
 
 import attnx
-from attnx.demo import pair
+from attnx.demo import albef as pair
+from attnx.figures.picture import captioned
 from attnx.images import read_image
-from attnx.picture import captioned
 
 CAPTION = "a red circle left of a blue square"
 DEMO = ["--model", "demo", "--device", "cpu"]
@@ -33,7 +33,7 @@ def weights(tmp_path: Path) -> Path:
     """A checkpoint of the demo's sizes, wrapped as pretraining's."""
     torch.manual_seed(3)
     path = tmp_path / "pair.pth"
-    torch.save({"model": pair.demo_pair(pretrained=False).state_dict(), "epoch": 3}, path)
+    torch.save({"model": pair.demo_albef(pretrained=False).state_dict(), "epoch": 3}, path)
     return path
 
 
@@ -49,7 +49,7 @@ def pairs_of(*captions: tuple[str, str]) -> list[dict[str, str]]:
 def expected(
     weights: Path, image: Path, caption: str, layer: int = 2, cam: bool = False, **options: str
 ) -> torch.Tensor:
-    loaded = pair.load_demo_pair(weights)
+    loaded = pair.load_demo_albef(weights)
     images = loaded.prepare(read_image(image))[None]
     find = attnx.gradcam if cam else attnx.word_maps
     return find(loaded.model, images, [caption], layer, **options)[0].maps
@@ -230,7 +230,7 @@ def test_vl_dinos_pass_and_size(photos: Path, weights: Path, tmp_path: Path) -> 
     assert run(*args).exit_code == 0
     from attnx.images import to_tensor
 
-    model = pair.load_demo_pair(weights).model
+    model = pair.load_demo_albef(weights).model
     images = to_tensor(read_image(photos / "a.png"), (96, 96), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))[None]
     want = attnx.word_maps(model, images, [CAPTION], 2, preset="vl-dino")[0].maps
     with np.load(tmp_path / "words.npz") as arrays:

@@ -21,7 +21,7 @@ from attnx.jobs.decoding import Decode, Decoders, Picture
 from attnx.jobs.job import Job, open_job
 from attnx.jobs.packing import Format, Result, pack
 from attnx.jobs.pixels import Pixels
-from attnx.jobs.recipe import Running
+from attnx.jobs.recipe import RunOptions
 from attnx.jobs.rows import Row
 from attnx.jobs.sources import Entry, open_source
 from attnx.jobs.sources.folder import Files
@@ -387,7 +387,7 @@ def test_an_interrupt_does_not_wait_for_what_hangs(tmp_path: Path, monkeypatch: 
 )
 def test_wrong_options_are_said(options: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        Running(**options)
+        RunOptions(**options)
 
 
 @pytest.mark.parametrize("largest", [1.0, 3e-3, 1e-4, 1e-7, 6e-8, 1e-20, 1e-38, 1e-42, 5e4, 1e30])

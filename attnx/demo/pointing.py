@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from attnx.demo.captioned import CaptionedScene, draw_pair
+from attnx.extract.word_maps import WordMaps, gradcam, word_maps
 from attnx.methods import pointing_game
-from attnx.pairs import WordMaps, gradcam, word_maps
 
 if TYPE_CHECKING:
     from attnx.models.albef import Albef
@@ -50,9 +50,9 @@ def point_at_phrases(scenes: int, seed: int, model: Albef | None = None) -> Poin
     A phrase's map is the mean over its words'. Methods are called "gradcam LAYER" and "attention HEADS LAYER".
     `model`: the demo pair, with its bundled weights unless given.
     """
-    from attnx.demo.pair import LAYER, demo_pair, prepare
+    from attnx.demo.albef import LAYER, demo_albef, prepare
 
-    model = demo_pair() if model is None else model
+    model = demo_albef() if model is None else model
     drawn = tuple(draw_pair(seed + i) for i in range(scenes))
     maps: dict[str, list[Tensor]] = {}
     for start in range(0, scenes, BATCH):
@@ -71,7 +71,7 @@ def point_at_phrases(scenes: int, seed: int, model: Albef | None = None) -> Poin
 
 def words_sheet(pointing: Pointing, scenes: int) -> Image.Image:
     """A scene a row: the picture over its caption, and for each of its noun phrases Grad-CAM and attention over it."""
-    from attnx.picture import captioned, contact_sheet, overlay
+    from attnx.figures.picture import captioned, contact_sheet, overlay
 
     methods = {"Grad-CAM": f"gradcam {pointing.layer}", "attention": f"attention mean {pointing.layer}"}
     pictures, titles = [], []

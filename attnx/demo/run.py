@@ -14,8 +14,8 @@ from torch import Tensor
 from attnx.demo.pointing import Pointing, point_at_phrases, words_sheet
 from attnx.demo.scenes import CLASSES, Scene, draw_scene
 from attnx.jobs.job import forget_job, open_job
-from attnx.jobs.maps import Maps
-from attnx.jobs.recipe import ExtractRecipe, Running
+from attnx.jobs.reader import Maps
+from attnx.jobs.recipe import ExtractRecipe, RunOptions
 from attnx.jobs.run import run_job
 from attnx.methods import pointing_game
 
@@ -56,7 +56,7 @@ def run_demo(out: str | Path, scenes: int = 48, seed: int = FIRST_SEED, progress
     """
     if scenes < 1:
         raise ValueError(f"scenes: expected at least 1; got {scenes}")
-    from attnx.picture import save
+    from attnx.figures.picture import save
 
     out = Path(out)
     drawn = [draw_scene(seed + i) for i in range(scenes)]
@@ -81,7 +81,7 @@ def run_demo(out: str | Path, scenes: int = 48, seed: int = FIRST_SEED, progress
 
 def _write_pictures(folder: Path, images: list[np.ndarray]) -> list[str]:
     """Their names, in place of an earlier demo's."""
-    from attnx.picture import save
+    from attnx.figures.picture import save
 
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("[0-9]*.png"):
@@ -113,7 +113,7 @@ def _extract(folder: Path, out: Path, method: str, progress: Progress | None) ->
         open_job(out, source, described, tools.settings, recipe.to_json(), row_bytes=tools.row_bytes) as job,
         progress(job.rows) if progress else nullcontext(None) as report,
     ):
-        run_job(tools, job, Running(workers=0), progress=report)
+        run_job(tools, job, RunOptions(workers=0), progress=report)
     return torch.from_numpy(np.stack([row.map for row in Maps(out) if row.map is not None])).float()
 
 
@@ -129,7 +129,7 @@ def _write_results(out: Path, verdict: Verdict, drawn: list[Scene], hits: dict[s
 
 def _sheet(drawn: list[Scene], maps: dict[str, Tensor]) -> Image.Image:
     """Scene, rollout and CLS map side by side, two scenes a row."""
-    from attnx.picture import contact_sheet, overlay
+    from attnx.figures.picture import contact_sheet, overlay
 
     pictures, titles = [], []
     for i, scene in enumerate(drawn):

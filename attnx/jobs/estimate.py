@@ -11,7 +11,7 @@ from pathlib import Path
 
 from attnx.jobs.job import default_shard_size, open_job
 from attnx.jobs.progress import duration
-from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.recipe import RunOptions, Runtime
 from attnx.jobs.sources import Entry, Listing
 
 __all__ = ["estimate"]
@@ -33,8 +33,8 @@ class _First:
 
 
 def estimate(
-    tools: Tools,
-    running: Running,
+    runtime: Runtime,
+    options: RunOptions,
     shard_size: int | None,
     what: str = "images",
     say: Callable[[str], None] = print,
@@ -44,15 +44,15 @@ def estimate(
     Measured on the first images, with files in a temporary folder; the first batch is left out of the time.
     say: is told what the listing left out.
     """
-    size = shard_size or default_shard_size(tools.row_bytes)
-    source = tools.recipe.open_source()
-    first = _First(source, (1 + _BATCHES) * running.batch_size)
+    size = shard_size or default_shard_size(runtime.row_bytes)
+    source = runtime.recipe.open_source()
+    first = _First(source, (1 + _BATCHES) * options.batch_size)
     for line in source.skipped.lines():
         say(line)
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_job(Path(folder), first, {}, {}, None, running.batch_size) as job,
-        tools.worker(job, running) as worker,
+        open_job(Path(folder), first, {}, {}, None, options.batch_size) as job,
+        runtime.worker(job, options) as worker,
     ):
         files = [worker.run_shard(0).result()]
         start = time.perf_counter()

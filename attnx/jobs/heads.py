@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnx.capture import capture
-from attnx.layers import Layers
 from attnx.methods import cls_map
+from attnx.trace.capture import capture
+from attnx.trace.layers import Layers
 
 __all__ = ["EveryHead"]
 

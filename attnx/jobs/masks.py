@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from attnx.files import open_regular
-from attnx.jobs.maps import Maps
+from attnx.jobs.reader import Maps
 from attnx.jobs.rows import Row
 from attnx.limits import MASK_PIXELS
 from attnx.methods import mass_mask

@@ -184,6 +184,6 @@ def _offset(length: int, wanted: int) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _processor(name: str) -> Any:
-    from attnx.models.loading import image_processor
+    from attnx.models.huggingface import image_processor
 
     return image_processor(name)

@@ -25,16 +25,19 @@ from attnx.jobs.sources.table import Table
 from attnx.jobs.tasks import Extract, Find, ImageTask, Task, WordTask
 from attnx.jobs.worker import Worker
 from attnx.limits import WORKERS
-from attnx.models.loading import Loaded, load_model
+from attnx.models.loaded import Loaded
+from attnx.models.loading import load_model, load_word_model
+from attnx.models.registry import IMAGE_MODELS
+from attnx.version import VERSION
 
-__all__ = ["ExtractRecipe", "Recipe", "Running", "Tools", "WordsRecipe", "recipe_of"]
+__all__ = ["ExtractRecipe", "Recipe", "RunOptions", "Runtime", "WordsRecipe", "recipe_of"]
 
 _ROWS_OF_A_PROCESS = 32
 _LONGEST = 1_000_000  # seconds
 
 
 @dataclass(frozen=True)
-class Running:
+class RunOptions:
     """How a job runs, which no map depends on, but for the batch size where a sum's order does.
 
     batch_size: images at a time; workers: processes that decode, see `Decoders`; timeout: seconds for an image; tries:
@@ -102,13 +105,13 @@ class Recipe(ABC):
         if self.checkpoint is not None:
             weights = f"weights of {self.checkpoint}"
         elif self.pretrained:
-            weights = "its bundled weights" if self.model == "demo" else "its published weights"
+            weights = "its bundled weights" if self.model in IMAGE_MODELS else "its published weights"
         else:
             weights = f"random weights, seed {self.seed}"
         return f"{self.model} ({weights})"
 
     @abstractmethod
-    def load(self, device: torch.device) -> Tools:
+    def load(self, device: torch.device) -> Runtime:
         """The model on a device, and what it needs."""
 
     def to_json(self) -> dict[str, Any]:
@@ -141,7 +144,7 @@ class ExtractRecipe(Recipe):
     store: str
     rolling: dict[str, Any]
 
-    def load(self, device: torch.device) -> Tools:
+    def load(self, device: torch.device) -> Runtime:
         """The model on a device, and what it needs."""
         torch.manual_seed(self.seed)
         checkpoint = None if self.checkpoint is None else Path(self.checkpoint)
@@ -159,10 +162,10 @@ class ExtractRecipe(Recipe):
         }  # fmt: skip
         task = ImageTask(extract, Format(self.map_dtype))
         row_bytes = math.prod(shape) * np.dtype(self.map_dtype).itemsize
-        return Tools(self, device, loaded, pixels, task, settings, row_bytes, self.store == "full", self.compile)
+        return Runtime(self, device, loaded, pixels, task, settings, row_bytes, self.store == "full", self.compile)
 
     def _extract(self, loaded: Loaded) -> Extract:
-        from attnx.extractor import Extractor
+        from attnx.extract.extractor import Extractor
         from attnx.jobs.heads import EveryHead
 
         if self.store != "map":
@@ -181,11 +184,11 @@ class WordsRecipe(Recipe):
     layer: int
     preset: str | None
 
-    def load(self, device: torch.device) -> Tools:
+    def load(self, device: torch.device) -> Runtime:
         """The model on a device, and what it needs."""
         from attnx.models.albef import Albef
 
-        loaded, find = self.load_pair(device)
+        loaded, find = self.load_words(device)
         albef = loaded.model
         assert isinstance(albef, Albef)
         assert albef.tokenizer is not None
@@ -197,23 +200,26 @@ class WordsRecipe(Recipe):
         # A caption has about a dozen pieces.
         patches = math.prod(side // albef.config.patch_size for side in loaded.size)
         row_bytes = 12 * patches * np.dtype(self.map_dtype).itemsize
-        return Tools(self, device, loaded, pixels, task, settings, row_bytes, tensors=False, fill=False)
+        return Runtime(self, device, loaded, pixels, task, settings, row_bytes, tensors=False, fill=False)
 
-    def load_pair(self, device: torch.device) -> tuple[Loaded, Find]:
+    def load_words(self, device: torch.device) -> tuple[Loaded, Find]:
         """The model on a device, and what finds the maps."""
+        from attnx.extract.word_maps import find_words
         from attnx.models.albef import Albef
-        from attnx.models.pair import find_words, load_pair
 
         torch.manual_seed(self.seed)
         checkpoint, vocab = (None if path is None else Path(path) for path in (self.checkpoint, self.vocab))
-        loaded = load_pair(self.model, self.pretrained, checkpoint, vocab, _size(self.image_size), self.preset)
+        loaded = load_word_model(
+            self.model, pretrained=self.pretrained, checkpoint=checkpoint, vocab=vocab,
+            image_size=_size(self.image_size), preset=self.preset,
+        )  # fmt: skip
         albef = loaded.model.to(device)
         assert isinstance(albef, Albef)
         return loaded, find_words(albef, self.method, self.layer, self.heads, self.preset, self.autocast)
 
 
 @dataclass(frozen=True)
-class Tools:
+class Runtime:
     """A recipe's, on a device.
 
     settings: all that decides the maps, for JSON; row_bytes: of a map as it is stored; tensors, fill: see `Worker`.
@@ -229,7 +235,7 @@ class Tools:
     tensors: bool
     fill: bool
 
-    def with_max_pixels(self, max_pixels: int) -> Tools:
+    def with_max_pixels(self, max_pixels: int) -> Runtime:
         """The same, for pictures of another size at most."""
         return replace(
             self,
@@ -241,7 +247,7 @@ class Tools:
     def worker(
         self,
         job: Job,
-        running: Running,
+        options: RunOptions,
         say: Callable[[str], None] = print,
         hang: Callable[[str, int], None] | None = None,
     ) -> Iterator[Worker]:
@@ -249,16 +255,16 @@ class Tools:
 
         hang: see `Worker`.
         """
-        workers = running.workers
+        workers = options.workers
         if workers is None:
             workers = min(default_workers(), -(-job.rows // _ROWS_OF_A_PROCESS))
         read = self.recipe.open_source().reader()
         decode = Decode(read, self.pixels, self.recipe.max_pixels)
         with (
-            Decoders(decode, workers, running.timeout) as decoders,
+            Decoders(decode, workers, options.timeout) as decoders,
             Worker(
-                job, decoders, self.pixels, self.task, self.device, running.batch_size, self.tensors, self.fill, say,
-                tries=running.tries, shard_timeout=running.shard_timeout, hang=hang,
+                job, decoders, self.pixels, self.task, self.device, options.batch_size, self.tensors, self.fill, say,
+                tries=options.tries, shard_timeout=options.shard_timeout, hang=hang,
                 source=Reachable(Path(self.recipe.source), read),
             ) as worker,
         ):  # fmt: skip
@@ -303,6 +309,4 @@ def _pixels(loaded: Loaded, kind: str | None) -> Pixels:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    from attnx import __version__
-
-    return {"attnx": __version__} | {name: version(name) for name in ("torch", "timm", "transformers", "pillow")}
+    return {"attnx": VERSION} | {name: version(name) for name in ("torch", "timm", "transformers", "pillow")}

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 
 from attnx.jobs.attempts import forget_attempts
 from attnx.jobs.engines.cluster import Cluster, run_on_cluster
-from attnx.jobs.engines.here import run_here
+from attnx.jobs.engines.in_process import run_here
 from attnx.jobs.engines.local import run_on_devices
 from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job, Rank
 from attnx.jobs.progress import Progress
-from attnx.jobs.recipe import Running, Tools
+from attnx.jobs.recipe import RunOptions, Runtime
 from attnx.jobs.shards import DamagedError, set_aside, strays
 from attnx.jobs.tensors import tensors_of
-from attnx.jobs.worker import Made, Stages
+from attnx.jobs.worker import ShardResult, Stages
 
 __all__ = ["Report", "run_job"]
 
@@ -58,9 +58,9 @@ class Report:
 
 
 def run_job(
-    tools: Tools,
+    runtime: Runtime,
     job: Job,
-    running: Running,
+    options: RunOptions,
     *,
     devices: Sequence[str] = (),
     cluster: Cluster | None = None,
@@ -69,7 +69,7 @@ def run_job(
     retry_failed: bool = False,
     made_now: Container[int] = (),
     progress: Progress | None = None,
-    note: Callable[[Made], None] | None = None,
+    note: Callable[[ShardResult], None] | None = None,
     say: Callable[[str], None] = print,
     verify: bool | None = None,
     hang: Callable[[str, int], None] | None = None,
@@ -77,7 +77,7 @@ def run_job(
     """Does what is left: the shards that are not there, or with `retry_failed` also rows with an error.
 
     Args:
-        tools: what makes maps in this process.
+        runtime: what makes maps in this process.
         devices: more than one: a process for each.
         cluster: actors make the shards.
         rank: of several runs that share the job.
@@ -108,7 +108,7 @@ def run_job(
         todo += [shard for shard, errors in there.items() if errors and shard not in made_now]
     made, counts = 0, dict(there)
 
-    def advance(one: Made) -> None:
+    def advance(one: ShardResult) -> None:
         nonlocal made
         made += one.rows
         # Of a shard that is done again, the rows without an error keep their maps.
@@ -120,17 +120,17 @@ def run_job(
 
     if progress is not None:
         progress(before, rows)
-    shards, makers, running = Shards(todo, tries, say, bool(there)), 1, replace(running, tries=tries)
+    shards, makers, options = Shards(todo, tries, say, bool(there)), 1, replace(options, tries=tries)
     try:
         if not todo:
             stages = Stages()
         elif cluster is not None:
-            stages, makers = run_on_cluster(job, cluster, shards, running, advance)
+            stages, makers = run_on_cluster(job, cluster, shards, options, advance)
         elif len(devices) > 1:
             makers = len(devices)
-            stages = run_on_devices(job, devices, shards, running, advance)
+            stages = run_on_devices(job, devices, shards, options, advance)
         else:
-            stages = run_here(tools, job, shards, running, advance, say, hang)
+            stages = run_here(runtime, job, shards, options, advance, say, hang)
     finally:
         # Of processes and actors that died.
         job.remove_temporaries(rank)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from attnx.jobs.maps import Maps
+from attnx.jobs.reader import Maps
 from attnx.jobs.rows import Row
 from attnx.methods import entropy, entropy_levels
 

@@ -16,8 +16,8 @@ from attnx.jobs.packing import Format
 from attnx.jobs.sources import Entry
 
 if TYPE_CHECKING:
-    from attnx.models.words import Tokenizer
-    from attnx.pairs import CaptionMaps
+    from attnx.extract.word_maps import CaptionMaps
+    from attnx.models.tokenizer import Tokenizer
 
 __all__ = ["Extract", "Find", "Found", "ImageTask", "Task", "WordTask"]
 

@@ -27,7 +27,7 @@ from attnx.jobs.tasks import Found, Task
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Made", "Stages", "Worker"]
+__all__ = ["ShardResult", "Stages", "Worker"]
 
 _BATCHES_AHEAD = 3
 _MOST_OF_ONE = 4
@@ -36,7 +36,7 @@ _PATIENCE = 5.0  # seconds, with a picture that holds up the others
 _SAMPLED = 200  # rows of a source of which none is known to be readable
 
 
-class Made(NamedTuple):
+class ShardResult(NamedTuple):
     """A shard that was written: its number, the rows that were done for it, and how many of them have an error."""
 
     shard: int
@@ -84,7 +84,7 @@ class Worker:
             self.hang, any_map=bool(self.job.done()),
         )  # fmt: skip
         self._background = ThreadPoolExecutor(1, thread_name_prefix="attnx-write")
-        self._last: Future[Made] | None = None
+        self._last: Future[ShardResult] | None = None
 
     def __enter__(self) -> Worker:
         self._runner.__enter__()
@@ -95,7 +95,7 @@ class Worker:
         self._background.shutdown()
         self._runner.__exit__(*error)
 
-    def run_shard(self, shard: int, following: int | None = None) -> Future[Made]:
+    def run_shard(self, shard: int, following: int | None = None) -> Future[ShardResult]:
         """Makes a shard that is not there, or the failed rows of one that is; the others keep their bits.
 
         It is written, whole or not at all, while the next one is made; the future says so, or fails with OSError.
@@ -216,7 +216,7 @@ class Worker:
         self.stages.pack += time.perf_counter() - start
         return packed
 
-    def _write(self, shard: int, packed: list[Future[pa.Table]], attempt: Attempt) -> Made:
+    def _write(self, shard: int, packed: list[Future[pa.Table]], attempt: Attempt) -> ShardResult:
         try:
             made = self._write_part(shard, packed)
         except Exception as error:
@@ -233,7 +233,7 @@ class Worker:
         except ValueError as error:
             raise RunError(str(error)) from error
 
-    def _write_part(self, shard: int, packed: list[Future[pa.Table]]) -> Made:
+    def _write_part(self, shard: int, packed: list[Future[pa.Table]]) -> ShardResult:
         # First: what is in the folder of another run is not ours.
         self._check_plan()
         made = self.task.format.concatenate([batch.result() for batch in packed])
@@ -251,7 +251,7 @@ class Worker:
             self._check_plan()
             raise
         self.stages.write += time.perf_counter() - start
-        return Made(shard, len(made), len(made) - int(made.column("error").null_count))
+        return ShardResult(shard, len(made), len(made) - int(made.column("error").null_count))
 
 
 class _Shard(NamedTuple):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnx.reducers import Heads, fuse_heads
-from attnx.trace import Trace
+from attnx.ops.reducers import Reduction, fuse_heads
+from attnx.trace.trace import Trace
 
 
 def cls_map(trace: Trace, layer: str | int | None = None) -> Tensor:
@@ -82,7 +82,7 @@ def layer_maps(trace: Trace, heads: str | None = None) -> LayerMaps:
     kind = fusion(trace, heads)
     layout = trace.layout
     rows = [_cls_rows(trace, name) for name in trace]
-    fused = [fuse_heads(r[:, :, None], kind)[:, 0] if r.dim() == 3 and kind is not Heads.EACH else r for r in rows]
+    fused = [fuse_heads(r[:, :, None], kind)[:, 0] if r.dim() == 3 and kind is not Reduction.EACH else r for r in rows]
     shapes = dict.fromkeys(tuple(r.shape) for r in fused)
     if len(shapes) > 1:
         raise ValueError(f"layer_maps: expected maps of one shape; got {', '.join(map(str, shapes))}; choose layers=")
@@ -186,17 +186,17 @@ def pointing_game(maps: Tensor | np.ndarray, boxes: Tensor | np.ndarray, size: t
     return (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)
 
 
-def fusion(trace: Trace, heads: str | None) -> Heads:
+def fusion(trace: Trace, heads: str | None) -> Reduction:
     """How the heads of a trace with heads="each" are to be fused; EACH where the capture has fused them.
 
     Raises:
         ValueError: `heads` is another fusion than the capture's.
     """
     if trace.heads == "each":
-        return Heads.parse(heads or "mean")
+        return Reduction.parse(heads or "mean")
     if heads not in (None, trace.heads):
         raise ValueError(f"heads: the capture fused them by {trace.heads!r}; got {heads!r}; capture with that")
-    return Heads.EACH
+    return Reduction.EACH
 
 
 def _tensor(name: str, value: object, shape: str, least: int = 0) -> Tensor:

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from attnx.layers import Layers
 from attnx.methods.maps import fusion
 from attnx.methods.rollout import chain_start, self_attention
-from attnx.trace import Trace
+from attnx.trace.layers import Layers
+from attnx.trace.trace import Trace
 
 
 def relevance(trace: Trace, start: int = 0, *, rows: str | int | None = None, layers: Layers = None) -> Tensor:

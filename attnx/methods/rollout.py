@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnx.kept import Kept, KeptMap
-from attnx.layers import Layers
-from attnx.layout import TokenLayout
 from attnx.methods.maps import fusion
-from attnx.reducers import Heads
-from attnx.sides import Tokens, stack_of
-from attnx.trace import Trace, describe
+from attnx.ops.reducers import Reduction
+from attnx.trace.layers import Layers
+from attnx.trace.layout import TokenLayout
+from attnx.trace.records import LayerRecord, MapRecord
+from attnx.trace.sides import Tokens, stack_of
+from attnx.trace.trace import Trace, describe
 
 
 def rollout(
@@ -124,10 +124,10 @@ def _rollout(
             continue
         row = None
         if whole:
-            layer = KeptMap(
-                _discard(layer.map(), discard, spare) if discard else layer.map(), layer.stochastic and not discard
+            layer = MapRecord(
+                _discard(layer.map(), discard, spare) if discard else layer.map(), layer.rows_sum_to_one and not discard
             )
-        if layer.stochastic:
+        if layer.rows_sum_to_one:
             result = torch.lerp(result, layer.vecmat(result), 1 - residual)
             continue
         weight = _inverse((1 - residual) * layer.row_sums() + residual)[:, None]
@@ -147,7 +147,7 @@ def last_needed(trace: Trace, *, rows: str | int | None = None, **options: Any) 
     layout = trace.layout
     if rows is None and layout.cls is not True and pool is not None:
         return pool[0], None
-    row = chain_start(layers[-1][1], None, Heads.EACH, rows, layout)[1]
+    row = chain_start(layers[-1][1], None, Reduction.EACH, rows, layout)[1]
     alone = options.get("preset") is None and not options.get("discard") and options.get("start", 0) < len(layers)
     return layers[-1][0], row if alone else None
 
@@ -156,7 +156,7 @@ def _inverse(sums: Tensor) -> Tensor:
     return torch.where(sums > 0, 1 / sums, 0.0)  # a row without any weight passes nothing on
 
 
-def self_attention(trace: Trace) -> tuple[list[tuple[str, Kept]], tuple[str, Kept] | None]:
+def self_attention(trace: Trace) -> tuple[list[tuple[str, LayerRecord]], tuple[str, LayerRecord] | None]:
     """Names and layers of [N, N] maps from first to last; and a final pooling layer's, [1, N].
 
     Raises:
@@ -170,8 +170,8 @@ def self_attention(trace: Trace) -> tuple[list[tuple[str, Kept]], tuple[str, Kep
             f"rollout: expected layers in a row; {beside[1]} stands beside {beside[0]}: both are given the same input; "
             "choose layers= of one"
         )
-    layers: list[tuple[str, Kept]] = []
-    pool: tuple[str, Kept] | None = None
+    layers: list[tuple[str, LayerRecord]] = []
+    pool: tuple[str, LayerRecord] | None = None
     rows: set[tuple[Tokens, str]] = set()
     fits = True
     for name in trace:
@@ -220,7 +220,11 @@ def _choice(trace: Trace) -> str:
 
 
 def chain_start(
-    last: Kept, pool: tuple[str, Kept] | None, kind: Heads, rows: str | int | None, layout: TokenLayout | None
+    last: LayerRecord,
+    pool: tuple[str, LayerRecord] | None,
+    kind: Reduction,
+    rows: str | int | None,
+    layout: TokenLayout | None,
 ) -> tuple[Tensor, int | None]:
     """[B, R, N]: what the chain starts from at the output of the last layer; and the row it stands for, if one.
 

@@ -23,7 +23,7 @@ from transformers.models.bert.modeling_bert import (
     BertSelfOutput,
 )
 
-from attnx.models.words import Tokenizer
+from attnx.models.tokenizer import Tokenizer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from attnx.models.albef import CLIP_MEAN, CLIP_STD, Albef, AlbefConfig, interpolate_positions
 from attnx.models.checkpoint import check_values, misfit, printable, read_weights, weights_file
-from attnx.models.loading import Loaded, height_and_width
-from attnx.models.words import Tokenizer
+from attnx.models.loaded import Loaded, height_and_width
+from attnx.models.tokenizer import Tokenizer
 
 # Momentum copies, queues, the masked-language and answering heads, and buffers that old versions of BERT stored.
 _IGNORED = (

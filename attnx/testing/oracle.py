@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnx.reducers import HIDDEN, Heads, fuse_heads
+from attnx.ops.reducers import MASK_THRESHOLD, Reduction, fuse_heads
 
 
 def oracle(
@@ -30,7 +30,7 @@ def oracle(
     A row without keys is zero in both; a NaN or an infinity among the scores makes its row NaN.
     """
     p = _softmax(_biased_scores(q, k, bias, is_causal, scale, softcap=softcap), _hidden(q, k, bias, is_causal), sinks)
-    return p @ _per_query_head(v.double(), q), fuse_heads(_chosen(p, rows), Heads.parse(heads))
+    return p @ _per_query_head(v.double(), q), fuse_heads(_chosen(p, rows), Reduction.parse(heads))
 
 
 def oracle_lse(
@@ -84,7 +84,7 @@ def oracle_gradient_map(
     with torch.enable_grad():
         (dp,) = torch.autograd.grad(p @ _per_query_head(v.to(dtype), q), p, grad.to(dtype))
     weighted = (dp.clamp(min=0) if clamp else dp) * p.detach()
-    return fuse_heads(_chosen(weighted, rows), Heads.parse(heads))
+    return fuse_heads(_chosen(weighted, rows), Reduction.parse(heads))
 
 
 def torch_reference(
@@ -110,7 +110,7 @@ def torch_reference(
     hidden = _hidden(q, k, bias, is_causal)
     wide = torch.promote_types(q.dtype, torch.float32)
     p = _softmax(_biased_scores(q, k, bias, is_causal, scale, wide, softcap), hidden, sinks)
-    amap = fuse_heads(_chosen(p, rows), Heads.parse(heads)).float()
+    amap = fuse_heads(_chosen(p, rows), Reduction.parse(heads)).float()
     if softcap is not None or sinks is not None:
         return p.to(q.dtype) @ _per_query_head(v, q), amap
     # No is_causal: on CPUs SDPA hides before it scales, and a scale of 0 or less then gives NaN.
@@ -327,7 +327,7 @@ def _hidden(q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool) -> Tenso
     """[B, H, M, N]: True where a key may not be attended: above the diagonal, False in a mask, -inf in a bias."""
     hidden = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
     if bias is not None:
-        hidden = hidden | (~bias if bias.dtype == torch.bool else bias.double() < HIDDEN)
+        hidden = hidden | (~bias if bias.dtype == torch.bool else bias.double() < MASK_THRESHOLD)
     if is_causal:
         hidden = hidden | torch.ones_like(hidden).triu(1)
     return hidden

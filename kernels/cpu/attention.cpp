@@ -20,12 +20,12 @@ constexpr int BLOCK_COST = 3;  // of a block beside its rows, as if they were so
 
 // All that a call wants of one block of rows.
 template <class T>
-static void attend(const Call& c, const Block& block, const Packed& kv, const Scratch& room) {
+static void attend(const Call& c, const Block& block, const Packed& kv, const Scratch& scratch) {
     float shift[ROWS], total[ROWS], factor[ROWS], fused[ROWS];
     for (int64_t h = 0; h < c.H; h++) {
-        load_rows<T>(c.q, c.q_stride, c.D, block, h, room.qt);
+        load_rows<T>(c.q, c.q_stride, c.D, block, h, scratch.qt);
         for (float& x : shift) x = -INF;
-        scores<T>(c, block, kv, h, 0, block.limit, room, shift, c.map && c.heads == MEAN && h > 0 ? fused : nullptr);
+        scores<T>(c, block, kv, h, 0, block.limit, scratch, shift, c.map && c.heads == MEAN && h > 0 ? fused : nullptr);
         const int64_t head = (block.b * c.H + h) * c.M;
         for (int i = 0; i < ROWS; i++) {
             if (c.lse) shift[i] = float(c.lse[head + block.row[i]] * LOG2E);
@@ -33,15 +33,15 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
             fused[i] = std::isinf(shift[i]) ? 0 : 1;
             if (shift[i] == -INF || (c.lse && shift[i] == INF)) shift[i] = 0;
         }
-        if (c.out) std::memset(room.o, 0, ROWS * value_stride(c) * sizeof(float));
+        if (c.out) std::memset(scratch.o, 0, ROWS * value_stride(c) * sizeof(float));
         for (int64_t j = 0; j < block.limit; j += CHUNK) {
             const int64_t count = block.limit - j < CHUNK ? block.limit - j : CHUNK;
-            exponentiate(block, room.s + j * block.width, count, shift, total);
-            if (c.out) weigh<T>(c, block, kv, h, j, count, room);
+            exponentiate(block, scratch.s + j * block.width, count, shift, total);
+            if (c.out) weigh<T>(c, block, kv, h, j, count, scratch);
         }
         if (c.grad) {
-            load_rows<T>(c.grad, c.grad_stride, c.Dv, block, h, room.gt);
-            weigh_by_gradient<T>(c, block, kv, h, room);
+            load_rows<T>(c.grad, c.grad_stride, c.Dv, block, h, scratch.gt);
+            weigh_by_gradient<T>(c, block, kv, h, scratch);
         }
         for (int i = 0; i < ROWS; i++) {
             // Only a bias leaves a row without keys; scores that are all -inf make it NaN, as softmax does.
@@ -51,33 +51,33 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
                 c.lse_out[head + block.row[i]] =
                     total[i] == 0 ? -INF : float((shift[i] + std::log2(double(total[i]))) / LOG2E);
         }
-        if (c.out) store_out<T>(c, block, h, room.o, factor);
+        if (c.out) store_out<T>(c, block, h, scratch.o, factor);
         if (!c.map) continue;
         if (c.heads == MEAN)
             for (float& x : fused) x /= float(c.H);
         if (c.heads == EACH)
-            store_map(c, block, room.s, fused, c.map + ((block.b * c.H + h) * c.R + block.first) * c.N);
+            store_map(c, block, scratch.s, fused, c.map + ((block.b * c.H + h) * c.R + block.first) * c.N);
         else if (c.heads == MEAN && h + 1 < c.H)
             continue;  // the next head's scores see to it
         else if (h == 0)
-            fuse<MEAN, true>(block, room.s, fused, room.map);
+            fuse<MEAN, true>(block, scratch.s, fused, scratch.map);
         else if (c.heads == MEAN)
-            fuse<MEAN, false>(block, room.s, fused, room.map);
+            fuse<MEAN, false>(block, scratch.s, fused, scratch.map);
         else if (c.heads == MAX)
-            fuse<MAX, false>(block, room.s, fused, room.map);
+            fuse<MAX, false>(block, scratch.s, fused, scratch.map);
         else
-            fuse<MIN, false>(block, room.s, fused, room.map);
+            fuse<MIN, false>(block, scratch.s, fused, scratch.map);
     }
     if (c.map && c.heads != EACH) {
         for (float& x : fused) x = 1;
-        store_map(c, block, room.map, fused, c.map + (block.b * c.R + block.first) * c.N);
+        store_map(c, block, scratch.map, fused, c.map + (block.b * c.R + block.first) * c.N);
     }
 }
 
 // passed[b, first..last-1] of vecmat: the keys' weights in all rows and heads, each row's times its r.
 template <class T>
-static void pass_on(const Call& c, int64_t b, int64_t first, int64_t last, const Packed& kv, const Scratch& room) {
-    float* sums = room.s + (last - first) * ROWS;
+static void pass_on(const Call& c, int64_t b, int64_t first, int64_t last, const Packed& kv, const Scratch& scratch) {
+    float* sums = scratch.s + (last - first) * ROWS;
     std::memset(sums, 0, (last - first) * W * sizeof(float));
     float top[ROWS] = {}, shift[ROWS], r[ROWS], total[ROWS] = {};
     for (int64_t start = 0; start < c.M; start += ROWS) {
@@ -96,20 +96,20 @@ static void pass_on(const Call& c, int64_t b, int64_t first, int64_t last, const
                 if (r[i] != 0 && (r[i] != r[i] || lse[block.row[i]] != lse[block.row[i]]))
                     for (int64_t j = stop < first ? first : stop; j < last; j++) sums[(j - first) * W] = NAN;
             if (first >= stop) continue;
-            load_rows<T>(c.q, c.q_stride, c.D, block, h, room.qt);
-            scores<T>(c, block, kv, h, first, stop, room, top);
+            load_rows<T>(c.q, c.q_stride, c.D, block, h, scratch.qt);
+            scores<T>(c, block, kv, h, first, stop, scratch, top);
             float weight[ROWS];
             for (int i = 0; i < ROWS; i++) {
                 shift[i] = float(lse[block.row[i]] * LOG2E);
                 weight[i] = std::isinf(shift[i]) ? 0 : r[i];
                 if (std::isinf(shift[i])) shift[i] = 0;
             }
-            exponentiate(block, room.s, stop - first, shift, total);
+            exponentiate(block, scratch.s, stop - first, shift, total);
             for (int64_t j = 0; j < stop - first; j++) {
                 vec sum = vec{};
                 for (int i = 0; i < block.width; i += W) {
                     const vec factor = load(weight + i);
-                    const vec p = load(room.s + j * block.width + i) * factor;
+                    const vec p = load(scratch.s + j * block.width + i) * factor;
                     sum += factor == 0.0f ? vec{} : p;  // zero times NaN is NaN
                 }
                 store(sums + j * W, load(sums + j * W) + sum);
@@ -149,7 +149,7 @@ static int64_t best_rows(const Call& c) {
 // Where K and V of one item after another are copied to, and how far that is. An item is due in its turn.
 struct alignas(64) Slot {
     std::atomic<int64_t> packed{0}, done{0};  // heads that were copied and pieces that are done, of all turns
-    std::atomic<int64_t> strange{-1};         // the last turn with a value that is not finite
+    std::atomic<int64_t> nonfinite{-1};         // the last turn with a value that is not finite
 };
 
 // The work in pieces: of one item after another, first the heads of K and V, which are copied, then blocks of rows (of
@@ -180,30 +180,30 @@ struct Work {
 
     template <class T>
     void run() {
-        const Scratch room(c, c.scratch + kv.size + thread++ * Scratch(c).size);
+        const Scratch scratch(c, c.scratch + kv.size + thread++ * Scratch(c).size);
         for (int64_t piece; (piece = next++) < c.B * (c.Hk + pieces);) {
             const int64_t b = piece / (c.Hk + pieces), at = piece % (c.Hk + pieces), turn = b / kv.slots;
             Slot& slot = slots[b % kv.slots];
             if (at < c.Hk) {
                 wait(slot.done, turn * pieces);
-                if (!pack<T>(c, kv, b, at)) slot.strange = turn;
+                if (!pack<T>(c, kv, b, at)) slot.nonfinite = turn;
                 slot.packed.fetch_add(1, std::memory_order_release);
             } else {
                 wait(slot.packed, (turn + 1) * c.Hk);
-                piece_of<T>(b, at - c.Hk, slot.strange == turn, room);
+                piece_of<T>(b, at - c.Hk, slot.nonfinite == turn, scratch);
                 slot.done.fetch_add(1, std::memory_order_release);
             }
         }
     }
 
-    // One piece of an item whose keys and values are there; strange: not all of those are finite.
+    // One piece of an item whose keys and values are there; nonfinite: not all of those are finite.
     template <class T>
-    void piece_of(int64_t b, int64_t at, bool strange, const Scratch& room) {
+    void piece_of(int64_t b, int64_t at, bool nonfinite, const Scratch& scratch) {
         if (c.passed) {
-            pass_on<T>(c, b, at * PASSED_KEYS, std::min(c.N, (at + 1) * PASSED_KEYS), kv, room);
+            pass_on<T>(c, b, at * PASSED_KEYS, std::min(c.N, (at + 1) * PASSED_KEYS), kv, scratch);
         } else {
             // Zero times a value that is not finite is NaN, so that keys which a row doesn't see matter.
-            attend<T>(c, Block(c, b, at * rows, std::min(rows, c.R - at * rows), strange), kv, room);
+            attend<T>(c, Block(c, b, at * rows, std::min(rows, c.R - at * rows), nonfinite), kv, scratch);
         }
     }
 

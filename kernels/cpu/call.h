@@ -16,11 +16,11 @@ constexpr int OUT_ROWS = REGISTERS == 32 ? 8 : 4;  // rows of one of the output,
 constexpr int CHUNK = 64;                        // keys between two visits of the output's accumulators
 constexpr int PASSED_KEYS = 192;                 // of one piece of vecmat's work
 constexpr double LOG2E = 1.44269504088896341;
-constexpr float HIDDEN = -5e4f;  // as attnx.reducers.HIDDEN
+constexpr float MASK_THRESHOLD = -5e4f;  // as attnx.reducers.MASK_THRESHOLD
 constexpr float LARGEST = std::numeric_limits<float>::max();
 constexpr float INF = std::numeric_limits<float>::infinity();
 
-enum Heads : int64_t { MEAN, MAX, MIN, EACH };
+enum Reduction : int64_t { MEAN, MAX, MIN, EACH };
 enum BiasKind : int64_t { NO_BIAS, FLOAT, BOOL };
 
 // What a call is about; `native.py` fills the same structure. Strides count elements. Null pointers are not wanted.
@@ -119,7 +119,7 @@ static bool pack(const Call& c, const Packed& to, int64_t b, int64_t head) {
     const T* k = (const T*)c.k + b * c.k_stride[0] + head * c.k_stride[1];
     const T* v = (const T*)c.v + b * c.v_stride[0] + head * c.v_stride[1];
     float *keys = to.keys(b, head * to.group), *values = to.values(b, head * to.group);
-    vec strange = vec{};
+    vec nonfinite = vec{};
     for (int64_t j = 0; j < c.N; j++) {
         copy_row(k + j * c.k_stride[2], c.D, keys + j * key_stride(c), key_stride(c));
         if (!c.v || (j % E && !c.grad)) continue;
@@ -132,12 +132,12 @@ static bool pack(const Call& c, const Packed& to, int64_t b, int64_t head) {
             join_rows(row, j + 1 < c.N ? row + c.v_stride[2] : nullptr, c.Dv, values, value_stride(c));
         for (int64_t d = 0; c.causal && d < value_stride(c); d += W) {
             const vec value = load(values + d);
-            if (E == 2) strange += (vec)((uvec)value << 16) * 0.0f;
-            strange += value * 0.0f;  // of two bf16 the second one, since it has the exponent
+            if (E == 2) nonfinite += (vec)((uvec)value << 16) * 0.0f;
+            nonfinite += value * 0.0f;  // of two bf16 the second one, since it has the exponent
         }
         values += value_stride(c);
     }
-    return sum_of(strange) == 0;  // NaN of an infinity or a NaN
+    return sum_of(nonfinite) == 0;  // NaN of an infinity or a NaN
 }
 
 // One block of query rows: which they are, and what is known of them.

@@ -69,7 +69,7 @@ static void load_bias(const Call& c, const Block& block, int64_t h, int64_t firs
             if (c.bias_kind == BOOL)
                 to[i] = bytes[from] ? 0 : -INF;
             else
-                to[i] = floats[from] < HIDDEN ? -INF : in_base_2(floats[from]);
+                to[i] = floats[from] < MASK_THRESHOLD ? -INF : in_base_2(floats[from]);
         }
         for (int i = lanes; i < block.width; i++) to[i] = to[0];
     }
@@ -162,12 +162,12 @@ static inline void by_tiles(const Block& block, int64_t first, int64_t last, Beg
     }
 }
 
-// Scores of the keys first..last-1 and head h into room.s [key - first][width], and their maxima into top. With the
-// factors of the head before, its exponentials go into room.map first.
+// Scores of the keys first..last-1 and head h into scratch.s [key - first][width], and their maxima into top. With the
+// factors of the head before, its exponentials go into scratch.map first.
 template <class T>
 static void scores(const Call& c, const Block& block, const Packed& kv, int64_t h, int64_t first, int64_t last,
-                   const Scratch& room, float* top, const float* factor = nullptr) {
-    float *map = factor ? room.map : nullptr, *bias = c.bias_kind ? room.bias : nullptr;
+                   const Scratch& scratch, float* top, const float* factor = nullptr) {
+    float *map = factor ? scratch.map : nullptr, *bias = c.bias_kind ? scratch.bias : nullptr;
     const Scores to{c, block, in_words(c, c.D), map, factor, h == 1, bias, float(c.scale * LOG2E), top};
     const float* k = kv.keys(block.b, h);
     const int64_t stride = key_stride(c);
@@ -176,8 +176,8 @@ static void scores(const Call& c, const Block& block, const Packed& kv, int64_t 
         if (to.bias) load_bias(c, block, h, from, int(till - from), to.bias);
     };
     by_tiles(block, first, last, begin, [&](auto N, auto V, int64_t from, int i) {
-        float* s = room.s + (from - first) * block.width;
-        score_tile<IN_WORD<T>, N, V>(to, room.qt, k + from * stride, stride, from, i, s);
+        float* s = scratch.s + (from - first) * block.width;
+        score_tile<IN_WORD<T>, N, V>(to, scratch.qt, k + from * stride, stride, from, i, s);
     });
 }
 

@@ -37,21 +37,21 @@ static inline void pair_weights(const Block& block, const float* s, int64_t coun
 // The weights of `count` keys from `first` on, a multiple of CHUNK, times their values, added to the block's output.
 template <class T>
 static void weigh(const Call& c, const Block& block, const Packed& kv, int64_t h, int64_t first, int64_t count,
-                  const Scratch& room) {
+                  const Scratch& scratch) {
     constexpr int E = IN_WORD<T>;
     const int64_t dv = value_stride(c), words = (count + E - 1) / E;
     const float* v = kv.values(block.b, h) + first / E * dv;
-    const float* p = room.s + first * block.width;
+    const float* p = scratch.s + first * block.width;
     if constexpr (E == 2) {
-        pair_weights(block, p, count, room.pairs);
-        p = room.pairs;
+        pair_weights(block, p, count, scratch.pairs);
+        p = scratch.pairs;
     }
     if (first + count < block.limit) prefetch(v + words * dv, words * dv);
     for (int64_t i = 0; i < block.count; i += OUT_ROWS) {
         int64_t d = 0;
         for (; d + 2 * W <= c.Dv; d += 2 * W)
-            weigh_tile<E, 2>(p + i, block.width, v + d, dv, words, room.o + i * dv + d);
-        for (; d < c.Dv; d += W) weigh_tile<E, 1>(p + i, block.width, v + d, dv, words, room.o + i * dv + d);
+            weigh_tile<E, 2>(p + i, block.width, v + d, dv, words, scratch.o + i * dv + d);
+        for (; d < c.Dv; d += W) weigh_tile<E, 1>(p + i, block.width, v + d, dv, words, scratch.o + i * dv + d);
     }
 }
 
@@ -72,9 +72,9 @@ static void exponentiate(const Block& block, float* s, int64_t count, const floa
 }
 
 // p [key][width] of the block's first keys becomes p times its gradient: the dot products of the output's gradient,
-// room.gt, with the values; clamp: no less than zero.
+// scratch.gt, with the values; clamp: no less than zero.
 template <class T>
-static void weigh_by_gradient(const Call& c, const Block& block, const Packed& kv, int64_t h, const Scratch& room) {
+static void weigh_by_gradient(const Call& c, const Block& block, const Packed& kv, int64_t h, const Scratch& scratch) {
     const float* value = kv.values(block.b, h);
     const int64_t stride = value_stride(c), words = in_words(c, c.Dv);
     auto begin = [&](int64_t from, int64_t till) {
@@ -82,10 +82,10 @@ static void weigh_by_gradient(const Call& c, const Block& block, const Packed& k
     };
     by_tiles(block, 0, block.limit, begin, [&](auto N, auto V, int64_t from, int i) {
         vec acc[N][V];
-        dot_tile<IN_WORD<T>>(room.gt + i, value + from * stride, stride, words, acc);
+        dot_tile<IN_WORD<T>>(scratch.gt + i, value + from * stride, stride, words, acc);
         for (int t = 0; t < N; t++)
             for (int v = 0; v < V; v++) {
-                float* at = room.s + (from + t) * block.width + i + v * W;
+                float* at = scratch.s + (from + t) * block.width + i + v * W;
                 const vec dp = acc[t][v], clamped = dp < 0.0f ? vec{} : dp;
                 store(at, load(at) * (c.clamp ? clamped : dp));
             }

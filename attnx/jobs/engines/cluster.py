@@ -16,8 +16,8 @@ from typing import Any
 
 from attnx.jobs.engines.queue import Shards, by_the_model, is_fatal, why_of
 from attnx.jobs.job import Job
-from attnx.jobs.recipe import Running
-from attnx.jobs.worker import Made, Stages
+from attnx.jobs.recipe import RunOptions
+from attnx.jobs.worker import ShardResult, Stages
 
 __all__ = ["Cluster", "run_on_cluster"]
 
@@ -40,10 +40,10 @@ class Cluster:
     gpus: float | None = None
 
 
-class Maker:
+class ShardActor:
     """An actor: loads the job's model where it stands, then makes shards."""
 
-    def __init__(self, out: str, running: Running) -> None:
+    def __init__(self, out: str, options: RunOptions) -> None:
         import contextlib
 
         import torch
@@ -52,10 +52,10 @@ class Maker:
 
         job = Job(Path(out))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        tools = recipe_of(job.run["recipe"]).load(device)
-        job.check_settings(tools.settings)
+        runtime = recipe_of(job.run["recipe"]).load(device)
+        job.check_settings(runtime.settings)
         self._open, self._said = contextlib.ExitStack(), list[str]()
-        self._worker = self._open.enter_context(tools.worker(job, running, self._said.append, self._hangs))
+        self._worker = self._open.enter_context(runtime.worker(job, options, self._said.append, self._hangs))
 
     def _hangs(self, why: str, shard: int) -> None:
         os._exit(1)
@@ -63,7 +63,7 @@ class Maker:
     def ready(self) -> None:
         """Comes back once the model is there."""
 
-    def run_shard(self, shard: int) -> tuple[Made, dict[str, float], list[str]]:
+    def run_shard(self, shard: int) -> tuple[ShardResult, dict[str, float], list[str]]:
         """See `Worker.run_shard`; comes back once it is written, with where the actor's time went so far, and what it
         has to say.
         """
@@ -76,8 +76,8 @@ def run_on_cluster(
     job: Job,
     cluster: Cluster,
     shards: Shards,
-    running: Running,
-    advance: Callable[[Made], None],
+    options: RunOptions,
+    advance: Callable[[ShardResult], None],
 ) -> tuple[Stages, int]:
     """Makes the shards with actors, and says where the time went, of all together, and how many they are.
 
@@ -91,7 +91,7 @@ def run_on_cluster(
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     with _connected(address) if address else _private_cluster() as ray:
-        return _run(ray, job, cluster, shards, running, advance)
+        return _run(ray, job, cluster, shards, options, advance)
 
 
 @contextlib.contextmanager
@@ -161,14 +161,14 @@ class _Actor:
 
 
 def _run(
-    ray: Any, job: Job, cluster: Cluster, shards: Shards, running: Running, advance: Callable[[Made], None]
+    ray: Any, job: Job, cluster: Cluster, shards: Shards, options: RunOptions, advance: Callable[[ShardResult], None]
 ) -> tuple[Stages, int]:
     count, cpus, gpus = _sizes(ray.nodes(), cluster)
-    running = replace(running, workers=cpus if running.workers is None else running.workers)
-    kind = ray.remote(num_cpus=cpus, num_gpus=gpus)(Maker)
+    options = replace(options, workers=cpus if options.workers is None else options.workers)
+    kind = ray.remote(num_cpus=cpus, num_gpus=gpus)(ShardActor)
 
     def start() -> _Actor:
-        handle = kind.remote(str(job.out.absolute()), running)
+        handle = kind.remote(str(job.out.absolute()), options)
         return _Actor(handle, handle.ready.remote())
 
     stages = Stages()
@@ -208,7 +208,7 @@ def _run(
                 for text in said:
                     shards.say(text)
                 shards.done()
-                advance(Made(*made))
+                advance(ShardResult(*made))
         return sum((actor.stages for actor in actors), stages), len(actors)
     finally:
         for actor in actors:

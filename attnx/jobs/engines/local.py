@@ -25,8 +25,8 @@ from typing import Any, TypeAlias
 from attnx.jobs.engines.queue import RunError, Shards, by_the_model, is_fatal, why_of
 from attnx.jobs.job import Job
 from attnx.jobs.memory import usable_cores
-from attnx.jobs.recipe import Running
-from attnx.jobs.worker import Made, Stages
+from attnx.jobs.recipe import RunOptions
+from attnx.jobs.worker import ShardResult, Stages
 from attnx.messages import say, warnings_in_lines
 from attnx.supervisor import ENDING, die_with
 
@@ -42,8 +42,8 @@ def run_on_devices(
     job: Job,
     devices: Sequence[str],
     shards: Shards,
-    running: Running,
-    advance: Callable[[Made], None],
+    options: RunOptions,
+    advance: Callable[[ShardResult], None],
 ) -> Stages:
     """Makes the shards with a process for each device, and says where the time went, of all together.
 
@@ -56,20 +56,20 @@ def run_on_devices(
         RunError: see `Shards.failed`.
     """
     cores = max(1, usable_cores() // len(devices))
-    running = replace(running, workers=cores if running.workers is None else running.workers)
+    options = replace(options, workers=cores if options.workers is None else options.workers)
     stages = Stages()
     events: _Events = queue.Queue()
     processes: list[_Process] = []
     try:
         for device in devices:
-            processes.append(_Process(job, device, running, cores, events))
+            processes.append(_Process(job, device, options, cores, events))
         while not shards.finished:
             _hand_out([process for process in processes if process.ready], shards)
             process, answer = events.get()
             if "made" in answer:
-                process.made(Made(*answer["made"]), Stages(**answer["stages"]))
+                process.made(ShardResult(*answer["made"]), Stages(**answer["stages"]))
                 shards.done()
-                advance(Made(*answer["made"]))
+                advance(ShardResult(*answer["made"]))
             elif "begun" in answer:
                 process.begin(answer["begun"])
             elif process in processes:
@@ -130,7 +130,7 @@ class _Process:
 
     job: Job
     device: str
-    running: Running
+    options: RunOptions
     cores: int
     events: _Events
     failures: int = 0
@@ -143,7 +143,7 @@ class _Process:
 
     def __post_init__(self) -> None:
         lock = () if self.job.lock is None else (self.job.lock.descriptor,)
-        arguments = [str(self.job.out.absolute()), self.device, json.dumps(asdict(self.running))]
+        arguments = [str(self.job.out.absolute()), self.device, json.dumps(asdict(self.options))]
         threads = {"OMP_NUM_THREADS": str(self.cores), "MKL_NUM_THREADS": str(self.cores)}
         # With the lock, so that nobody else writes as long as one of them does.
         self._process = subprocess.Popen(
@@ -167,7 +167,7 @@ class _Process:
         if shard is not None:
             self.begun.add(shard)
 
-    def made(self, made: Made, stages: Stages) -> None:
+    def made(self, made: ShardResult, stages: Stages) -> None:
         """It wrote a shard."""
         self.theirs.remove(made.shard)
         self.begun.discard(made.shard)
@@ -176,7 +176,7 @@ class _Process:
 
     def again(self, failures: int) -> _Process:
         """Another one in its place."""
-        return _Process(self.job, self.device, self.running, self.cores, self.events, failures)
+        return _Process(self.job, self.device, self.options, self.cores, self.events, failures)
 
     def tell(self, shard: int) -> None:
         """One more shard."""
@@ -206,7 +206,7 @@ class _Process:
         return f"its process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
 
-def main(out: str, device: str, running: str) -> None:
+def main(out: str, device: str, options: str) -> None:
     """The life of a process."""
     # An interrupt is for the one that started us; so is what a scheduler sends to all processes.
     for number in ENDING:
@@ -218,7 +218,7 @@ def main(out: str, device: str, running: str) -> None:
     told: queue.Queue[int | None] = queue.Queue()
     threading.Thread(target=_listen, args=(told,), daemon=True).start()
 
-    def answer(shard: int, future: Future[Made]) -> None:
+    def answer(shard: int, future: Future[ShardResult]) -> None:
         error = future.exception()
         if error is None:
             _answer(answers, made=future.result(), stages=vars(worker.stages))
@@ -236,9 +236,9 @@ def main(out: str, device: str, running: str) -> None:
         from attnx.jobs.recipe import recipe_of
 
         job = Job(Path(out))
-        tools = recipe_of(job.run["recipe"]).load(torch.device(device))
-        job.check_settings(tools.settings)
-        with tools.worker(job, Running(**json.loads(running)), say, hangs) as worker:
+        runtime = recipe_of(job.run["recipe"]).load(torch.device(device))
+        job.check_settings(runtime.settings)
+        with runtime.worker(job, RunOptions(**json.loads(options)), say, hangs) as worker:
             following: int | None = None
             # Of none: it is ready for the first.
             _answer(answers, begun=None)

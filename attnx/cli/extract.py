@@ -1,0 +1,170 @@
+"""attnx extract: the batch job of images."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnx.cli.job_options import (
+    ActorCpus,
+    ActorGpus,
+    Actors,
+    Address,
+    AllowErrors,
+    DecodeTimeout,
+    Devices,
+    DryRun,
+    Engine,
+    JobOptions,
+    Kind,
+    LogEvery,
+    MapDtype,
+    MaxPixels,
+    RankOf,
+    RetryFailed,
+    Root,
+    ShardSize,
+    ShardTimeout,
+    Split,
+    Tries,
+    Verify,
+    Workers,
+    World,
+    absolute,
+    run_recipe,
+)
+from attnx.cli.options import (
+    MODEL,
+    PATH,
+    BatchSize,
+    Checkpoint,
+    Discard,
+    Dtype,
+    HeadsOption,
+    ImageSize,
+    Layer,
+    Out,
+    Preset,
+    Pretrained,
+    Residual,
+    Seed,
+    Start,
+    autocast_of,
+    layers_of,
+    one_of,
+    pixels_of,
+    report_errors,
+    rollout_options,
+)
+
+
+@report_errors
+def extract(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of images (read recursively), one image, a table (.parquet, .csv, .tsv, .jsonl) with the "
+            "columns path, key, caption, webdataset tars, or a data set of save_to_disk.",
+            **PATH,
+        ),
+    ],
+    model: Annotated[str | None, MODEL] = None,
+    out: Out = Path("attnx-out"),
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="[bold]rollout[/bold] through all layers (unless given), [bold]cls[/bold]: the class token's map in "
+            "the last layer, or in each [bold]--layer[/bold], [bold]layers[/bold]: in every layer."
+        ),
+    ] = None,
+    layer: Layer = None,
+    heads: HeadsOption = "mean",
+    store: Annotated[
+        str,
+        typer.Option(
+            help="[bold]map[/bold]: the method's; [bold]rows[/bold]: the class token's of every layer and head; "
+            "[bold]full[/bold]: the whole maps of every layer and head, in safetensors files beside the shards."
+        ),
+    ] = "map",
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = True,
+    image_size: ImageSize = None,
+    pixels: Annotated[
+        str | None,
+        typer.Option(
+            help="[bold]timm[/bold]: timm's own evaluation transform, crop included (unless given, of timm: models); "
+            "[bold]whole[/bold]: the whole picture (of others); [bold]processor[/bold]: Hugging Face's own (hf:)."
+        ),
+    ] = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "float32",
+    map_dtype: MapDtype = "float16",
+    keep: Annotated[
+        str, typer.Option(help="Of every layer, for rollout: map, qk (memory linear in the tokens), or auto.")
+    ] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Record CUDA graphs: for small batches.")] = False,
+    kind: Kind = None,
+    root: Root = None,
+    split: Split = None,
+    shard_size: ShardSize = None,
+    max_pixels: MaxPixels = None,
+    workers: Workers = None,
+    decode_timeout: DecodeTimeout = 120.0,
+    device: Devices = None,
+    engine: Engine = "local",
+    rank: RankOf = None,
+    world: World = None,
+    address: Address = None,
+    actors: Actors = None,
+    actor_cpus: ActorCpus = None,
+    actor_gpus: ActorGpus = None,
+    tries: Tries = 3,
+    shard_timeout: ShardTimeout = None,
+    retry_failed: RetryFailed = False,
+    verify: Verify = False,
+    allow_errors: AllowErrors = "0",
+    log_every: LogEvery = None,
+    dry_run: DryRun = False,
+    residual: Residual = 0.5,
+    discard: Discard = 0.0,
+    start: Start = 0,
+    preset: Preset = None,
+    seed: Seed = 0,
+) -> None:
+    """Writes the maps of many images as Parquet shards; run again, it goes on where it was stopped.
+
+    A row: key, text (caption), map (list) with its shape and scale (map * scale are the values), width and height of
+    the image, crop (the part of it that the map covers), error (null if all went well). An image that can't be read
+    becomes a row with an error, and the job goes on. manifest.parquet is the list of images, fixed by the first run;
+    run.json what the maps are made with, and a later run with anything else is refused.
+    """
+    from attnx.jobs.packing import DTYPES, STORES
+    from attnx.jobs.recipe import ExtractRecipe
+    from attnx.jobs.sources import open_source
+
+    options = JobOptions(
+        batch_size, workers, decode_timeout, shard_size, device, engine, rank, world, address, actors, actor_cpus,
+        actor_gpus, tries, retry_failed, dry_run, max_pixels, shard_timeout, verify, log_every, allow_errors,
+    )  # fmt: skip
+    autocast_of(dtype)
+    one_of("map-dtype", map_dtype, DTYPES)
+    one_of("store", store, STORES)
+    if store != "map" and (method, heads, compile) != (None, "mean", False):
+        raise ValueError(f"method, heads, compile: they are for --store map; got --store {store}")
+    notice = "no --model: this is the demo model, which was trained on drawn scenes and knows nothing of photos"
+    notice, model = (notice, "demo") if model is None else ("", model)
+    images, method = open_source(source, kind, root, split), method or "rollout"
+    recipe = ExtractRecipe(
+        source=absolute(source), kind=images.kind, root=absolute(root), split=split, model=_absolute(model),
+        pretrained=pretrained, checkpoint=absolute(checkpoint), image_size=pixels_of(image_size), seed=seed,
+        method=method, heads=heads, dtype=dtype, map_dtype=map_dtype, max_pixels=options.pixels, pixels=pixels,
+        layers=layers_of(layer), keep=keep, compile=compile, store=store,
+        rolling=rollout_options(residual, discard, start, preset) if method == "rollout" else {},
+    )  # fmt: skip
+    run_recipe(recipe, images, out, options, "images", notice=notice)
+
+
+def _absolute(model: str) -> str:
+    """A folder's name as any process on this machine understands it."""
+    kind, _, name = model.partition(":")
+    return f"{kind}:{Path(name).absolute()}" if kind == "hf" and Path(name).is_dir() else model

@@ -1,0 +1,234 @@
+"""The command line: attnx demo | show | extract | words | summary | kernels."""
+
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from attnx.cli.extract import extract
+from attnx.cli.options import (
+    PATH,
+    Alpha,
+    Checkpoint,
+    Colormap,
+    Device,
+    Discard,
+    HeadsOption,
+    ImageSize,
+    Interpolation,
+    Layer,
+    Method,
+    Model,
+    Out,
+    Preset,
+    Pretrained,
+    Residual,
+    Seed,
+    Start,
+    UsageError,
+    layers_of,
+    prepared,
+    report_errors,
+    rollout_options,
+)
+from attnx.cli.summary import summary
+from attnx.cli.words import words
+from attnx.messages import say, warnings_in_lines
+from attnx.supervisor import ENDING, can_supervise, supervise
+
+
+class OneLine(TyperGroup):
+    """Commands whose wrong options are told in one line, with exit code 2."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Runs the command line, see `typer.core.TyperGroup.main`."""
+        run = partial(super().main, args, *rest, **kwargs)
+        if not standalone_mode:
+            return run(standalone_mode=False)
+        try:
+            with warnings_in_lines():
+                code = run(standalone_mode=False)
+        except UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()
+                sys.exit(2)
+            context = getattr(error, "ctx", None)
+            of = "" if context is None or context.parent is None else f"{context.info_name}: "
+            say(of + error.format_message())
+            sys.exit(2)
+        except typer.Abort:
+            code = 130
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(
+    name="attnx",
+    cls=OneLine,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="""The attention maps of any vision transformer, at the price of its attention.
+
+    [bold]attnx demo[/bold] shows what it does, without a download. [bold]attnx show photo.jpg --model demo[/bold] draws
+    the maps of one image, [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
+    those of a folder, and [bold]attnx summary maps/[/bold] says what they have in common. [bold]attnx words photo.jpg
+    "a dog" --checkpoint ALBEF.pth[/bold] draws what each word looks at. [bold]attnx kernels[/bold] compiles the GPU
+    kernels, without a GPU.
+
+    Exit codes: 0 all is well, 1 some images or captions could not be read or a kernel spills, 2 a mistake in what was
+    asked.""",
+)
+
+
+@app.command()
+@report_errors
+def demo(
+    out: Out = Path("attnx-demo"),
+    scenes: Annotated[int, typer.Option(help="How many scenes to draw.")] = 48,
+) -> None:
+    """Draws scenes, runs the bundled models on them, and shows where they looked: for the target, and for words.
+
+    Writes the scenes, their maps (Parquet), results.json, contact_sheet.png, words.png, and captioned/pairs.jsonl for
+    `attnx words --model demo --pairs`. No download, no GPU.
+    """
+    from attnx.demo.run import run_demo
+    from attnx.jobs.progress import progress_bar
+
+    verdict = run_demo(out, scenes, progress=progress_bar)
+    typer.echo(str(verdict))
+    typer.echo(f"look at {out / 'contact_sheet.png'} and {out / 'words.png'}")
+
+
+@app.command()
+@report_errors
+def show(
+    image: Annotated[Path, typer.Argument(help="An image file.", **PATH)],
+    model: Model = "demo",
+    out: Out = Path("attnx-out"),
+    method: Method = "rollout",
+    layer: Layer = None,
+    heads: HeadsOption = "mean",
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = True,
+    image_size: ImageSize = None,
+    device: Device = None,
+    residual: Residual = 0.5,
+    discard: Discard = 0.0,
+    start: Start = 0,
+    preset: Preset = None,
+    colormap: Colormap = "turbo",
+    alpha: Alpha = 0.5,
+    interpolation: Interpolation = "bilinear",
+    keep: Annotated[float, typer.Option(help="Share of a head's mass inside its mask.")] = 0.6,
+    seed: Seed = 0,
+) -> None:
+    """Draws the maps of one image, at the image's own size.
+
+    Writes overlay.png (the method's map), heads.png (the class token's map, head by head), masks.png (the patches
+    that hold 60 % of each head's mass) and layers.png (every layer, then max, min, mean, and rollout).
+    """
+    from attnx.figures.one_image import Style, draw
+    from attnx.images import read_image
+
+    picture = read_image(image)
+    on, loaded = prepared(model, pretrained, checkpoint, image_size, device, seed)
+    rolling = rollout_options(residual, discard, start, preset)
+    style = Style(colormap, alpha, interpolation, keep)
+    written = draw(picture, loaded, out, method, layers_of(layer), heads, rolling, style, on)
+    for path, what in written.items():
+        typer.echo(f"{path}  {what}")
+
+
+app.command()(extract)
+app.command()(words)
+app.command()(summary)
+
+
+@app.command()
+@report_errors
+def kernels(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_86, sm_89, sm_90, sm_100 or gfx942; repeat for several.")
+    ] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="1 to 256; repeat; 32, 64, 80, 128 unless given.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="bfloat16 (unless given), float16 or float32; repeat.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes that compile; one a core unless given.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list for runtime, and nothing else on stdout.")] = False,
+) -> None:
+    """Compiles every kernel for GPUs that need not be here: registers, spills, shared memory, matrix instructions.
+
+    All default configurations, for A100, RTX 30, RTX 40, H100, B200 and MI300 unless some are named; minutes the first
+    time. Exit code 1 if one spills, asks for more shared memory than there is, or does not compile.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("TRITON_INTERPRET is 1: the interpreter compiles nothing; unset it")
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("triton is not installed, so nothing can be compiled: pip install triton")
+    import json
+
+    import torch
+
+    from attnx.kernels.inspect.offline import TARGETS, compile_defaults, failures, table, target_name
+
+    targets = {target_name(target): target for target in TARGETS}
+    names = [f"sm_{name}" if name.isdecimal() else name for name in arch or targets]
+    for name in names:
+        if name not in targets:
+            raise ValueError(f"arch: expected one of {', '.join(targets)}; got {name!r}")
+    for name in dtype or ():
+        if name not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"dtype: expected bfloat16, float16 or float32; got {name!r}")
+    head_dims = head_dim or [32, 64, 80, 128]
+    if not all(1 <= dim <= 256 for dim in head_dims):
+        raise ValueError(f"head-dim: expected 1 to 256; got {', '.join(map(str, head_dims))}")
+    dtypes = [getattr(torch, name) for name in dtype or ["bfloat16"]]
+    rows = compile_defaults([targets[name] for name in names], head_dims, dtypes, jobs or os.cpu_count() or 1)
+    typer.echo(json.dumps([row._asdict() for row in rows]) if as_json else "\n".join(table(rows)))
+    failed = list(failures(rows))
+    for line in failed:
+        say(line)
+    if failed:
+        raise typer.Exit(1)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks this process to end. number: its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def _stop(number: int, frame: object) -> None:
+    # Once: what cleans up is not to be interrupted.
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def main() -> None:
+    """The entry point: after a signal, 128 and its number, as shells do: 130 after an interrupt."""
+    if sys.argv[1:2] in (["extract"], ["words"]) and can_supervise():
+        try:
+            supervise()
+        except OSError as error:
+            say(f"no process or temporary folder for the job: {error}")
+            sys.exit(2)
+    for number in ENDING:
+        # nohup has the terminal's end ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+    try:
+        app()
+    except KeyboardInterrupt as error:
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))

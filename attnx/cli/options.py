@@ -1,0 +1,203 @@
+"""What the commands share: their options, and how they tell of a mistake."""
+
+import os
+import re
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnx.limits import IMAGE_SIDE
+from attnx.messages import say
+
+if TYPE_CHECKING:
+    import torch
+
+    from attnx.models.loaded import Loaded
+
+
+# typer has its own copy of click, or click itself, by its version.
+UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+def path_of(text: str) -> Path:
+    """A path that an option names; an empty one would be the current folder."""
+    if not text:
+        raise typer.BadParameter("expected a file or folder; got an empty text")
+    return Path(text)
+
+
+MODEL = typer.Option(
+    help="[bold]demo[/bold] (bundled), [bold]timm:NAME[/bold], or [bold]hf:NAME[/bold] (of the hub, or a folder "
+    "written by save_pretrained)."
+)
+Model = Annotated[str, MODEL]
+PATH: dict[str, Any] = {"parser": path_of, "metavar": "PATH"}  # of typer.Option and typer.Argument
+Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is missing.", **PATH)]
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights to load (.safetensors or a torch file).", **PATH)]
+Pretrained = Annotated[bool, typer.Option(help="Download the model's weights; --no-pretrained takes random ones.")]
+Seed = Annotated[int, typer.Option(help="Seed of random weights.")]
+ImageSize = Annotated[str | None, typer.Option(help="Pixels: 480, or HEIGHTxWIDTH such as 480x640.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="[bold]rollout[/bold] through all layers, [bold]cls[/bold]: the class token's map in the last, "
+        "[bold]layers[/bold]: in every layer."
+    ),
+]
+Layer = Annotated[
+    list[str] | None, typer.Option(help="Layer name, glob or depth index (-1 is the last); repeat for several.")
+]
+HeadsOption = Annotated[str, typer.Option(help="How heads are fused: mean, max or min (each: with cls).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one unless given.")]
+Residual = Annotated[float, typer.Option(help="Rollout: weight of the identity.")]
+Discard = Annotated[float, typer.Option(help="Rollout: share of smallest entries dropped in each layer.")]
+Start = Annotated[int, typer.Option(help="Rollout: first layer of the product.")]
+Preset = Annotated[str | None, typer.Option(help="Rollout: vit-explain, that code's arithmetic.")]
+BatchSize = Annotated[int, typer.Option(help="Images, or pairs, at a time.", min=1)]
+Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 / float16 by autocast.")]
+Colormap = Annotated[str, typer.Option(help="A matplotlib colour map.")]
+Alpha = Annotated[float, typer.Option(help="0: the image alone, 1: the colours alone.")]
+Interpolation = Annotated[str, typer.Option(help="bilinear or nearest.")]
+
+
+def report_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Whatever goes wrong in a command becomes one line on stderr and exit code 2. ATTNX_TRACEBACK=1 shows the rest."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, UsageError):
+            raise
+        except KeyboardInterrupt as error:
+            # typer would forget which signal it was.
+            raise typer.Exit(128 + getattr(error, "number", signal.SIGINT)) from None
+        except Exception as error:
+            if os.environ.get("ATTNX_TRACEBACK"):
+                traceback.print_exc()
+            say(_message_of(command.__name__, error))
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def _message_of(command: str, error: Exception) -> str:
+    """The message of an error; with its type and the command, if nobody foresaw it."""
+    told = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if (
+        not isinstance(error, (ValueError, RuntimeError, OSError, NotImplementedError, KeyError, ImportError))
+        or not told
+    ):
+        told = f"{command}: {type(error).__name__}: {told} (ATTNX_TRACEBACK=1 shows where)"
+    return told
+
+
+def device_of(name: str | None) -> "torch.device":
+    """The device of that name; a GPU if there is one unless given.
+
+    Raises:
+        ValueError: torch can't use it here.
+    """
+    import torch
+
+    try:
+        on = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
+        torch.empty(0, device=on)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that torch can use here; got {name!r} ({cause})") from error
+    return on
+
+
+def devices_of(names: str | None) -> list[str]:
+    """Devices by their names, with commas between them; "all": every GPU.
+
+    Raises:
+        ValueError: torch can't use one of them here.
+    """
+    import torch
+
+    if names == "all":
+        if not torch.cuda.is_available():
+            raise ValueError("device: all is for GPUs; torch finds none here")
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    found = [None] if names is None else names.split(",")
+    if len(found) == 1:
+        return [str(device_of(found[0]))]
+    for name in found:
+        # Nothing is put on it: this process will not use it.
+        count = torch.cuda.device_count()
+        if not (
+            name == "cpu" or (re.fullmatch(r"cuda:\d+", name or "") and int((name or "").partition(":")[2]) < count)
+        ):
+            raise ValueError(f"device: expected cpu or cuda:N of {count} GPUs, with commas between them; got {name!r}")
+    return [str(name) for name in found]
+
+
+def one_of(name: str, value: str, known: Sequence[str]) -> None:
+    """Raises ValueError if the option's value is none that is known."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def autocast_of(dtype: str) -> "torch.dtype | None":
+    """The dtype to autocast to; None for float32.
+
+    Raises:
+        ValueError: another name.
+    """
+    import torch
+
+    one_of("dtype", dtype, DTYPES)
+    return None if dtype == "float32" else getattr(torch, dtype)
+
+
+def pixels_of(text: str | None) -> tuple[int, int] | None:
+    """(height, width) of "480" or "480x640"; None of None.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,5})(?:[xX]([0-9]{1,5}))?", text)
+    height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not (0 < height <= IMAGE_SIDE and 0 < width <= IMAGE_SIDE):
+        expected = f"pixels such as 480 or 480x640, at most {IMAGE_SIDE} on a side"
+        raise ValueError(f"image-size: expected {expected}; got {text!r:.80}")
+    return height, width
+
+
+def prepared(
+    model: str, pretrained: bool, checkpoint: Path | None, image_size: str | None, device: str | None, seed: int
+) -> "tuple[torch.device, Loaded]":
+    """The device, and the model on it."""
+    import torch
+
+    from attnx.models.loading import load_model
+
+    size, on = pixels_of(image_size), device_of(device)
+    torch.manual_seed(seed)
+    loaded = load_model(model, pretrained=pretrained, checkpoint=checkpoint, image_size=size)
+    loaded.model.to(on)
+    return on, loaded
+
+
+def layers_of(layers: list[str] | None) -> list[str | int] | None:
+    """Depth indices as numbers, names and globs as they are."""
+    if not layers:
+        return None
+    return [int(x) if x.removeprefix("-").isdecimal() else x for x in layers]
+
+
+def rollout_options(residual: float, discard: float, start: int, preset: str | None) -> dict[str, Any]:
+    """The rollout's own options."""
+    return {"residual": residual, "discard": discard, "start": start, "preset": preset}

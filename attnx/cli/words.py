@@ -1,0 +1,198 @@
+"""attnx words: what each word of a caption looks at, for one image or for a file of pairs."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from attnx.cli.job_options import (
+    ActorCpus,
+    ActorGpus,
+    Actors,
+    Address,
+    AllowErrors,
+    DecodeTimeout,
+    Devices,
+    DryRun,
+    Engine,
+    JobOptions,
+    Kind,
+    LogEvery,
+    MapDtype,
+    MaxPixels,
+    RankOf,
+    RetryFailed,
+    Root,
+    ShardSize,
+    ShardTimeout,
+    Split,
+    Tries,
+    Verify,
+    Workers,
+    World,
+    absolute,
+    run_recipe,
+)
+from attnx.cli.options import (
+    PATH,
+    Alpha,
+    BatchSize,
+    Checkpoint,
+    Colormap,
+    Dtype,
+    ImageSize,
+    Interpolation,
+    Out,
+    Seed,
+    autocast_of,
+    device_of,
+    one_of,
+    pixels_of,
+    report_errors,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from attnx.figures.one_image import Style
+    from attnx.jobs.recipe import Runtime, WordsRecipe
+    from attnx.jobs.run import Report
+
+
+@report_errors
+def words(
+    image: Annotated[Path | None, typer.Argument(help="An image file.", **PATH)] = None,
+    caption: Annotated[str | None, typer.Argument(help="What it shows.")] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help='For a batch job: JSON lines {"image": "photo.jpg", "caption": "a dog"}, or another source of images '
+            "with captions, as of attnx extract.",
+            **PATH,
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="[bold]albef[/bold] in the published sizes, or [bold]demo[/bold] (bundled).")
+    ] = "albef",
+    checkpoint: Checkpoint = None,
+    pretrained: Annotated[bool, typer.Option(help="--no-pretrained takes random weights.")] = True,
+    vocab: Annotated[
+        Path | None, typer.Option(help="bert-base-uncased's vocab.txt; downloaded unless given.", **PATH)
+    ] = None,
+    out: Out = Path("attnx-words"),
+    layer: Annotated[
+        int | None, typer.Option(help="Text layer with cross-attention; 8 of ALBEF, 2 of the demo.")
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="[bold]attention[/bold] itself, or [bold]gradcam[/bold]: weighted by its gradient of a match."
+        ),
+    ] = "attention",
+    heads: Annotated[str, typer.Option(help="How heads are fused: mean, max or min (gradcam: mean).")] = "mean",
+    preset: Annotated[
+        str | None, typer.Option(help="vl-dino: that script's input (480 pixels, ImageNet's colours) and pass.")
+    ] = None,
+    image_size: ImageSize = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "float32",
+    pictures: Annotated[bool, typer.Option("--pictures", help="With --pairs: words.png of every pair, too.")] = False,
+    map_dtype: MapDtype = "float16",
+    kind: Kind = None,
+    root: Root = None,
+    split: Split = None,
+    shard_size: ShardSize = None,
+    max_pixels: MaxPixels = None,
+    workers: Workers = None,
+    decode_timeout: DecodeTimeout = 120.0,
+    device: Devices = None,
+    engine: Engine = "local",
+    rank: RankOf = None,
+    world: World = None,
+    address: Address = None,
+    actors: Actors = None,
+    actor_cpus: ActorCpus = None,
+    actor_gpus: ActorGpus = None,
+    tries: Tries = 3,
+    shard_timeout: ShardTimeout = None,
+    retry_failed: RetryFailed = False,
+    verify: Verify = False,
+    allow_errors: AllowErrors = "0",
+    log_every: LogEvery = None,
+    dry_run: DryRun = False,
+    colormap: Colormap = "turbo",
+    alpha: Alpha = 0.5,
+    interpolation: Interpolation = "bilinear",
+    seed: Seed = 0,
+) -> None:
+    """Draws what each word of a caption looks at: cross-attention, or its Grad-CAM.
+
+    Writes a picture a word (00-a.png), words.png with all of them over the caption, and words.npz. With --pairs,
+    Parquet shards, as of attnx extract: a row a pair, maps [T, h, w], and the columns tokens (the T word pieces),
+    word_of (the word that each is of), score (gradcam: the logit of a match) and cut (words that had no room). Pairs
+    that can't be read become rows with an error; run again, it goes on where it was stopped.
+    """
+    from attnx.figures.one_image import Style
+    from attnx.jobs.packing import DTYPES
+    from attnx.jobs.recipe import WordsRecipe
+    from attnx.jobs.sources import open_source
+    from attnx.models.loading import default_layer
+
+    asked = {"IMAGE": image, "CAPTION": caption, "--pairs": pairs}
+    given = [name for name, value in asked.items() if value is not None]
+    if given not in (["IMAGE", "CAPTION"], ["--pairs"]):
+        raise ValueError(f'expected IMAGE "CAPTION", or --pairs FILE; got {" and ".join(given) or "neither"}')
+    autocast_of(dtype)
+    one_of("map-dtype", map_dtype, DTYPES)
+    how = JobOptions(
+        batch_size, workers, decode_timeout, shard_size, device, engine, rank, world, address, actors, actor_cpus,
+        actor_gpus, tries, retry_failed, dry_run, max_pixels, shard_timeout, verify, log_every, allow_errors,
+    )  # fmt: skip
+    images = None if pairs is None else open_source(pairs, kind, root, split)
+    if images is not None and images.kind == "folder":
+        raise ValueError(f"pairs: expected a source with captions; {pairs} is taken for a folder of images")
+    recipe = WordsRecipe(
+        source=absolute(image or pairs or Path()), kind="folder" if images is None else images.kind,
+        root=absolute(root), split=split, model=model, pretrained=pretrained, checkpoint=absolute(checkpoint),
+        image_size=pixels_of(image_size), seed=seed, method=method, heads=heads, dtype=dtype, map_dtype=map_dtype,
+        max_pixels=how.pixels, vocab=absolute(vocab), layer=default_layer(model) if layer is None else layer,
+        preset=preset,
+    )  # fmt: skip
+    style = Style(colormap, alpha, interpolation)
+    if images is not None:
+        run_recipe(recipe, images, out, how, "pairs", partial(_finish, out, style if pictures else None))
+    elif image is not None and caption is not None:
+        _draw(recipe, image, caption, out, device_of(device), style)
+
+
+def _draw(recipe: "WordsRecipe", image: Path, caption: str, out: Path, on: "torch.device", style: "Style") -> None:
+    """The pictures of one image and its caption."""
+    from attnx.figures.words import draw_words
+    from attnx.images import read_image
+
+    picture = read_image(image)
+    loaded, find = recipe.load_words(on)
+    found = find(loaded.prepare(picture)[None].to(on), [[caption]])[0]
+    for path, what in draw_words(picture, found, out, style).items():
+        typer.echo(f"{path}  {what}")
+
+
+def _finish(out: Path, style: "Style | None", runtime: "Runtime", report: "Report") -> str:
+    """Draws the pairs if asked to; tells of captions that were cut, and of those with words outside the vocabulary."""
+    import pyarrow.compute as pc
+
+    from attnx.figures.words import draw_pairs
+    from attnx.jobs.shards import Part, parts
+
+    if style is not None:
+        draw_pairs(out, runtime, style)
+    cut = unknown = 0
+    for part in parts(out):
+        rows = Part(part).table(["cut", "tokens"])
+        cut += pc.sum(pc.greater(rows["cut"], 0)).as_py() or 0
+        tokens = rows["tokens"].combine_chunks()
+        of_row = pc.list_parent_indices(tokens).filter(pc.equal(pc.list_flatten(tokens), "[UNK]"))
+        unknown += len(of_row.unique())
+    told = f", {cut} captions were cut: they are longer than the model takes" if cut else ""
+    return told + (f", {unknown} captions have words that are not in the vocabulary" if unknown else "")

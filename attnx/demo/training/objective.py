@@ -1,0 +1,257 @@
+"""What the demo pair is trained to do: ALBEF's three losses, on captions and on parts of them."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnx.demo.captioned import RELATIONS, describe
+from attnx.demo.scenes import COLORS, SHAPES
+from attnx.models.albef import Albef, CrossAttention
+from attnx.models.tokenizer import Tokenizer
+
+SIZES = (len(COLORS), len(SHAPES), len(RELATIONS), len(COLORS), len(SHAPES))
+"""How many values each of the five facts has."""
+OPPOSITE = torch.arange(len(RELATIONS)) ^ 1
+FALSE = 2
+"""Falsified captions for every true one."""
+PHRASE, CAPTION, MASKED = 1.0, 0.5, 0.3
+"""Weights of the matching losses of phrases and captions, and of masked words, beside the contrastive one's of 1."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Every possible text of a kind as the model reads it: ids int64 and mask bool, both [*sizes, T]."""
+
+    ids: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, sizes: tuple[int, ...], text: Callable[..., str]) -> Table:
+        """text: of one index for each of the sizes."""
+        read = [tokenizer(text(*indices)).ids for indices in itertools.product(*map(range, sizes))]
+        length, pad = max(map(len, read)), tokenizer.id_of("[PAD]")
+        ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in read]).view(*sizes, length)
+        return cls(ids, ids != pad)
+
+    def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices [P, len(sizes)] -> ids and mask [P, T]."""
+        return self.ids[indices.unbind(-1)], self.mask[indices.unbind(-1)]
+
+
+def captions(tokenizer: Tokenizer) -> Table:
+    """Every caption, by its facts."""
+    return Table.of(tokenizer, SIZES, lambda *facts: describe(facts))
+
+
+def phrase(color: int, shape: int) -> str:
+    """ "a red circle"; "a red" or "a circle" where the other index is one too many."""
+    named = ((*COLORS, "")[color], (*SHAPES, "")[shape])
+    return " ".join(("a", *filter(None, named)))
+
+
+def converse(facts: Tensor) -> Tensor:
+    """[..., 5]: the same said from the other object, "a blue square right of a red circle"."""
+    color, shape, relation, color2, shape2 = facts.unbind(-1)
+    return torch.stack([color2, shape2, OPPOSITE[relation], color, shape], -1)
+
+
+def meaning(facts: Tensor) -> Tensor:
+    """[..., 5] -> [...] int64: equal where two captions say the same."""
+    weights = torch.tensor([int(np.prod(SIZES[i + 1 :])) for i in range(5)])
+    return torch.minimum((facts * weights).sum(-1), (converse(facts) * weights).sum(-1))
+
+
+def falsify(facts: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Captions [B, count, 5] that are nearly those of `facts` [B, 5], and not true: one change each, at random."""
+    color, shape, relation, color2, shape2 = facts.unbind(-1)
+
+    def other(values: Tensor, kinds: int) -> Tensor:
+        return (values + torch.randint(1, kinds, values.shape, generator=generator)) % kinds
+
+    changed = [
+        (color2, shape2, relation, color, shape),
+        (color, shape, OPPOSITE[relation], color2, shape2),
+        (color2, shape, relation, color, shape2),
+        (color, shape2, relation, color2, shape),
+        (other(color, len(COLORS)), shape, relation, color2, shape2),
+        (color, other(shape, len(SHAPES)), relation, color2, shape2),
+        (color, shape, relation, other(color2, len(COLORS)), shape2),
+        (color, shape, relation, color2, other(shape2, len(SHAPES))),
+    ]
+    made = torch.stack([torch.stack(facts_of, -1) for facts_of in changed], 1)
+    # An exchange of two equal colours changes nothing.
+    false = meaning(made) != meaning(facts)[:, None]
+    order = torch.rand(false.shape, generator=generator).masked_fill(~false, -1.0).argsort(1, descending=True)
+    return made.gather(1, order[:, :count, None].expand(-1, -1, 5))
+
+
+def parts(facts: Tensor, generator: torch.Generator) -> Tensor:
+    """Phrases about one object of each scene: indices for `phrase` [B, 5, 2].
+
+    Its own, and one word of it; and with the other object's colour, with the other object's shape, and with a colour or
+    shape that neither has, which at times is the only word.
+    """
+    own = torch.arange(len(facts))
+
+    def choose() -> Tensor:
+        return torch.rand(len(facts), generator=generator) < 0.5
+
+    def absent(present: Tensor, kinds: int) -> Tensor:
+        return torch.rand(len(present), kinds, generator=generator).scatter(1, present, -1.0).argmax(1)
+
+    colors, shapes, chosen = facts[:, [0, 3]], facts[:, [1, 4]], choose().long()
+    color, shape = colors[own, chosen], shapes[own, chosen]
+    color2, shape2 = colors[own, 1 - chosen], shapes[own, 1 - chosen]
+    no_color, no_shape = torch.full_like(color, len(COLORS)), torch.full_like(shape, len(SHAPES))
+    alone, of_color, short = choose(), choose(), choose()
+    wrong_color = torch.where(of_color, absent(colors, len(COLORS)), torch.where(short, no_color, color))
+    wrong_shape = torch.where(of_color, torch.where(short, no_shape, shape), absent(shapes, len(SHAPES)))
+    said = (
+        (color, shape),
+        (torch.where(alone, color, no_color), torch.where(alone, no_shape, shape)),
+        (color, shape2),
+        (color2, shape),
+        (wrong_color, wrong_shape),
+    )
+    return torch.stack([torch.stack(pair, -1) for pair in said], 1)
+
+
+def holds(said: Tensor, facts: Tensor, shown: Tensor) -> Tensor:
+    """Whether phrases [B, K, 2] are true of an object that is shown, bool [B, K]; facts: [B, 5]; shown: bool [B, 2]."""
+    color, shape = said[..., :1], said[..., 1:]
+    colored = (color == facts[:, None, [0, 3]]) | (color == len(COLORS))
+    shaped = (shape == facts[:, None, [1, 4]]) | (shape == len(SHAPES))
+    return (colored & shaped & shown[:, None]).any(-1)
+
+
+class Evidence:
+    """How much of what the words saw goes on to the layers above: all of it, unless some is withheld in training.
+
+    Of most of the pairs a random share is left, and so much is then a true one true: the more a word sees of what it
+    names, the more the model believes it. That is what Grad-CAM asks of every patch; a model that need not look twice
+    answers with gradients of any sign. At times one word alone is left less than the others, so that each has to see
+    for itself. What tokens see that name nothing, [CLS] before all, and what is seen above the first of the layers, is
+    mostly withheld: the words have to tell it.
+    """
+
+    def __init__(
+        self, model: Albef, generator: torch.Generator, whole: float = 0.3, blind: float = 0.7, apart: float = 0.5
+    ) -> None:
+        """Shares of pairs. whole: their words are left all that they saw; blind: what names nothing sees nothing, and
+        as many whose layers above the first see nothing; apart: one word is left less than the others."""
+        self.generator, self.whole, self.blind, self.apart = generator, whole, blind, apart
+        self.scales: list[Tensor | None] = []
+        crossing = [module for module in model.text_encoder.modules() if isinstance(module, CrossAttention)]
+        for i, module in enumerate(crossing):
+            self.scales.append(None)
+            module.register_forward_hook(partial(self._scale, i))
+
+    def withhold(self, naming: Tensor) -> Tensor:
+        """From the next pass; naming: which tokens name something, bool [pairs, T]; the shares left, [pairs]."""
+        pairs = len(naming)
+        left = torch.where(self._random(pairs) < self.whole, 1.0, self._random(pairs))
+        seeing = naming | (self._random(pairs) >= self.blind)[:, None]
+        of_one = torch.where(self._random(pairs) < self.apart, self._random(pairs), 1.0)
+        one = torch.rand(naming.shape, generator=self.generator).masked_fill(~naming, -1.0).argmax(1)
+        first = left[:, None] * seeing
+        first[torch.arange(pairs), one] *= of_one
+        left = left * of_one
+        above = left * (self._random(pairs) >= self.blind)
+        self.scales = [first[..., None], *[above[:, None, None]] * (len(self.scales) - 1)]
+        return left
+
+    def restore(self) -> None:
+        """From the next pass on nothing is withheld."""
+        self.scales = [None] * len(self.scales)
+
+    def _random(self, count: int) -> Tensor:
+        return torch.rand(count, generator=self.generator)
+
+    def _scale(self, layer: int, module: nn.Module, inputs: tuple[Tensor, ...], seen: Tensor) -> Tensor:
+        scale = self.scales[layer]
+        return seen if scale is None else seen * scale
+
+
+class Objective(nn.Module):
+    """The model and its losses; the head that names masked words is used in training only."""
+
+    def __init__(self, model: Albef, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.model = model
+        assert model.tokenizer is not None
+        self.captions = captions(model.tokenizer)
+        self.phrases = Table.of(model.tokenizer, (len(COLORS) + 1, len(SHAPES) + 1), phrase)
+        self.mask_id, self.names = model.tokenizer.id_of("[MASK]"), model.tokenizer.id_of(next(iter(COLORS)))
+        self.words_head = nn.Linear(model.config.width, model.config.vocab_size)
+        self.masked = args.masked
+        self.generator = torch.Generator().manual_seed(args.seed)
+        self.evidence = Evidence(model, self.generator)
+
+    def forward(self, images: Tensor, facts: Tensor, shown: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Losses by name, and the shares of pairs of image and caption, image and phrase that matching gets right.
+
+        images: float32 [B, 3, H, W]; facts: int64 [B, 5], true of them where both objects are shown, bool [B, 2]. Where
+        one is not, the image has phrases only.
+        """
+        seen, both = self.model.encode_image(images), shown.all(1)
+        said = parts(facts, self.generator)
+        ids, mask = self.phrases(said.flatten(0, 1))
+        true = holds(said, facts, shown).flatten()
+        phrases, told = self._match(seen, ids, mask, self.model.encode_text(ids, mask), true)
+        image, facts = seen[both], facts[both]
+        own = torch.arange(len(facts))
+        false = falsify(facts, FALSE, self.generator)
+        ids, mask = self.captions(torch.cat([facts, false.flatten(0, 1)]))
+        words = self.model.encode_text(ids, mask)
+        same = meaning(facts)[:, None] == meaning(facts)[None]
+        contrastive, similar = self._contrast(image, words[: len(facts)], same)
+        hard = torch.multinomial(similar.masked_fill(same, -1e4).softmax(1), 1, generator=self.generator)[:, 0]
+        rows = torch.cat([own[:, None], hard[:, None], torch.arange(len(facts), len(ids)).view(-1, FALSE)], 1).flatten()
+        true = (torch.arange(2 + FALSE) == 0).repeat(len(facts))
+        matching, right = self._match(image, ids[rows], mask[rows], words[rows], true)
+        losses = {"itc": contrastive, "captions": CAPTION * matching, "phrases": PHRASE * phrases}
+        losses["mlm"] = MASKED * self._name_masked(image, facts)
+        return losses, {"captions right": right, "phrases right": told}
+
+    def _contrast(self, image: Tensor, words: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+        """The contrastive loss, and similarities [B, B] of images (rows) and captions."""
+        model = self.model
+        assert model.vision_proj is not None
+        assert model.text_proj is not None
+        assert model.temp is not None
+        seen = F.normalize(model.vision_proj(image[:, 0]), dim=-1)
+        said = F.normalize(model.text_proj(words[:, 0]), dim=-1)
+        similar = seen @ said.T / model.temp.clamp(0.02, 0.5)
+        target = same.float() / same.sum(1)
+        return 0.5 * (F.cross_entropy(similar, target) + F.cross_entropy(similar.T, target)), similar.detach()
+
+    def _match(self, image: Tensor, ids: Tensor, mask: Tensor, words: Tensor, true: Tensor) -> tuple[Tensor, float]:
+        """The matching loss, and the share of pairs left whole that it gets right.
+
+        As many texts for every image, in order; those that are true, bool [texts], weigh as much as the others.
+        """
+        assert self.model.itm_head is not None
+        left = self.evidence.withhold(ids >= self.names)
+        fused = self.model.encode_text(ids, mask, image, words=words, layers=self.model.cross_layers)
+        self.evidence.restore()
+        logits = self.model.itm_head(fused[:, 0])
+        belief = true * left
+        loss = F.cross_entropy(logits, torch.stack([1.0 - belief, belief], 1), reduction="none")
+        right = (logits.argmax(1) == true.long())[left == 1.0].float().mean().item()
+        return 0.5 * (loss[true].mean() + loss[~true].mean()), right
+
+    def _name_masked(self, image: Tensor, facts: Tensor) -> Tensor:
+        """Cross-entropy of masked words, among those that say something: colours, shapes, relations."""
+        ids, mask = self.captions(facts)
+        hidden = (torch.rand(ids.shape, generator=self.generator) < self.masked) & (ids >= self.names)
+        words = self.model.encode_text(ids.masked_fill(hidden, self.mask_id), mask, image)
+        return F.cross_entropy(self.words_head(words[hidden]), ids[hidden])

@@ -1,0 +1,148 @@
+"""One pass of a whole model, from which a plan is made: which layers attend, in which order, with what."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnx.extract.plan import Plan, Split, Step, sole_input
+from attnx.extract.projections import HeadDims, projects, queries_and_keys
+from attnx.extract.rebind import SDPA, own_forward
+from attnx.trace.adapters.sharding import is_sharded
+from attnx.trace.interceptor import Interceptor
+from attnx.trace.layers import Layers, attention_layers, clean_name, matches
+from attnx.trace.layout import patch_convolutions
+from attnx.trace.recorder import Recorder
+from attnx.trace.records import LayerRecord, MapRecord, QKRecord
+
+
+class Trial:
+    """The pass is the one that is made inside the `with`, in this thread.
+
+    Args:
+        model, layers: as in `attnx.capture`.
+        recorder: what is asked of the layers; its trace is the pass's.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers, recorder: Recorder) -> None:
+        self.model = model
+        self.recorder = recorder
+        self.thread = get_ident()
+        self.interceptor = Interceptor(model, layers, recorder, self.thread)
+        self.inputs: dict[str, Tensor] = {}
+        self.calls: dict[str, dict[str, Any]] = {}
+        self.stack = ExitStack()
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            self.recorder.stop_after, self.recorder.attended = None, self.calls
+            stack.callback(setattr, self.recorder, "attended", None)
+            stack.callback(self.interceptor.uninstall)
+            self.interceptor.install()
+            for name, module in self.model.named_modules():
+                if projects(module):
+                    hook = partial(self._note, clean_name(name))
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            self.stack = stack.pop_all()
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        self.stack.close()
+        if kind is None:
+            self.interceptor.check()
+
+    def _note(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        wanted = self.interceptor.wanted
+        if get_ident() == self.thread and (wanted is None or any(matches(w, name) for w in wanted)):
+            x = sole_input(args, kwargs)
+            self.inputs = {} if x is None else {name: x}  # of one layer at a time
+
+    def plan(self, wanted: Sequence[str], row: int | None) -> Plan:
+        """The plan that keeps what is wanted of some layers, and of the last no more than a row, if one is said.
+
+        Args:
+            wanted: names in the trace, in its order.
+            row: the only query row of the last of them that is wanted; None: what the recorder keeps of the others.
+        """
+        last = wanted[-1]
+        modules = {clean_name(name): module for name, module in self.model.named_modules()}
+        convolutions = {id(module) for module in patch_convolutions(self.model)}
+        blocks = {name.partition("#")[0]: modules[name.partition("#")[0]] for name in wanted}  # "x#2" is x again
+        split = self._split(last, modules.get(last), row)
+        return Plan(
+            steps=tuple(self._steps(wanted, row, split is not None, list(modules))),
+            wanted=tuple(wanted),
+            last=last,
+            row=row,
+            split=split,
+            bound=all(own_forward(block, SDPA) is not None for block in blocks.values()),
+            blocks=blocks,
+            stops=not is_sharded(self.model),
+            convolutions={name: module for name, module in modules.items() if id(module) in convolutions},
+        )
+
+    def _split(self, last: str, block: nn.Module | None, row: int | None) -> Split | None:
+        """How the last layer's projections can be split, if they give the queries and keys that it attended with."""
+        call, x = self.calls[last], self.inputs.get(last)
+        if (
+            block is None
+            or row is None
+            or x is None
+            or call["bias"] is not None
+            or call["is_causal"]
+            or not {"softcap", "sinks"}.isdisjoint(call)
+            or "q" not in call
+        ):
+            return None
+        q, k = call["q"], call["k"]
+        heads = HeadDims(q.shape[1], k.shape[1], q.shape[3])
+        projected = queries_and_keys(block, x, row, heads)
+        if projected is None or not (_close(projected[0], q[:, :, row : row + 1]) and _close(projected[1], k)):
+            return None
+        return Split(heads, call["scale"])
+
+    def _steps(self, wanted: Sequence[str], row: int | None, split: bool, modules: list[str]) -> list[Step]:
+        trace, last, steps = self.recorder.trace, wanted[-1], list[Step]()
+        order = list(trace)
+        for name in attention_layers(self.model):
+            if name not in trace:  # nobody asked for it: it stands where it does in the model
+                before = [
+                    i for i, other in enumerate(order) if modules.index(other.partition("#")[0]) < modules.index(name)
+                ]
+                order.insert(before[-1] + 1 if before else 0, name)
+        stop = order.index(last)
+        for i, name in enumerate(order):
+            if i > stop:
+                steps.append(Step(name, "nothing", "-", 0))
+            elif name not in wanted:
+                steps.append(Step(name, "its own attention", "-", 0))
+            else:
+                kept = trace.kept(name)
+                runs, keeps = "attention with its map", self._described(name, kept)
+                nbytes = kept.nbytes // max(1, kept.shape[0])
+                if name == last:
+                    runs = f"keys, and the query of row {row}" if split else "projections and its map"
+                if name == last and row is not None and trace.rows is None:
+                    keeps, nbytes = f"row {row}", 4 * kept.shape[-1]
+                steps.append(Step(name, runs, keeps, nbytes))
+        return steps
+
+    def _described(self, name: str, kept: LayerRecord) -> str:
+        if self.recorder.trace.rows is not None:
+            return "row " + ", ".join(map(str, self.recorder.trace.rows))
+        if isinstance(kept, QKRecord):
+            return "q, k"
+        smaller = self.calls[name]["nbytes"] < kept.nbytes and self.recorder.trace.heads == "mean"
+        later = " (of large batches q, k)" if self.recorder.keep == "auto" and smaller else ""
+        return f"map {list(kept.shape[1:])}{later}" if isinstance(kept, MapRecord) else "rows"
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for what two orders of summation differ by."""
+    if a.shape != b.shape or a.dtype != b.dtype or not a.numel():
+        return False
+    allowed = max(1e-5, 2 * torch.finfo(a.dtype).eps) * float(b.float().abs().max())
+    return float((a.float() - b.float()).abs().max()) <= allowed

@@ -1,0 +1,286 @@
+"""From images and captions to a map for every word: cross-attention itself, or weighted by its gradient."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from threading import get_ident
+from typing import TYPE_CHECKING, overload
+
+import torch
+from torch import Tensor, nn
+
+from attnx.extract.class_maps import frozen
+from attnx.trace.capture import capture, uncompiled
+from attnx.trace.interceptor import Interceptor, is_intercepted
+from attnx.trace.recorder import Recorder, StopForward
+
+if TYPE_CHECKING:
+    from attnx.models.albef import Albef
+    from attnx.models.tokenizer import Caption
+
+WORD_METHODS = ("attention", "gradcam")
+PRESETS = (None, "vl-dino")
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionMaps:
+    """The maps of one caption's words.
+
+    Attributes:
+        caption: as the model read it.
+        maps: [T, h, w] float32, one for every token, [CLS] and [SEP] included; padding has none.
+        score: `attnx.gradcam`: the logit that image and caption match.
+    """
+
+    caption: "Caption"
+    maps: Tensor
+    score: float | None = None
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The T word pieces."""
+        return self.caption.tokens
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The W words."""
+        return self.caption.words
+
+    @cached_property
+    def word_maps(self) -> Tensor:
+        """[W, h, w]: the mean over each word's pieces."""
+        word_of = self.caption.word_of
+        pieces = [[t for t, word in enumerate(word_of) if word == w] for w in range(len(self.words))]
+        return torch.stack([self.maps[chosen].mean(0) for chosen in pieces])
+
+    @property
+    def lavis(self) -> Tensor:
+        """[T + 1, h, w] in the order of LAVIS's compute_gradcam: [CLS], the mean of the words' tokens, the others."""
+        return torch.cat([self.maps[:1], self.maps[1:-1].mean(0, keepdim=True), self.maps[1:]])
+
+    def phrase(self, phrase: str) -> Tensor:
+        """[h, w]: the mean over the words of a phrase, where it first stands in the caption.
+
+        Raises:
+            ValueError: it is not in the caption; says what is.
+        """
+        from attnx.models.tokenizer import pre_caption
+
+        wanted = tuple(pre_caption(phrase).split(" "))
+        for start in range(len(self.words) - len(wanted) + 1):
+            if self.words[start : start + len(wanted)] == wanted:
+                return self.word_maps[start : start + len(wanted)].mean(0)
+        raise ValueError(f"phrase: expected words of {self.caption.text!r} in a row; got {phrase!r}")
+
+
+class WordMaps(Sequence[CaptionMaps]):
+    """The captions' maps, in the order of the captions."""
+
+    def __init__(self, captions: Sequence[CaptionMaps]) -> None:
+        self._captions = tuple(captions)
+
+    @overload
+    def __getitem__(self, i: int) -> CaptionMaps: ...
+    @overload
+    def __getitem__(self, i: slice) -> "WordMaps": ...
+    def __getitem__(self, i: int | slice) -> "CaptionMaps | WordMaps":
+        return WordMaps(self._captions[i]) if isinstance(i, slice) else self._captions[i]
+
+    def __len__(self) -> int:
+        return len(self._captions)
+
+    def __iter__(self) -> Iterator[CaptionMaps]:
+        return iter(self._captions)
+
+    def __repr__(self) -> str:
+        return f"WordMaps({', '.join(f'{c.caption.text!r}: {list(c.maps.shape)}' for c in self)})"
+
+
+def word_maps(
+    model: nn.Module,
+    images: Tensor,
+    captions: Sequence[str] | Sequence[Sequence[str]],
+    layer: int = 8,
+    heads: str = "mean",
+    *,
+    preset: str | None = None,
+    backend: str = "auto",
+) -> WordMaps:
+    """What each word of a caption attends to in its image: cross-attention, heads fused, in one text layer.
+
+    The patches' weights as they are: the class token's is dropped, and they are not divided by what is left. The model
+    is left in that layer, before its values are used. An image with several captions is encoded once.
+
+    Args:
+        model: an `attnx.models.albef.Albef` with a tokenizer, in eval mode.
+        images: [I, 3, height, width], prepared, multiples of the patch in height and width.
+        captions: one for every image; for a single image any number; or a list of captions for every image.
+        layer: counted from 0 through all text layers; ALBEF has cross-attention in 6 to 11, and its authors look at 8.
+        heads: "mean", "max", "min".
+        preset: "vl-dino" feeds the words' embeddings to the fusion layers as that script does, past the text layers.
+        backend: as in `attnx.attention`.
+
+    Raises:
+        ValueError: a layer without cross-attention (names those with it), an empty caption, an image without a
+            caption, images or a model that are none; says which.
+
+    Warns:
+        UserWarning: a caption has more tokens than the model has positions for, and was cut at a word.
+
+    Reference:
+        https://github.com/tabtoyou/VL-DINO; https://github.com/salesforce/ALBEF
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected None or 'vl-dino'; got {preset!r}")
+    if heads == "each":
+        raise ValueError("heads: expected 'mean', 'max' or 'min'; for every head capture model.cross_attention(layer)")
+    albef, block = _cross_attention(model, layer)
+    pairs = _Pairs(albef, images, captions)
+    recorder = Recorder(block, heads, None, "map", None, backend, internal=True)
+    # Another capture of the model is to see all of its pass.
+    recorder.stop_after = None if is_intercepted([block]) else "self"
+    interceptor = Interceptor(block, None, recorder, get_ident())
+    layers = albef.cross_layers if preset else None
+    with torch.inference_mode(), uncompiled():
+        interceptor.install()
+        try:
+            with suppress(StopForward):
+                albef(images, pairs.ids, pairs.mask, pairs.owner, layers)
+        finally:
+            interceptor.uninstall()
+        return pairs.cut(recorder.trace[0])
+
+
+def gradcam(
+    model: nn.Module,
+    images: Tensor,
+    captions: Sequence[str] | Sequence[Sequence[str]],
+    layer: int = 8,
+    *,
+    backend: str = "auto",
+) -> WordMaps:
+    """Which patches each word uses to find that image and caption match: ALBEF's Grad-CAM.
+
+    ``mean_h max(dP, 0) P`` of the layer's cross-attention, for the gradient of the logit of a match. Only what lies
+    between that layer and the logit is differentiated, and no map of all heads is made.
+
+    Arguments, errors and warnings as in `word_maps`. LAVIS takes layer 6 and another order: `CaptionMaps.lavis`.
+
+    Returns:
+        the maps, and each pair's logit as `score`.
+
+    Raises:
+        ValueError: also for a model without its matching head.
+
+    Reference:
+        https://github.com/salesforce/ALBEF/blob/main/visualization.ipynb; LAVIS's blip_image_text_matching.py
+    """
+    albef, block = _cross_attention(model, layer)
+    if albef.itm_head is None:
+        raise ValueError("model: expected one with an image-text matching head (itm_head); its checkpoint had none")
+    pairs = _Pairs(albef, images, captions)
+    with torch.inference_mode(False), torch.enable_grad(), frozen(albef):
+        with capture(block, grad=True, backend=backend) as trace:
+            logits = albef(images, pairs.ids, pairs.mask, pairs.owner)[:, 1]
+            trace.backward(logits.sum())
+        return pairs.cut(trace[0], logits.tolist())
+
+
+def find_words(
+    albef: "Albef", method: str, layer: int, heads: str, preset: str | None, autocast: torch.dtype | None
+) -> "Callable[[Tensor, Sequence[Sequence[str]]], WordMaps]":
+    """A function from images [I, 3, h, w] and the captions of each to their maps, in order.
+
+    Args:
+        method: "attention" or "gradcam".
+        layer: of the text, with cross-attention.
+        heads, preset: as of `attnx.word_maps`.
+        autocast: a dtype to run in; None: the model's own.
+
+    Raises:
+        ValueError: an unknown method or preset, what goes not together, a layer without cross-attention.
+    """
+    if method not in WORD_METHODS:
+        raise ValueError(f"method: expected attention or gradcam; got {method!r}")
+    if heads not in ("mean", "max", "min"):
+        raise ValueError(f"heads: expected mean, max or min; got {heads!r}")
+    if preset not in (None, "vl-dino"):
+        raise ValueError(f"preset: expected vl-dino; got {preset!r}")
+    if method == "gradcam" and (heads != "mean" or preset):
+        raise ValueError(f"method gradcam: expected heads mean and no preset; got {heads!r}, {preset!r}")
+    albef.cross_attention(layer)  # raises where the layer has none
+
+    def find(images: Tensor, captions: Sequence[Sequence[str]]) -> "WordMaps":
+        with torch.autocast(images.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+            if method == "gradcam":
+                return gradcam(albef, images, captions, layer)
+            return word_maps(albef, images, captions, layer, heads, preset=preset)
+
+    return find
+
+
+class _Pairs:
+    """Captions as the model takes them: ids, mask [P, T], and owner [P], which image each belongs to."""
+
+    def __init__(self, model: "Albef", images: Tensor, captions: Sequence[str] | Sequence[Sequence[str]]) -> None:
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images: expected a tensor [I, 3, height, width]; got {type(images).__name__}")
+        self.grid = model.grid(images)
+        if model.tokenizer is None:
+            raise ValueError("model: expected one with a tokenizer; got none: set model.tokenizer")
+        texts, owner = _flat(captions, len(images))
+        self.captions = []
+        for i, text in enumerate(texts):
+            try:
+                self.captions.append(model.tokenizer(text))
+            except ValueError as error:
+                raise ValueError(f"captions: number {i}: {error}") from error
+        length = max(len(caption.ids) for caption in self.captions)
+        pad = model.tokenizer.id_of("[PAD]")
+        rows = [list(caption.ids) + [pad] * (length - len(caption.ids)) for caption in self.captions]
+        self.ids = torch.tensor(rows, device=images.device)
+        lengths = torch.tensor([len(caption.ids) for caption in self.captions], device=images.device)
+        self.mask = torch.arange(length, device=images.device) < lengths[:, None]
+        one_each = owner == list(range(len(images)))
+        self.owner = None if one_each else torch.tensor(owner, device=images.device)
+
+    def cut(self, amap: Tensor, scores: Sequence[float] | None = None) -> WordMaps:
+        """[P, T, 1 + patches] -> the maps of each caption's own tokens."""
+        patches = amap[:, :, 1:].unflatten(-1, self.grid)
+        return WordMaps(
+            [
+                CaptionMaps(caption, patches[i, : len(caption.ids)], None if scores is None else scores[i])
+                for i, caption in enumerate(self.captions)
+            ]
+        )
+
+
+def _cross_attention(model: nn.Module, layer: int) -> "tuple[Albef, nn.Module]":
+    """The model, and the module around the layer's cross-attention."""
+    from attnx.models.albef import Albef
+
+    if not isinstance(model, Albef):
+        raise ValueError(f"model: expected an attnx.models.albef.Albef; got {type(model).__name__}")
+    if model.training:
+        raise ValueError("model: expected eval mode; got training mode; call model.eval()")
+    return model, model.get_submodule(model.cross_attention(layer).rpartition(".")[0])
+
+
+def _flat(captions: Sequence[str] | Sequence[Sequence[str]], images: int) -> tuple[list[str], list[int]]:
+    """Every caption, and the image that each belongs to."""
+    if isinstance(captions, str) or not isinstance(captions, Sequence) or not len(captions):
+        raise ValueError(f"captions: expected a list of texts, at least one for every image; got {captions!r}")
+    if images == 1 and all(isinstance(caption, str) for caption in captions):
+        captions = [[str(caption) for caption in captions]]
+    if len(captions) != images:
+        raise ValueError(f"captions: expected one, or a list, for each of {images} images; got {len(captions)}")
+    texts: list[str] = []
+    owner: list[int] = []
+    for i, own in enumerate(captions):
+        several = [own] if isinstance(own, str) else own
+        if not isinstance(several, Sequence) or not len(several):
+            raise ValueError(f"captions: expected a text or a list of them for image {i}; got {own!r}")
+        texts += several
+        owner += [i] * len(several)
+    return texts, owner

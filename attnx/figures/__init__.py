@@ -1,0 +1,1 @@
+"""Pictures of maps: `picture` draws, the other modules compose what the commands write."""

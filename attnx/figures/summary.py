@@ -1,0 +1,157 @@
+"""The pictures and numbers of a job's summary: the work behind `attnx summary`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from attnx.figures.picture import contact_sheet, heat, overlay, save
+from attnx.files import replacing
+from attnx.images import large_images, read_scaled
+from attnx.jobs.job import Job
+from attnx.jobs.reader import Maps
+from attnx.jobs.recipe import recipe_of
+from attnx.jobs.summary import LEVELS, Summary, spatial
+
+if TYPE_CHECKING:
+    from attnx.figures.one_image import Style
+    from attnx.jobs.masks import Score
+    from attnx.jobs.rows import Row
+
+__all__ = ["draw_summary", "numbers", "table"]
+
+_TILE = 192
+
+
+def draw_summary(maps: Maps, found: Summary, out: Path, style: Style, examples: int) -> dict[Path, str]:
+    """Writes levels.png, focus.png and mean.png to `out`; gives what each shows. None without maps over patches."""
+    if found.mean is None or not len(found.places):
+        return {}
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [(f"level {level}", found.of_level(level, examples)) for level in range(LEVELS)]
+    ends = [("most", found.focused(examples)), ("least", found.focused(examples, least=True))]
+    pictures = _Pictures(maps, style)
+    written = {
+        out / "levels.png": f"examples of the {LEVELS} levels of entropy, the most focused first",
+        out / "focus.png": "the most and the least focused images",
+        out / "mean.png": "the mean of all maps, each divided by its sum",
+    }
+    save(_sheet(rows, pictures, found), out / "levels.png")
+    save(_sheet(ends, pictures, found), out / "focus.png")
+    grey = Image.new("RGB", (4 * _TILE, 4 * _TILE * found.mean.shape[0] // found.mean.shape[1] or 1), "white")
+    save(overlay(grey, found.mean, colormap=style.colormap, alpha=1, interpolation="nearest"), out / "mean.png")
+    return written
+
+
+def _sheet(rows: list[tuple[str, np.ndarray]], pictures: _Pictures, found: Summary) -> Image.Image:
+    """A line of pictures for each of some places, under their entropies."""
+    columns = max(len(places) for _, places in rows)
+    tiles, titles = [], []
+    for name, places in rows:
+        for i in range(columns):
+            if i < len(places):
+                tiles.append(pictures(int(places[i])))
+                titles.append(f"{name}: {found.entropy_at(int(places[i])):.2f}")
+            else:
+                tiles.append(Image.new("RGB", (_TILE, _TILE), "white"))
+                titles.append("")
+    return contact_sheet(tiles, titles, columns=columns, tile=_TILE)
+
+
+class _Pictures:
+    """Rows to pictures: the map over the part of the image that it is of, or alone where that can't be read."""
+
+    def __init__(self, maps: Maps, style: Style) -> None:
+        self._maps, self._style = maps, style
+        self._job = Job(maps.folder) if (maps.folder / "run.json").is_file() else None
+        self._read = None
+        if self._job is not None:
+            try:
+                self._read = recipe_of(self._job.run["recipe"]).open_source().reader()
+            except (OSError, ValueError):
+                self._job = None
+
+    def __call__(self, place: int) -> Image.Image:
+        """Of the row at a place."""
+        row = self._maps[place]
+        amap = spatial(row)
+        assert amap is not None
+        picture = self._picture(row, place)
+        style = self._style
+        if picture is None:
+            grey = (heat(amap, (_TILE, _TILE), interpolation="nearest") * 255).astype(np.uint8)
+            return Image.fromarray(grey).convert("RGB")
+        return overlay(picture, amap, colormap=style.colormap, alpha=style.alpha, interpolation=style.interpolation)
+
+    def _picture(self, row: Row, place: int) -> Image.Image | None:
+        if self._job is None or self._read is None or row.crop is None or not row.width:
+            return None
+        most = self._maps.settings.get("max_pixels")
+        try:
+            with large_images(most):
+                picture, _ = read_scaled(*self._read(self._job.entry(self._maps.manifest_row(place))), max_pixels=most)
+        except (OSError, ValueError):
+            return None
+        # A large picture is read at a smaller scale; the crop is in the pixels of the full one.
+        left, top, right, bottom = (round(side * picture.width / row.width) for side in row.crop)
+        return picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+
+
+def numbers(maps: Maps, found: Summary, scored: Score | None) -> dict[str, Any]:
+    """The summary, for JSON."""
+    keys = [maps[int(place)].key for place in found.focused(5)]
+    least = [maps[int(place)].key for place in found.focused(5, least=True)]
+    levels = [
+        {"level": level, "images": len(of), "entropy": [float(of.min()), float(of.max())]}
+        for level in range(LEVELS)
+        if len(of := found.entropies[found.levels == level])
+    ]
+    score = (
+        {}
+        if scored is None
+        else {
+            "masks": {
+                "images": scored.images, "objects": scored.objects, "jaccard": scored.jaccard, "heads": scored.heads,
+                "pointing": scored.pointing, "left": dict(scored.left),
+            }
+        }
+    )  # fmt: skip
+    return {
+        "rows": found.rows, "planned": found.planned, "maps": found.rows - found.errors.total(),
+        "errors": dict(found.errors.most_common()), "images_per_second": found.per_second, "levels": levels,
+        "most_focused": keys, "least_focused": least, "settings": maps.settings, **score,
+    }  # fmt: skip
+
+
+def table(told: dict[str, Any]) -> str:
+    """What `numbers` gives, for people."""
+    planned = "" if told["planned"] in (None, told["rows"]) else f" of {told['planned']} planned"
+    rate = "" if told["images_per_second"] is None else f", {told['images_per_second']:.1f} a second"
+    lines = [f"{told['rows']} rows{planned}: {told['maps']} maps, {sum(told['errors'].values())} errors{rate}"]
+    lines += [f"  {count} x {kind}" for kind, count in told["errors"].items()]
+    lines += [
+        f"level {each['level']}: {each['images']} images, entropy {each['entropy'][0]:.2f} to {each['entropy'][1]:.2f}"
+        for each in told["levels"]
+    ]
+    for name in ("most", "least"):
+        if told[f"{name}_focused"]:
+            lines.append(f"{name} focused: {', '.join(key[:60] for key in told[f'{name}_focused'])}")
+    if "masks" in told:
+        of = told["masks"]
+        head, alone = of["heads"][0]
+        lines.append(
+            f"{of['images']} masks with {of['objects']} objects: Jaccard {of['jaccard']:.3f} (best head of each), "
+            f"{alone:.3f} (head {head}, the best alone); pointing game {of['pointing']:.1%}"
+        )
+        lines += [f"  {count} x {why}" for why, count in of["left"].items()]
+    return "\n".join(lines)
+
+
+def write_numbers(told: dict[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

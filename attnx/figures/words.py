@@ -1,0 +1,109 @@
+"""The pictures and arrays of one image and its caption: the work behind `attnx words`."""
+
+import os
+import re
+import uuid
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from attnx.figures.one_image import Style
+from attnx.figures.picture import captioned, contact_sheet, overlay, save
+from attnx.images import large_images, read_scaled
+from attnx.jobs.tasks import WordTask
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from attnx.extract.word_maps import CaptionMaps
+    from attnx.jobs.recipe import Runtime
+
+_TILE = 256
+
+
+def draw_words(picture: "Image", found: "CaptionMaps", out: Path, style: Style) -> dict[Path, str]:
+    """Writes a picture for every word, words.png with all of them and words.npz to `out`; gives what each shows."""
+    out.mkdir(parents=True, exist_ok=True)
+    written: dict[Path, str] = {}
+    digits = max(2, len(str(len(found.words) - 1)))
+    for number, (word, amap) in enumerate(zip(found.words, found.word_maps, strict=True)):
+        path = out / f"{number:0{digits}d}-{_safe(word)}.png"
+        save(_over(picture, amap, style), path)
+        written[path] = word
+    save(words_sheet(picture, found, style), out / "words.png")
+    written[out / "words.png"] = "all of them, and the caption"
+    _save_arrays(found, out / "words.npz")
+    written[out / "words.npz"] = f"maps of {len(found.words)} words and of {len(found.tokens)} word pieces"
+    return written
+
+
+def draw_pairs(out: Path, runtime: "Runtime", style: Style) -> None:
+    """Writes the sheet of every pair that a job has maps of: `out`/pictures/000007.png is of row 7.
+
+    A picture that is there is left: several runs may share the job.
+    """
+    import torch
+
+    from attnx.extract.word_maps import CaptionMaps
+    from attnx.jobs.job import Job
+    from attnx.jobs.reader import Maps
+
+    job, maps, read = Job(out), Maps(out), runtime.recipe.open_source().reader()
+    assert isinstance(runtime.task, WordTask)
+    folder = out / "pictures"
+    folder.mkdir(exist_ok=True)
+    for place, row in enumerate(maps):
+        number = maps.manifest_row(place)
+        path = folder / f"{number:06d}.png"
+        if row.map is None or row.text is None or path.exists():
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            caption = runtime.task.tokenizer(row.text)
+        found = CaptionMaps(caption, torch.from_numpy(row.map), row.score)
+        with large_images(runtime.recipe.max_pixels):
+            picture, _ = read_scaled(*read(job.entry(number)), max_pixels=runtime.recipe.max_pixels)
+        save(words_sheet(picture, found, style), path)
+
+
+def words_sheet(picture: "Image", found: "CaptionMaps", style: Style) -> "Image":
+    """The picture, every word's map over it, each with its own colour scale, and the caption under them."""
+    from PIL import Image, ImageOps
+
+    small = ImageOps.contain(picture, (_TILE, _TILE), Image.Resampling.LANCZOS)
+    tiles = [small, *(_over(small, amap, style) for amap in found.word_maps)]
+    columns = min(6, len(tiles))
+    under = found.caption.text if found.score is None else f"{found.caption.text} (match {found.score:+.2f})"
+    return captioned(contact_sheet(tiles, ["", *found.words], columns=columns), under)
+
+
+def _over(picture: "Image", amap: "Tensor", style: Style) -> "Image":
+    return overlay(picture, amap, interpolation=style.interpolation, colormap=style.colormap, alpha=style.alpha)
+
+
+def _safe(word: str) -> str:
+    """A word as a part of a file's name, on any system."""
+    return re.sub(r"[^\w]+", "_", word, flags=re.ASCII).strip("_")[:40] or "word"
+
+
+def _save_arrays(found: "CaptionMaps", path: Path) -> None:
+    """words [W], maps [W, h, w]; tokens, word_of (-1: none) [T], token_maps [T, h, w]; caption; score (NaN: none)."""
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with unfinished.open("xb") as file:
+            np.savez_compressed(
+                file,
+                words=np.array(found.words),
+                maps=found.word_maps.float().cpu().numpy(),
+                tokens=np.array(found.tokens),
+                token_maps=found.maps.float().cpu().numpy(),
+                word_of=np.array([-1 if word is None else word for word in found.caption.word_of]),
+                caption=np.array(found.caption.text),
+                score=np.array(np.nan if found.score is None else found.score, np.float32),
+            )
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

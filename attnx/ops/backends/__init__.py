@@ -1,0 +1,1 @@
+"""Implementations of the op: `triton` (GPUs), `native` (CPUs, C++), `eager` (plain torch). None imports another."""

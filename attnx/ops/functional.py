@@ -1,0 +1,391 @@
+"""The functional API: attention that also returns its head-reduced map, or what the map is made of.
+
+Docstrings, validation and the choice of a backend; the operators themselves are in `attnx/ops/operators.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from attnx.ops.dispatch import call
+from attnx.ops.operators import differentiable
+from attnx.ops.reducers import Reduction
+
+BACKENDS = ("auto", "triton", "native", "eager")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    heads: str = "mean",
+    rows: Sequence[int] | Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention output, as `F.scaled_dot_product_attention` gives it, and the head-reduced attention map.
+
+    ``P = softmax(q k^T * scale + bias)``, ``out = P v``, ``map = mean_h P`` (or max, min, or each head's P). No
+    [B, H, M, N] tensor is made unless ``heads="each"`` asks for it. The output is differentiable with respect to q, k,
+    v, bias and sinks; the map is detached. Forward-mode derivatives are not supported.
+
+    With ``softcap`` the scores are ``softcap * tanh(q k^T * scale / softcap)``, before the bias and the masks. With
+    ``sinks`` the head's sink is one more key, whose value is zero: ``P = softmax(cat(scores + bias, sink))`` without
+    its last column, so that a row's weights sum to less than 1.
+
+    A `TorchFunctionMode` or a tensor subclass with `__torch_function__` sees the call as those of torch's own
+    functions: q, k and v by position, every other argument by keyword.
+
+    Args:
+        q: [B, H, M, D] float16, bfloat16, float32 (float64 on the eager backend), any strides. (Native copies what has
+            a last stride other than 1, and takes no float16.)
+        k: [B, Hk, N, D] of the same dtype and device; H is a multiple of Hk (grouped queries).
+        v: [B, Hk, N, Dv] likewise.
+        bias: broadcastable to [B, H, M, N]: a float tensor is added to the scores, a boolean one says True = attend.
+            Below -5e4 it hides a key, so `finfo.min` of any dtype and -1e9 do as minus infinity, and a row of nothing
+            else is zero, where SDPA attends by what digits are left.
+        is_causal: row i sees the keys 0..i, also where M != N (as in SDPA).
+        scale: of the scores; ``D ** -0.5`` unless given.
+        softcap: the bound of the scores' magnitude, above 0; None: no bound. Only the eager backend has it: "auto"
+            takes eager then.
+        sinks: [H] floating point on q's device, any float dtype: the logit of each head's sink.
+        heads: "mean", "max", "min" over the heads, or "each".
+        rows: indices in 0..M-1 of the query rows whose map is wanted; the others cost nothing. None: all.
+        backend: "triton", "native" (a C++ kernel for CPUs), "eager" (plain torch, any device), or "auto": Triton on
+            GPUs and native on CPUs wherever they can take the inputs, else eager. A named backend never falls back.
+
+    Returns:
+        out [B, H, M, Dv] in q's dtype, and the map, float32: [B, M, N], [B, R, N] for R rows, [B, H, M, N] for each.
+        A row whose keys are all masked is zero in both. Without keys (N = 0) the output is zero. The map of the same
+        inputs has the same bits every time. (On CPUs one of 32 MB and more can't be resized in place.)
+
+    Raises:
+        ValueError: a shape, dtype, device, index or name that doesn't fit; says what was expected and what came.
+        NotImplementedError: the named backend can't take these inputs; says every reason.
+    """
+    if has_torch_function((q, k, v)):
+        options: dict[str, Any] = dict(
+            bias=bias, is_causal=is_causal, scale=scale, softcap=softcap, sinks=sinks, heads=heads
+        )
+        return handle_torch_function(attention, (q, k, v), q, k, v, **options, rows=rows, backend=backend)
+    q, k, v = cast_as_sdpa(q, k, v)
+    bias = _check(q, k, v, bias, is_causal, heads)
+    index = _row_index(rows, q.shape[2], q.device)
+    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
+    if sinks is None:
+        out, amap = differentiable("attention", q, k, v, bias, is_causal, scale, cap, heads, index, name)
+        return out, amap.detach()
+    _check_sinks(sinks, q)
+    out, lse = differentiable("attention_lse", q, k, v, bias, is_causal, scale, cap, name)
+    out, lse = _with_sinks(out, lse, sinks)
+    q, k, bias = q.detach(), k.detach(), None if bias is None else bias.detach()
+    return out, call("attention_map", q, k, bias, is_causal, scale, cap, heads, index, lse, name)
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    heads: str = "mean",
+    rows: Sequence[int] | Tensor | None = None,
+    lse: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The head-reduced attention map alone; arguments, result and errors as in `attention`. Detached.
+
+    Args:
+        lse: [B, H, M] float32, the natural log-sum-exp of the scaled, biased scores, where a forward pass has it
+            already; the weights are then ``exp(scores - lse)``. A row without keys has minus or plus infinity.
+            With sinks it is what `attention_lse` gives with the same sinks. Where it isn't given, sinks cost as much
+            as the attention of all rows.
+    """
+    (q, k), v = cast_as_sdpa(q, k), None
+    bias = _check(q, k, v, bias, is_causal, heads)
+    index = _row_index(rows, q.shape[2], q.device)
+    _check_float32("lse", lse, q.shape[:3], q.device)
+    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
+    q, k = q.detach(), k.detach()
+    bias, lse = (None if t is None else t.detach() for t in (bias, lse))
+    lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
+    return call("attention_map", q, k, bias, is_causal, scale, cap, heads, index, lse, name)
+
+
+def attention_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention output, and the log-sum-exp of every row of scores: with q and k all that a map is made of.
+
+    ``lse = log sum_j exp(q k_j^T * scale + bias_j)``, natural; then ``P = exp(q k^T * scale + bias - lse)``. It costs
+    what attention costs, in time and memory. Arguments and errors as in `attention`. With ``sinks`` the sum includes
+    the head's sink, ``lse = log(exp(sink) + sum_j exp(score_j))``: the weights are still ``exp(score - lse)``.
+
+    Returns:
+        out [B, H, M, Dv] in q's dtype, differentiable as `attention`'s, and lse [B, H, M] float32, detached. A row
+        whose keys are all masked has zero and minus infinity; so has every row without keys (N = 0). With sinks its
+        lse is the sink.
+    """
+    q, k, v = cast_as_sdpa(q, k, v)
+    bias = _check(q, k, v, bias, is_causal, "mean")
+    if sinks is not None:
+        _check_sinks(sinks, q)
+    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
+    out, lse = differentiable("attention_lse", q, k, v, bias, is_causal, scale, cap, name)
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks)
+    return out, lse.detach().float()
+
+
+def vecmat(
+    r: Tensor,
+    q: Tensor,
+    k: Tensor,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    lse: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A row vector times the mean map, without the map: ``r @ mean_h softmax(q k^T * scale + bias)``. Detached.
+
+    A step of rollout in memory linear in M and N. It gives what the rows pass on, not the map's entries: the row sums
+    that are left when small entries are discarded are out of its reach. (The plain row sums are known: the share of
+    heads in which the row has a key, ``(lse > -inf).mean(1)``, unless there are sinks.)
+
+    Args:
+        r: [B, M] float32, any strides. A row whose r is zero passes nothing on, not even a NaN among its weights.
+        q, k, bias, is_causal, scale, softcap, sinks, backend: as in `attention`.
+        lse: [B, H, M] float32 as `attention_lse` gives it, with the same sinks, where it is known already.
+
+    Returns:
+        [B, N] float32. Rows whose keys are all masked pass nothing on; zero for M = 0. The same inputs give the same
+        bits every time.
+
+    Raises:
+        ValueError, NotImplementedError: as in `attention`.
+    """
+    q, k = cast_as_sdpa(q, k)
+    bias = _check(q, k, None, bias, is_causal, "mean")
+    _check_float32("r", r, (q.shape[0], q.shape[2]), q.device)
+    _check_float32("lse", lse, q.shape[:3], q.device)
+    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
+    r, q, k = r.detach(), q.detach(), k.detach()
+    bias, lse = (None if t is None else t.detach() for t in (bias, lse))
+    lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
+    return call("vecmat", r, q, k, bias, is_causal, scale, cap, lse, name)
+
+
+def gradient_map(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    heads: str = "mean",
+    clamp: bool = True,
+    rows: Sequence[int] | Tensor | None = None,
+    lse: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The map weighted by its own gradient, heads fused: what Grad-CAM and Chefer's relevance are made of. Detached.
+
+    ``P = softmax(q k^T * scale + bias)``, ``dP = grad v^T``, the gradient of P, and ``map = mean_h max(dP, 0) P``,
+    clamped head by head before they are fused. Neither P nor dP of all heads exists at any time.
+
+    Args:
+        grad: [B, H, M, Dv] in q's dtype, the gradient of a scalar with respect to the attention's output.
+        q, k, v, bias, is_causal, scale, softcap, sinks, rows, backend: as in `attention`.
+        heads: how the products of the heads are fused: "mean", "max", "min", or "each".
+        clamp: False: ``mean_h dP P``, signs and all.
+        lse: [B, H, M] float32 as `attention_lse` gives it, with the same sinks, where it is known already.
+
+    Returns:
+        float32, shaped as `attention`'s map. A row whose keys are all masked is zero.
+
+    Raises:
+        ValueError, NotImplementedError: as in `attention`.
+
+    Reference:
+        Chefer et al., "Generic Attention-model Explainability", https://arxiv.org/abs/2103.15679 (equation 5); ALBEF's
+        Grad-CAM, https://github.com/salesforce/ALBEF/blob/main/visualization.ipynb
+    """
+    q, k, v = cast_as_sdpa(q, k, v)
+    bias = _check(q, k, v, bias, is_causal, heads)
+    shape = (*q.shape[:3], v.shape[3])
+    if not isinstance(grad, Tensor) or grad.shape != shape or grad.dtype != q.dtype or grad.device != q.device:
+        came = f"{grad.dtype} {list(grad.shape)} on {grad.device}" if isinstance(grad, Tensor) else f"{grad!r}"
+        raise ValueError(f"grad: expected {q.dtype} {list(shape)} on {q.device}; got {came}")
+    index = _row_index(rows, q.shape[2], q.device)
+    _check_float32("lse", lse, q.shape[:3], q.device)
+    grad, q, k, v = (t.detach() for t in (grad, q, k, v))
+    bias, lse = (None if t is None else t.detach() for t in (bias, lse))
+    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
+    lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
+    return call("gradient_map", grad, q, k, v, bias, is_causal, scale, cap, heads, clamp, index, lse, name)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp once each head's sink has joined the softmax; the log-sum-exp is detached.
+
+    ``lse' = log(exp(lse) + exp(sink))`` and ``out' = out * exp(lse - lse')``, whose factor is ``sigmoid(lse - sink)``.
+    """
+    sink = sinks.to(lse.dtype)[:, None]
+    # Infinity minus infinity is NaN where a row without keys meets a sink of minus infinity.
+    kept = (lse - sink).masked_fill(lse == -torch.inf, -torch.inf).sigmoid()
+    return (out * kept[..., None]).to(out.dtype), torch.logaddexp(lse.detach(), sink.detach())
+
+
+def _lse_with_sinks(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    cap: float,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+    backend: str,
+) -> Tensor | None:
+    """The given log-sum-exp; where none is given and there are sinks, one that includes them."""
+    if sinks is None:
+        return lse
+    _check_sinks(sinks, q)
+    if lse is not None:
+        return lse
+    found = call("attention_lse", q, k, k, bias, is_causal, scale, cap, backend)[1]
+    return torch.logaddexp(found, sinks.detach().to(found.dtype)[:, None])
+
+
+def check_backend(backend: str) -> str:
+    """`backend` itself.
+
+    Raises:
+        ValueError: it is not one of BACKENDS.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+    return backend
+
+
+def cast_as_sdpa(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k (and v) as every function here takes them: under autocast in its dtype, as SDPA's inputs are.
+
+    Raises:
+        ValueError: one of them is no tensor.
+    """
+    for name, t in zip("qkv", tensors, strict=False):
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{name}: expected a tensor; got {type(t).__name__}")
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    return max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
+
+
+def _cap(softcap: float | None) -> float:
+    """The softcap as the operators take it: 0 for none."""
+    if softcap is None:
+        return 0.0
+    if not isinstance(softcap, int | float) or not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap: expected a finite number above 0, or None; got {softcap!r}")
+    return float(softcap)
+
+
+def _check_sinks(sinks: Tensor, q: Tensor) -> None:
+    if isinstance(sinks, Tensor):
+        if sinks.shape == q.shape[1:2] and sinks.is_floating_point() and sinks.device == q.device:
+            return
+        came = f"{sinks.dtype} {list(sinks.shape)} on {sinks.device}"
+    else:
+        came = type(sinks).__name__
+    raise ValueError(f"sinks: expected a floating-point tensor [{q.shape[1]}] on {q.device}; got {came}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, is_causal: bool, heads: str) -> Tensor | None:
+    """Raises ValueError for inputs that don't fit together; gives the bias as a 4-D tensor."""
+    Reduction.parse(heads)
+    named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    for name, t in named.items():
+        if t.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions [B, heads, tokens, head dim]; got {list(t.shape)}")
+        if not t.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point dtype; got {t.dtype}")
+        if t.dtype != q.dtype or t.device != q.device:
+            raise ValueError(f"{name}: expected q's {q.dtype} on {q.device}; got {t.dtype} on {t.device}")
+    B, H, M, D = q.shape
+    Hk, N = k.shape[1:3]
+    if k.shape[0] != B or k.shape[3] != D:
+        raise ValueError(f"k: expected [{B}, heads, tokens, {D}] to fit q {list(q.shape)}; got {list(k.shape)}")
+    if Hk == 0 or H % Hk:
+        raise ValueError(f"k: expected a number of heads that divides q's {H}; got {Hk}")
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v: expected [{B}, {Hk}, {N}, head dim] to fit k {list(k.shape)}; got {list(v.shape)}")
+    if bias is None:
+        return None
+    if bias.dtype != torch.bool and not bias.is_floating_point():
+        raise ValueError(f"bias: expected a float or bool dtype; got {bias.dtype}")
+    if bias.device != q.device:
+        raise ValueError(f"bias: expected device {q.device}; got {bias.device}")
+    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    if len(shape) != 4 or any(have not in (1, want) for have, want in zip(shape, (B, H, M, N), strict=True)):
+        raise ValueError(f"bias: expected a shape that broadcasts to {[B, H, M, N]}; got {list(bias.shape)}")
+    return bias.reshape(shape)
+
+
+def _check_float32(name: str, t: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
+    if t is None and name == "lse":
+        return
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{name}: expected a tensor; got {type(t).__name__}")
+    if t.shape != torch.Size(shape) or t.dtype != torch.float32 or t.device != device:
+        came = f"{t.dtype} {list(t.shape)} on {t.device}"
+        raise ValueError(f"{name}: expected float32 {list(shape)} on {device}; got {came}")
+
+
+def _row_index(rows: Sequence[int] | Tensor | None, m: int, device: torch.device) -> Tensor | None:
+    if rows is None:
+        return None
+    if not isinstance(rows, Tensor):
+        if not isinstance(rows, Sequence) or not all(isinstance(i, int) and 0 <= i < m for i in rows):
+            raise ValueError(f"rows: expected a sequence of integers in 0..{m - 1}; got {rows!r}")
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+    if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32) or rows.device != device:
+        raise ValueError(
+            f"rows: expected a 1-D integer tensor on {device}; got {rows.dtype} {list(rows.shape)} on {rows.device}"
+        )
+    return rows.to(torch.int64)

@@ -1,0 +1,33 @@
+"""Gradient checkpointing, which runs blocks a second time in the backward pass."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from attnx.trace.adapters.switches import Off
+
+_FLAGS = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint")  # timm's, transformers', Microsoft's
+
+
+def switch_off(model: nn.Module) -> list[Callable[[], None]]:
+    """Switches gradient checkpointing off where a flag says that it is on; gives functions that switch it back on."""
+    undo: list[Callable[[], None]] = []
+    for module in model.modules():
+        for flag in _FLAGS:
+            if vars(module).get(flag) is True:
+                setattr(module, flag, Off(False))
+                undo.append(partial(setattr, module, flag, True))
+    return undo
+
+
+def recomputes() -> bool:
+    """True in a backward pass: a module that runs in one repeats what it did before."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_checkpointed() -> bool:
+    """True inside `torch.utils.checkpoint`, which runs the same code again in the backward pass."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

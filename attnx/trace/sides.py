@@ -1,0 +1,182 @@
+"""The tokens that the rows and columns of a map stand for, and the part of the model that they belong to."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from attnx.trace.layers import attention_layers, clean_name
+from attnx.trace.layout import TokenLayout, declared_prefix, patch_convolutions
+
+# Of modules, by class: attention over the channels of [B, channels, tokens].
+_CHANNELS = re.compile(r"channel.*att|xca$|cross.?cov", re.IGNORECASE)
+# Of embeddings, by name: those of words, and not those of positions, types or queries.
+_WORDS = re.compile(r"(word_emb\w*|token_emb\w*|tok_emb\w*|embed_tokens|wte|shared)$")
+# Of arguments, by name: where the keys come from if they are not of the queries' own tokens.
+_KEYS = ("key", "keys", "k_x")
+# Of arguments, by name: tensors of the tokens' shape that are no other tokens.
+_NO_SOURCE = re.compile(r"pos|rope|rot|mask|bias|freq|value|v_x|gate|residual|scale|output|cls", re.IGNORECASE)
+_PARAMETERS: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()  # of each class's forward
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens on one side of a map.
+
+    Attributes:
+        kind: "image", "text", "channels" (of features, no tokens), "queries" (learned or of another layer), or "tokens"
+            where the model doesn't say what they are.
+        prefix, grid: of an image, as in `TokenLayout`; grid is None where the tokens are no whole grid of patches.
+        count: how many.
+        cls: whether token 0 is a class token.
+        part: name of the part of the model that they belong to, such as "vision_model"; "" for a model of one part.
+    """
+
+    kind: str
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
+    count: int = 0
+    cls: bool = False
+    part: str = ""
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """Prefix and grid; None where there is no grid."""
+        return None if self.grid is None else TokenLayout(self.prefix, self.grid, self.cls)
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.kind}" + (f" of {self.part}" if self.part else "")
+
+
+class Facts(NamedTuple):
+    """Flags of one attention call: its keys come from elsewhere than its queries; it attends over channels."""
+
+    crosses: bool = False
+    channels: bool = False
+
+
+def facts_of(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Facts:
+    """The flags of a call, from the module's class and arguments."""
+    kind: Any = type(module)
+    named = dict(zip(_parameters(kind), args, strict=False)) | dict(kwargs)
+    tokens = {name: t for name, t in named.items() if isinstance(t, Tensor) and t.is_floating_point() and t.dim() == 3}
+    first = next(iter(tokens.values()), None)
+    keys = next((tokens[name] for name in _KEYS if name in tokens), None)
+    if keys is None:
+        keys = next((t for name, t in tokens.items() if t is not first and not _NO_SOURCE.search(name)), first)
+    crosses = keys is not first and first is not None and keys is not None and len(keys) == len(first)
+    return Facts(crosses, _CHANNELS.search(kind.__name__) is not None)
+
+
+class Parts:
+    """The parts of a model that have tokens of their own, by where its patch convolutions and word embeddings are.
+
+    Args:
+        model: any.
+        layers: names of modules that attend, beside those that are known by their class.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+        self.modules = {clean_name(name): module for name, module in model.named_modules()}
+        attending = {*layers, *attention_layers(model)}
+        inside = {name.rsplit(".", i)[0] for name in attending for i in range(1, name.count(".") + 1)} | {""}
+        convolutions = {id(module) for module in patch_convolutions(model)}
+        self.kinds: dict[str, dict[str, str]] = {}  # of each part: {module: what it says that the part's tokens are}
+        self._declared: dict[str, tuple[int, bool] | None] = {}
+        for name, module in self.modules.items():
+            if id(module) in convolutions:
+                kind = "image"
+            elif isinstance(module, nn.Embedding) and _WORDS.search(name):
+                kind = "text"
+            else:
+                continue
+            if any(name.startswith(layer + ".") for layer in attending):
+                continue  # it reduces the keys of that layer
+            around = name.rpartition(".")[0]
+            while around not in inside:
+                around = around.rpartition(".")[0]
+            self.kinds.setdefault(around, {})[name] = kind
+
+    def of(self, layer: str) -> str:
+        """Name of the innermost part around a layer; "" where there is none."""
+        around = [part for part in self.kinds if not part or layer == part or layer.startswith(part + ".")]
+        return max(around, key=len, default="")
+
+    def kind(self, part: str) -> str:
+        """Kind of a part's tokens: "image" or "text"; "tokens" if it has both or neither."""
+        kinds = set(self.kinds.get(part, {}).values())
+        return kinds.pop() if len(kinds) == 1 else "tokens"
+
+    def layout(self, part: str, grids: Mapping[str, tuple[int, int]], count: int) -> TokenLayout | None:
+        """The layout of an image part's tokens, if prefix and grid add up to their number."""
+        if part not in self._declared:
+            self._declared[part] = declared_prefix(self.modules[part]) or declared_prefix(self.modules[""])
+        declared = self._declared[part]
+        if declared is None:
+            return None
+        prefix, cls = declared
+        for name, grid in grids.items():
+            if name in self.kinds.get(part, {}) and prefix + grid[0] * grid[1] == count:
+                return TokenLayout(prefix, grid, cls)
+        return None
+
+    def tokens(self, part: str, grids: Mapping[str, tuple[int, int]], count: int) -> Tokens:
+        """So many tokens of a part."""
+        kind = self.kind(part)
+        layout = self.layout(part, grids, count) if kind != "text" else None
+        return Tokens(kind, count=count, part=part) if layout is None else of_layout(layout, part)
+
+
+def sides(
+    parts: Parts, layer: str, size: tuple[int, int], facts: Facts, grids: Mapping[str, tuple[int, int]]
+) -> tuple[Tokens, Tokens]:
+    """(queries, keys) of a layer's map of this size."""
+    part, (rows, columns) = parts.of(layer.partition("#")[0]), size
+    if facts.channels:
+        return Tokens("channels", count=rows, part=part), Tokens("channels", count=columns, part=part)
+    if not facts.crosses:
+        keys = parts.tokens(part, grids, columns)
+        if rows == columns:
+            return keys, keys
+        if keys.kind == "text":
+            return Tokens("text", count=rows, part=part), keys
+        queries = parts.tokens(part, grids, rows)
+        return queries if rows > 1 and queries.grid else Tokens("queries", count=rows, part=part), keys
+    found = [parts.tokens(other, grids, columns) for other in parts.kinds]
+    images = [tokens for tokens in found if tokens.grid]
+    texts = [tokens for tokens in found if tokens.kind == "text" and tokens.part != part]
+    own = [tokens for tokens in images if tokens.part == part]
+    known = own or (images if len(images) == 1 else []) or texts[:1]
+    if rows == 1:
+        # A pool's query, of the tokens that come before it.
+        return Tokens("queries", count=1, part=part), known[0] if known else parts.tokens(part, grids, columns)
+    keys = known[0] if known else Tokens("tokens", count=columns, part="elsewhere")
+    queries = parts.tokens(part, grids, rows)
+    if queries.kind == "tokens" or queries == keys:
+        return Tokens("queries", count=rows, part=part), keys
+    return queries, keys
+
+
+def of_layout(layout: TokenLayout, part: str) -> Tokens:
+    """The tokens of an image with this layout."""
+    return Tokens("image", layout.prefix, layout.grid, layout.tokens, layout.cls is True, part)
+
+
+def stack_of(layer: str) -> str:
+    """Name of the row of blocks that a layer stands in: "encoder.layer" of "encoder.layer.3.attention"."""
+    stem = re.match(r"(.*?)\d+(?=[.#]|$)", layer)
+    return "" if stem is None else stem[1].rstrip(".")
+
+
+def _parameters(kind: Any) -> tuple[str, ...]:
+    """Names of the arguments that a module's forward takes by position."""
+    if kind not in _PARAMETERS:
+        try:
+            _PARAMETERS[kind] = tuple(signature(kind.forward).parameters)[1:]
+        except (TypeError, ValueError):
+            _PARAMETERS[kind] = ()
+    return _PARAMETERS[kind]

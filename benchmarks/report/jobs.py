@@ -1,0 +1,69 @@
+"""The report's section on batch jobs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.report.table import number, origin, table
+
+_STAGES = {"images": "waiting for images", "device": "to the device", "model": "model", "file": "waiting for files"}
+
+
+def jobs_section(file: str, content: dict[str, Any]) -> Iterator[str]:
+    """One file of `benchmarks.suites.jobs`: of a model, or of many rows."""
+    kind = _many if "marks" in content else _engines if "engines" in content else _pipeline
+    yield from kind(file, content)
+    yield ""
+
+
+def _pipeline(file: str, content: dict[str, Any]) -> Iterator[str]:
+    threads = "" if content["device"] == "cuda" else f", {content['threads']} threads"
+    yield f"## Batch job: {content['hardware']}{threads}\n"
+    yield f"[`{file}`](results/{file}): {'; '.join(origin(content))}.\n"
+    about = f"{content['images']:,} JPEGs of {content['bytes_per_image'] / 1000:.0f} KB, {content['model']}"
+    yield (
+        f"{about} with random weights,\n{content['dtype']}, batch {content['batch']}: rollout maps.\n"
+        "**together**: what is possible where decoders and model share the cores, if their times add up.\n"
+    )
+    told = content["pipeline"]
+    head = ("images/s", "decoding alone", "model alone", "together", "the job", "of the slower", "goal", "of together")
+    line = (
+        "", number(content["decode_per_s"]), number(content["model_per_s"]), number(content["shared_per_s"]),
+        number(told["images_per_s"]), number(content["of_slower"]),
+        f"≥ 0.9: {'**met**' if content['of_slower'] >= 0.9 else '**missed**'}", number(content["of_shared"]),
+    )  # fmt: skip
+    yield from table(head, [("-", *line[1:])])
+    if rounds := content.get("rounds_of_slower"):
+        yield f"\nThe middle one of {len(rounds)} rounds, of the slower {', '.join(f'{each:.2f}' for each in rounds)}."
+    shares = ", ".join(f"{name} {told['stages'][key] / told['seconds']:.0%}" for key, name in _STAGES.items())
+    yield f"\nOf the job's {told['seconds']:.0f} s: {shares}.\n"
+
+
+def _engines(file: str, content: dict[str, Any]) -> Iterator[str]:
+    yield f"## Engines of the batch job: {content['hardware']}, {content['processes']} processes\n"
+    yield f"[`{file}`](results/{file}): {'; '.join(origin(content))}.\n"
+    yield (
+        f"{content['images']:,} JPEGs, {content['model']} with random weights, from the command to the last\n"
+        "file: processes start and load the model first. `here` is one process with all threads.\n"
+    )
+    same = content["same_as_local"]
+    lines = [
+        (name, f"{of['seconds']:.1f}", number(of["images_per_s"]), "yes" if same[name] else "no")
+        for name, of in content["engines"].items()
+    ]
+    yield from table(("engine", "seconds", "images/s", "bytes as of local"), lines)
+
+
+def _many(file: str, content: dict[str, Any]) -> Iterator[str]:
+    yield f"## A job of {content['rows']:,} rows without a model: {content['hardware']}\n"
+    yield f"[`{file}`](results/{file}): {'; '.join(origin(content))}.\n"
+    of = content
+    yield (
+        f"{of['shards']:,} shards; planned in {of['plan_s']:.0f} s, made in {of['make_s']:.0f} s, found to be done in "
+        f"{of['resume_s']:.1f} s, errors\ncounted in {of['count_errors_s']:.1f} s. `attnx.open` takes "
+        f"{of['open_s']:.2f} s, the first row by its key {of['first_key_s']:.0f} s (the index),\na row anywhere "
+        f"{of['random_row_ms']:.1f} ms. {of['bytes_per_row']:.0f} bytes a row of 14 x 14, and "
+        f"{of['manifest_bytes_per_row']:.1f} in the manifest. Along the way:\n"
+    )
+    head = ("rows", "µs a row", "resident MB")
+    lines = [(f"{m['rows']:,}", f"{m['us_per_row']:.1f}", f"{m['resident_mb']:,.0f}") for m in content["marks"]]
+    yield from table(head, [("0", "", f"{content['resident_after_plan_mb']:,.0f}"), *lines], "r")

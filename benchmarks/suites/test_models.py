@@ -1,0 +1,126 @@
+"""Whole models: images to an all-layer rollout, beside the plain forward pass. The rollouts must be right first."""
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import exact
+from benchmarks.peers import networks as models
+from benchmarks.peers import rollouts
+from benchmarks.peers.op import NotRun
+from benchmarks.timing import CLOCK, cuda_peak_mb, race, try_to, wall_timer
+
+AGREEMENT = 1e-4  # of the exact rollout's largest entry, in fp32
+FP32_BYTES = 4 << 30  # of all weights; on a GPU, larger models are checked in the dtype that is timed alone
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    device, quick = metafunc.config.getoption("--device"), metafunc.config.getoption("--quick")
+    runs = models.RUNS["quick" if quick else device]
+    dtype = "bf16" if device == "cuda" else "fp32"
+    pairs = [(run, name) for run in runs for name in models.contestants(run, device)]
+    metafunc.parametrize(("run", "name"), pairs, ids=[f"{run} {dtype} {name}" for run, name in pairs])
+
+
+class Case:
+    """A model and its images in fp32 and in the dtype that is timed, and the exact rollout of the q and k of each."""
+
+    def __init__(self, run: models.Run, device: str) -> None:
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        images = models.images(run.model, device, run.batch)
+        model = models.build(run.model).to(device)
+        self.images = {torch.float32: images}
+        self.models = {torch.float32: model}
+        if self.dtype != torch.float32:
+            self.images[self.dtype] = images.to(self.dtype)
+            self.models[self.dtype] = copy.deepcopy(model).to(self.dtype)
+        heard = exact.listen(model, images)
+        self.weight_bytes = {dtype: exact.weight_bytes(heard, dtype) for dtype in (torch.float32, self.dtype)}
+        with torch.inference_mode():
+            self.reference = {"rollout": exact.rollout(heard), "cls": exact.cls_row(heard[-1])}
+            self.tokens = heard[0].q.shape[2]
+            del heard
+        # How far rounded weights and activations alone carry a map: it is no contestant's fault.
+        self.rounding = dict.fromkeys(self.reference, 0.0) if self.dtype == torch.float32 else self._rounding()
+
+    def call(self, contestant: str, dtype: torch.dtype) -> rollouts.Rollout:
+        """The contestant with a copy of the model that it may change."""
+        model: nn.Module = copy.deepcopy(self.models[dtype])
+        return rollouts.CONTESTANTS[contestant](model)
+
+    def error(self, contestant: str, dtype: torch.dtype) -> float:
+        """Largest difference from the exact rollout (or class token's map), as a share of its largest entry."""
+        with torch.inference_mode():
+            result = self.call(contestant, dtype)(self.images[dtype])
+        assert result is not None, f"{contestant}: expected a rollout; got none"
+        return self._distance(result, kind_of(contestant))
+
+    def _rounding(self) -> dict[str, float]:
+        with torch.inference_mode():
+            heard = exact.listen(self.models[self.dtype], self.images[self.dtype])
+            rollout, row = exact.rollout(heard), exact.cls_row(heard[-1])
+            return {"rollout": self._distance(rollout, "rollout"), "cls": self._distance(row, "cls")}
+
+    def _distance(self, result: Tensor, kind: str) -> float:
+        reference = self.reference[kind]
+        assert result.shape == reference.shape, f"{list(result.shape)}; expected {list(reference.shape)}"
+        return float((result.double() - reference).abs().max() / reference.max())
+
+
+def kind_of(contestant: str) -> str:
+    """What a contestant gives: "rollout", or "cls"."""
+    return "cls" if contestant == "cls" else "rollout"
+
+
+_case = lru_cache(maxsize=1)(Case)
+
+
+@pytest.mark.benchmark(group="models", timer=CLOCK)
+@pytest.mark.timeout(1200)
+def test_rollout(benchmark: Any, run: models.Run, name: str, device: str, quick: bool, record: Any) -> None:
+    found = try_to(lambda: _measure(benchmark, run, name, device, quick))
+    if isinstance(found, str):
+        record.not_run(f"{name}, {run}", found)
+    else:
+        record.row(suite="models", shape=str(run), contestant=name, **found)
+
+
+def _measure(benchmark: Any, run: models.Run, name: str, device: str, quick: bool) -> dict[str, Any]:
+    case = _case(run, device)
+    if (reason := too_large(case.weight_bytes[case.dtype] if name in rollouts.EAGER else 0, device)) is not None:
+        raise NotRun(reason)
+    images = case.images[case.dtype]
+    error = None if name == "plain" else _checked_error(case, name, device)
+    call = case.call(name, case.dtype)
+    floor = wall_timer(case.call("plain", case.dtype), [(images,)])
+    peak = cuda_peak_mb(call, (images,))
+    times = race(benchmark, wall_timer(call, [(images,)]), floor, 8.0 if device == "cpu" else 2.0, quick)
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[case.dtype]
+    return dict(dtype=dtype, timing="wall", **times, peak_mb=peak, max_error=error, tokens=case.tokens)
+
+
+def too_large(needs: int, device: str) -> str | None:
+    """Why what needs that many bytes can't be tried on the GPU at hand; None where it can, and on a CPU."""
+    if device != "cuda":
+        return None
+    have = torch.cuda.get_device_properties(0).total_memory
+    if needs <= have:
+        return None
+    return f"not tried: {needs / 1e9:.1f} GB needed for the weights of all layers alone, of {have / 1e9:.1f} GB"
+
+
+def _checked_error(case: Case, name: str, device: str) -> float:
+    """The contestant's error in the dtype that is timed, once it agrees with the exact rollout in fp32."""
+    if device == "cpu" or case.weight_bytes[torch.float32] <= FP32_BYTES:
+        error = case.error(name, torch.float32)
+        assert error <= AGREEMENT, f"{name}: in fp32 off by {error:.1e} of the largest entry"
+    if case.dtype == torch.float32:
+        return error
+    error, budget = case.error(name, case.dtype), 2 * case.rounding[kind_of(name)] + torch.finfo(case.dtype).eps
+    # Eager attention rounds its weights to the dtype, too: that is its error to have.
+    assert error <= budget or name in rollouts.EAGER, f"{name}: off by {error:.1e}; expected at most {budget:.1e}"
+    return error

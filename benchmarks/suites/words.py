@@ -1,0 +1,251 @@
+"""Word maps and Grad-CAM of an ALBEF with random weights, beside the original code's ways to them.
+
+    python -m benchmarks.suites.words --original ALBEF          a checkout of https://github.com/salesforce/ALBEF
+    python -m benchmarks.suites.words --original ALBEF --mkl-as-on-intel
+    python -m benchmarks.suites.words --original ALBEF --device cuda
+    python -m benchmarks.suites.words --quick                   a tiny model: does it run?
+
+The floor is our model's forward pass up to the layer's end, and no further. `word_maps` and `gradcam` are attnx's;
+`original_words` is the original with `save_attention`, whose gradients must be on, and the mean over heads;
+`original_gradcam` is that, a backward pass, and the products of its notebook, as LAVIS's `compute_gradcam` too has
+them. All have the same weights; what differs from the original by more than 1e-4 of its largest entry is not timed.
+Contestant and floor run in turn; on a CPU each in a process of its own, and so does each measurement of memory, see
+`memory`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import attnx
+from attnx.models.albef import Albef, AlbefConfig
+from attnx.models.tokenizer import Caption
+from benchmarks import mkl
+from benchmarks.machine import ROOT, environment, file_stem, part_of, write_atomically
+from benchmarks.peers.original import Original, load_original
+from benchmarks.suites import memory
+
+LAYER = 8
+AGREEMENT = 1e-4
+TOKENS = (13, 9, 17, 11)  # of one caption after another
+OURS, ORIGINAL = ("word_maps", "gradcam"), ("original_words", "original_gradcam")
+TINY = AlbefConfig((32, 32), 16, 32, 2, 2, 32, 12, 2, vocab_size=100, embed_dim=8)
+
+
+class Run(NamedTuple):
+    """How many pairs at a time, and the images' height and width."""
+
+    batch: int
+    pixels: int
+
+    def __str__(self) -> str:
+        return f"{self.pixels} px b{self.batch}"
+
+
+RUNS = (Run(1, 256), Run(1, 384), Run(16, 256), Run(16, 384))
+
+
+class Tokens:
+    """A tokenizer whose captions are numbers: so many tokens, none of them padding."""
+
+    def __call__(self, caption: str) -> Caption:
+        count = int(caption)
+        ids = (2, *(5 + i % 90 for i in range(count - 2)), 3)
+        return Caption(caption, ids, ("x",) * count, (), (None,) * count)
+
+    def id_of(self, piece: str) -> int:
+        return 0
+
+
+class Case:
+    """A model, and a batch of pairs; the original with the same weights where there is a checkout."""
+
+    def __init__(self, run: Run, checkout: Path | None, quick: bool = False, device: str = "cpu") -> None:
+        torch.manual_seed(0)
+        config = replace(TINY if quick else AlbefConfig(), image_size=(run.pixels, run.pixels))
+        self.model = Albef(config, Tokens()).eval().to(device)  # type: ignore[arg-type]
+        with torch.no_grad():  # at initialisation attention is all but even, and a wrong map would look right
+            for name, parameter in self.model.named_parameters():
+                if name.endswith(("query.weight", "key.weight")):
+                    parameter.mul_(4)
+        self.original: Original | None = None
+        if checkout is not None:
+            self.original = load_original(checkout, config).to(device)
+            # BertModel has buffers of its own.
+            self.original.load_state_dict(self.model.state_dict(), strict=False)
+            self.original.cross_attention(LAYER).save_attention = True
+        self.images = torch.randn(run.batch, 3, run.pixels, run.pixels).to(device)
+        counts = [TOKENS[i % len(TOKENS)] for i in range(run.batch)]
+        self.captions = [str(count) for count in counts]
+        self.ids = torch.zeros(run.batch, max(counts), dtype=torch.long)
+        for row, caption in zip(self.ids, self.captions, strict=True):
+            ids = Tokens()(caption).ids
+            row[: len(ids)] = torch.tensor(ids)
+        self.ids = self.ids.to(device)
+        self.mask = self.ids != 0
+
+    def call(self, name: str) -> Callable[[], Any]:
+        """One of the ways, ready to run; maps are [B, T, h, w], ours a list of [T, h, w]."""
+        return getattr(self, name)
+
+    @torch.inference_mode()
+    def forward(self) -> Tensor:
+        image = self.model.encode_image(self.images)
+        return self.model.encode_text(self.ids, self.mask, image, layers=range(LAYER + 1))
+
+    def word_maps(self) -> list[Tensor]:
+        return [found.maps for found in attnx.word_maps(self.model, self.images, self.captions, LAYER)]
+
+    def gradcam(self) -> list[Tensor]:
+        return [found.maps for found in attnx.gradcam(self.model, self.images, self.captions, LAYER)]
+
+    def original_words(self) -> Tensor:
+        assert self.original is not None
+        self.original(self.images, self.ids, self.mask)
+        return self._grid(self.original.cross_attention(LAYER).get_attention_map().detach().mean(1))
+
+    def original_gradcam(self) -> Tensor:
+        assert self.original is not None
+        loss = self.original(self.images, self.ids, self.mask)[:, 1].sum()
+        self.original.zero_grad()
+        loss.backward()
+        cross, mask = self.original.cross_attention(LAYER), self.mask[:, None, :, None]
+        with torch.no_grad():
+            gradients = cross.get_attn_gradients().clamp(0) * mask
+            return self._grid((cross.get_attention_map() * mask * gradients).mean(1))
+
+    def _grid(self, maps: Tensor) -> Tensor:
+        return maps[:, :, 1:].unflatten(-1, self.model.grid(self.images))
+
+    def error(self, name: str) -> float:
+        """The largest difference of ours from the original's, as a share of its largest entry."""
+        exact = self.call(f"original_{'words' if name == 'word_maps' else name}")()
+        ours = self.call(name)()
+        wrong = [(one - exact[i, : len(one)]).abs().max() for i, one in enumerate(ours)]
+        return float(torch.stack(wrong).max() / exact.max())
+
+
+_case = lru_cache(maxsize=1)(Case)
+
+
+def timed(name: str, run: Run, checkout: Path | None, quick: bool, device: str = "cpu") -> dict[str, Any]:
+    """Times in milliseconds of a contestant and the floor between its rounds; the error of ours."""
+    case = _case(run, checkout, quick, device)
+    error = case.error(name) if name in OURS and checkout is not None else None
+    if error is not None and error > AGREEMENT:
+        raise AssertionError(f"{name}, {run}: off by {error:.1e} of the largest entry")
+    call, floor = case.call(name), case.call("forward")
+    pair = _seconds(call) + _seconds(floor)
+    rounds = 2 if quick else max(3, min(15, int(12 / pair)))
+    times = [(_seconds(floor), _seconds(call)) for _ in range(rounds)]
+    floors, mine = (sorted(column) for column in zip(*times, strict=True))
+    return dict(
+        contestant=name, batch=run.batch, pixels=run.pixels, rounds=rounds, median_ms=1e3 * median(mine),
+        floor_ms=1e3 * median(floors), ratio_to_floor=median(mine) / median(floors),
+        iqr_ms=1e3 * (mine[-1 - rounds // 4] - mine[rounds // 4]), pairs_per_s=run.batch / median(mine),
+        error=error,
+    )  # fmt: skip
+
+
+def peak(name: str, run: Run, checkout: Path | None, quick: bool, device: str = "cpu") -> dict[str, Any]:
+    """Megabytes (10^6 bytes) of the first run above the loaded model."""
+    Case(Run(2, 32), checkout, quick=True, device=device).call(name)()
+    case = _case(run, checkout if device == "cuda" or name in ORIGINAL else None, quick, device)
+    watch = memory.allocator if device == "cuda" else memory.resident_watch()[0]
+    with watch() as most:
+        result = case.call(name)()  # noqa: F841  held until the peak is read
+    return dict(peak_mb=round(most[0] / 1e6, 1))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(checkout: Path | None, quick: bool, device: str, only: str | None) -> Iterator[dict[str, Any]]:
+    """A row for every contestant and run, each measured in processes of its own; only: the one run of that name."""
+    for run in (Run(2, 64),) if quick else RUNS:
+        if only not in (None, str(run)):
+            continue
+        for name in ("forward", *OURS, *(ORIGINAL if checkout else ())):
+            print(f"== {name}, {run}", flush=True)
+            if device == "cuda":  # its allocator counts exactly, whatever else there is
+                yield timed(name, run, checkout, quick, device) | peak(name, run, checkout, quick, device)
+                continue
+            options = ["--device", device, *(["--original", str(checkout.resolve())] if checkout else [])]
+            options += ["--quick"] if quick else []
+            row = _in_own_process("timed", name, run, options)
+            row |= _in_own_process("peak", name, run, options)
+            if memory.GIVES_BACK and device == "cpu":
+                row["needed_mb"] = _in_own_process("peak", name, run, options, memory.GIVES_BACK)["peak_mb"]
+            yield row
+
+
+def _in_own_process(
+    what: str, name: str, run: Run, options: list[str], env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.suites.words",
+        "--one",
+        what,
+        name,
+        str(run.batch),
+        str(run.pixels),
+        *options,
+    ]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env={**os.environ, **(env or {})}
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes words-HARDWARE.json, and prints its rows."""
+    parser = argparse.ArgumentParser(prog="benchmarks.suites.words", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--original", type=Path, help="a checkout of the original code; without it, ours alone")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--only", choices=[str(run) for run in RUNS], help="one run of all")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds")
+    parser.add_argument("--mkl-as-on-intel", action="store_true", help="see benchmarks/mkl.py")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.one is not None:
+        what, name, batch, pixels = options.one
+        measured = {"timed": timed, "peak": peak}[what]
+        run = Run(int(batch), int(pixels))
+        print(json.dumps(measured(name, run, options.original, options.quick, options.device)))
+        return 0
+    with mkl.as_on_intel() if options.mkl_as_on_intel else nullcontext():
+        about = {**environment(options.device), "quick": options.quick, "layer": LAYER}
+        path = options.out / f"words-{file_stem(options.device)}{'-quick' if options.quick else ''}.json"
+        part, rows = part_of(path), []
+        for row in measure(options.original, options.quick, options.device, options.only):
+            rows.append(row)
+            times = f"{row['median_ms']:9.1f} ms {row['ratio_to_floor']:6.2f} x {row['peak_mb']:8.1f} MB"
+            print(f"{row['contestant']:18}{times}", flush=True)
+            write_atomically(part, json.dumps({**about, "rows": rows}, indent=1))
+    print(part.replace(path).name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

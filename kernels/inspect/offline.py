@@ -1,0 +1,309 @@
+"""Compiles launches for targets that are not at hand and reads what the compiler says of them. No GPU is needed.
+
+`attnx kernels` prints it for every kernel in its default configurations.
+"""
+
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from attnx.kernels.arguments import shared_args, value_args
+from attnx.kernels.configs import Launch, Target, gradient_config, map_config, one_pass_config
+from attnx.kernels.forward import forward_launch
+from attnx.kernels.gradient import gradient_launch
+from attnx.kernels.inspect.machine_code import Code, Kind, parse
+from attnx.kernels.inspect.undefined import undefined
+from attnx.kernels.map import map_launch
+from attnx.kernels.one_pass import one_pass_launch
+from attnx.kernels.vecmat import vecmat_launch
+
+TARGETS = (*(Target("cuda", arch) for arch in (80, 86, 89, 90, 100)), Target("hip", "gfx942"))
+SHARED_LIMIT = {
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    "gfx942": 64 << 10,
+}  # bytes a program may use
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
+
+
+_KERNELS = {
+    "one_pass": 197, "one_pass_50": 50, "one_pass_224": 224, "one_pass_257": 257,
+    "forward": 1370, "map": 1370, "map_row": 1370, "vecmat": 1370, "gradient": 1370,
+}  # fmt: skip
+COLUMNS = {
+    "kernel": "<15", "target": "<7", "D": ">4", "dtype": "<5", "blocks": ">9", "warps": ">5", "stages": ">6",
+    "regs": ">5", "spills": ">6", "shared": ">7", "limit": ">7", "matrix": "<14", "exps": ">5",
+}  # fmt: skip
+
+
+class Resources(NamedTuple):
+    """What a kernel takes on a target, and instruction counts of its machine code.
+
+    registers: of a thread; on AMD the vector registers, accumulation registers among them.
+    spills: bytes of a thread's registers that live in memory.
+    shared, limit: bytes of shared memory of a program, and what it may have.
+    matrix: the matrix instructions it has, "HGMMA+HMMA" if two, or the fp32 one if none.
+    dots: what the matrix instructions multiply, as a multiple of a tile's products of queries and keys; None where
+        their shape can't be read. More than the source has: warps do the same work.
+    batches: how often Hopper's matrix instructions are waited for; as many as there are of them: ptxas had a reason to
+        issue them one by one.
+    sgpr_spills: AMD's scalar registers kept in lanes of vector registers. agprs: its accumulation registers.
+    undefined: the first instruction that reads a register which nothing wrote, see `kernels/undefined.py`.
+    error: why there is nothing to say.
+    """
+
+    kernel: str
+    target: str
+    dtype: str
+    head_dim: int
+    config: tuple[int, int, int, int, int]
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    limit: int = 0
+    matrix: str = ""
+    matrix_count: int = 0
+    dots: float | None = None
+    batches: int = 0
+    exp_count: int = 0
+    sgpr_spills: int = 0
+    agprs: int = 0
+    undefined: str = ""
+    error: str = ""
+
+
+def launches(head_dim: int, dtype: torch.dtype, target: Target) -> Iterator[tuple[str, Launch]]:
+    """Every kernel as the backend would launch it for a packed ViT qkv, with shape-only tensors.
+
+    Their names: "map" has no bias, "map_bias" an additive and "map_mask" a boolean one; "map_row" makes chosen rows.
+    "one_pass" is the one-pass kernel at 197 keys; "one_pass_50" at 50, and so on.
+    """
+    for kind, bias_dtype in (("", None), ("_bias", dtype), ("_mask", torch.bool)):
+        for name, launch in _launches(head_dim, dtype, target, bias_dtype):
+            yield name + kind, launch
+
+
+def _launches(
+    head_dim: int, dtype: torch.dtype, target: Target, bias_dtype: torch.dtype | None
+) -> Iterator[tuple[str, Launch]]:
+    for name, n in _KERNELS.items():
+        if bias_dtype is not None and n in (224, 257):
+            continue  # a bias has one layout for all of them
+        qkv = torch.empty(2, n, 3, 12, head_dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        rows = torch.empty(1, dtype=torch.int64, device="meta") if name == "map_row" else None
+        out = torch.empty(2, n, 12, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+        bias = None
+        if bias_dtype is not None:
+            bias = torch.empty(1, 12, n, n, dtype=bias_dtype, device="meta").expand(2, -1, -1, -1)
+        shared = shared_args(q, k, bias, rows, head_dim**-0.5, False)
+        lse = torch.empty(2, 12, shared["M"], device="meta")
+        sizes = (
+            head_dim,
+            q.element_size(),
+            n if name.startswith("one_pass") else shared["M"],
+            target,
+            bias is not None,
+        )
+        maps = torch.empty(2, shared["M"], n, device="meta")
+        if name == "forward":
+            yield name, forward_launch(shared, value_args(q, v, out), lse, target)
+        elif name.startswith("one_pass"):
+            short = one_pass_config(*sizes)
+            if short is not None:
+                yield name, one_pass_launch(shared, value_args(q, v, out), maps, 0, 1, short)
+        elif name == "vecmat":
+            r, sums = torch.empty(2, n, device="meta"), torch.empty(2, 12, n, device="meta")
+            yield name, vecmat_launch(shared, r, lse, sums, target)
+        elif name == "gradient":
+            config = gradient_config(*sizes)
+            yield name, gradient_launch(shared, out, v, lse, maps, 0, True, 1, config)
+        else:
+            yield name, map_launch(shared, lse, maps, 0, 1, map_config(*sizes))
+
+
+def compile_for(launch: Launch, target: Target) -> Any:
+    """The compiled kernel of a launch, with the specialisations (divisible by 16, equal to 1) a real call would get."""
+    values = {**launch.args, "BLOCK_M": launch.config.block_m, "BLOCK_N": launch.config.block_n}
+    signature, constants, attrs = {}, {}, {}
+    for i, param in enumerate(launch.kernel.params):
+        value = values[param.name]
+        if param.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[param.name], constants[param.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[param.name] = "*" + _TYPES[value.dtype]
+        else:
+            signature[param.name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
+    on = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=on, options=options)
+
+
+def target_name(target: Target) -> str:
+    """ "sm_90", "gfx942"."""
+    return f"{'sm_' if target.backend == 'cuda' else ''}{target.arch}"
+
+
+def resources(name: str, launch: Launch, target: Target) -> Resources:
+    """What the launch takes on the target, read from the machine code."""
+    return inspect(name, launch, target)[0]
+
+
+def inspect(name: str, launch: Launch, target: Target) -> tuple[Resources, Code]:
+    """What the launch takes on the target, and its machine code."""
+    compiled = compile_for(launch, target)
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        code, found = parse(text), _amd_usage(text)
+    else:
+        text = cuobjdump(compiled.asm["cubin"], "-sass")
+        code = parse(text)
+        usage = cuobjdump(compiled.asm["cubin"], "-res-usage")
+        registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
+        # Slots of the stack are used again, so that counting stores would count more than is kept there.
+        found = dict[str, Any](registers=registers, spills=stack if code.count(Kind.SPILL) else 0)
+        found["undefined"] = next(iter(undefined(text)), "")
+    units = code.matrix()
+    fp32 = sum(i.opcode.startswith(("FFMA", "v_fma", "v_pk_fma")) for i in code.instructions)
+    asked = _multiply_adds(launch)
+    row = _described(name, launch, target)._replace(
+        **found,
+        shared=compiled.metadata.shared,
+        matrix="+".join(unit.removeprefix("v_").upper() for unit in sorted(units)) or ("FFMA" if fp32 else ""),
+        matrix_count=sum(units.values()) or fp32,
+        dots=code.fmas() * launch.config.num_warps / asked if code.fmas() and asked else None,
+        batches=sum(i.opcode == "WARPGROUP.ARRIVE" for i in code.instructions),
+        exp_count=code.count(Kind.EXP),
+    )
+    return row, code
+
+
+def _multiply_adds(launch: Launch) -> int:
+    """Of one product of a tile of queries with its keys, padding included."""
+    args = launch.args
+    keys = launch.config.block_n * args.get("PARTS", 1) + args.get("TAIL", 0)
+    return launch.config.block_m * keys * (args.get("BLOCK_D", 0) + args.get("REST_D", 0))
+
+
+def _described(name: str, launch: Launch, target: Target) -> Resources:
+    """By the queries, or of a kernel that has none by its first tensor."""
+    tensor = launch.args.get("q_ptr", next(v for v in launch.args.values() if isinstance(v, torch.Tensor)))
+    described = (name, target_name(target), _TYPES[tensor.dtype], launch.args.get("D", 0), tuple(launch.config))
+    return Resources(*described, limit=SHARED_LIMIT.get(target.arch, 0))
+
+
+def _amd_usage(text: str) -> dict[str, Any]:
+    keys = ("vgpr_count", "agpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    vgprs, agprs, spilled, scalars, stack = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in keys)  # type: ignore[index]
+    return dict(registers=vgprs, agprs=agprs, spills=max(4 * spilled, stack), sgpr_spills=scalars)
+
+
+def cuobjdump(cubin: bytes, flag: str) -> str:
+    """What the CUDA tool of Triton's wheel says of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def compile_defaults(
+    targets: list[Target], head_dims: list[int], dtypes: list[torch.dtype], jobs: int
+) -> list[Resources]:
+    """Resources of every kernel in its default configurations, compiled by that many processes at a time."""
+    tasks = list(product(targets, head_dims, dtypes))
+    rows: list[Resources] = []
+    for (target, head_dim, dtype), found in zip(tasks, in_processes(_compile_some, tasks, jobs), strict=True):
+        if isinstance(found, BrokenProcessPool):
+            raise RuntimeError(
+                f"the compiler crashed on {target_name(target)}, head dim {head_dim}, {dtype}"
+            ) from found
+        if isinstance(found, BaseException):
+            raise found
+        rows += found
+    return rows
+
+
+def in_processes(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], jobs: int) -> list[Any]:
+    """function(*task) of each task, so many processes at a time; in place of a result, the exception that it raised.
+
+    A compiler that crashes takes its process with it: what that broke is tried again alone.
+    """
+    # A fork of a process that has threads, as torch has, may hang.
+    with ProcessPoolExecutor(max(1, min(jobs, len(tasks))), multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(function, *task) for task in tasks]
+    results = []
+    for task, future in zip(tasks, futures, strict=True):
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool) and len(tasks) > 1:
+            results += in_processes(function, [task], 1)
+        else:
+            results.append(future.result() if error is None else error)
+    return results
+
+
+def _compile_some(target: Target, head_dim: int, dtype: torch.dtype) -> list[Resources]:
+    rows = []
+    for name, launch in launches(head_dim, dtype, target):
+        try:
+            rows.append(resources(name, launch, target))
+        except FileNotFoundError:  # no tool that reads machine code: true of every kernel
+            raise
+        except Exception as error:  # the compiler's errors have no common class
+            first = (str(error).strip().splitlines() or [""])[0]
+            rows.append(_described(name, launch, target)._replace(error=f"{type(error).__name__}: {first}"[:200]))
+    return rows
+
+
+def failures(rows: list[Resources]) -> Iterator[str]:
+    """A line for every row that doesn't compile, spills, is wrong, or asks for more shared memory than there is."""
+    for row in rows:
+        name = f"{row.kernel} on {row.target}, head dim {row.head_dim}, {row.dtype}"
+        if row.error:
+            yield f"{name}: {row.error}"
+        if row.spills:
+            yield f"{name}: {row.spills} bytes a thread are spilled"
+        if row.undefined:
+            yield f"{name}: {row.undefined}"
+        if row.shared > row.limit:
+            yield f"{name}: asks for {row.shared} bytes of shared memory, {row.limit} are allowed"
+
+
+def table(rows: list[Resources]) -> Iterator[str]:
+    """Lines: a header, then a row each."""
+    yield _line(list(COLUMNS))
+    for row in rows:
+        block_m, block_n, warps, stages, parts = row.config
+        blocks = f"{block_m}x{parts * block_n}"
+        cells = [row.kernel, row.target, row.head_dim, row.dtype, blocks, warps, stages]
+        if row.error:
+            yield _line(cells) + f"  {row.error}"
+            continue
+        cells += [row.registers, row.spills, row.shared, row.limit, f"{row.matrix} {row.matrix_count}", row.exp_count]
+        also = f"  {row.sgpr_spills} scalars in lanes" if row.sgpr_spills else ""
+        also += "  one by one" if 1 < row.batches == row.matrix_count else ""
+        yield _line(cells) + also
+
+
+def _line(cells: list[Any]) -> str:
+    """The first so many cells side by side."""
+    return " ".join(f"{cell!s:{form}}" for cell, form in zip(cells, COLUMNS.values(), strict=False)).rstrip()
