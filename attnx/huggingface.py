@@ -95,7 +95,7 @@ def register(name: str = "attnx", heads: str = "mean", backend: str = "auto") ->
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    from attnx.ops.functional import check_backend
+    from attnx.ops.checks import check_backend
     from attnx.ops.reducers import Reduction
 
     Reduction.parse(heads), check_backend(backend)

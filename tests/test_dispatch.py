@@ -1,11 +1,13 @@
-"""When a call goes by torch's dispatcher: whenever somebody would see it there."""
+"""A call goes through torch's dispatcher whenever something would see the difference."""
+
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnx
-from attnx.ops import dispatch
+from attnx.ops import operators
 from attnx.testing import Case, assert_attention, random_inputs
 
 
@@ -23,13 +25,10 @@ class Watch(TorchDispatchMode):
 def direct(monkeypatch):
     """Names of the operators whose function was called without the dispatcher."""
     called = []
-
-    class Told(dict):
-        def __getitem__(self, name):
-            called.append(name)
-            return super().__getitem__(name)
-
-    monkeypatch.setattr(dispatch, "_FUNCTIONS", Told(dispatch._FUNCTIONS))
+    for name in ("attention", "attention_map"):
+        operator = getattr(operators, name)
+        spied = partial(lambda name, direct, *args: (called.append(name), direct(*args))[1], name, operator.direct)
+        monkeypatch.setattr(operator, "direct", spied)
     return called
 
 

@@ -113,8 +113,9 @@ def test_no_gradient_of_all_heads_is_made():
     with Watch():
         from attnx.ops.backends import eager
         from attnx.ops.reducers import Reduction
+        from attnx.ops.scores import Scores
 
-        eager.gradient_map(q, q, q, q, None, False, 0.125, Reduction.MEAN, True, None, None)
+        eager.gradient_map(Scores(q, q, None, False, 0.125), q, q, Reduction.MEAN, True, None, None)
     assert largest <= 5 << 20  # a block of weights is 4 MB; of all heads 24 MB
 
 

@@ -11,6 +11,7 @@ import attnx
 from attnx import testing
 from attnx.kernels.configs import (
     LONGER_ROW,
+    Launch,
     Target,
     forward_config,
     head_splits,
@@ -20,7 +21,6 @@ from attnx.kernels.configs import (
     vecmat_config,
 )
 from attnx.ops.backends import triton as backend
-from attnx.ops.reducers import Reduction
 
 TARGETS = [Target("cuda", arch) for arch in (80, 86, 89, 90, 100, 120)] + [Target("hip", "gfx942")]
 
@@ -29,13 +29,13 @@ TARGETS = [Target("cuda", arch) for arch in (80, 86, 89, 90, 100, 120)] + [Targe
 def launched(monkeypatch):
     """The launches that the backend makes, in order."""
     done = []
-    run = backend._launch
+    run = Launch.run
 
-    def note(launch, q):
+    def note(launch):
         done.append(launch)
-        run(launch, q)
+        run(launch)
 
-    monkeypatch.setattr(backend, "_launch", note)
+    monkeypatch.setattr(Launch, "run", note)
     return done
 
 
@@ -148,5 +148,5 @@ def test_configurations_do_not_look_at_the_length(target):
 
 def test_triton_makes_each_head_without_partial_maps(launched, device):
     inputs = testing.random_inputs(testing.Case(B=1, H=4, M=5, N=6), device=device)
-    backend.attention(*inputs[:3], None, False, 0.25, Reduction.EACH, None)
+    attnx.attention(*inputs[:3], heads="each", backend="triton")
     assert names(launched) == ["one_pass_kernel"]

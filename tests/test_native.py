@@ -14,7 +14,7 @@ import torch
 
 import attnx
 from attnx.kernels.cpu import build
-from attnx.ops import operators
+from attnx.ops import backends
 from attnx.ops.backends import native
 from attnx.ops.reducers import MASK_THRESHOLD, Reduction
 from attnx.testing import (
@@ -449,7 +449,7 @@ def test_it_is_missing_only_where_it_is_asked_for(monkeypatch):
         raise ImportError("no compiler")
 
     monkeypatch.setattr(native, "kernel", none)
-    monkeypatch.setattr(operators, "_MISSING", {"native"})
+    monkeypatch.setattr(backends, "_REPORTED", {"native"})
     q = torch.randn(1, 2, 5, 8)
     attnx.attention(q, q, q)
     attnx.attention(q.half(), q.half(), q.half())

@@ -12,6 +12,7 @@ from torch.library import opcheck
 import attnx
 from attnx import testing
 from attnx.ops.backends import eager, native
+from attnx.ops.scores import Scores
 from attnx.testing import Case, assert_attention, random_inputs
 from on_backends import LONG, SHORT, on_all
 
@@ -21,15 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that the Triton backend launches, in order."""
-    from attnx.ops.backends import triton
+    from attnx.kernels.configs import Launch
 
-    names, launch = [], triton._launch
+    names, run = [], Launch.run
 
-    def spy(what, q):
-        names.append(what.kernel.fn.__name__.removesuffix("_kernel"))
-        launch(what, q)
+    def spy(launch):
+        names.append(launch.kernel.fn.__name__.removesuffix("_kernel"))
+        run(launch)
 
-    monkeypatch.setattr(triton, "_launch", spy)
+    monkeypatch.setattr(Launch, "run", spy)
     return names
 
 
@@ -125,7 +126,7 @@ def test_eager_makes_no_map_of_all_heads(heads):
     for work, at_least, at_most in (
         (lambda: attnx.attention(q, k, v, heads=heads, backend="eager"), one_map, one_map),
         (lambda: attnx.attention_map(q, k, heads=heads, rows=[0, 5], backend="eager"), few_rows, block),
-        (lambda: eager.attention_backward(q, q, k, v, None, q, False, 0.1), block, 2 * block),
+        (lambda: eager.attention_backward(Scores(q, k, None, False, 0.1), q, v, q, None), block, 2 * block),
     ):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             work()

@@ -3,7 +3,6 @@
 Docstrings, validation and the choice of a backend; the operators themselves are in `attnx/ops/operators.py`.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +10,18 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from attnx.ops.dispatch import call
-from attnx.ops.operators import differentiable
-from attnx.ops.reducers import Reduction
-
-BACKENDS = ("auto", "triton", "native", "eager")
+from attnx.ops import operators
+from attnx.ops.autograd import differentiable
+from attnx.ops.checks import (
+    cast_as_sdpa,
+    check_backend,
+    check_float32,
+    check_sinks,
+    check_tensors,
+    resolve_scale,
+    resolve_softcap,
+    row_index,
+)
 
 
 def attention(
@@ -78,17 +84,17 @@ def attention(
         )
         return handle_torch_function(attention, (q, k, v), q, k, v, **options, rows=rows, backend=backend)
     q, k, v = cast_as_sdpa(q, k, v)
-    bias = _check(q, k, v, bias, is_causal, heads)
-    index = _row_index(rows, q.shape[2], q.device)
-    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
+    bias = check_tensors(q, k, v, bias, heads)
+    index = row_index(rows, q.shape[2], q.device)
+    scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
     if sinks is None:
-        out, amap = differentiable("attention", q, k, v, bias, is_causal, scale, cap, heads, index, name)
+        out, amap = differentiable(operators.attention, q, k, v, bias, is_causal, scale, cap, heads, index, name)
         return out, amap.detach()
-    _check_sinks(sinks, q)
-    out, lse = differentiable("attention_lse", q, k, v, bias, is_causal, scale, cap, name)
+    check_sinks(sinks, q)
+    out, lse = differentiable(operators.attention_lse, q, k, v, bias, is_causal, scale, cap, name)
     out, lse = _with_sinks(out, lse, sinks)
     q, k, bias = q.detach(), k.detach(), None if bias is None else bias.detach()
-    return out, call("attention_map", q, k, bias, is_causal, scale, cap, heads, index, lse, name)
+    return out, operators.attention_map(q, k, bias, is_causal, scale, cap, heads, index, lse, name)
 
 
 def attention_map(
@@ -114,14 +120,14 @@ def attention_map(
             as the attention of all rows.
     """
     (q, k), v = cast_as_sdpa(q, k), None
-    bias = _check(q, k, v, bias, is_causal, heads)
-    index = _row_index(rows, q.shape[2], q.device)
-    _check_float32("lse", lse, q.shape[:3], q.device)
-    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
+    bias = check_tensors(q, k, v, bias, heads)
+    index = row_index(rows, q.shape[2], q.device)
+    check_float32("lse", lse, q.shape[:3], q.device)
+    scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
     q, k = q.detach(), k.detach()
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
     lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
-    return call("attention_map", q, k, bias, is_causal, scale, cap, heads, index, lse, name)
+    return operators.attention_map(q, k, bias, is_causal, scale, cap, heads, index, lse, name)
 
 
 def attention_lse(
@@ -148,11 +154,11 @@ def attention_lse(
         lse is the sink.
     """
     q, k, v = cast_as_sdpa(q, k, v)
-    bias = _check(q, k, v, bias, is_causal, "mean")
+    bias = check_tensors(q, k, v, bias, "mean")
     if sinks is not None:
-        _check_sinks(sinks, q)
-    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
-    out, lse = differentiable("attention_lse", q, k, v, bias, is_causal, scale, cap, name)
+        check_sinks(sinks, q)
+    scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
+    out, lse = differentiable(operators.attention_lse, q, k, v, bias, is_causal, scale, cap, name)
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
     return out, lse.detach().float()
@@ -190,14 +196,14 @@ def vecmat(
         ValueError, NotImplementedError: as in `attention`.
     """
     q, k = cast_as_sdpa(q, k)
-    bias = _check(q, k, None, bias, is_causal, "mean")
-    _check_float32("r", r, (q.shape[0], q.shape[2]), q.device)
-    _check_float32("lse", lse, q.shape[:3], q.device)
-    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
+    bias = check_tensors(q, k, None, bias, "mean")
+    check_float32("r", r, (q.shape[0], q.shape[2]), q.device)
+    check_float32("lse", lse, q.shape[:3], q.device)
+    scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
     r, q, k = r.detach(), q.detach(), k.detach()
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
     lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
-    return call("vecmat", r, q, k, bias, is_causal, scale, cap, lse, name)
+    return operators.vecmat(r, q, k, bias, is_causal, scale, cap, lse, name)
 
 
 def gradient_map(
@@ -240,18 +246,18 @@ def gradient_map(
         Grad-CAM, https://github.com/salesforce/ALBEF/blob/main/visualization.ipynb
     """
     q, k, v = cast_as_sdpa(q, k, v)
-    bias = _check(q, k, v, bias, is_causal, heads)
+    bias = check_tensors(q, k, v, bias, heads)
     shape = (*q.shape[:3], v.shape[3])
     if not isinstance(grad, Tensor) or grad.shape != shape or grad.dtype != q.dtype or grad.device != q.device:
         came = f"{grad.dtype} {list(grad.shape)} on {grad.device}" if isinstance(grad, Tensor) else f"{grad!r}"
         raise ValueError(f"grad: expected {q.dtype} {list(shape)} on {q.device}; got {came}")
-    index = _row_index(rows, q.shape[2], q.device)
-    _check_float32("lse", lse, q.shape[:3], q.device)
+    index = row_index(rows, q.shape[2], q.device)
+    check_float32("lse", lse, q.shape[:3], q.device)
     grad, q, k, v = (t.detach() for t in (grad, q, k, v))
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
-    scale, cap, name = _scale(scale, q), _cap(softcap), check_backend(backend)
+    scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
     lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
-    return call("gradient_map", grad, q, k, v, bias, is_causal, scale, cap, heads, clamp, index, lse, name)
+    return operators.gradient_map(grad, q, k, v, bias, is_causal, scale, cap, heads, clamp, index, lse, name)
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,113 +285,8 @@ def _lse_with_sinks(
     """The given log-sum-exp; where none is given and there are sinks, one that includes them."""
     if sinks is None:
         return lse
-    _check_sinks(sinks, q)
+    check_sinks(sinks, q)
     if lse is not None:
         return lse
-    found = call("attention_lse", q, k, k, bias, is_causal, scale, cap, backend)[1]
+    found = operators.attention_lse(q, k, k, bias, is_causal, scale, cap, backend)[1]
     return torch.logaddexp(found, sinks.detach().to(found.dtype)[:, None])
-
-
-def check_backend(backend: str) -> str:
-    """`backend` itself.
-
-    Raises:
-        ValueError: it is not one of BACKENDS.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
-    return backend
-
-
-def cast_as_sdpa(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """q, k (and v) as every function here takes them: under autocast in its dtype, as SDPA's inputs are.
-
-    Raises:
-        ValueError: one of them is no tensor.
-    """
-    for name, t in zip("qkv", tensors, strict=False):
-        if not isinstance(t, Tensor):
-            raise ValueError(f"{name}: expected a tensor; got {type(t).__name__}")
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
-
-
-def _scale(scale: float | None, q: Tensor) -> float:
-    return max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
-
-
-def _cap(softcap: float | None) -> float:
-    """The softcap as the operators take it: 0 for none."""
-    if softcap is None:
-        return 0.0
-    if not isinstance(softcap, int | float) or not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap: expected a finite number above 0, or None; got {softcap!r}")
-    return float(softcap)
-
-
-def _check_sinks(sinks: Tensor, q: Tensor) -> None:
-    if isinstance(sinks, Tensor):
-        if sinks.shape == q.shape[1:2] and sinks.is_floating_point() and sinks.device == q.device:
-            return
-        came = f"{sinks.dtype} {list(sinks.shape)} on {sinks.device}"
-    else:
-        came = type(sinks).__name__
-    raise ValueError(f"sinks: expected a floating-point tensor [{q.shape[1]}] on {q.device}; got {came}")
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, is_causal: bool, heads: str) -> Tensor | None:
-    """Raises ValueError for inputs that don't fit together; gives the bias as a 4-D tensor."""
-    Reduction.parse(heads)
-    named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
-    for name, t in named.items():
-        if t.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions [B, heads, tokens, head dim]; got {list(t.shape)}")
-        if not t.is_floating_point():
-            raise ValueError(f"{name}: expected a floating-point dtype; got {t.dtype}")
-        if t.dtype != q.dtype or t.device != q.device:
-            raise ValueError(f"{name}: expected q's {q.dtype} on {q.device}; got {t.dtype} on {t.device}")
-    B, H, M, D = q.shape
-    Hk, N = k.shape[1:3]
-    if k.shape[0] != B or k.shape[3] != D:
-        raise ValueError(f"k: expected [{B}, heads, tokens, {D}] to fit q {list(q.shape)}; got {list(k.shape)}")
-    if Hk == 0 or H % Hk:
-        raise ValueError(f"k: expected a number of heads that divides q's {H}; got {Hk}")
-    if v is not None and v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v: expected [{B}, {Hk}, {N}, head dim] to fit k {list(k.shape)}; got {list(v.shape)}")
-    if bias is None:
-        return None
-    if bias.dtype != torch.bool and not bias.is_floating_point():
-        raise ValueError(f"bias: expected a float or bool dtype; got {bias.dtype}")
-    if bias.device != q.device:
-        raise ValueError(f"bias: expected device {q.device}; got {bias.device}")
-    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    if len(shape) != 4 or any(have not in (1, want) for have, want in zip(shape, (B, H, M, N), strict=True)):
-        raise ValueError(f"bias: expected a shape that broadcasts to {[B, H, M, N]}; got {list(bias.shape)}")
-    return bias.reshape(shape)
-
-
-def _check_float32(name: str, t: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
-    if t is None and name == "lse":
-        return
-    if not isinstance(t, Tensor):
-        raise ValueError(f"{name}: expected a tensor; got {type(t).__name__}")
-    if t.shape != torch.Size(shape) or t.dtype != torch.float32 or t.device != device:
-        came = f"{t.dtype} {list(t.shape)} on {t.device}"
-        raise ValueError(f"{name}: expected float32 {list(shape)} on {device}; got {came}")
-
-
-def _row_index(rows: Sequence[int] | Tensor | None, m: int, device: torch.device) -> Tensor | None:
-    if rows is None:
-        return None
-    if not isinstance(rows, Tensor):
-        if not isinstance(rows, Sequence) or not all(isinstance(i, int) and 0 <= i < m for i in rows):
-            raise ValueError(f"rows: expected a sequence of integers in 0..{m - 1}; got {rows!r}")
-        return torch.tensor(rows, dtype=torch.int64, device=device)
-    if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32) or rows.device != device:
-        raise ValueError(
-            f"rows: expected a 1-D integer tensor on {device}; got {rows.dtype} {list(rows.shape)} on {rows.device}"
-        )
-    return rows.to(torch.int64)

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from attnx.kernels.cpu.build import FALLBACK, CacheError, compiled, instructions
-from attnx.ops.backends import map_pool as pages
+from attnx.ops.backends import map_pool
 from attnx.ops.reducers import Reduction
+from attnx.ops.scores import Scores
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_REDUCTIONS = (Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.EACH)  # that call.h has
 _POINTERS = ("q", "k", "v", "bias", "rows", "lse", "r", "grad", "out", "map", "lse_out", "passed", "scratch")
 _SIZES = ("B", "H", "Hk", "M", "N", "D", "Dv", "R")
 _STRIDES = (("q_stride", 3), ("k_stride", 3), ("v_stride", 3), ("bias_stride", 4), ("grad_stride", 3))
@@ -36,152 +38,122 @@ class _Call(ctypes.Structure):
     )
 
 
-def limits(q: Tensor, v: Tensor | None) -> list[str]:
-    """Why this backend can't take these inputs; empty if it can.
+def limits(scores: Scores, v: Tensor | None, reduction: Reduction | None) -> list[str]:
+    """Reasons this backend can't take the call; empty if it can.
 
     Raises:
-        ImportError: it can take none here, see `kernel`.
+        ImportError: it can take no call here, see `kernel`.
     """
-    reasons = []
+    q, reasons = scores.q, []
     if q.device.type != "cpu":
         reasons.append(f"tensors are on {q.device.type}; it is for CPUs")
     if q.dtype not in _DTYPES:
         reasons.append(f"dtype {q.dtype} is not float32 or bfloat16")
+    if scores.softcap:
+        reasons.append(f"it has no softcap ({scores.softcap:g}); backend='eager' has")
+    if reduction is not None and reduction not in _REDUCTIONS:
+        reasons.append(f"it has no heads={reduction.name.lower()!r}; backend='eager' has")
     if not reasons:
         kernel(instructions())
     return reasons
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    heads: Reduction,
-    rows: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Output [B,H,M,Dv] in q's dtype (rows before heads in memory, as blocks want it) and map, see `ops.attention`."""
-    out = _output(q, v)
+def attention(scores: Scores, v: Tensor, reduction: Reduction, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output [B,H,M,Dv] in q's dtype and map, see `ops.functional.attention`."""
     if rows is None:
-        amap = _empty_map(q, k, heads, q.shape[2])
-        _run(q, k, v, bias, is_causal, scale, heads=heads, map=amap, out=out)
+        out, amap = scores.new_output(v), _empty_map(scores, reduction, None)
+        _run(scores, v, reduction=reduction, map=amap, out=out)
         return out, amap
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    _run(q, k, v, bias, is_causal, scale, out=out, lse_out=lse)
-    return out, attention_map(q, k, bias, is_causal, scale, heads, rows, lse)
+    out, lse = attention_lse(scores, v)
+    return out, attention_map(scores, reduction, rows, lse)
 
 
-def attention_map(
-    q: Tensor,
-    k: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    heads: Reduction,
-    rows: Tensor | None,
-    lse: Tensor | None,
-) -> Tensor:
-    """The map alone, see `ops.attention_map`."""
-    count = q.shape[2] if rows is None else len(rows)
-    amap = _empty_map(q, k, heads, count)
+def attention_map(scores: Scores, reduction: Reduction, rows: Tensor | None, lse: Tensor | None) -> Tensor:
+    """The map alone, see `ops.functional.attention_map`."""
+    amap = _empty_map(scores, reduction, rows)
     rows, lse = (None if t is None else t.contiguous() for t in (rows, lse))
-    _run(q, k, None, bias, is_causal, scale, heads=heads, map=amap, rows=rows, lse=lse)
+    _run(scores, None, reduction=reduction, map=amap, rows=rows, lse=lse)
     return amap
 
 
+def attention_lse(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [B,H,M,Dv] and lse [B,H,M], see `ops.functional.attention_lse`."""
+    out, lse = scores.new_output(v), scores.q.new_empty(scores.q.shape[:3], dtype=torch.float32)
+    _run(scores, v, out=out, lse_out=lse)
+    return out, lse
+
+
+def vecmat(scores: Scores, r: Tensor, lse: Tensor | None) -> Tensor:
+    """[B,N]: r times the mean map, see `ops.functional.vecmat`."""
+    q, k = scores.q, scores.k
+    if lse is None:
+        lse = q.new_zeros(q.shape[:3], dtype=torch.float32)
+        used = (r != 0).any(0).nonzero()[:, 0]
+        _run(scores, None, rows=used, lse_out=lse)
+    passed = q.new_empty((q.shape[0], k.shape[2]), dtype=torch.float32)
+    _run(scores, None, r=r.contiguous(), lse=lse.contiguous(), passed=passed)
+    return passed
+
+
 def gradient_map(
+    scores: Scores,
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    heads: Reduction,
+    reduction: Reduction,
     clamp: bool,
     rows: Tensor | None,
     lse: Tensor | None,
 ) -> Tensor:
-    """The gradient-weighted map, see `ops.gradient_map`."""
-    amap = _empty_map(q, k, heads, q.shape[2] if rows is None else len(rows))
+    """The gradient-weighted map, see `ops.functional.gradient_map`."""
+    amap = _empty_map(scores, reduction, rows)
     rows, lse = (None if t is None else t.contiguous() for t in (rows, lse))
     grad = _rows_contiguous(grad)
-    _run(q, k, v, bias, is_causal, scale, heads=heads, clamp=clamp, map=amap, rows=rows, lse=lse, grad=grad)
+    _run(scores, v, reduction=reduction, clamp=clamp, map=amap, rows=rows, lse=lse, grad=grad)
     return amap
 
 
-def attention_lse(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output [B,H,M,Dv] and lse [B,H,M], see `ops.attention_lse`."""
-    out, lse = _output(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
-    _run(q, k, v, bias, is_causal, scale, out=out, lse_out=lse)
-    return out, lse
-
-
-def vecmat(
-    r: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float, lse: Tensor | None
-) -> Tensor:
-    """[B,N]: r times the mean map, see `ops.vecmat`."""
-    if lse is None:
-        lse = q.new_zeros(q.shape[:3], dtype=torch.float32)
-        used = (r != 0).any(0).nonzero()[:, 0]
-        _run(q, k, None, bias, is_causal, scale, rows=used, lse_out=lse)
-    passed = q.new_empty((q.shape[0], k.shape[2]), dtype=torch.float32)
-    _run(q, k, None, bias, is_causal, scale, r=r.contiguous(), lse=lse.contiguous(), passed=passed)
-    return passed
-
-
-def _output(q: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-
-
-def _empty_map(q: Tensor, k: Tensor, heads: Reduction, rows: int) -> Tensor:
-    planes = q.shape[:2] if heads is Reduction.EACH else q.shape[:1]
-    return pages.empty((*planes, rows, k.shape[2]))
+def _empty_map(scores: Scores, reduction: Reduction, rows: Tensor | None) -> Tensor:
+    B, H, M, _ = scores.q.shape
+    planes = (B, H) if reduction is Reduction.EACH else (B,)
+    return map_pool.empty((*planes, M if rows is None else len(rows), scores.k.shape[2]))
 
 
 def _run(
-    q: Tensor,
-    k: Tensor,
+    scores: Scores,
     v: Tensor | None,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
     *,
-    heads: Reduction = Reduction.MEAN,
+    reduction: Reduction = Reduction.MEAN,
     clamp: bool = False,
     rows: Tensor | None = None,
     **tensors: Tensor | None,
 ) -> None:
-    """Fills a Call and runs it; `tensors` are those of its pointers that are not named here."""
-    q, k = _rows_contiguous(q), _rows_contiguous(k)
+    """Fills a Call and runs it; `tensors` are its other pointers by name."""
+    q, k = _rows_contiguous(scores.q), _rows_contiguous(scores.k)
     v = None if v is None else _rows_contiguous(v)
+    bias = scores.bias
     if bias is not None:
         if bias.dtype not in (torch.float32, torch.bool):
-            # Only what is there once: an expanded bias may be as large as all the weights.
+            # Convert the stored part only: an expanded bias may be as large as all the weights.
             once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride())
             bias = bias[once].float()
         bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     (B, H, M, D), (_, Hk, N, _) = q.shape, k.shape
     call = _Call(B=B, H=H, Hk=Hk, M=M, N=N, D=D, Dv=0 if v is None else v.shape[3])
     call.R = M if rows is None else len(rows)
-    call.half, call.heads, call.causal, call.scale = q.dtype == torch.bfloat16, int(heads), is_causal, scale
+    call.half, call.heads, call.causal = q.dtype == torch.bfloat16, int(reduction), scores.is_causal
+    call.scale, call.threads, call.clamp = scores.scale, torch.get_num_threads(), clamp
     call.bias_kind = 0 if bias is None else 2 if bias.dtype == torch.bool else 1
-    call.threads, call.clamp = torch.get_num_threads(), clamp
-    given = dict(tensors, q=q, k=k, v=v, bias=bias, rows=rows)
-    assert given.keys() <= set(_POINTERS), given.keys()
-    for name, t in given.items():
+    pointers = dict(tensors, q=q, k=k, v=v, bias=bias, rows=rows)
+    assert pointers.keys() <= set(_POINTERS), pointers.keys()
+    for name, t in pointers.items():
         if t is not None:
             setattr(call, name, t.data_ptr())
     for name, length in _STRIDES:
-        t = given.get(name.removesuffix("_stride"))
+        t = pointers.get(name.removesuffix("_stride"))
         if t is not None:
             setattr(call, name, (ctypes.c_int64 * length)(*t.stride()[:length]))
     functions = kernel(instructions())
-    # Not kept for the next call: in between, a block's MLP wants the room, and malloc has it again at once.
+    # Freed after the call: the block's MLP uses the memory next, and malloc returns it at once.
     scratch = torch.empty(functions.attnx_scratch_floats(ctypes.byref(call)), dtype=torch.float32, device="cpu")
     call.scratch = scratch.data_ptr()
     functions.attnx_run(ctypes.byref(call), _openmp())
@@ -231,7 +203,7 @@ def _cached(level: str) -> ctypes.CDLL:
 
 
 def loaded(path: Path) -> ctypes.CDLL:
-    """The functions of a compiled kernel."""
+    """Load the functions of a compiled kernel."""
     try:
         functions = ctypes.CDLL(str(path))
     except OSError as error:

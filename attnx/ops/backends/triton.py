@@ -27,17 +27,19 @@ from attnx.kernels.one_pass import one_pass_launch
 from attnx.kernels.vecmat import vecmat_launch
 from attnx.ops.backends import vendor
 from attnx.ops.reducers import Reduction
+from attnx.ops.scores import Scores
 
 MAX_HEAD_DIM = 256
+_REDUCTIONS = (Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.EACH)  # that primitives.py has
 ONE_PASS = 128
-"""Up to so many keys output and map are made in one launch; with more, on Hopper, the vendor's output and a launch for
-the map are faster where the vendor can serve: the parts take 0.84 of the time at 197 keys, 0.58 at 257 (H200)."""
+"""Up to this number of keys one launch makes output and map. Beyond it, on Hopper, the vendor's output and a launch for
+the map are faster where the vendor can serve: they take 0.84 of the time at 197 keys, 0.58 at 257 (H200)."""
 
 
-def limits(q: Tensor, v: Tensor | None) -> list[str]:
-    """Why this backend can't take these inputs; empty if it can."""
+def limits(scores: Scores, v: Tensor | None, reduction: Reduction | None) -> list[str]:
+    """Reasons this backend can't take the call; empty if it can."""
+    q, reasons = scores.q, []
     widest = max(q.shape[-1], 0 if v is None else v.shape[-1])
-    reasons = []
     if widest > MAX_HEAD_DIM:
         reasons.append(f"head dim {widest} is above {MAX_HEAD_DIM}")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -47,122 +49,99 @@ def limits(q: Tensor, v: Tensor | None) -> list[str]:
         reasons.append(f"compute capability {capability} is below 8.0: Triton has no matrix units there")
     if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         reasons.append(f"tensors are on {q.device.type}; set TRITON_INTERPRET=1 before triton is imported to interpret")
+    if scores.softcap:
+        reasons.append(f"it has no softcap ({scores.softcap:g}); backend='eager' has")
+    if reduction is not None and reduction not in _REDUCTIONS:
+        reasons.append(f"it has no heads={reduction.name.lower()!r}; backend='eager' has")
     return reasons
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    heads: Reduction,
-    rows: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Output [B,H,M,Dv] in q's dtype (rows before heads in memory, as blocks want it) and map, see `ops.attention`."""
-    short = _short_rows(q, k, v, bias) if rows is None else None
+def attention(scores: Scores, v: Tensor, reduction: Reduction, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output [B,H,M,Dv] in q's dtype and map, see `ops.functional.attention`."""
+    q, k = scores.q, scores.k
+    short = _short_rows(scores, v) if rows is None else None
     if short is None or (k.shape[2] > ONE_PASS and target(q.device).arch == 90):
-        served = vendor.output_and_lse(q, k, v, bias, is_causal, scale) if q.is_cuda else None
+        served = vendor.output_and_lse(scores, v) if q.is_cuda else None
         if served is not None:
-            return served[0], attention_map(q, k, bias, is_causal, scale, heads, rows, served[1])
+            return served[0], attention_map(scores, reduction, rows, served[1])
     if short is None:
-        out, lse = _forward(q, k, v, bias, is_causal, scale)
-        return out, attention_map(q, k, bias, is_causal, scale, heads, rows, lse)
-    out = _output(q, v)
-    shared = shared_args(q, k, _expand(bias, q, k), None, scale, is_causal)
-    return out, _one_pass(shared, value_args(q, v, out), heads, short)
+        out, lse = _forward(scores, v)
+        return out, attention_map(scores, reduction, rows, lse)
+    out = scores.new_output(v)
+    return out, _one_pass(_shared(scores, None), value_args(q, v, out), reduction, short)
 
 
-def attention_map(
-    q: Tensor,
-    k: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    heads: Reduction,
-    rows: Tensor | None,
-    lse: Tensor | None,
-) -> Tensor:
-    """The map alone, see `ops.attention_map`. Only the chosen rows are loaded."""
-    shared = shared_args(q, k, _expand(bias, q, k), rows, scale, is_causal)
-    short = _short_rows(q, k, None, bias) if lse is None else None
+def attention_map(scores: Scores, reduction: Reduction, rows: Tensor | None, lse: Tensor | None) -> Tensor:
+    """The map alone, see `ops.functional.attention_map`. Only the chosen rows are loaded."""
+    q, shared = scores.q, _shared(scores, rows)
+    short = _short_rows(scores, None) if lse is None else None
     if short is not None:
-        return _one_pass(shared, value_args(q, None, None), heads, short)
+        return _one_pass(shared, value_args(q, None, None), reduction, short)
     lse = _lse_of_rows(shared, rows, lse)
-    config = map_config(shared["D"], q.element_size(), shared["M"], target(q.device), bias is not None)
-    tiles = _tiles(shared, config)
-    return _fused(shared, heads, tiles, lambda maps, splits: map_launch(shared, lse, maps, int(heads), splits, config))
+    config = map_config(shared["D"], q.element_size(), shared["M"], target(q.device), scores.bias is not None)
+
+    def launch(maps: Tensor, splits: int) -> Launch:
+        return map_launch(shared, lse, maps, int(reduction), splits, config)
+
+    return _fused(shared, reduction, _tiles(shared, config), launch)
 
 
-def attention_lse(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output, as in `attention`, and log-sum-exps [B,H,M] fp32: the vendor's, or where it can't serve, our kernel's."""
-    served = vendor.output_and_lse(q, k, v, bias, is_causal, scale) if q.is_cuda else None
-    return _forward(q, k, v, bias, is_causal, scale) if served is None else served
+def attention_lse(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output, as in `attention`, and log-sum-exps [B,H,M] fp32: the vendor's, or our kernel's where it can't serve."""
+    served = vendor.output_and_lse(scores, v) if scores.q.is_cuda else None
+    return _forward(scores, v) if served is None else served
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _forward(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exps by our own kernel."""
-    out = _output(q, v)
-    shared = shared_args(q, k, _expand(bias, q, k), None, scale, is_causal)
+    q, out, shared = scores.q, scores.new_output(v), _shared(scores, None)
     lse = _lse(shared)
     _launch(forward_launch(shared, value_args(q, v, out), lse, target(q.device)), q)
     return out, lse
 
 
-def vecmat(
-    r: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float, lse: Tensor | None
-) -> Tensor:
-    """r @ mean_h P, [B,N] fp32, see `ops.vecmat`."""
-    shared = shared_args(q, k, _expand(bias, q, k), None, scale, is_causal)
+def vecmat(scores: Scores, r: Tensor, lse: Tensor | None) -> Tensor:
+    """r @ mean_h P, [B,N] fp32, see `ops.functional.vecmat`."""
+    q, shared = scores.q, _shared(scores, None)
     lse = _lse_of_rows(shared, None, lse)
-    each = q.new_empty((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
+    each = q.new_empty((q.shape[0], q.shape[1], scores.k.shape[2]), dtype=torch.float32)
     _launch(vecmat_launch(shared, r.contiguous(), lse, each, target(q.device)), q)
     return each.mean(1)
 
 
 def gradient_map(
+    scores: Scores,
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    heads: Reduction,
+    reduction: Reduction,
     clamp: bool,
     rows: Tensor | None,
     lse: Tensor | None,
 ) -> Tensor:
-    """The gradient-weighted map, see `ops.gradient_map`. Only the chosen rows are loaded."""
-    shared = shared_args(q, k, _expand(bias, q, k), rows, scale, is_causal)
+    """The gradient-weighted map, see `ops.functional.gradient_map`. Only the chosen rows are loaded."""
+    q, shared = scores.q, _shared(scores, rows)
     lse = _lse_of_rows(shared, rows, lse)
     widest = max(q.shape[3], v.shape[3])
-    config = gradient_config(widest, q.element_size(), shared["M"], target(q.device), bias is not None)
-    return _fused(
-        shared,
-        heads,
-        _tiles(shared, config),
-        lambda maps, splits: gradient_launch(shared, grad, v, lse, maps, int(heads), clamp, splits, config),
-    )
+    config = gradient_config(widest, q.element_size(), shared["M"], target(q.device), scores.bias is not None)
+
+    def launch(maps: Tensor, splits: int) -> Launch:
+        return gradient_launch(shared, grad, v, lse, maps, int(reduction), clamp, splits, config)
+
+    return _fused(shared, reduction, _tiles(shared, config), launch)
 
 
-def _one_pass(shared: dict[str, Any], values: dict[str, Any], heads: Reduction, short: ShortRows) -> Tensor:
-    tiles = cdiv(shared["M"], short.config.block_m)
-    return _fused(
-        shared, heads, tiles, lambda maps, splits: one_pass_launch(shared, values, maps, int(heads), splits, short)
-    )
+def _one_pass(shared: dict[str, Any], values: dict[str, Any], reduction: Reduction, short: ShortRows) -> Tensor:
+    def launch(maps: Tensor, splits: int) -> Launch:
+        return one_pass_launch(shared, values, maps, int(reduction), splits, short)
+
+    return _fused(shared, reduction, cdiv(shared["M"], short.config.block_m), launch)
 
 
-def _fused(shared: dict[str, Any], heads: Reduction, tiles: int, launch: Callable[[Tensor, int], Launch]) -> Tensor:
+def _fused(shared: dict[str, Any], reduction: Reduction, tiles: int, launch: Callable[[Tensor, int], Launch]) -> Tensor:
     """The map of a launch that splits the heads over programs where the tiles are too few for the device."""
     q, count = shared["q_ptr"], shared["H"]
     B, M, N = q.shape[0], shared["M"], shared["N"]
-    each = heads is Reduction.EACH
+    each = reduction is Reduction.EACH
     splits = count if each else head_splits(tiles * B, count, target(q.device))
     maps = q.new_empty((B * splits, M, N), dtype=torch.float32)
     _launch(launch(maps, splits), q)
@@ -171,17 +150,22 @@ def _fused(shared: dict[str, Any], heads: Reduction, tiles: int, launch: Callabl
     if splits == 1:
         return maps
     amap = q.new_empty((B, M, N), dtype=torch.float32)
-    _launch(fuse_launch(maps, amap, count, splits, int(heads)), q)
+    _launch(fuse_launch(maps, amap, count, splits, int(reduction)), q)
     return amap
 
 
-def _short_rows(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None) -> ShortRows | None:
+def _shared(scores: Scores, rows: Tensor | None) -> dict[str, Any]:
+    """The arguments that every kernel takes."""
+    q, k, bias = scores.q, scores.k, scores.bias
+    if bias is not None:
+        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    return shared_args(q, k, bias, rows, scores.scale, scores.is_causal)
+
+
+def _short_rows(scores: Scores, v: Tensor | None) -> ShortRows | None:
+    q = scores.q
     widest = max(q.shape[3], 0 if v is None else v.shape[3])
-    return one_pass_config(widest, q.element_size(), k.shape[2], target(q.device), bias is not None)
-
-
-def _output(q: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    return one_pass_config(widest, q.element_size(), scores.k.shape[2], target(q.device), scores.bias is not None)
 
 
 def _launch(launch: Launch, q: Tensor) -> None:
@@ -211,10 +195,6 @@ def _lse_of_rows(shared: dict[str, Any], rows: Tensor | None, lse: Tensor | None
 
 def _tiles(shared: dict[str, Any], config: Config) -> int:
     return cdiv(shared["M"], config.block_m) * cdiv(shared["N"], config.block_n * config.parts)
-
-
-def _expand(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    return None if bias is None else bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The vendor's fused attention with its log-sum-exp, where it gives both exactly. No backend: what backends ask first.
+"""The vendor's fused attention with its log-sum-exp, where it gives both exactly. Not a backend: backends try it first.
 
 Torch's `F.scaled_dot_product_attention` computes the log-sum-exp of every row and drops it; the operators behind it
 give it. It is natural, as torch's own ring attention merges it.
@@ -13,35 +13,35 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from attnx.ops.reducers import MASK_THRESHOLD
+from attnx.ops.scores import Scores
 
 
-def output_and_lse(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor] | None:
-    """Output [B,H,M,Dv] in q's dtype and lse [B,H,M], as `ops.attention_lse`; None where it can't serve.
+def output_and_lse(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Output [B,H,M,Dv] in q's dtype and lse [B,H,M], as `ops.functional.attention_lse`; None where it can't serve.
 
-    The lse is float32, of float64 inputs float64.
+    The lse is float32, for float64 inputs float64.
 
-    On GPUs what SDPA itself would choose, cuDNN or flash attention, for half precision without a bias. On CPUs any bias
-    or mask, which is copied in the dtype of the computation; half precision is copied to float32 first, since the
-    vendor's kernel for it takes an exponential of 20 bits, whose log-sum-exp would spoil the map.
+    On GPUs: what SDPA itself would choose, cuDNN or flash attention, for half precision without a bias. On CPUs: any
+    bias or mask, which is copied in the dtype of the computation. Half precision is copied to float32 first on CPUs,
+    since the vendor's kernel for it takes an exponential of 20 bits, whose log-sum-exp would spoil the map.
 
     Args:
-        q, k, v: not empty; k and v with at least one key.
-        bias: [1|B, 1|H, 1|M, 1|N] float or bool.
+        scores: not empty, with at least one key; v likewise.
     """
-    if q.shape[3] != v.shape[3] or any(t.stride(3) != 1 for t in (q, k, v)):
+    q, k = scores.q, scores.k
+    if scores.softcap or q.shape[3] != v.shape[3] or any(t.stride(3) != 1 for t in (q, k, v)):
         return None
-    if is_causal and scale <= 0:
-        return None  # it hides before it scales: NaN
+    if scores.is_causal and scores.scale <= 0:
+        return None  # it masks before it scales, which gives NaN
     if q.device.type == "cpu":
-        return _on_cpu(q, k, v, bias, is_causal, scale)
-    if q.device.type == "cuda" and bias is None:
-        return _on_cuda(q, k, v, is_causal, scale)
+        return _on_cpu(scores, v)
+    if q.device.type == "cuda" and scores.bias is None:
+        return _on_cuda(scores, v)
     return None
 
 
-def _on_cuda(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
+def _on_cuda(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor] | None:
+    q, k, _, is_causal, scale, _ = scores
     # Above Hopper the exponential may be a polynomial as exact as half precision: nobody has measured its lse.
     known = torch.version.hip is None and (8, 0) <= torch.cuda.get_device_capability(q.device) < (10, 0)
     half = q.dtype in (torch.float16, torch.bfloat16)
@@ -62,14 +62,13 @@ def _on_cuda(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
     return _rows_first(out), lse.nan_to_num_(nan=torch.nan, posinf=torch.nan, neginf=-torch.inf)
 
 
-def _on_cpu(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor] | None:
+def _on_cpu(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor] | None:
+    q, k, bias, is_causal, scale, _ = scores
     flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     if flash is None:
         return None
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = q.shape[1] // k.shape[1]
+    group = scores.group
     wide = [q.to(compute), *(t.to(compute).repeat_interleave(group, 1) if group > 1 else t.to(compute) for t in (k, v))]
     mask = None if bias is None else _additive(bias, compute)
     out, lse = flash(*wide, 0.0, is_causal, attn_mask=mask, scale=scale)

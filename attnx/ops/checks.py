@@ -1,0 +1,111 @@
+"""Checks of the op's arguments: an error names the argument, what was expected and what came."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnx.ops.backends import BACKENDS
+from attnx.ops.reducers import Reduction
+
+
+def check_backend(backend: str) -> str:
+    """The name itself. Raise ValueError unless it is one of BACKENDS."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+    return backend
+
+
+def cast_as_sdpa(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k (and v), cast to autocast's dtype where it is on, as for SDPA. Raise ValueError unless they are tensors."""
+    for name, t in zip("qkv", tensors, strict=False):
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{name}: expected a tensor; got {type(t).__name__}")
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def resolve_scale(scale: float | None, q: Tensor) -> float:
+    """The scale; D ** -0.5 for None."""
+    return max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
+
+
+def resolve_softcap(softcap: float | None) -> float:
+    """The softcap as the operators take it: 0 for None."""
+    if softcap is None:
+        return 0.0
+    if not isinstance(softcap, int | float) or not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap: expected a finite number above 0, or None; got {softcap!r}")
+    return float(softcap)
+
+
+def check_sinks(sinks: Tensor, q: Tensor) -> None:
+    """Raise ValueError unless sinks are [H] floating point on q's device."""
+    if isinstance(sinks, Tensor):
+        if sinks.shape == q.shape[1:2] and sinks.is_floating_point() and sinks.device == q.device:
+            return
+        came = f"{sinks.dtype} {list(sinks.shape)} on {sinks.device}"
+    else:
+        came = type(sinks).__name__
+    raise ValueError(f"sinks: expected a floating-point tensor [{q.shape[1]}] on {q.device}; got {came}")
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, heads: str) -> Tensor | None:
+    """The bias as a 4-D tensor. Raise ValueError for inputs that don't fit together."""
+    Reduction.parse(heads)
+    named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    for name, t in named.items():
+        if t.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions [B, heads, tokens, head dim]; got {list(t.shape)}")
+        if not t.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point dtype; got {t.dtype}")
+        if t.dtype != q.dtype or t.device != q.device:
+            raise ValueError(f"{name}: expected q's {q.dtype} on {q.device}; got {t.dtype} on {t.device}")
+    B, H, M, D = q.shape
+    Hk, N = k.shape[1:3]
+    if k.shape[0] != B or k.shape[3] != D:
+        raise ValueError(f"k: expected [{B}, heads, tokens, {D}] to fit q {list(q.shape)}; got {list(k.shape)}")
+    if Hk == 0 or H % Hk:
+        raise ValueError(f"k: expected a number of heads that divides q's {H}; got {Hk}")
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v: expected [{B}, {Hk}, {N}, head dim] to fit k {list(k.shape)}; got {list(v.shape)}")
+    if bias is None:
+        return None
+    if bias.dtype != torch.bool and not bias.is_floating_point():
+        raise ValueError(f"bias: expected a float or bool dtype; got {bias.dtype}")
+    if bias.device != q.device:
+        raise ValueError(f"bias: expected device {q.device}; got {bias.device}")
+    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    if len(shape) != 4 or any(have not in (1, want) for have, want in zip(shape, (B, H, M, N), strict=True)):
+        raise ValueError(f"bias: expected a shape that broadcasts to {[B, H, M, N]}; got {list(bias.shape)}")
+    return bias.reshape(shape)
+
+
+def check_float32(name: str, t: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
+    """Raise ValueError unless t is float32 of that shape on the device; `lse` may be None."""
+    if t is None and name == "lse":
+        return
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{name}: expected a tensor; got {type(t).__name__}")
+    if t.shape != torch.Size(shape) or t.dtype != torch.float32 or t.device != device:
+        came = f"{t.dtype} {list(t.shape)} on {t.device}"
+        raise ValueError(f"{name}: expected float32 {list(shape)} on {device}; got {came}")
+
+
+def row_index(rows: Sequence[int] | Tensor | None, m: int, device: torch.device) -> Tensor | None:
+    """Row indices as an int64 tensor on the device. Raise ValueError for other than integers in 0..m-1."""
+    if rows is None:
+        return None
+    if not isinstance(rows, Tensor):
+        if not isinstance(rows, Sequence) or not all(isinstance(i, int) and 0 <= i < m for i in rows):
+            raise ValueError(f"rows: expected a sequence of integers in 0..{m - 1}; got {rows!r}")
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+    if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32) or rows.device != device:
+        raise ValueError(
+            f"rows: expected a 1-D integer tensor on {device}; got {rows.dtype} {list(rows.shape)} on {rows.device}"
+        )
+    return rows.to(torch.int64)
