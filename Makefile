@@ -1,4 +1,4 @@
-.PHONY: install style test test-gpu bench bench-gpu report
+.PHONY: install style test test-gpu docs bench bench-gpu report
 
 OUT ?= benchmarks/results
 
@@ -16,6 +16,9 @@ test:
 
 test-gpu:
 	pytest -m gpu
+
+docs:
+	python -m mkdocs build --strict
 
 bench:
 	python -m benchmarks.run --out $(OUT) $(MKL)

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, whenever the process dies; and opened only if they are regular files."""
+"""Atomic writes of files, and safe opening of regular files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ __all__ = ["open_regular", "replacing", "sync_folder"]
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
-    """Opens a file for reading, in binary. Pipes, devices, sockets and folders are refused without waiting.
+    """Open a regular file for reading in binary. Pipes, devices, sockets and folders raise without blocking.
 
     Raises:
         OSError: the file is missing, can't be read, or is not a regular file.
     """
-    # A pipe without a writer would wait; O_NONBLOCK changes nothing about regular files. Systems lack some of these.
+    # Opening a pipe without a writer would block. O_NONBLOCK has no effect on regular files. Not all systems have
+    # these flags.
     flags = (getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
     descriptor = os.open(path, os.O_RDONLY | sum(flags))
     try:
@@ -33,9 +34,9 @@ def open_regular(path: str | Path) -> IO[bytes]:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A path to write to, which becomes the target at the end of the `with`: by fsync, rename, and fsync of the folder.
+    """A temporary path that replaces the target at the end of the `with`: fsync, rename, and fsync of the folder.
 
-    After an exception the target is what it was; after a kill a hidden `.STEM-*.tmp` may stay.
+    After an exception the target is unchanged. After a kill a hidden file `.STEM-*.tmp` may remain.
     """
     temporary = target.with_name(f".{target.stem}-{uuid.uuid4().hex}.tmp")
     try:
@@ -49,7 +50,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last."""
+    """Flush the renames in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from attnx.ops.functional import attention
-from attnx.trace.adapters.huggingface import asks_its_table, configurations, names_beyond_sdpa, supports_sdpa
+from attnx.trace.adapters.huggingface import configurations, looks_up_attention, names_beyond_sdpa, supports_sdpa
 from attnx.trace.layers import attention_layers
 
-# What transformers hands to every attention function and SDPA's arithmetic does not depend on: masks hold it already,
-# or it says what else to return.
+# Arguments that transformers passes to attention functions and that do not change the arithmetic of SDPA: they are
+# contained in the masks, or they select what else is returned.
 _HARMLESS = frozenset(
     (
         "cache", "cache_position", "deterministic", "labels", "logits_to_keep", "num_items_in_batch",
@@ -23,23 +23,26 @@ _HARMLESS = frozenset(
 
 
 def use(model: nn.Module, heads: str = "mean", backend: str = "auto") -> None:
-    """Makes a transformers model attend by attnx: with `output_attentions=True` its `attentions` are head-reduced maps.
+    """Switch a transformers model to attnx attention: with `output_attentions=True` it returns head-reduced maps.
 
-    Registers the implementation, sets it, and checks that every submodel took it. `set_attn_implementation("sdpa")`
-    undoes it. Soft-capped scores (Gemma 2) and attention sinks (GPT-OSS) are computed too, so that `attnx.capture`
-    hears such models, which SDPA can't run.
+    Registers the attention implementation, sets it, and checks that every submodel uses it. Undo it with
+    `model.set_attn_implementation("sdpa")`. Soft-capped scores (Gemma 2) and attention sinks (GPT-OSS) are supported,
+    which SDPA cannot compute, so `attnx.capture` can capture such models after this call.
 
     Args:
         model: a `transformers.PreTrainedModel`.
         heads, backend: as in `attnx.attention`.
 
     Raises:
-        ValueError: the model is none of transformers'; unknown heads or backend.
-        NotImplementedError: transformers has no SDPA for a submodel, whose masks would be others; names them.
-        RuntimeError: a submodel kept its attention implementation; names them. The model is left as it was.
+        ValueError: the model is not a transformers model, or unknown heads or backend.
+        NotImplementedError: transformers has no SDPA for a submodel, whose masks would differ; lists the submodels.
+        RuntimeError: a submodel kept its attention implementation; lists them. The model is restored.
 
     Warns:
-        UserWarning: of attention modules that compute their softmax themselves, whatever the implementation.
+        UserWarning: attention modules compute their softmax themselves, independent of the implementation.
+
+    Reference:
+        https://huggingface.co/docs/transformers/attention_interface
 
     Example:
         >>> import torch, transformers, attnx.huggingface
@@ -54,19 +57,19 @@ def use(model: nn.Module, heads: str = "mean", backend: str = "auto") -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a transformers.PreTrainedModel; got {type(model).__name__}")
     models: dict[str, Any] = {n: module for n, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-    submodels = _that_attend(models)
-    refused = [_called(name, module) for name, module in submodels.items() if not _can(module)]
-    if refused:
+    submodels = _with_attention(models)
+    unsupported = [_label(name, module) for name, module in submodels.items() if not _is_supported(module)]
+    if unsupported:
         raise NotImplementedError(
-            f"transformers has no SDPA for {', '.join(refused)}: their masks and arithmetic are others; use attnx on a "
-            "submodel that has it, or leave the model as it is"
+            f"transformers has no SDPA for {', '.join(unsupported)}: their masks and arithmetic differ; use attnx on a "
+            "submodel with SDPA"
         )
     name = f"attnx_{heads}_{backend}"
     register(name, heads, backend)
     before = [(config, config._attn_implementation_internal) for config, _ in configurations(model)]
     model.set_attn_implementation(name)
     left = [
-        f"{_called(where, module)} keeps {module.config._attn_implementation!r}"
+        f"{_label(where, module)} keeps {module.config._attn_implementation!r}"
         for where, module in submodels.items()
         if module.config._attn_implementation != name
     ]
@@ -74,19 +77,20 @@ def use(model: nn.Module, heads: str = "mean", backend: str = "auto") -> None:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
         raise RuntimeError(f"not every submodel took the attention implementation {name!r}: {', '.join(left)}")
-    own = [layer for layer in attention_layers(model) if not asks_its_table(model.get_submodule(layer))]
+    own = [layer for layer in attention_layers(model) if not looks_up_attention(model.get_submodule(layer))]
     if own:
         warnings.warn(f"attnx: attention modules that keep their own softmax: {', '.join(own)}", stacklevel=2)
 
 
 def register(name: str = "attnx", heads: str = "mean", backend: str = "auto") -> None:
-    """Registers attnx as an attention implementation of transformers, for `model.set_attn_implementation("attnx")`.
+    """Register attnx as an attention implementation of transformers, for `model.set_attn_implementation("attnx")`.
 
-    With `output_attentions=True` the model's `attentions` are then the head-reduced maps, [B, M, N] float32 each, and
-    no [B, H, M, N] is made. Padding and causal masks are SDPA's own. `use` does this, sets it and checks that it took.
+    With `output_attentions=True` the model's `attentions` are head-reduced maps, [B, M, N] float32 each, and no
+    [B, H, M, N] is allocated. Padding and causal masks are those of SDPA. `use` calls this function, sets the
+    implementation and checks it.
 
     Args:
-        name: what to register under; two names can carry two settings.
+        name: name of the implementation. Different names can have different settings.
         heads, backend: as in `attnx.attention`.
 
     Raises:
@@ -124,15 +128,15 @@ def _attention(
     """Attention function for transformers: q [B,H,M,D], k, v [B,Hk,N,D] -> output [B,M,H,Dv] and the map.
 
     Raises:
-        ValueError: dropout that is active.
-        NotImplementedError: an argument that attnx doesn't know; a model for which transformers has no SDPA.
+        ValueError: active dropout.
+        NotImplementedError: an unknown argument, or a model for which transformers has no SDPA.
     """
     kind = type(module).__name__
     if dropout:
         raise ValueError(f"attention dropout: expected 0; got {dropout}; call model.eval()")
     unknown = [name for name, value in others.items() if value is not None and name not in _HARMLESS]
     if unknown:
-        raise NotImplementedError(f"{kind} hands its attention {', '.join(unknown)}, which attnx does not compute")
+        raise NotImplementedError(f"{kind} passes {', '.join(unknown)} to its attention, which attnx does not compute")
     if supports_sdpa(module) is False and not names_beyond_sdpa(module):
         raise NotImplementedError(f"transformers has no SDPA for the model of {kind}; set_attn_implementation('eager')")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -153,7 +157,7 @@ def _attention(
 
 
 def _bias(mask: Tensor | None, position_bias: Tensor | None, keys: int) -> Tensor | None:
-    """A mask and a position bias as one bias."""
+    """The sum of a mask and a position bias."""
     if position_bias is None:
         return mask
     position_bias = position_bias[..., :keys]
@@ -164,8 +168,8 @@ def _bias(mask: Tensor | None, position_bias: Tensor | None, keys: int) -> Tenso
     return position_bias + mask
 
 
-def _that_attend(models: dict[str, Any]) -> dict[str, Any]:
-    """Those of a model and its submodels that have attention of their own, and not a submodel's alone."""
+def _with_attention(models: dict[str, Any]) -> dict[str, Any]:
+    """The models among a model and its submodels that contain attention layers outside of their submodels."""
     whole = models[""]
     inside = [
         max((name for name in models if not name or layer.startswith(name + ".")), key=len)
@@ -174,10 +178,10 @@ def _that_attend(models: dict[str, Any]) -> dict[str, Any]:
     return {name: model for name, model in models.items() if name in inside}
 
 
-def _can(model: nn.Module) -> bool:
-    """True if attnx computes what a submodel's attention asks for."""
+def _is_supported(model: nn.Module) -> bool:
+    """True if attnx can compute a submodel's attention."""
     return bool(supports_sdpa(model)) or any(names_beyond_sdpa(module) for module in model.modules())
 
 
-def _called(name: str, module: nn.Module) -> str:
+def _label(name: str, module: nn.Module) -> str:
     return f"{name} ({type(module).__name__})" if name else type(module).__name__

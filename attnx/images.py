@@ -1,7 +1,6 @@
-"""Image files to RGB pictures to normalised tensors: what comes before a model.
+"""Reads image files as RGB pictures, and converts pictures to normalised tensors.
 
-A file that can't be read raises `ImageError` with its path and the cause; nothing is guessed, patched up or
-skipped.
+A file that can't be read raises `ImageError` with its path and the cause. Broken files are never repaired or skipped.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ IMAGE_SUFFIXES = (
 # Read where pillow-heif is installed.
 HEIF_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")
 
-# Of pictures that are not read: they are left out, and that is said.
+# Suffixes of pictures that can't be read. They are skipped with a message.
 _OTHER_SUFFIXES = (
     ".3fr", ".ai", ".apng", ".arw", ".avifs", ".bpg", ".cr2", ".cr3", ".crw", ".cur", ".dcm", ".dcr", ".dds", ".dib",
     ".djvu", ".dng", ".emf", ".eps", ".erf", ".exr", ".fff", ".flif", ".hdp", ".hdr", ".icns", ".ico", ".iiq", ".j2c",
@@ -55,10 +54,10 @@ _OTHER_SUFFIXES = (
     ".x3f", ".xbm", ".xcf", ".xpm",
 )  # fmt: skip
 
-# Only these decoders are tried: Pillow goes by content, and would hand an EPS file named .jpg to Ghostscript.
+# Only these decoders are used: Pillow detects formats by content, and would pass an EPS file named .jpg to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 _OF_A_JOB = {"manifest.parquet", "run.json"}
-_STRIP = 2**20  # pixels of a 16-bit picture that are scaled at a time
+_STRIP = 2**20  # pixels of a 16-bit picture that are scaled at once
 _HEADER = 2**16  # bytes
 _LONGEST = 200  # characters of a decoder's own message
 _INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
@@ -98,9 +97,9 @@ def find_images(source: str | Path) -> list[Path]:
 
 
 def walk_images(source: str | Path, left_out: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """`find_images`, one at a time: a folder of any number of images takes no memory but for one folder's names.
+    """`find_images` as an iterator. Only the names of one folder are in memory.
 
-    left_out: is told each file that looks like an image and is none that can be read here.
+    left_out: called with each file that looks like an image but can't be read.
     """
     source = Path(source)
     looked_for = f"an image or a folder with images ({' '.join(image_suffixes())})"
@@ -127,23 +126,23 @@ def walk_images(source: str | Path, left_out: Callable[[Path], None] | None = No
 
 
 def image_suffixes() -> tuple[str, ...]:
-    """The suffixes that are read here: `IMAGE_SUFFIXES`, and `HEIF_SUFFIXES` where pillow-heif is installed."""
+    """The readable suffixes: `IMAGE_SUFFIXES`, and `HEIF_SUFFIXES` where pillow-heif is installed."""
     return IMAGE_SUFFIXES + (HEIF_SUFFIXES if "HEIF" in _formats() else ())
 
 
 def is_unreadable_image(name: str) -> bool:
-    """True if a file of this name looks like a picture that can't be read here."""
+    """True if a file with this name looks like a picture but can't be read."""
     suffixes = (*HEIF_SUFFIXES, *_OTHER_SUFFIXES)
     return name.lower().endswith(suffixes) and not name.lower().endswith(image_suffixes())
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Files that are or look like images."""
+    """Files that look like images, in order of their paths."""
     with os.scandir(folder) as entries:
         seen = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
     if {name for name, _ in seen} >= _OF_A_JOB:
         return
-    # A folder sorts as its paths do, by the slash that follows its name: then the whole is in order of paths.
+    # Folders sort with a trailing slash, so that all files come in the order of their paths.
     for name, is_folder in sorted(seen, key=lambda item: f"{item[0]}/" if item[1] else item[0]):
         if not is_folder:
             if name.lower().endswith(image_suffixes()) or is_unreadable_image(name):
@@ -155,7 +154,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    # A link to itself.
+    # A link to itself raises OSError.
     except OSError:
         return False
 
@@ -216,19 +215,19 @@ def _read(
         turn = _UPRIGHT.get(orientation)
         if turn is not None:
             picture = picture.transpose(turn)
-    # Decoders raise nearly anything on broken bytes: SyntaxError, EOFError, struct.error, KeyError.
+    # Decoders raise nearly any exception for broken data: SyntaxError, EOFError, struct.error, KeyError.
     except Exception as error:
-        # Pillow names the object that it read from, by its address, which is another one in every run.
-        told = str(error).replace(f" {source!r}", "").removeprefix(f"{path}: ")
-        told = told if len(told) <= _LONGEST else f"{told[: _LONGEST - 1]}…"
-        raise ImageError(f"{path}: can't be read as an image: {type(error).__name__}: {told}") from error
+        # Pillow's messages have the address of the file object, which differs between runs.
+        message = str(error).replace(f" {source!r}", "").removeprefix(f"{path}: ")
+        message = message if len(message) <= _LONGEST else f"{message[: _LONGEST - 1]}…"
+        raise ImageError(f"{path}: can't be read as an image: {type(error).__name__}: {message}") from error
     picture.info = {}
-    # From 5 on, width and height change places.
+    # Orientations 5 to 8 swap width and height.
     return picture, size[::-1] if turn is not None and orientation >= 5 else size
 
 
 def _decode(source: IO[bytes], max_pixels: int | None, scaled: bool) -> tuple[Image.Image, int, tuple[int, int]]:
-    """The picture as it lies in the file, its orientation, and its full (width, height)."""
+    """The picture as stored, its orientation, and its full (width, height)."""
     _check_header(source)
     with Image.open(source, formats=_formats()) as image:
         size = image.size
@@ -243,7 +242,7 @@ def _decode(source: IO[bytes], max_pixels: int | None, scaled: bool) -> tuple[Im
 
 
 def _check_header(source: IO[bytes]) -> None:
-    """Raises ValueError for a PNM file with a long header: Pillow reads comments byte by byte."""
+    """Raise ValueError for a PNM file with a long header, because Pillow reads comments byte by byte."""
     head = source.read(_HEADER)
     source.seek(0)
     if len(head) == _HEADER and re.match(rb"P[1-7fFy]\s", head):
@@ -253,7 +252,7 @@ def _check_header(source: IO[bytes]) -> None:
 
 
 def _reduce(image: Image.Image, max_pixels: int) -> None:
-    """Sets the scale at which a JPEG of more than max_pixels is decoded, if there is one."""
+    """Set the scale at which a JPEG of more than max_pixels is decoded, if a suitable one exists."""
     width, height = image.size
     most = 2 * max_pixels if "progressive" in image.info else 64 * max_pixels
     if not isinstance(image, JpegImagePlugin.JpegImageFile) or not max_pixels < width * height <= most:
@@ -266,7 +265,7 @@ def _reduce(image: Image.Image, max_pixels: int) -> None:
 
 @contextlib.contextmanager
 def large_images(max_pixels: int | None) -> Iterator[None]:
-    """Inside, Pillow's own limit of pixels is off, in this process, if there is another: see `read_image`."""
+    """Disable Pillow's own limit of pixels inside the `with`, unless `max_pixels` is None. See `read_image`."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = before if max_pixels is None else None
     try:
@@ -277,9 +276,9 @@ def large_images(max_pixels: int | None) -> Iterator[None]:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    # `Image.open` answers a KeyError to a format that this Pillow was built without.
+    # `Image.open` raises KeyError for formats that this build of Pillow lacks.
     Image.init()
-    # Its opener is not found by `Image.init`; every process that decodes needs it.
+    # `Image.init` does not find pillow-heif; every decoder process must register it.
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
@@ -288,7 +287,7 @@ def _formats() -> tuple[str, ...]:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    # The pixels are good: what a broken EXIF block fails with is no reason to lose them.
+    # A broken EXIF block must not make the pixels unusable.
     except Exception:
         return 1
 
@@ -298,7 +297,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("expected 8 or 16 bits a channel, got float pixels, whose range is unknown")
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _to_8_bits(image)
-    # In this key, Pillow would look for one colour to carry over, and warn where a palette has several.
+    # Pillow would use this key for a single colour, and warn if a palette has several.
     image.info.pop("transparency", None)
     return image.convert("RGB")
 
@@ -326,8 +325,8 @@ def to_tensor(
 ) -> torch.Tensor:
     """The whole image at the size of a model's input, `(pixels / 255 - mean) / std`.
 
-    It is resized, antialiased, to exactly `size`, and never cropped: a map must cover the whole picture, or
-    an overlay would need to know which part it misses. The aspect ratio changes where `size` has another one.
+    It is resized with antialiasing to exactly `size`, and not cropped, so that maps cover the whole picture. The aspect
+    ratio changes if `size` has another one.
 
     Args:
         image: mode RGB, any size.

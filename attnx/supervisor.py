@@ -1,8 +1,8 @@
-"""Runs a command in a process of its own, so that something is left when it dies.
+"""Runs a job in a child process, and restarts it when it dies.
 
-A picture that kills the process of a model would end every run at the same place. So a job's command is forked: the
-parent imports nothing more, waits, and starts the job again where it stopped; what the job has noted about the shard
-decides what is tried next. The parent also owns the folder of temporary files, and removes it however the job ends.
+A picture that kills the model's process would end every run at the same place. So the command is forked: the parent
+waits and restarts the job, which continues where it stopped. The job's attempt notes decide what is tried next. The
+parent also owns the folder of temporary files, and removes it at the end.
 """
 
 from __future__ import annotations
@@ -34,40 +34,40 @@ __all__ = [
     "supervise",
 ]
 
-RESTART = 86  # the exit code of a process that wants to be started again
-_TWICE = 1.0  # seconds, in which a second signal is the first one again
-_MOST = 30  # restarts without a shard in between
+RESTART = 86  # exit code that requests a restart
+_TWICE = 1.0  # seconds in which a second signal counts as a duplicate
+_MOST = 30  # restarts in a row without a shard
 _PREFIX = "attnx-run-"
-_LONGEST = 60  # characters of a temporary folder, below which sockets stand
+_LONGEST = 60  # characters of the temporary folder's path, because paths of sockets are limited
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _status: int | None = None
 _restarted = False
 
 
 def can_supervise() -> bool:
-    """True on systems that have what it takes, such as Linux."""
+    """True if the system has fork and sigtimedwait, as Linux does."""
     return hasattr(os, "fork") and hasattr(signal, "sigtimedwait")
 
 
 def is_supervised() -> bool:
-    """True in a process that will be started again."""
+    """True in a process that is restarted when it dies."""
     return _status is not None
 
 
 def is_restart() -> bool:
-    """True in a process that goes on after another one of the same run, which died."""
+    """True in a process that was started because an earlier process of the same run died."""
     return _restarted
 
 
 def progressed() -> None:
-    """Tells the supervisor that the job goes on: called once before the first shard, and after each shard or piece."""
+    """Report progress to the supervisor. Called once before the first shard, and after each shard or piece."""
     if _status is not None:
         with contextlib.suppress(OSError):
             os.write(_status, b".")
 
 
 def remembered() -> set[int]:
-    """The shards that processes of this run have made, this one included: after a restart they are not made again."""
+    """The shards that all processes of this run have made, so that a restart does not repeat them."""
     try:
         return {int(line) for line in _memory().read_text().split()}
     except (OSError, ValueError):
@@ -75,7 +75,7 @@ def remembered() -> set[int]:
 
 
 def remember(shard: int) -> None:
-    """Notes a shard that was made, for a process that goes on after this one."""
+    """Record a shard that was made, for the process after a restart."""
     if _status is not None:
         with contextlib.suppress(OSError), _memory().open("a") as file:
             file.write(f"{shard}\n")
@@ -86,16 +86,16 @@ def _memory() -> Path:
 
 
 def restart() -> None:
-    """Ends this process at once, to be started again."""
+    """End this process at once and request a restart."""
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(RESTART)
 
 
 def supervise() -> None:
-    """Returns in a new process, which is to do the work; the process that called waits for it, and exits as it does."""
+    """Fork. Returns in the child process; the calling process waits for it and exits with its exit code."""
     global _status, _restarted
-    # Whoever ignores it has the system reap our child.
+    # If SIGCHLD is ignored, the system discards the child's exit status.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with temporary_folder():
         restarts = 0
@@ -109,23 +109,23 @@ def supervise() -> None:
                 os.close(reading)
                 _status = writing
                 die_with(parent)
-                # Libraries may ask a question; nobody is there to answer.
+                # Libraries must not wait for input.
                 with open(os.devnull) as nothing:
                     os.dup2(nothing.fileno(), 0)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ENDING, signal.SIGCHLD})
                 return
             os.close(writing)
             status, ended_by_us = _wait(child)
-            signs = _drain(reading)
+            received = _drain(reading)
             code = os.waitstatus_to_exitcode(status)
             if code >= 0 and code != RESTART:
                 sys.exit(code)
             if ended_by_us is not None:
                 sys.exit(128 + ended_by_us)
             how = "" if code == RESTART else f"the process ended with {signal.Signals(-code).name}"
-            restarts, _restarted = (1 if len(signs) > 1 else restarts + 1), True
-            if not signs:
-                say(f"{how} before the first shard was begun; it may need more memory than there is")
+            restarts, _restarted = (1 if len(received) > 1 else restarts + 1), True
+            if not received:
+                say(f"{how} before the first shard was started; it may need more memory than available")
                 sys.exit(2)
             if restarts > _MOST:
                 say(f"{how or 'the model hangs'}; {_MOST} processes wrote no shard. Run the command again")
@@ -136,9 +136,9 @@ def supervise() -> None:
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Temporary files of this process and its children go into a folder of their own, which is removed at the end.
+    """A folder for temporary files of this process and its children. It is removed at the end.
 
-    Folders that killed runs left are removed first, and at the end again: their lock is free when all have died.
+    Folders of killed runs are removed at the start and at the end. Their lock is free when all their processes ended.
     """
     import fcntl
 
@@ -154,7 +154,7 @@ def temporary_folder() -> Iterator[Path]:
             continue
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_SH)
-        # Another run may have taken it for abandoned, before the lock.
+        # Another run may have removed it before it was locked.
         if folder.is_dir():
             break
         os.close(lock)
@@ -163,7 +163,7 @@ def temporary_folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        # In a child this is not reached before its own end; the folder is the parent's to remove.
+        # A child also gets here when it exits, but only the parent removes the folder.
         if os.getpid() == owner:
             tempfile.tempdir = None
             os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
@@ -188,7 +188,7 @@ def _remove_abandoned(above: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # Processes that are about to end may still remove their own files.
+    # Processes that are ending may remove files at the same time.
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -197,39 +197,39 @@ def _remove(folder: Path) -> None:
 
 
 def _wait(child: int) -> tuple[int, int | None]:
-    """The status of the child when it has ended, and the signal that ended us, if one did.
+    """The exit status of the child, and the signal that this process received, if any.
 
-    The first signal is the child's to obey; at the second it is killed.
+    The first signal is forwarded to the child; the second one kills it.
     """
-    told: int | None = None
+    received: int | None = None
     since = 0.0
     while True:
         info = signal.sigtimedwait({*ENDING, signal.SIGCHLD}, 1.0)
         if info is not None and info.si_signo in ENDING and signal.getsignal(info.si_signo) is not signal.SIG_IGN:
-            # One signal may come twice: from a terminal, and from a wrapper that passes it on.
-            if told is not None and time.monotonic() - since < _TWICE:
+            # A signal may arrive twice: from the terminal, and from a wrapper that forwards it.
+            if received is not None and time.monotonic() - since < _TWICE:
                 continue
-            number = signal.SIGKILL if told is not None else info.si_signo
-            told, since = told or info.si_signo, time.monotonic()
+            number = signal.SIGKILL if received is not None else info.si_signo
+            received, since = received or info.si_signo, time.monotonic()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, number)
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return status, told
+            return status, received
 
 
 def _drain(reading: int) -> bytes:
-    found = b""
+    content = b""
     os.set_blocking(reading, False)
     with contextlib.suppress(BlockingIOError):
-        while more := os.read(reading, 65536):
-            found += more
+        while block := os.read(reading, 65536):
+            content += block
     os.close(reading)
-    return found
+    return content
 
 
 def die_with(parent: int) -> None:
-    """Whatever ends the parent, of that number, ends this process, too."""
+    """Kill this process when its parent process (with this id) ends. Linux only."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)

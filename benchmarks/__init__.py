@@ -1,1 +1,1 @@
-"""What attention maps cost: attnx beside plain attention and beside what people use today."""
+"""Benchmarks of attnx against plain attention and against other ways to extract attention maps."""

@@ -1,4 +1,4 @@
-"""What is right: attention, r @ map and rollout in float64, a block of rows at a time, sharing no code with attnx."""
+"""References in float64: r @ map and rollout, computed in blocks of rows. They share no code with attnx."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-BLOCK = 1 << 27  # weights at a time: 1 GB of float64
+BLOCK = 1 << 27  # weights per block, 1 GB in float64
 
 
-class Heard(NamedTuple):
+class Layer(NamedTuple):
     """q, k [B, H, N, D] of one layer, and the scale of its scores."""
 
     q: Tensor
@@ -33,10 +33,10 @@ def vecmat(r: Tensor, q: Tensor, k: Tensor, scale: float | None = None, dtype: t
     return result
 
 
-def rollout(layers: Sequence[Heard]) -> Tensor:
+def rollout(layers: Sequence[Layer]) -> Tensor:
     """[B, N - 1] float64: the class token's row of the product of (mean_h P + I) / 2 over all layers, over the patches.
 
-    The rows of P sum to 1, so nothing needs normalising. No matrix is made: a chain of vectors from the last layer.
+    The rows of P sum to 1, so no normalisation is needed. The product is a chain of vectors from the last layer.
     """
     q = layers[-1].q
     r = torch.zeros(q.shape[0], q.shape[2], dtype=torch.float64, device=q.device)
@@ -46,16 +46,16 @@ def rollout(layers: Sequence[Heard]) -> Tensor:
     return r[:, 1:]
 
 
-def cls_row(layer: Heard) -> Tensor:
+def cls_row(layer: Layer) -> Tensor:
     """[B, N - 1] float64: the class token's row of mean_h P in one layer, over the patches."""
     first = torch.zeros(layer.q.shape[0], layer.q.shape[2], dtype=torch.float64, device=layer.q.device)
     first[:, 0] = 1
     return vecmat(first, *layer)[:, 1:]
 
 
-def listen(model: nn.Module, images: Tensor) -> list[Heard]:
-    """What every call of `F.scaled_dot_product_attention` was given in one forward pass."""
-    heard: list[Heard] = []
+def layers_of(model: nn.Module, images: Tensor) -> list[Layer]:
+    """q, k and scale of every call of `F.scaled_dot_product_attention` in one forward pass."""
+    layers: list[Layer] = []
 
     class Mode(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -63,16 +63,16 @@ def listen(model: nn.Module, images: Tensor) -> list[Heard]:
             if func is F.scaled_dot_product_attention:
                 named = {**dict(zip(("query", "key"), args, strict=False)), **kwargs}
                 q, scale = named["query"], kwargs.get("scale")
-                heard.append(Heard(q, named["key"], q.shape[-1] ** -0.5 if scale is None else scale))
+                layers.append(Layer(q, named["key"], q.shape[-1] ** -0.5 if scale is None else scale))
             return func(*args, **kwargs)
 
     with torch.inference_mode(), Mode():
         model(images)
-    if not heard:
+    if not layers:
         raise ValueError(f"{type(model).__name__} never called F.scaled_dot_product_attention")
-    return heard
+    return layers
 
 
-def weight_bytes(layers: Sequence[Heard], dtype: torch.dtype) -> int:
-    """Bytes of every layer's [B, H, N, N] weights in `dtype`: the least that eager attention keeps for a rollout."""
+def weight_bytes(layers: Sequence[Layer], dtype: torch.dtype) -> int:
+    """Bytes of every layer's [B, H, N, N] weights in `dtype`: the minimum that eager attention keeps."""
     return sum(x.q.shape[0] * x.q.shape[1] * x.q.shape[2] * x.k.shape[2] for x in layers) * dtype.itemsize

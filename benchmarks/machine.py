@@ -1,4 +1,4 @@
-"""What a number depends on: hardware, versions, commit, date. No path and no host name."""
+"""The environment of a result: hardware, versions, commit and date, without paths and host names."""
 
 import datetime
 import os
@@ -19,7 +19,7 @@ _SMI = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.lim
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What is stored with every result."""
+    """The environment stored with every result."""
     result: dict[str, Any] = {
         "hardware": hardware(device),
         "device": device,
@@ -32,7 +32,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def gpu() -> dict[str, Any]:
-    """Multiprocessors, L2 and memory in bytes, capability, and what nvidia-smi says of driver, clocks and power."""
+    """Multiprocessors, L2 and memory in bytes, capability; driver, clocks and power from nvidia-smi."""
     about = torch.cuda.get_device_properties(0)
     return {
         "multiprocessors": about.multi_processor_count,
@@ -45,12 +45,12 @@ def gpu() -> dict[str, Any]:
 
 
 def l2_bytes() -> int:
-    """The L2 cache of the GPU at hand; 64 MB where torch doesn't say."""
+    """Bytes of the current GPU's L2 cache; 64 MB if torch does not report it."""
     return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 << 20
 
 
 def nvidia_smi() -> dict[str, str]:
-    """Driver, clocks (at this moment, and at most) and power limit of the first GPU; else why they aren't known."""
+    """Driver, clocks (current and maximum) and power limit of the first GPU, or {"error": message}."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader", "--id=0"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -60,7 +60,7 @@ def nvidia_smi() -> dict[str, str]:
 
 
 def file_stem(device: str) -> str:
-    """Such as "nvidia-h200-torch2.11.0-triton3.6.0" or "amd-epyc-7543-8-threads-torch2.11.0-triton3.6.0"."""
+    """File name of results, such as "nvidia-h200-torch2.11.0-triton3.6.0" or "amd-epyc-8-threads-torch2.11.0-..."."""
     name = re.sub(r"[^a-z0-9]+", "-", hardware(device).lower()).strip("-")
     threads = f"-{torch.get_num_threads()}-threads" if device == "cpu" else ""
     have = {package: (found or "none").partition("+")[0] for package, found in _versions().items()}
@@ -68,7 +68,7 @@ def file_stem(device: str) -> str:
 
 
 def hardware(device: str) -> str:
-    """The name of the GPU, or of the CPU and what MKL takes it for, if it was told."""
+    """The name of the GPU or CPU, with "(MKL as on Intel)" if that is active."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -78,7 +78,7 @@ def hardware(device: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit, "-dirty" added where tracked files differ; ATTNX_COMMIT where there is no git; else None."""
+    """ATTNX_COMMIT if it is set, else git's commit, with "-dirty" if tracked files differ; None without git."""
     if "ATTNX_COMMIT" in os.environ:
         return os.environ["ATTNX_COMMIT"]
     git = ["git", "--no-optional-locks", "-C", str(ROOT)]
@@ -93,7 +93,7 @@ def commit() -> str | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The whole text under the name, or what was there before."""
+    """Write the text so that an interrupted write leaves the earlier file intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
     part.write_text(text + "\n")
@@ -101,8 +101,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """NAME-part.json for NAME.json while it is not whole; -part-2 and so on where an earlier one lies: it may be all
-    there is."""
+    """NAME-part.json for an incomplete NAME.json; -part-2 and so on if that exists, so that no result is lost."""
     first = path.with_name(f"{path.stem}-part{path.suffix}")
     names = [first, *(path.with_name(f"{first.stem}-{i}{path.suffix}") for i in range(2, 100))]
     return next(name for name in names if not name.exists())

@@ -1,7 +1,8 @@
-"""MKL, whose matrix products torch's SDPA and linear layers are made of on x86, as it runs on Intel's processors.
+"""Run MKL on other makers' processors as on Intel's.
 
-On other makers' processors it takes a path that reaches half of what they can do, so that whoever multiplies without it
-looks fast beside it. There this is the harder comparison, and the one that carries over to other machines.
+torch's SDPA and linear layers use MKL on x86. On other makers' processors MKL takes a code path that reaches half of
+their speed, so anything that does not use MKL looks fast in comparison. With this option the comparison is harder and
+carries over to other machines.
 """
 
 import os
@@ -13,15 +14,15 @@ from pathlib import Path
 
 VARIABLE = "ATTNX_BENCH_MKL"
 AS_ON_INTEL = "MKL as on Intel"
-_NAMES = ("mkl_serv_intel_cpu_true", "mkl_serv_intel_cpu")  # what MKL asks whether the processor is Intel's
+_NAMES = ("mkl_serv_intel_cpu_true", "mkl_serv_intel_cpu")  # functions by which MKL detects Intel processors
 
 
 @contextmanager
 def as_on_intel() -> Iterator[None]:
-    """Processes that are started inside the `with` have MKL believe so (Linux, glibc's LD_PRELOAD).
+    """Processes started inside the `with` block use MKL's code path for Intel (Linux, by LD_PRELOAD).
 
     Raises:
-        OSError, subprocess.CalledProcessError: there is no C compiler `cc`, or it failed.
+        OSError, subprocess.CalledProcessError: the C compiler `cc` is missing or failed.
     """
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
-"""What a suite has found so far, a line of JSON each, on disk at once: a suite that is killed loses one test.
+"""The findings of a suite as lines of JSON. Each is written at once, so a killed suite loses one test at most.
 
-{"planned": [test, ...]}           when all tests are known
-{"row": {...}, "test": test}       measured
-{"not_run": name, "reason": ...}   why a contestant, or a contestant on a shape, can't be measured
-{"failed": test, "reason": ...}    a check that failed, or an error
+{"planned": [test, ...]}           all tests, after collection
+{"row": {...}, "test": test}       a measurement
+{"not_run": name, "reason": ...}   a contestant, or a contestant on a shape, that can't be measured
+{"failed": test, "reason": ...}    a failed check or an error
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 
 class Record:
-    """Appends lines to a file; None writes nothing."""
+    """Appends lines to a file, or writes nothing if `path` is None."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -24,7 +24,7 @@ class Record:
 
 
 class Found(NamedTuple):
-    """rows; not_run {name: reason}; failed {test: reason}; cut: tests that were planned and came to no end."""
+    """rows; not_run {name: reason}; failed {test: reason}; cut: planned tests that did not finish."""
 
     rows: list[dict[str, Any]]
     not_run: dict[str, str]
@@ -33,7 +33,7 @@ class Found(NamedTuple):
 
 
 def read(path: Path) -> Found:
-    """What the lines of a record say. A last line that was only half written is left out."""
+    """The findings in a record. An incomplete last line is ignored."""
     found = Found([], {}, {}, [])
     planned: list[str] = []
     ended: set[str] = set()

@@ -1,13 +1,12 @@
-"""How things are timed: contestant and floor in turn, one after the other, in the same process.
+"""Timing: contestant and floor run alternately in the same process.
 
-A ratio is the contestant's median over the median of the floor that ran between its rounds, so a machine that slows
-down, or a neighbour that comes and goes, slows both. The floor against itself gives the spread.
+The ratio is the contestant's median over the median of the floor that ran between its rounds, so changes of the
+machine's speed affect both. The ratio of the floor to itself shows the noise.
 
-On a GPU an attention call takes less time than Python needs to launch it. Its calls are therefore recorded in a CUDA
-graph, over several input sets that together are larger than the L2 cache, and one round is one replay between two
-CUDA events: what the kernels take, without launches. Where a contestant can't be recorded, neither is its floor: both
-are timed with their launches. Models are timed as their users call them: wall clock, from an idle device to an idle
-device.
+On a GPU an attention call takes less time than its launch from Python. Its calls are therefore recorded in a CUDA
+graph, over several input sets that together exceed the L2 cache. One round is one replay between two CUDA events, so
+launches don't count. If a contestant can't be recorded, it and its floor are both timed with their launches. Models are
+timed by wall clock, from an idle device to an idle device.
 """
 
 import itertools
@@ -23,11 +22,11 @@ from benchmarks.peers.op import NotRun
 
 Seconds = Callable[[], float]
 
-ROUND = 2e-3  # seconds that a round on a GPU takes at least, beside which the events' own resolution is nothing
+ROUND = 2e-3  # minimum seconds of a round on a GPU, far above the resolution of events
 
 
 class Clock:
-    """A timer for pytest-benchmark that stands still, except that measured work adds what it took."""
+    """A timer for pytest-benchmark that advances only by the measured seconds."""
 
     __name__ = "attnx_clock"
 
@@ -42,7 +41,7 @@ CLOCK = Clock()
 
 
 def wall_timer(call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]]) -> Seconds:
-    """A function that runs `call` on the next of the input sets and gives the seconds it took."""
+    """A function that runs `call` on the next input set and returns its seconds."""
     turn = itertools.cycle(sets)
     synchronize = torch.cuda.synchronize if sets[0][0].is_cuda else lambda: None
 
@@ -51,7 +50,7 @@ def wall_timer(call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]]) -> 
         with torch.inference_mode():
             synchronize()
             start = time.perf_counter()
-            result = call(*args)  # noqa: F841  freeing it is not timed
+            result = call(*args)  # noqa: F841  do not time the deallocation
             synchronize()
             return time.perf_counter() - start
 
@@ -61,13 +60,13 @@ def wall_timer(call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]]) -> 
 def graph_timer(
     call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]], record: bool = True
 ) -> tuple[Seconds, str]:
-    """A function that gives the seconds of one call on the GPU, and how it is measured: "graph" or "stream".
+    """A function that returns the seconds of one call on the GPU, and the timing method: "graph" or "stream".
 
-    "stream" is for a call that can't be recorded, or is not to be: the same calls are launched one by one between the
-    events.
+    With "stream" the calls are launched one by one between the events. It is used if `record` is False or if the call
+    can't be recorded.
     """
     with torch.inference_mode():
-        call(*sets[0])  # compiles what is to be compiled
+        call(*sets[0])  # compile first
         one = _between_events(lambda: call(*sets[0]))
     turns = whole_turns(len(sets), one)
 
@@ -85,18 +84,18 @@ def graph_timer(
 
 
 def whole_turns(sets: int, seconds: float) -> int:
-    """How many calls make a round: every input set equally often, until `ROUND` is filled."""
+    """Number of calls in a round: every input set equally often, for at least about `ROUND` seconds."""
     return sets * max(1, min(-(-100 // sets), round(ROUND / (seconds * sets))))
 
 
 def _recorded(calls: Callable[[], None]) -> tuple[Callable[[], None], str]:
-    """The calls as a CUDA graph's replay; the calls themselves where they can't be recorded."""
+    """The replay of a CUDA graph of the calls, or the calls themselves if they can't be recorded."""
     with torch.inference_mode():
         calls()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            # A capture that fails may leave its own stream the current one: the outer context sets it back.
+            # A failed capture may leave its own stream as the current one, so the outer context restores it.
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 calls()
         except torch.OutOfMemoryError:
@@ -120,10 +119,9 @@ def _between_events(run: Callable[[], Any]) -> float:
 def race(
     benchmark: Any, contestant: Seconds, floor: Seconds, seconds: float = 6.0, quick: bool = False
 ) -> dict[str, float]:
-    """Runs floor and contestant in turn, 5 (slow ones 3) to 30 times as `seconds` allow; the row's times.
+    """Times of the contestant and the floor, which run alternately 5 (slow ones 3) to 30 times within `seconds`.
 
-    pytest-benchmark counts the contestant's rounds. median, min, max, iqr of a call and the floor's median and iqr are
-    in milliseconds.
+    pytest-benchmark counts the contestant's rounds. All times are milliseconds per call.
     """
     pair = _warm_up(contestant, floor, 0.0 if quick else 0.2)
     rounds = 2 if quick else max(5 if pair < 0.5 or seconds > 5 else 3, min(30, int(seconds / pair)))
@@ -145,9 +143,9 @@ def race(
 
 
 def try_to(measure: Callable[[], dict[str, Any]], foreign: bool = False) -> dict[str, Any] | str:
-    """What it measured; or why it can't: no memory, `NotRun`, and of a foreign contestant whatever it raises.
+    """The measurement, or the reason why it failed: out of memory, `NotRun`, or any error of a foreign contestant.
 
-    The error itself is let go of: its traceback would hold on to the tensors that did not fit.
+    The exception is not returned, because its traceback keeps tensors alive.
     """
     try:
         return measure()
@@ -171,7 +169,7 @@ def _quartile_range(values: list[float]) -> float:
 
 
 def _warm_up(contestant: Seconds, floor: Seconds, seconds: float) -> float:
-    """Runs both until `seconds` have passed, at least twice unless that is 0; the wall seconds a last pair took."""
+    """Run both for `seconds`, at least twice unless it is 0, and return the wall seconds of the last pair."""
     start = time.perf_counter()
     for i in itertools.count(1):
         before = time.perf_counter()
@@ -184,13 +182,13 @@ def _warm_up(contestant: Seconds, floor: Seconds, seconds: float) -> float:
 
 
 def cuda_peak_mb(call: Callable[..., Any], args: tuple[Tensor, ...]) -> float | None:
-    """Megabytes (10^6) that one call holds at its peak above what was allocated before; None on a CPU."""
+    """Peak megabytes (10^6 bytes) of one call above what was allocated before; None on a CPU."""
     if not args[0].is_cuda:
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.inference_mode():
-        result = call(*args)  # noqa: F841  held until the peak is read
+        result = call(*args)  # noqa: F841  keep until the peak is read
         torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 1e6

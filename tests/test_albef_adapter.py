@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import attnx
 from attnx.testing import assert_within_budget
-from attnx.trace.adapters import albef, route_to_sdpa
+from attnx.trace.adapters import dino as dino_adapter
+from attnx.trace.adapters import route_to_sdpa
 
 
 class Keeper(nn.Module):
@@ -467,8 +468,8 @@ def test_an_exception_unbinds(pair):
 def test_dino_and_the_probabilities_it_discards(dino, monkeypatch):
     model, images = dino
     made = []
-    softmax = albef._softmax
-    monkeypatch.setattr(albef, "_softmax", lambda *args: made.append(softmax(*args)) or made[-1])
+    softmax = dino_adapter.probabilities_of
+    monkeypatch.setattr(dino_adapter, "probabilities_of", lambda *args: made.append(softmax(*args)) or made[-1])
     before = state(model)
     plain, last = model(images), model.get_last_selfattention(images)
     exact = copy.deepcopy(model).double()
@@ -505,7 +506,7 @@ def test_dinos_attention_called_alone_or_watched_gives_both(dino):
 def test_dinos_probabilities_inside_a_graph_are_its_own(dino):
     model, images = dino
     model.requires_grad_(True)
-    with pytest.raises(RuntimeError, match=r"not heard: blocks.2"), attnx.capture(model, layers="blocks.2"):
+    with pytest.raises(RuntimeError, match=r"not intercepted: blocks.2"), attnx.capture(model, layers="blocks.2"):
         p = model.get_last_selfattention(images)
         p[:, :, 0].square().sum().backward()
     assert model.blocks[2].attn.qkv.weight.grad.abs().max() > 0

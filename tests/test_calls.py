@@ -133,7 +133,7 @@ def test_calls_that_are_none() -> None:
         with attnx.capture(model, calls="first"):
             pass
     for options in ({"grad": True}, {"keep": "qk"}):
-        with pytest.raises(ValueError, match="calls: expected 'last' or 'all' beside grad and keep='qk'"):
+        with pytest.raises(ValueError, match="calls: expected 'last' or 'all' with grad or keep='qk'"):
             with attnx.capture(model, calls="mean", **options):  # type: ignore[arg-type]
                 pass
 
@@ -155,13 +155,13 @@ def test_a_vision_tower_around_generate() -> None:
     assert [len(call) for call in trace.calls if call] == [2]
     assert list(trace.calls[next(iter(trace.calls[0]))]) == [0]
     assert attnx.rollout(trace.calls[0]).shape == (1, 2, 2)
-    with pytest.raises(KeyError, match=r"call 0 has it: trace.calls\[0\]"):
+    with pytest.raises(KeyError, match=r"call 0 contains it: trace.calls\[0\]"):
         trace[next(iter(trace.calls[0]))]
 
 
 def test_never_is_told_from_earlier() -> None:
     model = vit()
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"blocks.0.mlp: no call of F\.scaled"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"blocks.0.mlp: it never called F\.scaled"):
         with attnx.capture(model, layers=["blocks.0.mlp", "blocks.0"]):
             model(torch.randn(1, 3, 48, 48))
 

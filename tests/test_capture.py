@@ -207,7 +207,7 @@ def test_silence_is_an_error(vit: tuple[nn.Module, Tensor]) -> None:
     model, images = vit
     with pytest.raises(RuntimeError, match="the model was not called"), attnx.capture(model):
         pass
-    with pytest.raises(RuntimeError, match=r"not heard: blocks.0.mlp: .*heard: blocks.0.attn"):
+    with pytest.raises(RuntimeError, match=r"not intercepted: blocks.0.mlp: .*intercepted: blocks.0.attn"):
         with torch.no_grad(), attnx.capture(model, layers="blocks.0.mlp"):
             model(images)
 
@@ -527,7 +527,7 @@ def test_parallel_attention_has_no_order_for_rollout() -> None:
     with torch.no_grad(), attnx.capture(model) as trace:
         model(torch.randn(1, 3, 48, 48))
     assert len(trace) == 6
-    with pytest.raises(ValueError, match=r"blocks.0.attns.1 stands beside blocks.0.attns.0"):
+    with pytest.raises(ValueError, match=r"blocks.0.attns.1 runs beside blocks.0.attns.0"):
         attnx.rollout(trace)
 
 
@@ -558,6 +558,6 @@ def test_layers_that_stay_silent_are_told() -> None:
             return self.deaf_attention(self.heard(x))
 
     model = Half().eval()
-    with torch.no_grad(), pytest.warns(UserWarning, match="attention layers that were not heard: deaf_attention"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="attention layers that were not intercepted: deaf_attention"):
         with attnx.capture(model):
             model(torch.randn(1, 5, 48))

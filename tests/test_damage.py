@@ -292,7 +292,7 @@ def test_a_second_file_of_a_shard_is_none(finished: dict[str, Finished], tmp_pat
             read(out)
     assert name in fails("summary", out, "--out", tmp_path / "summary")
     result = run(*extract(job, out))
-    assert f"{name} is no shard of this job; it is now in " in result.stderr
+    assert f"{name} is not a shard of this job; it was moved to " in result.stderr
     assert files_of(out) == job.files
     assert [path.name for path in out.glob("*.damaged/*")] == [name]
 
@@ -476,7 +476,7 @@ def test_what_is_no_file_is_an_error_at_once(
         assert name in fails("summary", out, "--out", tmp_path / "summary")
     result = run(*extract(job, out))
     if name == FIRST:
-        assert f"{name} is no shard of this job; it is now in {out / 'part-00000.damaged'}" in result.stderr
+        assert f"{name} is not a shard of this job; it was moved to {out / 'part-00000.damaged'}" in result.stderr
         assert files_of(out) == job.files
     else:
         assert name in result.stderr

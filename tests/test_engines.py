@@ -17,8 +17,8 @@ from small_job import draw, files, opened, shards, tools
 
 import attnx
 from attnx.jobs.engines.cluster import Cluster, _sizes
-from attnx.jobs.engines.in_process import device_of_rank, rank_of
 from attnx.jobs.engines.queue import Shards
+from attnx.jobs.engines.ranks import device_of_rank, rank_of
 from attnx.jobs.job import Job, Rank, writing
 from attnx.jobs.recipe import RunOptions, Runtime
 from attnx.jobs.run import Report, run_job
@@ -135,7 +135,7 @@ def test_a_device_that_fails_is_left_to_the_others(made: Runtime, whole: Path, t
     assert files(tmp_path) == files(whole)
     assert (report.maps, report.set_aside) == (39, {})
     assert len(said) <= 1  # what is there may be done before it fails a second time
-    assert all(text.startswith("cuda:99 is left out after 2 failures in a row: ") for text in said)
+    assert all(text.startswith("cuda:99 is not used any more after 2 failures in a row: ") for text in said)
 
 
 def test_a_shard_that_can_not_be_made_is_set_aside(made: Runtime, whole: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_shard_that_can_not_be_made_is_set_aside(made: Runtime, whole: Path, t
         name: content for name, content in want.items() if name != "part-00002.parquet"
     }
     run(made, tmp_path, say=said.append)
-    assert "part-00002.parquet is no shard of this job; it is now in" in said[-1]
+    assert "part-00002.parquet is not a shard of this job; it was moved to" in said[-1]
     shutil.rmtree(tmp_path / "part-00002.damaged")
     assert files(tmp_path) == files(whole)
 
@@ -161,7 +161,7 @@ def test_processes_that_all_fail_end_the_job(made: Runtime, tmp_path: Path) -> N
         write_run(tmp_path, {**job.run, "settings": {**job.run["settings"], "weights": "0"}})
         with pytest.raises(RuntimeError, match=r"no device is left: cpu failed 1 times in a row.*weights: '0' there"):
             run_job(made, job, RUNNING, **TWO, tries=1, say=said.append)
-    assert said[0].startswith("cpu is left out after 1 failures in a row: ValueError")
+    assert said[0].startswith("cpu is not used any more after 1 failures in a row: ValueError")
     assert not children(os.getpid(), "engines.local")
     assert shards(tmp_path) == {}
 
@@ -266,7 +266,7 @@ def test_ranks_of_a_machine_take_a_gpu_each(gpus: int, environment: dict[str, st
 def test_an_array_with_gaps_does_not_say_which_rank() -> None:
     array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"}
     assert rank_of(None, None, array | {"SLURM_ARRAY_TASK_MAX": "13", "SLURM_ARRAY_TASK_STEP": "6"}) == Rank(1, 3)
-    with pytest.raises(ValueError, match=r"array of all numbers from 1 to 7; got 3 of them.*give --rank and --world"):
+    with pytest.raises(ValueError, match=r"array of all numbers from 1 to 7; got 3 of them.*set --rank and --world"):
         rank_of(None, None, array | {"SLURM_ARRAY_TASK_MAX": "7"})
 
 
@@ -300,7 +300,7 @@ def test_actors_of_a_cluster(ray, made: Runtime, whole: Path, tmp_path: Path) ->
     assert report.stages.model > 0
     assert sum("Is a directory" in text for text in said) == 2
     # Besides, on a busy machine, that an actor waits for room.
-    assert len([text for text in said if "wait for room" not in text]) == 3
+    assert len([text for text in said if "wait for resources" not in text]) == 3
     assert not list(tmp_path.glob(".part*"))
 
 

@@ -83,7 +83,7 @@ def between_shards(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -
 def test_a_source_that_vanishes_ends_the_run_and_costs_no_row(made: Runtime, whole: Path, tmp_path: Path) -> None:
     source = Path(made.recipe.source)
     gone = source.with_name("gone")
-    with pytest.raises(RunError, match=r"source: .*pictures can't be reached: it is not there any more.*run the same"):
+    with pytest.raises(RunError, match=r"source: .*pictures can't be reached: it no longer exists.*run the same"):
         run(made, tmp_path, progress=once(lambda: source.rename(gone)))
     gone.rename(source)
     there = Job(tmp_path).done()
@@ -105,7 +105,7 @@ def test_a_command_whose_source_vanishes_ends_with_2(
     gone.rename(source)
     assert result.exit_code == 2, result.output
     lines = result.stderr.splitlines()
-    assert "can't be reached: it is not there any more. Nothing of this shard was written; run the same" in lines[-1]
+    assert "can't be reached: it no longer exists. Nothing of this shard was written; run the same" in lines[-1]
     assert lines[-2].startswith("attnx: stopped at ")
     again = extract(source, out)
     assert again.exit_code == 0, again.output
@@ -143,7 +143,9 @@ def test_a_source_in_which_nothing_can_be_read_is_not_reached(tmp_path: Path) ->
     with opened(made_with, out, 5):
         for path in pictures.iterdir():
             path.unlink()
-    with pytest.raises(RunError, match="of some rows tried, none can be read; the first: FileNotFoundError"):
+    with pytest.raises(
+        RunError, match="several rows were tried and none can be read; the first error: FileNotFoundError"
+    ):
         run(made_with, out)
     assert Job(out).done() == set()
 
@@ -250,7 +252,7 @@ def test_a_source_that_never_answers_is_not_waited_for(tmp_path: Path, monkeypat
     start = time.monotonic()
     source = Reachable(tmp_path, read)
     source.add(Entry("a", "a"))
-    assert source.why_not([], []) == "it did not answer within 0.3 s"
+    assert source.why_not([], []) == "it did not respond within 0.3 s"
     assert time.monotonic() - start < 10
     end.set()
 
@@ -274,7 +276,7 @@ def test_an_output_that_is_removed_ends_the_run_and_is_not_made_anew(
 def test_a_disk_that_takes_no_more_ends_the_run(
     made: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    seal, sealed = shard_files._seal, []
+    seal, sealed = shard_files.seal, []
 
     def full(path: Path) -> None:
         sealed.append(path)
@@ -283,7 +285,7 @@ def test_a_disk_that_takes_no_more_ends_the_run(
         seal(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(shard_files, "_seal", full)
+        patched.setattr(shard_files, "seal", full)
         result = extract(made.recipe.source, tmp_path)
     assert result.exit_code == 2, result.output
     assert os.strerror(code) in result.stderr.splitlines()[-1]
@@ -301,7 +303,9 @@ def test_a_file_system_without_locks_is_told(
     made: Runtime, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.warns(UserWarning, match=r"has no locks \(No locks available\): start no second run there while this"):
+    with pytest.warns(
+        UserWarning, match=r"has no locks \(No locks available\): don't start a second run there while this"
+    ):
         run(made, tmp_path)
     assert files(tmp_path) == files(whole)
 
@@ -313,7 +317,7 @@ def test_where_there_are_no_locks_the_run_that_began_first_gives_way(
     said: list[str] = []
     second: list[Report] = []
     with pytest.warns(UserWarning, match="has no locks"):
-        with pytest.raises(RunError, match=r"^out: another run began to write to .*, whose file system has no locks"):
+        with pytest.raises(RunError, match=r"^out: another run writes to .*, whose file system has no locks"):
             run(made, tmp_path, say=said.append, progress=once(lambda: second.append(run(made, tmp_path))))
     assert (second[0].maps, second[0].set_aside) == (40, {})
     assert said == [], "it is no shard's fault, so none is tried again"

@@ -97,9 +97,7 @@ def test_extractor_of_a_model_that_reads_texts_too() -> None:
     model = transformers.CLIPModel(config).eval()
     images = torch.randn(2, 3, 32, 32)
     for call in (lambda _: attnx.Extractor(model), lambda x: attnx.class_maps(model, x)):
-        with pytest.raises(
-            ValueError, match=r"CLIPModel takes input_ids and pixel_values; pass its part for images \(mo"
-        ):
+        with pytest.raises(ValueError, match=r"CLIPModel takes input_ids and pixel_values; pass its image part \(mo"):
             call(images)
     ids = dict(input_ids=torch.tensor([[5, 6, 7, 2]]).expand(2, -1))
     got = attnx.Extractor(model, layers="vision_model.*", model_kwargs=ids)(images)

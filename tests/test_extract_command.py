@@ -38,15 +38,15 @@ def test_run_again_it_goes_on(photos: Path, tmp_path: Path) -> None:
     first = run("extract", photos, "--out", out, *CPU, "--shard-size", 3)
     assert first.exit_code == 1
     assert "maps of 9 images in" in first.output
-    assert "1 images could not be read: see their error column" in first.output
+    assert "1 images could not be read: see the error column" in first.output
     assert "waiting for images" in first.output
     before = files(out)
     (out / "part-00001.parquet").unlink()
     again = run("extract", photos, "--out", out, *CPU)
-    assert "7 rows of an earlier run" in again.output
+    assert "7 rows from earlier runs" in again.output
     assert files(out) == before
     told = fails("extract", photos, "--out", out, *CPU, "--map-dtype", "uint8", "--dtype", "bfloat16")
-    assert "dtype: 'float32' there, 'bfloat16' asked; map_dtype: 'float16' there, 'uint8' asked" in told
+    assert "dtype: 'float32' in the job, 'bfloat16' now; map_dtype: 'float16' in the job, 'uint8' now" in told
     draw(photos, 10)
     third = run("extract", photos, "--out", out, *CPU, "--retry-failed")
     assert third.exit_code == 0, third.output
@@ -124,22 +124,20 @@ def test_what_is_no_job_is_said_in_one_line(photos: Path, tmp_path: Path) -> Non
     nowhere.write_text("path\ngone/000.jpg\ngone/001.jpg\n")
     assert "expected every key once; 'a' is in rows 0, 2" in fails("extract", twice, *out)
     assert "none of the first 2 paths of" in fails("extract", nowhere, *out)
-    assert "--root says where they are" in fails("extract", nowhere, *out)
+    assert "set --root to their folder" in fails("extract", nowhere, *out)
     assert "which does not exist" in fails("extract", tmp_path / "gone", *out)
     assert "expected one of local, ranks, ray; got 'slurm'" in fails("extract", photos, *out, "--engine", "slurm")
     assert "expected --rank and --world, or in the environment" in fails("extract", photos, *out, "--engine", "ranks")
-    assert "they are for --engine ranks; got --engine local" in fails(
-        "extract", photos, *out, "--rank", 0, "--world", 2
-    )
-    assert "they are for --engine ray; got --engine local" in fails("extract", photos, *out, "--actors", 2)
+    assert "only for --engine ranks; got --engine local" in fails("extract", photos, *out, "--rank", 0, "--world", 2)
+    assert "only for --engine ray; got --engine local" in fails("extract", photos, *out, "--actors", 2)
     several = ["--device", "cpu,cpu", "--engine", "ray"]
-    assert "several are for --engine local" in fails("extract", photos, *out, *several)
+    assert "several devices only for --engine local" in fails("extract", photos, *out, *several)
     assert "expected cpu or cuda:N of " in fails("extract", photos, *out, "--device", "cpu,tpu")
     assert "store: expected one of map, rows, full; got 'all'" in fails("extract", photos, *out, "--store", "all")
-    assert "they are for --store map; got --store rows" in fails("extract", photos, *out, "--store", "rows")
+    assert "only for --store map; got --store rows" in fails("extract", photos, *out, "--store", "rows")
     assert "map-dtype: expected one of float16, float32, uint8" in fails("extract", photos, *out, "--map-dtype", "int8")
     assert "pixels: expected timm, whole or processor" in fails("extract", photos, *out, "--pixels", "crop")
-    assert "root: it is for a table's paths" in fails("extract", photos, *out, "--root", tmp_path)
+    assert "root: only for tables" in fails("extract", photos, *out, "--root", tmp_path)
     assert "shard-size: expected at least 1, got 0" in fails("extract", photos, *out, "--shard-size", 0)
     assert "decode-timeout: expected seconds above 0" in fails("extract", photos, *out, "--decode-timeout", 0)
     assert not (tmp_path / "out" / "run.json").exists()

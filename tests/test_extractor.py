@@ -245,7 +245,7 @@ def test_unknown_blocks_are_listened_to_and_left_as_early() -> None:
     images = pictures()
     extract = check(model, images)
     assert not extract.plan.bound
-    assert "listening to the whole model" in str(extract.plan)
+    assert "the whole model is intercepted" in str(extract.plan)
     assert extract.plan.split is None  # who knows what its projections mean
     assert not {"head", "blocks.2"} & set(ran(model, extract, images))
 
@@ -444,7 +444,7 @@ def test_a_model_that_changed_since_the_plan() -> None:
     extract(images)
     model.blocks[1] = nn.Identity()
     with pytest.raises(
-        RuntimeError, match=r"took another way than when the plan was made: expected attention in blocks.0"
+        RuntimeError, match=r"ran other layers than when the plan was made: expected attention in blocks.0"
     ):
         extract(images)
     assert "forward" not in vars(model.blocks[0].attn)

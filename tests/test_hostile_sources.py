@@ -283,7 +283,7 @@ def test_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("L", (9, 6)).save(tmp_path / "other.png")
     with pytest.raises(ValueError, match="another size"):
         read_labels(tmp_path / "other.png", row)
-    monkeypatch.setattr(masks, "MASK_PIXELS", 40)
+    monkeypatch.setattr(masks, "PICTURE_PIXELS", 40)
     with pytest.raises(ValueError, match="more than 40 pixels"):
         read_labels(tmp_path / "good.png", row)
 

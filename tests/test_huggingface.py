@@ -87,7 +87,7 @@ def test_a_capture_hears_what_sdpa_can_not_run(name: str) -> None:
     model.set_attn_implementation("eager")  # some versions run Gemma 2 by SDPA, without its soft capping
     with torch.no_grad():
         plain = model(**given)
-        with pytest.raises(RuntimeError, match=r"attnx\.huggingface\.use\(model\) makes it attend by attnx"):
+        with pytest.raises(RuntimeError, match=r"attnx\.huggingface\.use\(model\) switches it to attnx"):
             with attnx.capture(model):
                 assert_same(model(**given), plain)
         model.set_attn_implementation("eager")
@@ -116,7 +116,7 @@ def test_unknown_arguments_are_refused_by_name() -> None:
     q = torch.randn(1, 3, 5, 16)
     out, amap = function(block, q, q, q, None, output_attentions=True, sliding_window=7, use_cache=False, odd=None)
     assert (out.shape, amap.shape) == ((1, 5, 3, 16), (1, 5, 5))
-    with pytest.raises(NotImplementedError, match=r"ViTAttention hands its attention block_indices, which"):
+    with pytest.raises(NotImplementedError, match=r"ViTAttention passes block_indices to its attention, which"):
         function(block, q, q, q, None, block_indices=torch.zeros(1))
     with pytest.raises(ValueError, match=r"attention dropout: expected 0; got 0\.5"):
         function(block, q, q, q, None, dropout=0.5)
@@ -176,7 +176,7 @@ def test_a_function_that_is_registered_as_eager_is_kept(monkeypatch: pytest.Monk
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "eager", own)
     with torch.no_grad():
         plain = model(images).last_hidden_state
-        with pytest.raises(RuntimeError, match="its attention function is one that was registered as 'eager'"):
+        with pytest.raises(RuntimeError, match="its attention function was registered as 'eager'"):
             with attnx.capture(model):
                 assert torch.equal(model(images).last_hidden_state, plain)
 
@@ -311,7 +311,7 @@ def test_a_configuration_that_asks_for_output_attentions_is_left() -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         plain = model(ids)
-        with pytest.raises(RuntimeError, match="its configuration asks for output_attentions"):
+        with pytest.raises(RuntimeError, match="its configuration sets output_attentions"):
             with attnx.capture(model):
                 assert len(model(ids).attentions) == len(plain.attentions) == 2
 

@@ -81,12 +81,12 @@ def test_it_goes_on_where_it_was_stopped(made: Runtime, whole: Path, tmp_path: P
 def test_other_settings_are_refused_with_each_difference(made: Runtime, whole: Path, tmp_path: Path) -> None:
     before = files(whole)
     other = tools(Path(made.recipe.source), map_dtype="uint8", heads="max")
-    with pytest.raises(ValueError, match=r"other settings. heads: 'mean' there, 'max' asked; map_dtype: 'float16' "):
+    with pytest.raises(ValueError, match=r"other settings. heads: 'mean' in the job, 'max' now; map_dtype: 'float16' "):
         run(other, whole)
-    with pytest.raises(ValueError, match="shard_size: 7 there, 8 asked"):
+    with pytest.raises(ValueError, match="shard_size: 7 in the job, 8 now"):
         run(made, whole, shard_size=8)
     moved = dataclasses.replace(made, recipe=dataclasses.replace(made.recipe, source=str(draw(tmp_path / "x", 1))))
-    with pytest.raises(ValueError, match=r"source.path: .* there, .* asked"):
+    with pytest.raises(ValueError, match=r"source.path: .* in the job, .* now"):
         run(moved, whole)
     assert files(whole) == before
 
@@ -94,7 +94,7 @@ def test_other_settings_are_refused_with_each_difference(made: Runtime, whole: P
 def test_a_plan_without_shards_makes_room_for_another(made: Runtime, whole: Path, tmp_path: Path) -> None:
     with opened(made, tmp_path, 3):
         pass
-    with pytest.raises(ValueError, match="shard_size: 3 there, 7 asked"), opened(made, tmp_path, 7, Rank(0, 2)):
+    with pytest.raises(ValueError, match="shard_size: 3 in the job, 7 now"), opened(made, tmp_path, 7, Rank(0, 2)):
         pass
     (tmp_path / "part-00000.safetensors").write_bytes(b"left by a kill")
     assert run(made, tmp_path).made == 30
@@ -141,7 +141,7 @@ def test_a_folder_that_is_no_job_is_refused(made: Runtime, whole: Path, tmp_path
         run(made, tmp_path)
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(OSError, match="expected a folder that can be written to"):
+    with pytest.raises(OSError, match="expected a writable folder"):
         run(made, file)
 
 

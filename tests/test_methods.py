@@ -228,7 +228,7 @@ def test_layout_that_the_model_does_not_say() -> None:
     with torch.no_grad():
         with attnx.capture(block) as trace:
             block(torch.randn(1, 16, 48))
-        with pytest.raises(ValueError, match=r"doesn't say how many prefix tokens it has; pass layout="):
+        with pytest.raises(ValueError, match=r"does not declare its number of prefix tokens; pass layout="):
             attnx.rollout(trace)
         with attnx.capture(block, layout=TokenLayout(0, (2, 8))) as trace:
             block(torch.randn(1, 16, 48))

@@ -15,7 +15,7 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
-from attnx.figures import picture
+from attnx.figures import picture, sheets
 
 rng = np.random.default_rng(0)
 
@@ -198,14 +198,14 @@ def blank(image: Image.Image) -> bool:
 def test_contact_sheet_keeps_every_pixel(size):
     images = [noise(size[1], size[0]) for _ in range(5)]
     for titles in (None, ["one", "two", "three", "four", "five"]):
-        got = cells(picture.contact_sheet(images, titles, columns=3), 3, 2, size)
+        got = cells(sheets.contact_sheet(images, titles, columns=3), 3, 2, size)
         assert all(same(a, b) for a, b in zip(got, images, strict=False))
         assert blank(got[5])
 
 
 def test_contact_sheet_of_different_sizes():
     images = [noise(20, 100), noise(60, 30), noise(10, 10)]
-    sheet = picture.contact_sheet(images, None, columns=2)
+    sheet = sheets.contact_sheet(images, None, columns=2)
     assert sheet.size == (8 + 108 + 108, 8 + 68 + 18)
     assert same(sheet.crop((8, 8, 108, 28)), images[0])
     assert same(sheet.crop((116 + 35, 8, 116 + 65, 68)), images[1])
@@ -215,7 +215,7 @@ def test_contact_sheet_of_different_sizes():
 
 
 def test_contact_sheet_fits_pictures_to_a_tile():
-    sheet = picture.contact_sheet([noise(50, 200), noise(20, 10)], None, columns=2, tile=80)
+    sheet = sheets.contact_sheet([noise(50, 200), noise(20, 10)], None, columns=2, tile=80)
     assert sheet.size == (8 + 88 + 88, 8 + 88)
     painted = (pixels(sheet) != 255).any(-1)
     assert painted[:, :92].sum(0).max() == 20
@@ -223,14 +223,14 @@ def test_contact_sheet_fits_pictures_to_a_tile():
 
 
 def test_contact_sheet_is_no_wider_than_its_pictures():
-    assert picture.contact_sheet([noise(9, 90)], None, columns=7).width == 8 + 98
+    assert sheets.contact_sheet([noise(9, 90)], None, columns=7).width == 8 + 98
 
 
 def test_titles_are_drawn_above_and_cut_to_fit():
     images = [Image.new("RGB", (90, 30), "white")] * 3
-    plain = picture.contact_sheet(images, None, columns=3)
+    plain = sheets.contact_sheet(images, None, columns=3)
     titles = ["", "model.encoder.layers.11.self_attention", "short"]
-    sheet = picture.contact_sheet(images, titles, columns=3)
+    sheet = sheets.contact_sheet(images, titles, columns=3)
     assert sheet.height > plain.height
     assert blank(plain)
     ink = (pixels(sheet) < 200).any(-1)
@@ -247,7 +247,7 @@ def test_titles_are_drawn_above_and_cut_to_fit():
 
 
 def test_shortened_titles_keep_both_ends():
-    shorten = picture._shorten
+    shorten = sheets._shorten
     assert shorten("blocks.11.attn", lambda text: len(text) <= 14) == "blocks.11.attn"
     assert shorten("model.layers.11.attn", lambda text: len(text) <= 12) == "model.….attn"
     assert shorten("two\n  lines", lambda text: True) == "two lines"
@@ -256,18 +256,18 @@ def test_shortened_titles_keep_both_ends():
 
 def test_heads_grid_is_one_overlay_a_head():
     image, maps = noise(48, 80), scores(6, 3, 5)
-    got = cells(picture.heads_grid(image, maps, tile=None), 3, 2, image.size)
+    got = cells(sheets.heads_grid(image, maps, tile=None), 3, 2, image.size)
     for tile, amap in zip(got, maps, strict=True):
         assert same(tile, picture.overlay(image, amap, interpolation="nearest", alpha=0.6))
     style = {"interpolation": "bilinear", "colormap": "viridis", "alpha": 1.0}
-    got = cells(picture.heads_grid(image, maps, tile=None, columns=2, **style), 2, 3, image.size)
+    got = cells(sheets.heads_grid(image, maps, tile=None, columns=2, **style), 2, 3, image.size)
     for tile, amap in zip(got, maps, strict=True):
         assert same(tile, picture.overlay(image, amap, **style))
 
 
 @pytest.mark.parametrize("tile", [32, 160])
 def test_heads_grid_sets_the_longer_side(tile):
-    sheet = picture.heads_grid(noise(40, 80), torch.ones(2, 3, 3), tile=tile, alpha=1, colormap="gray")
+    sheet = sheets.heads_grid(noise(40, 80), torch.ones(2, 3, 3), tile=tile, alpha=1, colormap="gray")
     black = cells(sheet, 2, 1, (tile, tile // 2))
     assert not any(pixels(part).any() for part in black)
     assert (pixels(sheet) == 0).all(-1).sum() < 1.1 * len(black) * tile * tile // 2
@@ -275,7 +275,7 @@ def test_heads_grid_sets_the_longer_side(tile):
 
 def test_layers_figure_is_layers_then_summary():
     image, maps, rollout = noise(40, 72), scores(4, 3, 5), scores(3, 5)
-    sheet = picture.layers_figure(image, list("abcd"), maps, rollout, tile=None)
+    sheet = sheets.layers_figure(image, list("abcd"), maps, rollout, tile=None)
     want = [*maps, maps.amax(0), maps.amin(0), maps.mean(0), rollout]
     got = cells(sheet, 4, 2, image.size)
     assert all(same(tile, picture.overlay(image, amap)) for tile, amap in zip(got, want, strict=True))
@@ -284,7 +284,7 @@ def test_layers_figure_is_layers_then_summary():
 def test_layers_figure_without_rollout_and_with_style():
     image, maps = noise(40, 72), rng.random((6, 3, 5))
     style = {"interpolation": "nearest", "colormap": "jet", "alpha": 1.0}
-    got = cells(picture.layers_figure(image, "abcdef", maps, None, tile=None, **style), 3, 3, image.size)
+    got = cells(sheets.layers_figure(image, "abcdef", maps, None, tile=None, **style), 3, 3, image.size)
     want = [*maps, maps.max(0), maps.min(0), maps.mean(0)]
     for tile, amap in zip(got, want, strict=True):
         assert same(tile, picture.overlay(image, amap, **style))
@@ -295,7 +295,7 @@ def test_layers_figure_without_rollout_and_with_style():
     [(1, 1, 1), (3, 1, 3), (6, 1, 3), (12, 1, 4), (12, 4, 4), (6, 4, 6), (11, 4, 4)],
 )
 def test_automatic_columns(count, least, columns):
-    assert picture._columns(count, least) == columns
+    assert sheets._columns(count, least) == columns
 
 
 def test_contour_follows_the_border():
@@ -437,33 +437,33 @@ ERRORS = {
         r"image: expected a PIL.Image or uint8 \[H, W, 3\], got uint8 \[3, 4, 4\]",
     ),
     "no image": (lambda: picture.overlay(None, MAP), "image: .*got object"),
-    "heads of 2 axes": (lambda: picture.heads_grid(IMAGE, MAP), r"maps: expected real \[maps, h, w\]"),
-    "no heads": (lambda: picture.heads_grid(IMAGE, MAPS[:0]), r"maps: .*not empty, got float64 \[0, 3, 3\]"),
-    "NaN in heads": (lambda: picture.heads_grid(IMAGE, SOME_BAD[None]), "maps: .*3 of 4"),
+    "heads of 2 axes": (lambda: sheets.heads_grid(IMAGE, MAP), r"maps: expected real \[maps, h, w\]"),
+    "no heads": (lambda: sheets.heads_grid(IMAGE, MAPS[:0]), r"maps: .*not empty, got float64 \[0, 3, 3\]"),
+    "NaN in heads": (lambda: sheets.heads_grid(IMAGE, SOME_BAD[None]), "maps: .*3 of 4"),
     "names": (
-        lambda: picture.layers_figure(IMAGE, ["a"], MAPS, None),
+        lambda: sheets.layers_figure(IMAGE, ["a"], MAPS, None),
         "names: expected 2, one for each .*got 1",
     ),
-    "rollout": (lambda: picture.layers_figure(IMAGE, "ab", MAPS, MAPS), r"rollout: expected real \[h, w\]"),
-    "NaN in rollout": (lambda: picture.layers_figure(IMAGE, "ab", MAPS, SOME_BAD), "rollout: .*3 of 4"),
+    "rollout": (lambda: sheets.layers_figure(IMAGE, "ab", MAPS, MAPS), r"rollout: expected real \[h, w\]"),
+    "NaN in rollout": (lambda: sheets.layers_figure(IMAGE, "ab", MAPS, SOME_BAD), "rollout: .*3 of 4"),
     "columns of layers": (
-        lambda: picture.layers_figure(IMAGE, "ab", MAPS, None, columns=0),
+        lambda: sheets.layers_figure(IMAGE, "ab", MAPS, None, columns=0),
         "columns: .*got 0",
     ),
-    "tile": (lambda: picture.heads_grid(IMAGE, MAPS, tile=0), "tile: expected at least 1, got 0"),
+    "tile": (lambda: sheets.heads_grid(IMAGE, MAPS, tile=0), "tile: expected at least 1, got 0"),
     "mask of floats": (lambda: picture.mask_contour(IMAGE, MAP), "mask: expected bool .*got float64"),
     "mask of 3 axes": (lambda: picture.mask_contour(IMAGE, MASK[None]), r"mask: .*got bool \[1, 3, 3\]"),
     "color": (lambda: picture.mask_contour(IMAGE, MASK, color="rde"), "color: expected a name.*'rde'"),
     "color of 2": (lambda: picture.mask_contour(IMAGE, MASK, color=(1, 2)), r"color: .*got \(1, 2\)"),
     "no images": (
-        lambda: picture.contact_sheet([], None, columns=2),
+        lambda: sheets.contact_sheet([], None, columns=2),
         "images: expected at least one, got none",
     ),
     "columns": (
-        lambda: picture.contact_sheet([IMAGE], None, columns=0),
+        lambda: sheets.contact_sheet([IMAGE], None, columns=0),
         "columns: expected at least 1, got 0",
     ),
-    "titles": (lambda: picture.contact_sheet([IMAGE], ["a", "b"], columns=1), "titles: expected 1, .*got 2"),
+    "titles": (lambda: sheets.contact_sheet([IMAGE], ["a", "b"], columns=1), "titles: expected 1, .*got 2"),
     "not a png": (
         lambda: picture.save(IMAGE, "a.jpg"),
         "path: expected a name that ends in .png, got 'a.jpg'",
@@ -495,7 +495,7 @@ def test_heat_takes_the_image_for_its_size(height, width):
             assert got.shape == (height, width)
         assert picture.overlay(image, amap).size == (width, height)
         picture.mask_contour(image, amap > 0.5)
-        picture.heads_grid(image, amap[None])
+        sheets.heads_grid(image, amap[None])
     if height > width:
         np.testing.assert_array_equal(got, picture.heat(amap, (height, width)))
 
@@ -520,7 +520,7 @@ def test_what_is_no_size(size):
 
 
 def test_a_long_title_is_measured_a_few_times():
-    from attnx.figures.picture import _shorten
+    from attnx.figures.sheets import _shorten
 
     asked = []
 

@@ -182,7 +182,7 @@ def test_an_older_ray_is_refused_in_one_line(
     monkeypatch.setattr(ray, "__version__", "2.51.0")
     pictures = draw(tmp_path / "pictures", 2)
     line = fails("extract", pictures, "--out", tmp_path / "out", "--device", "cpu", "--engine", "ray")
-    assert "engine ray: expected ray 2.52 or newer, whose clusters can be private; got 2.51.0" in line
+    assert "engine ray: expected ray 2.52 or newer, which supports private clusters; got 2.51.0" in line
     assert asked == {}
     with pytest.raises(AskedError), _connected("10.1.2.3:6379"):
         pass

@@ -90,7 +90,7 @@ def test_maps_are_autograds_of_the_same_pass():
     model, images = small_vit(), some_images()
     with attnx.capture(model, grad=True) as trace, attnx.capture(model) as plain:
         logits = model(images)
-        with pytest.raises(RuntimeError, match="no gradient has come"):
+        with pytest.raises(RuntimeError, match="no gradient reached this layer"):
             trace[0]
         logits[:, 1].sum().backward()
     assert torch.equal(logits, model(images))
@@ -134,7 +134,7 @@ def test_a_frozen_model_keeps_nothing_below_the_first_layer():
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_gradients_that_are_off_are_said(mode):
     model, images = small_vit(), some_images()
-    with mode(), pytest.raises(ValueError, match=r"blocks.0.attn: grad: expected gradients to be on"):
+    with mode(), pytest.raises(ValueError, match=r"blocks.0.attn: grad: expected gradients to be enabled"):
         with attnx.capture(model, grad=True):
             model(images)
     with mode():
@@ -172,7 +172,7 @@ def test_hugging_faces_models(poisoned):
 
 WRONG = {
     "method": (dict(method="lrp"), "method: expected one of relevance, gradient_rollout; got 'lrp'"),
-    "beyond": (dict(targets=[7]), r"targets: expected classes in 0..6, \[K\] or \[2, K\]"),
+    "beyond": (dict(targets=[7]), r"targets: expected class indices in 0..6, \[K\] or \[2, K\]"),
     "floats": (dict(targets=torch.ones(2, 1)), "targets: expected classes"),
     "count": (dict(targets=torch.ones(3, 1, dtype=torch.int64)), "targets: expected classes"),
     "none": (dict(targets=[]), "targets: expected classes"),
@@ -195,7 +195,7 @@ def test_wrong_captures_are_said():
     with pytest.raises(ValueError, match=r"grad: expected False, True or 'signed'; got 'x'"):
         with attnx.capture(model, grad="x"):
             pass
-    with pytest.raises(ValueError, match="keep: expected 'map' beside grad"):
+    with pytest.raises(ValueError, match="keep: expected 'map' with grad"):
         with attnx.capture(model, grad=True, keep="qk"):
             pass
     with attnx.capture(model) as trace:

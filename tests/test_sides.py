@@ -238,7 +238,7 @@ def test_towers_that_are_given_the_same_input_are_not_chained(named: bool, layou
     with torch.no_grad(), attnx.capture(model, layout=layout) as trace:
         model(torch.randn(1, 3, 32, 32))
     for chain in (attnx.rollout, attnx.relevance):
-        with pytest.raises(ValueError, match=r"stands beside .*: both are given the same input; choose layers="):
+        with pytest.raises(ValueError, match=r"runs beside .*: both have the same input; choose layers="):
             chain(trace, rows="all")
     one = "branch2.*" if named else "towers.1.*"
     assert attnx.rollout(trace, layers=one, rows="all").shape == (1, 16, 16)
@@ -303,5 +303,5 @@ def test_relevance_of_a_score_that_passes_the_pool_by() -> None:
     with attnx.capture(model, grad=True) as trace:
         trace.backward(model(torch.randn(1, 3, 48, 48)).last_hidden_state.sum())
     assert attnx.relevance(trace, rows="mean").shape == (1, 3, 3)
-    with pytest.raises(RuntimeError, match=r"head.attention: no gradient has come .*pass rows='mean'"):
+    with pytest.raises(RuntimeError, match=r"head.attention: no gradient reached this layer.*pass rows='mean'"):
         attnx.relevance(trace)

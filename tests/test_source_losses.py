@@ -69,9 +69,7 @@ def phone(tmp_path: Path) -> Path:
 
 
 def test_what_looks_like_an_image_is_said_once(phone: Path, tmp_path: Path) -> None:
-    told = (
-        "skipped 3 files that are no images attnx can read: .heic 2, .dng 1, such as b.heic; convert them, or install"
-    )
+    told = "skipped 3 files in formats that attnx can't read: .heic 2, .dng 1, such as b.heic; convert them, or install"
     dry = extract(phone, "--out", tmp_path / "dry", "--dry-run")
     assert (dry.exit_code, dry.stderr.count(told)) == (0, 1)
     first = extract(phone, "--out", tmp_path / "out")
@@ -112,7 +110,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(phone: Path, monkeypatch: p
         source = open_source(phone)
         assert len(keys(source)) == 3
         (line,) = source.skipped.lines()
-        assert line.endswith("can read: .dng 1, such as raw.DNG; convert them")
+        assert line.endswith("can't read: .dng 1, such as raw.DNG; convert them")
     finally:
         images._formats.cache_clear()
 
@@ -127,8 +125,8 @@ def test_a_tar_says_what_it_leaves_out(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert reds(source) == [1]
     unread, part, linked = source.skipped.lines()
-    assert "skipped 2 files that are no images attnx can read: .dng 1, .heic 1, such as beside.dng" in unread
-    assert "skipped 1 images that are further parts of their samples: .png 1, such as x.tar/a.depth.png" in part
+    assert "skipped 2 files in formats that attnx can't read: .dng 1, .heic 1, such as beside.dng" in unread
+    assert "skipped 1 additional images of their samples: .png 1, such as x.tar/a.depth.png" in part
     assert "links within a tar: .png 1, such as x.tar/c.png" in linked
     result = extract(tmp_path, "--out", tmp_path / "out")
     assert (result.exit_code, result.stderr.count("attnx: skipped")) == (0, 3), result.output

@@ -143,7 +143,7 @@ def test_tables_that_are_none(photos: Path) -> None:
     table = photos / "t.csv"
     for content, told in [
         (b"url,key\nx,y\n", "expected a column path or image; .*t.csv has url, key"),
-        (b"path\ngone.png\nother.png\n", "none of the first 2 paths .*gone.png; --root"),
+        (b"path\ngone.png\nother.png\n", "none of the first 2 paths .*gone.png; set --root"),
         (b"path\n", "expected at least one row"),
         (b"path\n\xff\xfe\n", "in UTF-8"),
     ]:
@@ -258,9 +258,9 @@ def test_sources_that_are_none(photos: Path) -> None:
             open_source(photos / name)
     with pytest.raises(ValueError, match="expected one of folder, table, tar, dataset; got 'zip'"):
         open_source(photos, kind="zip")
-    with pytest.raises(ValueError, match="taken for a folder"):
+    with pytest.raises(ValueError, match="is read as a folder"):
         open_source(photos, root=photos)
-    with pytest.raises(ValueError, match="taken for a folder"):
+    with pytest.raises(ValueError, match="is read as a folder"):
         open_source(photos, split="train")
 
 
@@ -279,7 +279,7 @@ def test_a_manifest_is_what_was_listed(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_key_that_comes_twice_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "_GROUP", 3)
     entries = [Entry(key, "p") for key in ("a", "b", "c", "d", "b", "e", "a", "b")]
-    with pytest.raises(ValueError, match="every key once; 'a' is in rows 0, 6; so are 1 other keys"):
+    with pytest.raises(ValueError, match="every key once; 'a' is in rows 0, 6; 1 other keys are repeated"):
         write_manifest(entries, tmp_path / "m.parquet")
     # Two keys of one hash are no duplicates.
     monkeypatch.setattr(manifest, "hash", lambda key: 7, raising=False)

@@ -176,7 +176,7 @@ def test_the_command(scenes: Path, out: Path, tmp_path: Path) -> None:
         colours = np.asarray(sheet.convert("RGB")).reshape(-1, 3)
         assert (colours.max(1).astype(int) - colours.min(1) > 60).mean() > 0.02  # maps in colour over the scenes
     assert "expected a folder of masks" in fails("summary", out, "--masks", tmp_path / "nothing")
-    assert "no image of this job has a mask" in fails("summary", out, "--masks", tmp_path)
+    assert "no image of this job has a usable mask" in fails("summary", out, "--masks", tmp_path)
     assert "expected a folder with part-*.parquet" in fails("summary", tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_masks_that_are_none_are_said(scenes: Path, out: Path, tmp_path: Path) -
         Image.new("RGB" if i % 2 else "L", (96, 96) if i % 2 else (10, 10)).save(tmp_path / f"{i:02d}.png")
     told = fails("summary", out, "--masks", tmp_path)
     assert "11 images: the mask has another size than its image" in told
-    assert "11 images: the mask is an image of mode RGB, not of palette or grey" in told
+    assert "11 images: expected a palette or grey mask; got mode RGB" in told
 
 
 @pytest.mark.parametrize("key", ["/", "..", "../a", "/etc/a", "a" * 5000, "a\0b", ".", ""])
@@ -227,4 +227,4 @@ def test_stores(tmp_path: Path, store: str) -> None:
     assert "5 rows: 4 maps, 1 errors" in result.output
     assert ("level 0" in result.output) == (store == "rows")
     if store == "full":
-        assert "they are for maps of images over patches" in fails("summary", folder, "--masks", tmp_path / "pictures")
+        assert "expected maps of images over patches" in fails("summary", folder, "--masks", tmp_path / "pictures")

@@ -325,7 +325,7 @@ def test_a_model_that_raises_at_one_image_costs_its_row(
     said: list[str] = []
     report = run(raising(made, any_white, IndexError("too\nlong")), tmp_path, batch_size, say=said.append)
     error = only_the_bad_row_differs(tmp_path, whole(batch_size))
-    assert error.startswith("the model fails at this image: IndexError: too")
+    assert error.startswith("the model fails for this image: IndexError: too")
     assert (report.maps, report.errors, report.set_aside) == (39, 1, {})
     assert "shard 4 failed and is made in pieces" in said[-1]
     assert processes.stray(tmp_path) == []
@@ -346,7 +346,7 @@ def test_a_model_whose_process_always_dies_ends_the_job() -> None:
 @pytest.mark.parametrize("shard_size", [1, 4, 10])
 def test_a_model_that_raises_at_every_image_ends_the_job(made: Runtime, tmp_path: Path, shard_size: int) -> None:
     broken = raising(made, lambda images: True, IndexError("always"))
-    with pytest.raises(RunError, match=r"the model fails at every image; at the last: .*IndexError: always"):
+    with pytest.raises(RunError, match=r"the model fails for every image; the last error: .*IndexError: always"):
         run(broken, tmp_path, shard_size=shard_size)
     # Of shards of one image it takes two to tell the model's fault from the image's.
     assert len(shards(tmp_path)) == (shard_size == 1)
@@ -468,7 +468,7 @@ def test_an_image_that_the_model_does_not_survive_costs_its_row(
     error = only_the_bad_row_differs(out, whole(batch))
     assert error.startswith(
         {
-            "raise": "the model fails at this image: IndexError: poison",
+            "raise": "the model fails for this image: IndexError: poison",
             "die": DIED,
             "hang": "the model took longer than 3 s",
         }[how]

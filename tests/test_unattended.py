@@ -85,7 +85,7 @@ def test_the_beginning_and_the_end_say_which_model_and_source(photos: Path, tmp_
     assert told(result)[0] == about
     last = result.stdout.splitlines()[-1]
     assert last.startswith(f"maps of 9 images in {tmp_path / 'out'} (")
-    assert "1 images could not be read: see their error column; --retry-failed tries them again" in last
+    assert "1 images could not be read: see the error column; --retry-failed tries them again" in last
     assert last.endswith(f"; {about}")
     (photos / "003.jpg").write_bytes((photos / "004.jpg").read_bytes())
     again = extract(photos, tmp_path / "out", "--model", "demo", "--retry-failed")
@@ -97,7 +97,7 @@ def test_the_beginning_and_the_end_say_which_model_and_source(photos: Path, tmp_
 def test_the_first_error_is_told_with_its_file(photos: Path, tmp_path: Path) -> None:
     (photos / "008.jpg").write_bytes(b"no picture")
     line = told(extract(photos, tmp_path / "out"))[-1]
-    assert line.startswith("the first error is of 003.jpg: ")
+    assert line.startswith("the first error is in 003.jpg: ")
     assert str(photos / "003.jpg") in line
     assert "can't be read" in line
 
@@ -105,11 +105,11 @@ def test_the_first_error_is_told_with_its_file(photos: Path, tmp_path: Path) -> 
 def test_a_name_that_moves_the_cursor_is_escaped(photos: Path, tmp_path: Path) -> None:
     (photos / "000\x1b[2J\n.jpg").write_bytes(b"no picture")
     line = told(extract(photos, tmp_path / "out"))[-1]
-    assert line.startswith(r"the first error is of 000\x1b[2J\n.jpg: ")
+    assert line.startswith(r"the first error is in 000\x1b[2J\n.jpg: ")
 
 
 def test_no_model_says_that_it_is_the_demo_model(photos: Path, tmp_path: Path) -> None:
-    notice = "no --model: this is the demo model, which was trained on drawn scenes and knows nothing of photos"
+    notice = "no --model: using the demo model, which was trained on drawn scenes and not on photos"
     assert told(extract(photos, tmp_path / "a"))[0] == notice
     assert notice not in told(extract(photos, tmp_path / "b", "--model", "demo"))
 
@@ -120,17 +120,17 @@ def test_pictures_that_were_added_since_are_told(photos: Path, tmp_path: Path, k
     if kind == "csv":
         source = tmp_path / "list.csv"
         source.write_text("path\n" + "".join(f"photos/{i:03d}.jpg\n" for i in range(10)))
-    assert not any("not in the job" in line for line in told(extract(source, out)))
-    assert not any("not in the job" in line for line in told(extract(source, out)))
+    assert not any("added to the source" in line for line in told(extract(source, out)))
+    assert not any("added to the source" in line for line in told(extract(source, out)))
     draw(photos, 12, broken=(3,))
     if kind == "csv":
         with source.open("a") as table:
             table.write("photos/010.jpg\nphotos/011.jpg\n")
     result = extract(source, out)
-    (line,) = [line for line in told(result) if "not in the job" in line]
-    assert line.startswith("2 rows of the source are not in the job, which was planned before they were there, such as")
+    (line,) = [line for line in told(result) if "added to the source" in line]
+    assert line.startswith("2 rows were added to the source after the job was planned, and are not in it, such as")
     assert "010.jpg" in line
-    assert line.endswith("another --out takes them in")
+    assert line.endswith("choose another --out to include them")
     assert "maps of 9 images" in result.stdout
 
 
@@ -163,8 +163,9 @@ def test_another_batch_size_is_told(photos: Path, tmp_path: Path) -> None:
     assert json.loads((out / "run.json").read_text())["batch_size"] == 4
     assert not any("batch-size" in line for line in told(extract(photos, out)))
     lines = told(extract(photos, out, "--batch-size", 2))
-    assert "batch-size: 4 in earlier runs, 2 now: sums may be rounded otherwise, so maps may differ in their last" in (
-        next(line for line in lines if "batch-size" in line)
+    assert (
+        "batch-size: 4 in earlier runs, 2 now: sums may be rounded differently, so maps may differ in their last"
+        in (next(line for line in lines if "batch-size" in line))
     )
 
 
@@ -174,11 +175,11 @@ def test_a_job_keeps_its_own_max_pixels(photos: Path, tmp_path: Path) -> None:
     (out / "part-00001.parquet").unlink()
     again = extract(photos, out)
     assert "maps of 9 images" in again.stdout
-    assert "6 rows of an earlier run" in again.stdout
+    assert "6 rows from earlier runs" in again.stdout
     assert json.loads((out / "run.json").read_text())["settings"]["max_pixels"] == 50_000
     other = extract(photos, out, "--max-pixels", 60_000)
     assert other.exit_code == 2
-    assert "max_pixels: 50000 there, 60000 asked" in told(other)[-1]
+    assert "max_pixels: 50000 in the job, 60000 now" in told(other)[-1]
 
 
 def test_ranks_of_machines_with_other_memory_share_a_job(
@@ -284,7 +285,7 @@ def test_a_scheduler_that_ends_a_job_is_told_how_far_it_is(tmp_path: Path) -> No
     assert process.returncode == 143, errors
     lines = errors.splitlines()
     assert lines[-2] == (
-        "attnx: interrupted, ended by SIGTERM; the same command goes on with the first shard that is not there"
+        "attnx: interrupted, ended by SIGTERM; run the same command again to continue with the first missing shard"
     )
     stopped = re.match(r"attnx: stopped at (\d+) of 300 images \(\d+ %\), .*; model demo", lines[-1])
     assert stopped is not None, lines[-1]

@@ -11,7 +11,7 @@ from test_cli import fails, run
 
 import attnx
 from attnx.demo import albef as pair
-from attnx.figures.picture import captioned
+from attnx.figures.sheets import captioned
 from attnx.images import read_image
 
 CAPTION = "a red circle left of a blue square"
@@ -198,7 +198,7 @@ def test_what_is_wrong_with_a_pair_is_its_row(photos: Path, weights: Path, tmp_p
     assert rows[5].key == "line 6"
     assert rows[10].text == long
     assert len(rows[10].tokens) == pair.MAX_TOKENS
-    assert "1 captions were cut: they are longer than the model takes" in result.output
+    assert "1 captions were cut: they are longer than the model's limit" in result.output
     unknown = sum("[UNK]" in (row.tokens or ()) for row in rows)
     assert unknown > 0
     assert f", {unknown} captions have words that are not in the vocabulary" in result.output
@@ -296,7 +296,7 @@ def test_mistakes_are_told_before_work(photos: Path, weights: Path, tmp_path: Pa
     assert "doesn't fit ALBEF" in told
     assert "blocks.0.attn.qkv.weight" in told
     assert "gone.jsonl, which does not exist" in fails("words", "--pairs", tmp_path / "gone.jsonl", *demo)
-    assert "is taken for a folder of images" in fails("words", "--pairs", photos, *demo)
+    assert "is a folder of images" in fails("words", "--pairs", photos, *demo)
     empty = write_pairs(tmp_path / "empty.jsonl", "", "")
     assert "expected at least one row" in fails("words", "--pairs", empty, *demo)
     binary = tmp_path / "binary.jsonl"
@@ -309,9 +309,9 @@ def test_a_job_leaves_anothers_shards_alone(photos: Path, weights: Path, tmp_pat
     pairs, out = write_pairs(photos / "p.jsonl", *pairs_of(("a.png", "a star"))), tmp_path / "out"
     args = ["words", "--pairs", pairs, "--checkpoint", weights, *DEMO, "--out", out]
     assert run(*args).exit_code == 0
-    assert "1 rows of an earlier run" in run(*args).output
+    assert "1 rows from earlier runs" in run(*args).output
     told = fails(*args, "--layer", 3)
-    assert "holds a job with other settings. layer: 2 there, 3 asked" in told
+    assert "holds a job with other settings. layer: 2 in the job, 3 now" in told
     assert len(list(attnx.open(out))) == 1
 
 

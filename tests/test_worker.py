@@ -414,7 +414,7 @@ def test_zero_and_negative_maps() -> None:
     stored, scale = pack(np.array([-3.0, 1.0], np.float32), "float16")
     assert (stored * scale).tolist() == [-3.0, 1.0]
     rows = Format("uint8").table([Result("a", None, np.array([-1.0]), 1, 1, None, None)]).to_pylist()
-    assert rows[0]["error"] == "uint8 can't hold the map: its least value is -1"
+    assert rows[0]["error"] == "uint8 can't store negative values: the smallest value of the map is -1"
     assert rows[0]["map"] is rows[0]["scale"] is rows[0]["shape"] is None
 
 

@@ -1,4 +1,4 @@
-"""attnx extract: the batch job of images."""
+"""`attnx extract`: the batch job for maps of images."""
 
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +31,6 @@ from attnx.cli.job_options import (
     Workers,
     World,
     absolute,
-    run_recipe,
 )
 from attnx.cli.options import (
     MODEL,
@@ -56,6 +55,7 @@ from attnx.cli.options import (
     report_errors,
     rollout_options,
 )
+from attnx.cli.run_job import run_recipe
 
 
 @report_errors
@@ -64,7 +64,7 @@ def extract(
         Path,
         typer.Argument(
             help="A folder of images (read recursively), one image, a table (.parquet, .csv, .tsv, .jsonl) with the "
-            "columns path, key, caption, webdataset tars, or a data set of save_to_disk.",
+            "columns path, key, caption, webdataset tars, or a data set written by save_to_disk.",
             **PATH,
         ),
     ],
@@ -73,8 +73,8 @@ def extract(
     method: Annotated[
         str | None,
         typer.Option(
-            help="[bold]rollout[/bold] through all layers (unless given), [bold]cls[/bold]: the class token's map in "
-            "the last layer, or in each [bold]--layer[/bold], [bold]layers[/bold]: in every layer."
+            help="[bold]rollout[/bold] through all layers (default), [bold]cls[/bold]: the class token's map in the "
+            "last layer, or in each [bold]--layer[/bold], [bold]layers[/bold]: the class token's map in every layer."
         ),
     ] = None,
     layer: Layer = None,
@@ -82,8 +82,8 @@ def extract(
     store: Annotated[
         str,
         typer.Option(
-            help="[bold]map[/bold]: the method's; [bold]rows[/bold]: the class token's of every layer and head; "
-            "[bold]full[/bold]: the whole maps of every layer and head, in safetensors files beside the shards."
+            help="[bold]map[/bold]: the method's map, [bold]rows[/bold]: the class token's of every layer and head; "
+            "[bold]full[/bold]: the whole maps of all layers and heads, in a safetensors file per shard."
         ),
     ] = "map",
     checkpoint: Checkpoint = None,
@@ -92,17 +92,18 @@ def extract(
     pixels: Annotated[
         str | None,
         typer.Option(
-            help="[bold]timm[/bold]: timm's own evaluation transform, crop included (unless given, of timm: models); "
-            "[bold]whole[/bold]: the whole picture (of others); [bold]processor[/bold]: Hugging Face's own (hf:)."
+            help="[bold]timm[/bold]: timm's evaluation transform with its crop (default for timm: models); "
+            "[bold]whole[/bold]: the whole picture (default for others); [bold]processor[/bold]: the image processor "
+            "of an hf: model."
         ),
     ] = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = "float32",
     map_dtype: MapDtype = "float16",
     keep: Annotated[
-        str, typer.Option(help="Of every layer, for rollout: map, qk (memory linear in the tokens), or auto.")
+        str, typer.Option(help="Kept of every layer for rollout: map, qk (memory linear in the tokens), or auto.")
     ] = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="Record CUDA graphs: for small batches.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Use CUDA graphs, which helps for small batches.")] = False,
     kind: Kind = None,
     root: Root = None,
     split: Split = None,
@@ -131,12 +132,12 @@ def extract(
     preset: Preset = None,
     seed: Seed = 0,
 ) -> None:
-    """Writes the maps of many images as Parquet shards; run again, it goes on where it was stopped.
+    """Writes the maps of many images as Parquet shards. The same command continues a job that was stopped.
 
-    A row: key, text (caption), map (list) with its shape and scale (map * scale are the values), width and height of
-    the image, crop (the part of it that the map covers), error (null if all went well). An image that can't be read
-    becomes a row with an error, and the job goes on. manifest.parquet is the list of images, fixed by the first run;
-    run.json what the maps are made with, and a later run with anything else is refused.
+    Columns: key, text (caption), map (list) with its shape and scale (the values are map * scale), width and height of
+    the image, crop (the part of it that the map covers), error (null without an error). An image that can't be read
+    becomes a row with an error, and the job continues. manifest.parquet is the list of images, fixed by the first run.
+    run.json has the settings; a later run with other settings is an error.
     """
     from attnx.jobs.packing import DTYPES, STORES
     from attnx.jobs.recipe import ExtractRecipe
@@ -150,8 +151,8 @@ def extract(
     one_of("map-dtype", map_dtype, DTYPES)
     one_of("store", store, STORES)
     if store != "map" and (method, heads, compile) != (None, "mean", False):
-        raise ValueError(f"method, heads, compile: they are for --store map; got --store {store}")
-    notice = "no --model: this is the demo model, which was trained on drawn scenes and knows nothing of photos"
+        raise ValueError(f"method, heads, compile: only for --store map; got --store {store}")
+    notice = "no --model: using the demo model, which was trained on drawn scenes and not on photos"
     notice, model = (notice, "demo") if model is None else ("", model)
     images, method = open_source(source, kind, root, split), method or "rollout"
     recipe = ExtractRecipe(
@@ -165,6 +166,6 @@ def extract(
 
 
 def _absolute(model: str) -> str:
-    """A folder's name as any process on this machine understands it."""
+    """The model's name, with an absolute path if it is a folder."""
     kind, _, name = model.partition(":")
     return f"{kind}:{Path(name).absolute()}" if kind == "hf" and Path(name).is_dir() else model

@@ -45,10 +45,10 @@ from attnx.supervisor import ENDING, can_supervise, supervise
 
 
 class OneLine(TyperGroup):
-    """Commands whose wrong options are told in one line, with exit code 2."""
+    """Commands that report wrong options in one line, with exit code 2."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        """Runs the command line, see `typer.core.TyperGroup.main`."""
+        """Run the command line, see `typer.core.TyperGroup.main`."""
         run = partial(super().main, args, *rest, **kwargs)
         if not standalone_mode:
             return run(standalone_mode=False)
@@ -60,8 +60,8 @@ class OneLine(TyperGroup):
                 error.show()
                 sys.exit(2)
             context = getattr(error, "ctx", None)
-            of = "" if context is None or context.parent is None else f"{context.info_name}: "
-            say(of + error.format_message())
+            command = "" if context is None or context.parent is None else f"{context.info_name}: "
+            say(command + error.format_message())
             sys.exit(2)
         except typer.Abort:
             code = 130
@@ -75,16 +75,16 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="""The attention maps of any vision transformer, at the price of its attention.
+    help="""Extracts attention maps of vision transformers.
 
-    [bold]attnx demo[/bold] shows what it does, without a download. [bold]attnx show photo.jpg --model demo[/bold] draws
+    [bold]attnx demo[/bold] shows examples without a download. [bold]attnx show photo.jpg --model demo[/bold] draws
     the maps of one image, [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
-    those of a folder, and [bold]attnx summary maps/[/bold] says what they have in common. [bold]attnx words photo.jpg
-    "a dog" --checkpoint ALBEF.pth[/bold] draws what each word looks at. [bold]attnx kernels[/bold] compiles the GPU
-    kernels, without a GPU.
+    the maps of a folder, and [bold]attnx summary maps/[/bold] computes statistics of them. [bold]attnx words photo.jpg
+    "a dog" --checkpoint ALBEF.pth[/bold] draws the map of each word. [bold]attnx kernels[/bold] compiles the GPU
+    kernels without a GPU.
 
-    Exit codes: 0 all is well, 1 some images or captions could not be read or a kernel spills, 2 a mistake in what was
-    asked.""",
+    Exit codes: 0 success, 1 some images or captions could not be read or a kernel spills, 2 wrong usage or another
+    error.""",
 )
 
 
@@ -94,7 +94,7 @@ def demo(
     out: Out = Path("attnx-demo"),
     scenes: Annotated[int, typer.Option(help="How many scenes to draw.")] = 48,
 ) -> None:
-    """Draws scenes, runs the bundled models on them, and shows where they looked: for the target, and for words.
+    """Draws scenes, runs the bundled models on them, and draws the maps of the target and of words.
 
     Writes the scenes, their maps (Parquet), results.json, contact_sheet.png, words.png, and captioned/pairs.jsonl for
     `attnx words --model demo --pairs`. No download, no GPU.
@@ -104,7 +104,7 @@ def demo(
 
     verdict = run_demo(out, scenes, progress=progress_bar)
     typer.echo(str(verdict))
-    typer.echo(f"look at {out / 'contact_sheet.png'} and {out / 'words.png'}")
+    typer.echo(f"see {out / 'contact_sheet.png'} and {out / 'words.png'}")
 
 
 @app.command()
@@ -132,8 +132,8 @@ def show(
 ) -> None:
     """Draws the maps of one image, at the image's own size.
 
-    Writes overlay.png (the method's map), heads.png (the class token's map, head by head), masks.png (the patches
-    that hold 60 % of each head's mass) and layers.png (every layer, then max, min, mean, and rollout).
+    Writes overlay.png (the method's map), heads.png (the class token's map of each head), masks.png (the patches
+    with 60 % of each head's mass) and layers.png (every layer, then max, min, mean, and rollout).
     """
     from attnx.figures.one_image import Style, draw
     from attnx.images import read_image
@@ -158,20 +158,22 @@ def kernels(
     arch: Annotated[
         list[str] | None, typer.Option(help="sm_80, sm_86, sm_89, sm_90, sm_100 or gfx942; repeat for several.")
     ] = None,
-    head_dim: Annotated[list[int] | None, typer.Option(help="1 to 256; repeat; 32, 64, 80, 128 unless given.")] = None,
-    dtype: Annotated[
-        list[str] | None, typer.Option(help="bfloat16 (unless given), float16 or float32; repeat.")
+    head_dim: Annotated[
+        list[int] | None, typer.Option(help="1 to 256; repeat for several; default: 32, 64, 80, 128.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes that compile; one a core unless given.", min=1)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="A list for runtime, and nothing else on stdout.")] = False,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="bfloat16 (default), float16 or float32; repeat for several.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Compiler processes; default: one per core.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, and nothing else, on stdout.")] = False,
 ) -> None:
-    """Compiles every kernel for GPUs that need not be here: registers, spills, shared memory, matrix instructions.
+    """Compiles every kernel without a GPU; prints registers, spills, shared memory and matrix instructions.
 
-    All default configurations, for A100, RTX 30, RTX 40, H100, B200 and MI300 unless some are named; minutes the first
-    time. Exit code 1 if one spills, asks for more shared memory than there is, or does not compile.
+    Compiles all default configurations, by default for A100, RTX 30, RTX 40, H100, B200 and MI300. The first run takes
+    minutes. Exit code 1 if a kernel spills, needs too much shared memory, or does not compile.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise ValueError("TRITON_INTERPRET is 1: the interpreter compiles nothing; unset it")
+        raise ValueError("TRITON_INTERPRET is 1: the interpreter does not compile kernels; unset it")
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("triton is not installed, so nothing can be compiled: pip install triton")
     import json
@@ -202,7 +204,7 @@ def kernels(
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks this process to end. number: its own."""
+    """A signal that ends this process. number: the signal number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -210,14 +212,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def _stop(number: int, frame: object) -> None:
-    # Once: what cleans up is not to be interrupted.
+    # Further signals are ignored, so that cleanup is not interrupted.
     for each in ENDING:
         signal.signal(each, signal.SIG_IGN)
     raise Stopped(number)
 
 
 def main() -> None:
-    """The entry point: after a signal, 128 and its number, as shells do: 130 after an interrupt."""
+    """The entry point. After a signal, the exit code is 128 plus its number, as in shells: 130 for an interrupt."""
     if sys.argv[1:2] in (["extract"], ["words"]) and can_supervise():
         try:
             supervise()
@@ -225,7 +227,7 @@ def main() -> None:
             say(f"no process or temporary folder for the job: {error}")
             sys.exit(2)
     for number in ENDING:
-        # nohup has the terminal's end ignored.
+        # nohup ignores SIGHUP; keep it ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
     try:

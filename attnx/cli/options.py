@@ -1,4 +1,4 @@
-"""What the commands share: their options, and how they tell of a mistake."""
+"""Options and error reporting that all commands share."""
 
 import os
 import re
@@ -20,53 +20,53 @@ if TYPE_CHECKING:
     from attnx.models.loaded import Loaded
 
 
-# typer has its own copy of click, or click itself, by its version.
+# Depending on its version, typer uses click or its own copy of it.
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 def path_of(text: str) -> Path:
-    """A path that an option names; an empty one would be the current folder."""
+    """The path in an option. Raises BadParameter if it is empty, because it would mean the current folder."""
     if not text:
         raise typer.BadParameter("expected a file or folder; got an empty text")
     return Path(text)
 
 
 MODEL = typer.Option(
-    help="[bold]demo[/bold] (bundled), [bold]timm:NAME[/bold], or [bold]hf:NAME[/bold] (of the hub, or a folder "
+    help="[bold]demo[/bold] (bundled), [bold]timm:NAME[/bold], or [bold]hf:NAME[/bold] (on the hub, or a folder "
     "written by save_pretrained)."
 )
 Model = Annotated[str, MODEL]
-PATH: dict[str, Any] = {"parser": path_of, "metavar": "PATH"}  # of typer.Option and typer.Argument
-Out = Annotated[Path, typer.Option(help="Folder for the results; made if it is missing.", **PATH)]
+PATH: dict[str, Any] = {"parser": path_of, "metavar": "PATH"}  # arguments of typer.Option and typer.Argument
+Out = Annotated[Path, typer.Option(help="Folder for the results; created if missing.", **PATH)]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights to load (.safetensors or a torch file).", **PATH)]
-Pretrained = Annotated[bool, typer.Option(help="Download the model's weights; --no-pretrained takes random ones.")]
+Pretrained = Annotated[bool, typer.Option(help="Download the model's weights; --no-pretrained: random weights.")]
 Seed = Annotated[int, typer.Option(help="Seed of random weights.")]
 ImageSize = Annotated[str | None, typer.Option(help="Pixels: 480, or HEIGHTxWIDTH such as 480x640.")]
 Method = Annotated[
     str,
     typer.Option(
-        help="[bold]rollout[/bold] through all layers, [bold]cls[/bold]: the class token's map in the last, "
-        "[bold]layers[/bold]: in every layer."
+        help="[bold]rollout[/bold] through all layers, [bold]cls[/bold]: the class token's map in the last layer, "
+        "[bold]layers[/bold]: the class token's map in every layer."
     ),
 ]
 Layer = Annotated[
     list[str] | None, typer.Option(help="Layer name, glob or depth index (-1 is the last); repeat for several.")
 ]
 HeadsOption = Annotated[str, typer.Option(help="How heads are fused: mean, max or min (each: with cls).")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one unless given.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")]
 Residual = Annotated[float, typer.Option(help="Rollout: weight of the identity.")]
-Discard = Annotated[float, typer.Option(help="Rollout: share of smallest entries dropped in each layer.")]
+Discard = Annotated[float, typer.Option(help="Rollout: share of the smallest entries to drop in each layer.")]
 Start = Annotated[int, typer.Option(help="Rollout: first layer of the product.")]
-Preset = Annotated[str | None, typer.Option(help="Rollout: vit-explain, that code's arithmetic.")]
-BatchSize = Annotated[int, typer.Option(help="Images, or pairs, at a time.", min=1)]
-Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 / float16 by autocast.")]
-Colormap = Annotated[str, typer.Option(help="A matplotlib colour map.")]
-Alpha = Annotated[float, typer.Option(help="0: the image alone, 1: the colours alone.")]
+Preset = Annotated[str | None, typer.Option(help="Rollout: vit-explain reproduces the arithmetic of that code.")]
+BatchSize = Annotated[int, typer.Option(help="Images or pairs per batch.", min=1)]
+Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 / float16 with autocast.")]
+Colormap = Annotated[str, typer.Option(help="Name of a matplotlib colour map.")]
+Alpha = Annotated[float, typer.Option(help="Opacity of the map: 0 shows only the image, 1 only the map.")]
 Interpolation = Annotated[str, typer.Option(help="bilinear or nearest.")]
 
 
 def report_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Whatever goes wrong in a command becomes one line on stderr and exit code 2. ATTNX_TRACEBACK=1 shows the rest."""
+    """Report any error of a command as one line on stderr with exit code 2. ATTNX_TRACEBACK=1 shows the traceback."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -75,7 +75,7 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, UsageError):
             raise
         except KeyboardInterrupt as error:
-            # typer would forget which signal it was.
+            # typer would discard the signal number.
             raise typer.Exit(128 + getattr(error, "number", signal.SIGINT)) from None
         except Exception as error:
             if os.environ.get("ATTNX_TRACEBACK"):
@@ -87,21 +87,21 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _message_of(command: str, error: Exception) -> str:
-    """The message of an error; with its type and the command, if nobody foresaw it."""
-    told = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    """The message of an error; with its type and the command if the error is unexpected."""
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if (
         not isinstance(error, (ValueError, RuntimeError, OSError, NotImplementedError, KeyError, ImportError))
-        or not told
+        or not message
     ):
-        told = f"{command}: {type(error).__name__}: {told} (ATTNX_TRACEBACK=1 shows where)"
-    return told
+        message = f"{command}: {type(error).__name__}: {message} (ATTNX_TRACEBACK=1 shows where)"
+    return message
 
 
 def device_of(name: str | None) -> "torch.device":
-    """The device of that name; a GPU if there is one unless given.
+    """The device with this name; by default a GPU if there is one.
 
     Raises:
-        ValueError: torch can't use it here.
+        ValueError: torch can't use the device.
     """
     import torch
 
@@ -115,32 +115,32 @@ def device_of(name: str | None) -> "torch.device":
 
 
 def devices_of(names: str | None) -> list[str]:
-    """Devices by their names, with commas between them; "all": every GPU.
+    """The names of devices in a comma-separated list; "all": every GPU.
 
     Raises:
-        ValueError: torch can't use one of them here.
+        ValueError: torch can't use one of the devices.
     """
     import torch
 
     if names == "all":
         if not torch.cuda.is_available():
-            raise ValueError("device: all is for GPUs; torch finds none here")
+            raise ValueError("device: expected GPUs for all; torch finds none here")
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    found = [None] if names is None else names.split(",")
-    if len(found) == 1:
-        return [str(device_of(found[0]))]
-    for name in found:
-        # Nothing is put on it: this process will not use it.
+    devices = [None] if names is None else names.split(",")
+    if len(devices) == 1:
+        return [str(device_of(devices[0]))]
+    for name in devices:
+        # Checked without a tensor on it, because this process will not use it.
         count = torch.cuda.device_count()
         if not (
             name == "cpu" or (re.fullmatch(r"cuda:\d+", name or "") and int((name or "").partition(":")[2]) < count)
         ):
             raise ValueError(f"device: expected cpu or cuda:N of {count} GPUs, with commas between them; got {name!r}")
-    return [str(name) for name in found]
+    return [str(name) for name in devices]
 
 
 def one_of(name: str, value: str, known: Sequence[str]) -> None:
-    """Raises ValueError if the option's value is none that is known."""
+    """Raise ValueError unless the option's value is in `known`."""
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
 
@@ -152,7 +152,7 @@ def autocast_of(dtype: str) -> "torch.dtype | None":
     """The dtype to autocast to; None for float32.
 
     Raises:
-        ValueError: another name.
+        ValueError: the dtype is unknown.
     """
     import torch
 
@@ -161,10 +161,10 @@ def autocast_of(dtype: str) -> "torch.dtype | None":
 
 
 def pixels_of(text: str | None) -> tuple[int, int] | None:
-    """(height, width) of "480" or "480x640"; None of None.
+    """(height, width) for "480" or "480x640"; None for None.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text has another form, or a side is out of range.
     """
     if text is None:
         return None
@@ -192,12 +192,12 @@ def prepared(
 
 
 def layers_of(layers: list[str] | None) -> list[str | int] | None:
-    """Depth indices as numbers, names and globs as they are."""
+    """The layers, with depth indices as integers; names and globs are unchanged."""
     if not layers:
         return None
     return [int(x) if x.removeprefix("-").isdecimal() else x for x in layers]
 
 
 def rollout_options(residual: float, discard: float, start: int, preset: str | None) -> dict[str, Any]:
-    """The rollout's own options."""
+    """The keyword arguments of `attnx.rollout`."""
     return {"residual": residual, "discard": discard, "start": start, "preset": preset}

@@ -1,4 +1,4 @@
-"""attnx summary: what the maps of a job have in common."""
+"""`attnx summary`: statistics of a job's maps."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,24 +16,24 @@ def summary(
     masks: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of labelled masks: of a/b.jpg, a/b.png with numbers for objects, 0 for the background and 255 "
-            "for void. Adds DINO's Jaccard and the pointing game.",
+            help="Folder of labelled masks. The mask of a/b.jpg is a/b.png: 0 is the background, 255 is void, other "
+            "values are objects. Adds DINO's Jaccard index and the pointing game.",
             **PATH,
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the pictures; FOLDER/summary unless given.", **PATH)
-    ] = None,
-    examples: Annotated[int, typer.Option(help="Of each level of entropy, and of each end.", min=1)] = 6,
-    keep: Annotated[float, typer.Option(help="Share of a head's mass inside its mask, for the Jaccard.")] = 0.6,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; default: FOLDER/summary.", **PATH)] = None,
+    examples: Annotated[
+        int, typer.Option(help="Number of examples per entropy level, and of most and least focused.", min=1)
+    ] = 6,
+    keep: Annotated[float, typer.Option(help="Share of a head's mass inside its mask, for the Jaccard index.")] = 0.6,
     colormap: Colormap = "turbo",
     alpha: Alpha = 0.5,
     interpolation: Interpolation = "bilinear",
 ) -> None:
-    """Counts, errors, images a second; four levels of entropy with examples; the mean map; the most and least focused.
+    """Summarises a job: counts, errors, images/s, entropy levels with examples, and the mean map.
 
-    Writes summary.json, levels.png, focus.png and mean.png. An image's entropy is that of its map over the patches,
-    layers and heads averaged; the levels are quarters of the images.
+    Writes summary.json, levels.png, focus.png (the most and least focused images) and mean.png. An image's entropy is
+    the entropy of its map over the patches, averaged over layers and heads. The levels are quarters of the images.
     """
     from attnx.figures.one_image import Style
     from attnx.figures.summary import draw_summary, numbers, table, write_numbers
@@ -44,13 +44,13 @@ def summary(
     maps = Maps(folder)
     found = summarise(maps)
     if masks is not None and not masks.is_dir():
-        raise ValueError(f"masks: expected a folder of masks; {masks} is none")
+        raise ValueError(f"masks: expected a folder of masks; {masks} is not a folder")
     scored = None if masks is None else score(maps, masks, keep)
     target = folder / "summary" if out is None else out
     written = draw_summary(maps, found, target, Style(colormap, alpha, interpolation), examples)
-    said = numbers(maps, found, scored)
+    values = numbers(maps, found, scored)
     target.mkdir(parents=True, exist_ok=True)
-    write_numbers(said, target / "summary.json")
-    typer.echo(table(said))
+    write_numbers(values, target / "summary.json")
+    typer.echo(table(values))
     for path, what in written.items():
         typer.echo(f"{path}  {what}")

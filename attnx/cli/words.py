@@ -1,4 +1,4 @@
-"""attnx words: what each word of a caption looks at, for one image or for a file of pairs."""
+"""`attnx words`: the map of each word of a caption, for one image or for many pairs."""
 
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,6 @@ from attnx.cli.job_options import (
     Workers,
     World,
     absolute,
-    run_recipe,
 )
 from attnx.cli.options import (
     PATH,
@@ -51,6 +50,7 @@ from attnx.cli.options import (
     pixels_of,
     report_errors,
 )
+from attnx.cli.run_job import run_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -63,12 +63,12 @@ if TYPE_CHECKING:
 @report_errors
 def words(
     image: Annotated[Path | None, typer.Argument(help="An image file.", **PATH)] = None,
-    caption: Annotated[str | None, typer.Argument(help="What it shows.")] = None,
+    caption: Annotated[str | None, typer.Argument(help="A caption of the image.")] = None,
     pairs: Annotated[
         Path | None,
         typer.Option(
             help='For a batch job: JSON lines {"image": "photo.jpg", "caption": "a dog"}, or another source of images '
-            "with captions, as of attnx extract.",
+            "with captions, as for attnx extract.",
             **PATH,
         ),
     ] = None,
@@ -76,28 +76,31 @@ def words(
         str, typer.Option(help="[bold]albef[/bold] in the published sizes, or [bold]demo[/bold] (bundled).")
     ] = "albef",
     checkpoint: Checkpoint = None,
-    pretrained: Annotated[bool, typer.Option(help="--no-pretrained takes random weights.")] = True,
+    pretrained: Annotated[bool, typer.Option(help="--no-pretrained: random weights.")] = True,
     vocab: Annotated[
-        Path | None, typer.Option(help="bert-base-uncased's vocab.txt; downloaded unless given.", **PATH)
+        Path | None, typer.Option(help="vocab.txt of bert-base-uncased; downloaded by default.", **PATH)
     ] = None,
     out: Out = Path("attnx-words"),
     layer: Annotated[
-        int | None, typer.Option(help="Text layer with cross-attention; 8 of ALBEF, 2 of the demo.")
+        int | None, typer.Option(help="Text layer with cross-attention; default: 8 for ALBEF, 2 for the demo.")
     ] = None,
     method: Annotated[
         str,
         typer.Option(
-            help="[bold]attention[/bold] itself, or [bold]gradcam[/bold]: weighted by its gradient of a match."
+            help="[bold]attention[/bold], or [bold]gradcam[/bold]: attention weighted by the gradient of the match."
         ),
     ] = "attention",
     heads: Annotated[str, typer.Option(help="How heads are fused: mean, max or min (gradcam: mean).")] = "mean",
     preset: Annotated[
-        str | None, typer.Option(help="vl-dino: that script's input (480 pixels, ImageNet's colours) and pass.")
+        str | None,
+        typer.Option(help="vl-dino: the input (480 pixels, ImageNet's mean and std) and forward pass of that script."),
     ] = None,
     image_size: ImageSize = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = "float32",
-    pictures: Annotated[bool, typer.Option("--pictures", help="With --pairs: words.png of every pair, too.")] = False,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="With --pairs: also draw words.png for every pair.")
+    ] = False,
     map_dtype: MapDtype = "float16",
     kind: Kind = None,
     root: Root = None,
@@ -126,12 +129,12 @@ def words(
     interpolation: Interpolation = "bilinear",
     seed: Seed = 0,
 ) -> None:
-    """Draws what each word of a caption looks at: cross-attention, or its Grad-CAM.
+    """Draws a map for each word of a caption: cross-attention, or its Grad-CAM.
 
-    Writes a picture a word (00-a.png), words.png with all of them over the caption, and words.npz. With --pairs,
-    Parquet shards, as of attnx extract: a row a pair, maps [T, h, w], and the columns tokens (the T word pieces),
-    word_of (the word that each is of), score (gradcam: the logit of a match) and cut (words that had no room). Pairs
-    that can't be read become rows with an error; run again, it goes on where it was stopped.
+    Writes one picture per word (00-a.png), words.png with all of them, and words.npz. With --pairs, writes Parquet
+    shards like attnx extract: one row per pair, maps [T, h, w], and the columns tokens (the T word pieces), word_of
+    (the word of each token), score (gradcam: the matching logit) and cut (words beyond the model's length). Pairs that
+    can't be read become rows with an error. The same command continues a job that was stopped.
     """
     from attnx.figures.one_image import Style
     from attnx.jobs.packing import DTYPES
@@ -139,8 +142,8 @@ def words(
     from attnx.jobs.sources import open_source
     from attnx.models.loading import default_layer
 
-    asked = {"IMAGE": image, "CAPTION": caption, "--pairs": pairs}
-    given = [name for name, value in asked.items() if value is not None]
+    arguments = {"IMAGE": image, "CAPTION": caption, "--pairs": pairs}
+    given = [name for name, value in arguments.items() if value is not None]
     if given not in (["IMAGE", "CAPTION"], ["--pairs"]):
         raise ValueError(f'expected IMAGE "CAPTION", or --pairs FILE; got {" and ".join(given) or "neither"}')
     autocast_of(dtype)
@@ -151,7 +154,7 @@ def words(
     )  # fmt: skip
     images = None if pairs is None else open_source(pairs, kind, root, split)
     if images is not None and images.kind == "folder":
-        raise ValueError(f"pairs: expected a source with captions; {pairs} is taken for a folder of images")
+        raise ValueError(f"pairs: expected a source with captions; {pairs} is a folder of images")
     recipe = WordsRecipe(
         source=absolute(image or pairs or Path()), kind="folder" if images is None else images.kind,
         root=absolute(root), split=split, model=model, pretrained=pretrained, checkpoint=absolute(checkpoint),
@@ -167,19 +170,19 @@ def words(
 
 
 def _draw(recipe: "WordsRecipe", image: Path, caption: str, out: Path, on: "torch.device", style: "Style") -> None:
-    """The pictures of one image and its caption."""
+    """Draw the pictures of one image and its caption."""
     from attnx.figures.words import draw_words
     from attnx.images import read_image
 
     picture = read_image(image)
     loaded, find = recipe.load_words(on)
-    found = find(loaded.prepare(picture)[None].to(on), [[caption]])[0]
-    for path, what in draw_words(picture, found, out, style).items():
+    maps = find(loaded.prepare(picture)[None].to(on), [[caption]])[0]
+    for path, what in draw_words(picture, maps, out, style).items():
         typer.echo(f"{path}  {what}")
 
 
 def _finish(out: Path, style: "Style | None", runtime: "Runtime", report: "Report") -> str:
-    """Draws the pairs if asked to; tells of captions that were cut, and of those with words outside the vocabulary."""
+    """Draw the pairs if `style` is given; return a text with the numbers of truncated captions and unknown words."""
     import pyarrow.compute as pc
 
     from attnx.figures.words import draw_pairs
@@ -194,5 +197,5 @@ def _finish(out: Path, style: "Style | None", runtime: "Runtime", report: "Repor
         tokens = rows["tokens"].combine_chunks()
         of_row = pc.list_parent_indices(tokens).filter(pc.equal(pc.list_flatten(tokens), "[UNK]"))
         unknown += len(of_row.unique())
-    told = f", {cut} captions were cut: they are longer than the model takes" if cut else ""
-    return told + (f", {unknown} captions have words that are not in the vocabulary" if unknown else "")
+    message = f", {cut} captions were cut: they are longer than the model's limit" if cut else ""
+    return message + (f", {unknown} captions have words that are not in the vocabulary" if unknown else "")

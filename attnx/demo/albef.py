@@ -1,4 +1,4 @@
-"""The demo ALBEF: a small ALBEF that tells whether a caption is true of a drawn scene."""
+"""The demo ALBEF: a small ALBEF that classifies whether a caption matches a drawn scene."""
 
 from __future__ import annotations
 
@@ -40,13 +40,15 @@ VOCAB: tuple[str, ...] = (
 )
 MAX_TOKENS = 32
 LAYER = 2
-"""The text layer to look at: the first with cross-attention. What words find there, the layers above tell [CLS]."""
+"""The default text layer of maps: the first with cross-attention. Layers above it pass its result to [CLS]."""
 
 
 def demo_albef_config() -> AlbefConfig:
-    """Its sizes: the image encoder is the first half of ``demo_model``, so that training can begin with its weights.
+    """Sizes of the demo ALBEF: the image encoder is the first half of ``demo_model``.
 
-    Further up, a patch's token would tell of the whole picture, and words would find what they name anywhere.
+    Training starts with the weights of that model.
+
+    In higher layers the token of a patch describes the whole image, so word maps would not be local.
     """
     from attnx.models.albef import AlbefConfig
 

@@ -1,4 +1,4 @@
-"""Whether the demo pair's words look at what they name: the pointing game on captioned scenes."""
+"""Pointing game of the demo ALBEF's word maps on captioned scenes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def point_at_phrases(scenes: int, seed: int, model: Albef | None = None) -> Poin
 
 def words_sheet(pointing: Pointing, scenes: int) -> Image.Image:
     """A scene a row: the picture over its caption, and for each of its noun phrases Grad-CAM and attention over it."""
-    from attnx.figures.picture import captioned, contact_sheet, overlay
+    from attnx.figures.picture import overlay
+    from attnx.figures.sheets import captioned, contact_sheet
 
     methods = {"Grad-CAM": f"gradcam {pointing.layer}", "attention": f"attention mean {pointing.layer}"}
     pictures, titles = [], []

@@ -1,4 +1,4 @@
-"""The demo: scenes drawn, their maps made by the same code as `attnx extract`, and how often a map finds its target."""
+"""The demo: draw scenes, extract their maps with the code of `attnx extract`, and play the pointing game."""
 
 import json
 from collections.abc import Callable
@@ -93,7 +93,7 @@ def _write_pictures(folder: Path, images: list[np.ndarray]) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     partial = path.with_name(f".{path.name}.tmp")
     partial.write_text(text)
     partial.replace(path)
@@ -129,7 +129,8 @@ def _write_results(out: Path, verdict: Verdict, drawn: list[Scene], hits: dict[s
 
 def _sheet(drawn: list[Scene], maps: dict[str, Tensor]) -> Image.Image:
     """Scene, rollout and CLS map side by side, two scenes a row."""
-    from attnx.figures.picture import contact_sheet, overlay
+    from attnx.figures.picture import overlay
+    from attnx.figures.sheets import contact_sheet
 
     pictures, titles = [], []
     for i, scene in enumerate(drawn):

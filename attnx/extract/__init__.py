@@ -1,4 +1,4 @@
-"""From images (and captions) to maps in one call: `Extractor`, `class_maps`, `word_maps`, `gradcam`.
+"""Maps of images, or of images and captions, in one call: `Extractor`, `class_maps`, `word_maps`, `gradcam`.
 
-An `Extractor` runs a `trial` pass, makes a `plan` from it, and from then on runs only what the method reads.
+An `Extractor` runs a `trial` pass and makes a `plan` from it. Later calls run only what the method reads.
 """

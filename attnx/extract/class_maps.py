@@ -1,4 +1,4 @@
-"""From images to a map for every class: the gradients of several scores from one forward pass."""
+"""Maps of images for each of several classes: one forward pass, one backward pass per class."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,66 +28,79 @@ def class_maps(
     model_kwargs: dict[str, Any] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Which patches speak for each class: [B, K, h, w] float32, from one forward and K backward passes.
+    """Relevance of the patches for each of K classes, from one forward pass and K backward passes.
 
-    No parameter gets a gradient, and below the first captured layer nothing is kept for one.
+    No parameter receives a gradient, and no graph is recorded below the first captured layer.
 
     Args:
-        model: a classifier in eval mode: its output, or its `logits`, are [B, classes].
+        model: a classifier in eval mode whose output, or its attribute `logits`, is [B, classes].
         images: [B, 3, height, width].
-        targets: the classes, the same K for every image, or [B, K] int64 for each its own; None: each image's first.
+        targets: K class indices for all images, or [B, K] int64 indices; None: the predicted class of each image.
         method: "relevance" or "gradient_rollout".
         layers, layout, backend: as in `attnx.capture`.
         model_kwargs: further arguments of the model's call.
-        options: of `attnx.relevance` or `attnx.gradient_rollout`.
+        options: further arguments of `attnx.relevance` or `attnx.gradient_rollout`.
+
+    Returns:
+        [B, K, h, w] float32.
 
     Raises:
-        ValueError: an unknown method, targets that are no classes, a model whose output is no [B, classes]; and as
+        ValueError: an unknown method, targets that are not class indices, an output that is not [B, classes]; and as in
             `attnx.capture` and the method.
+
+    Reference:
+        as in `attnx.relevance` and `attnx.gradient_rollout`.
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.vit import demo_model
+        >>> model = demo_model()
+        >>> attnx.class_maps(model, torch.rand(2, 3, 96, 96), [0, 5, 7]).shape
+        torch.Size([2, 3, 12, 12])
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
     grad: bool | str = True if method == "relevance" else "signed"
     call = image_call(model, model_kwargs or {})
     captured = capture(model, layers, grad=grad, layout=layout, backend=backend)
-    # Not inside `with` of a caller's inference_mode: its tensors know no gradient.
+    # Leave the caller's inference_mode: its tensors cannot require gradients.
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), captured as trace:
         output = call(images)
         logits = getattr(output, "logits", output)
-        wanted = _targets(targets, logits, len(images))
+        chosen = _targets(targets, logits, len(images))
         maps = []
-        for k in range(wanted.shape[1]):
-            score = logits.gather(1, wanted[:, k : k + 1]).sum()
-            trace.backward(score, retain_graph=k + 1 < wanted.shape[1])
+        for k in range(chosen.shape[1]):
+            score = logits.gather(1, chosen[:, k : k + 1]).sum()
+            trace.backward(score, retain_graph=k + 1 < chosen.shape[1])
             maps.append(METHODS[method](trace, **options))
     return torch.stack(maps, 1)
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model needs a gradient inside the `with`."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
+    """A context manager in which no parameter of the model requires a gradient."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def _targets(targets: Sequence[int] | Tensor | None, logits: Any, count: int) -> Tensor:
-    """[B, K] int64 on the logits' device."""
+    """Class indices [B, K] int64 on the device of the logits."""
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
-        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"model: expected logits [{count}, classes]; got {came}")
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model: expected logits [{count}, classes]; got {got}")
     if targets is None:
         return logits.argmax(1, keepdim=True)
-    wanted = torch.as_tensor(targets, device=logits.device)
-    if wanted.dim() == 1:
-        wanted = wanted.expand(count, -1)
+    indices = torch.as_tensor(targets, device=logits.device)
+    if indices.dim() == 1:
+        indices = indices.expand(count, -1)
     classes = logits.shape[1]
-    right = wanted.dim() == 2 and len(wanted) == count and wanted.shape[1] > 0 and not wanted.is_floating_point()
-    if not right or wanted.min() < 0 or wanted.max() >= classes:
-        raise ValueError(f"targets: expected classes in 0..{classes - 1}, [K] or [{count}, K]; got {targets!r}")
-    return wanted.long()
+    valid = indices.dim() == 2 and len(indices) == count and indices.shape[1] > 0 and not indices.is_floating_point()
+    if not valid or indices.min() < 0 or indices.max() >= classes:
+        raise ValueError(f"targets: expected class indices in 0..{classes - 1}, [K] or [{count}, K]; got {targets!r}")
+    return indices.long()

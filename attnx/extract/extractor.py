@@ -1,4 +1,4 @@
-"""From images to maps: a model, a method, and how little of the one answers the other."""
+"""`Extractor`: maps of images, computing only the part of the model that the method reads."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,41 +27,52 @@ from attnx.trace.trace import Trace
 METHODS = ("rollout", "cls", "layers")
 _ROLLOUT = ("residual", "discard", "start", "preset", "rows")
 
-# One extraction at a time of every model: its blocks are bound by one thread.
+# One extraction at a time per model, because an extraction binds forwards to its blocks.
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _NEW_LOCK = Lock()
 
 
 class Extractor:
-    """Images in, maps out: `Extractor(model, method="rollout")(images)`. The model is left as it was.
+    """Maps of images: `Extractor(model, method="rollout")(images)`. The model is not changed.
 
-    Only what the method reads is computed. The first call tries the model on one image, sees which layers attend and
-    in which order, and makes a `plan`; from then on the model is left where the method needs no more of it: for rollout
-    and CLS maps after one query row and the keys of the last layer. Known blocks run with attnx's attention in place of
-    SDPA; of others the calls are heard, as in `attnx.capture`. The maps are those of `capture` and the method.
+    Only what the method reads is computed. The first call runs the model on one image, records which layers attend and
+    in which order, and makes a `plan`. In later calls the forward pass stops as soon as the method has its input: for
+    rollout and CLS maps after one query row and the keys of the last layer. Known blocks run with attnx's attention in
+    place of SDPA; the calls of other blocks are intercepted as in `attnx.capture`. The maps equal those of `capture`
+    followed by the method.
 
-    Rollout keeps the whole map of every layer, or q and k of a large one (see `keep` of `attnx.capture`); the other
-    methods keep the class token's row.
+    Rollout stores the whole map of each layer, or q and k of a large layer (see `keep` of `attnx.capture`). The other
+    methods store the row of the class token.
 
     Args:
-        model: in eval mode.
-        method: "rollout" gives [B, h, w]; "cls" the class token's map of one layer, [B, h, w] ([B, H, h, w] with
-            heads="each"), of L layers that are asked for [B, L, h, w]; "layers" that of every layer, [B, L, h, w].
-        layers: as in `attnx.capture`; for "cls" the one that `attnx.cls_map` takes unless given.
-        heads: "mean", "max", "min"; "each" for "cls" only.
-        keep: as in `attnx.capture`.
-        layout: as in `attnx.capture`.
-        dtype: run the model under autocast to this dtype; None: as it is.
-        channels_last: hand the images over in torch's channels-last memory format.
-        compile: record the whole way from images to maps as a CUDA graph, one for every shape of images: at small
-            batches a GPU otherwise waits for Python. The model's input must then be all that its pass depends on.
+        model: a model in eval mode.
+        method: "rollout": `attnx.rollout`, [B, h, w]. "cls": the class token's map of one layer, [B, h, w], or
+            [B, H, h, w] with heads="each", or [B, L, h, w] for L requested layers. "layers": the class token's map of
+            each layer, [B, L, h, w].
+        layers: as in `attnx.capture`; for "cls" the default is the layer that `attnx.cls_map` reads.
+        heads: "mean", "max" or "min"; for "cls" also "each".
+        keep, layout: as in `attnx.capture`.
+        dtype: dtype of autocast; None: no autocast.
+        channels_last: convert the images to torch's channels-last memory format.
+        compile: record the computation from images to maps as a CUDA graph, one for each shape of images. This removes
+            the Python overhead that dominates at small batch sizes. The pass must depend on nothing but its images.
         backend: as in `attnx.attention`.
-        model_kwargs: further arguments of every call of the model, such as interpolate_pos_encoding=True.
+        model_kwargs: further arguments of each call of the model, such as interpolate_pos_encoding=True.
         options: further arguments of `attnx.rollout` (residual, discard, start, preset, rows).
 
     Raises:
-        ValueError: an unknown method, options that the method doesn't have, a model in training mode; compile of a
-            model that is not on a CUDA device.
+        ValueError: an unknown method, options that the method does not have, a model in training mode, or compile with
+            a model that is not on a CUDA device.
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.vit import demo_model
+        >>> model = demo_model()
+        >>> extractor = attnx.Extractor(model, method="rollout")
+        >>> extractor(torch.rand(2, 3, 96, 96)).shape
+        torch.Size([2, 12, 12])
+        >>> extractor.plan.last
+        'blocks.3.attn'
     """
 
     def __init__(
@@ -112,51 +123,61 @@ class Extractor:
 
     @property
     def plan(self) -> Plan:
-        """What runs and what is kept; `print(extractor.plan)` is a table.
+        """The plan: which layers run and what is stored of each. `print(extractor.plan)` prints a table.
 
         Raises:
-            RuntimeError: it was not called yet, and the model doesn't say what images it takes.
+            RuntimeError: the extractor was not called yet, and the model does not declare its input size.
         """
         if self._plan is None:
             size = declared_input(self.model)
             if size is None:
-                raise RuntimeError("plan: it is made on the first call, from its first image; call the extractor once")
+                raise RuntimeError(
+                    "plan: expected an extractor that was called once, since the model declares no input size; got none"
+                )
             weight = next(self.model.parameters())
-            with self._alone(), self._no_gradients():
+            with self._lock(), self._no_gradients():
                 self._try(torch.zeros(1, *size, dtype=weight.dtype, device=weight.device))
         assert self._plan is not None
         return self._plan
 
     def __call__(self, images: Tensor) -> Tensor:
-        """[B, 3, height, width] on the model's device -> float32 maps, see the class; they are inference tensors.
+        """The maps of a batch of images.
 
-        Of a model that is sharded by FSDP they are not: it keeps what it gathers, and could train no more.
+        Args:
+            images: [B, 3, height, width] on the model's device.
+
+        Returns:
+            float32 maps, see the class. They are inference tensors, except for a model sharded by FSDP, whose gathered
+            weights must not become inference tensors.
 
         Raises:
-            ValueError, RuntimeError: as `attnx.capture` and the method do; RuntimeError if the layers that attend are
-                not those of the plan.
+            ValueError: as in `attnx.capture` and the method.
+            RuntimeError: as in `attnx.capture`; or the layers that attend differ from those of the plan.
         """
         if not isinstance(images, Tensor) or images.dim() != 4 or not len(images):
-            came = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images: expected a tensor [B, channels, height, width] with B >= 1; got {came}")
+            got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images: expected a tensor [B, channels, height, width] with B >= 1; got {got}")
         if self.model.training:
             raise ValueError("model: expected eval mode; got training mode; call model.eval()")
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with self._alone(), self._no_gradients():
+        with self._lock(), self._no_gradients():
             if self._plan is None:
-                # Other tensors that the model is given may be one for every image.
+                # Tensors in model_kwargs may have one item per image, so the trial takes the whole batch.
                 whole = any(isinstance(value, Tensor) for value in self.model_kwargs.values())
-                tried = self._try(images if whole else images[:1])
-                if len(tried) == len(images):
-                    return tried
+                maps = self._try(images if whole else images[:1])
+                if len(maps) == len(images):
+                    return maps
             return self._graphs(images) if self._graphs is not None else self._maps(images)
 
     def stream(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The maps of every batch. On a GPU the next batch is copied, from pinned memory, while one is computed.
+        """Iterate over the maps of batches. On a GPU, the next batch is copied from pinned memory during computation.
 
         Args:
-            batches: of images as in a call, but on the CPU (or the model's device already).
+            batches: batches of images as in `__call__`, on the CPU or on the model's device.
+
+        Yields:
+            the maps of each batch, as from `__call__`.
         """
         device = next(self.model.parameters()).device
         if device.type != "cuda":
@@ -175,7 +196,7 @@ class Extractor:
         if before is not None:
             yield self(before)
 
-    def _alone(self) -> Any:
+    def _lock(self) -> Any:
         with _NEW_LOCK:
             return _LOCKS.setdefault(self.model, RLock())
 
@@ -193,15 +214,15 @@ class Extractor:
             except PlanMismatchError:
                 if not self._plan.bound:
                     raise
-                # Code that names SDPA need not be the code that calls it.
+                # A forward that names SDPA may call it in another function.
                 self._plan = replace(self._plan, bound=False)
                 self._plan.run(self._recorder, self.model, lambda: self._call(images))
-        # Nothing was kept of the layers before `start`.
-        answer = self._answer(self._recorder.trace, {k: v for k, v in self.options.items() if k != "start"})
+        # The layers before `start` were not recorded.
+        maps = self._reduce(self._recorder.trace, {k: v for k, v in self.options.items() if k != "start"})
         self._recorder.clear()
-        return answer
+        return maps
 
-    def _answer(self, trace: Trace, options: dict[str, Any]) -> Tensor:
+    def _reduce(self, trace: Trace, options: dict[str, Any]) -> Tensor:
         if self.method == "rollout":
             return rollout(trace, **options)
         if self.method == "layers" or (len({name.partition("#")[0] for name in trace}) > 1 and self.layers is not None):
@@ -209,7 +230,7 @@ class Extractor:
         return cls_map(trace)
 
     def _autocast(self, images: Tensor) -> torch.autocast:
-        # A graph holds the addresses of weights that were cast: they may not be those of a cache.
+        # A CUDA graph holds the addresses of cast weights, so these must not be in the autocast cache.
         return torch.autocast(
             images.device.type,
             dtype=self.dtype,
@@ -218,12 +239,12 @@ class Extractor:
         )
 
     def _try(self, image: Tensor) -> Tensor:
-        """The map of one image, from a pass of the whole model, which gives the plan."""
+        """The map of one image from a pass of the whole model; makes the plan."""
         trial = Trial(self.model, self.layers, self._recorder)
         with uncompiled(), self._autocast(image), trial:
             self._call(image)
         trace = self._recorder.trace
-        answer = self._answer(trace, self.options)
+        maps = self._reduce(trace, self.options)
         names = list(trace)
         row: int | None = 0
         if self.method == "rollout":
@@ -234,16 +255,16 @@ class Extractor:
         with self._autocast(image):
             self._plan = trial.plan(names, row)
         self._recorder.clear()
-        return answer
+        return maps
 
     def _last(self, names: list[str], layer: str) -> list[str]:
-        """The names, in the trace, of the layer whose class token is looked at: a block may attend twice.
+        """The names in the trace of the layer whose class token is read; several if a block attends more than once.
 
         Raises:
-            RuntimeError: the model's last layer was not heard.
+            RuntimeError: the model's last layer was not intercepted.
         """
         block = layer.partition("#")[0]
         depth = attention_layers(self.model)
         if block in depth and depth[-1] != block:
-            raise RuntimeError(f"not heard: {depth[-1]}, the model's last attention layer; layers={block!r} was heard")
+            raise RuntimeError(f"not intercepted: {depth[-1]}, the model's last attention layer; pass layers={block!r}")
         return [name for name in names if name.partition("#")[0] == block]

@@ -1,4 +1,4 @@
-"""A model's call with nothing but images, and an error where it wants more."""
+"""Calls of a model with images only, and an error if the model requires a text."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,23 +11,23 @@ from attnx.trace.layout import patch_convolutions
 
 
 def image_call(model: nn.Module, kwargs: dict[str, Any]) -> Callable[[Tensor], Any]:
-    """A function of images [B, channels, height, width] that calls the model with them and with other arguments.
+    """A function of images [B, channels, height, width] that calls the model with them and with `kwargs`.
 
     Raises:
-        ValueError: the model takes a text too, and none was given; names the part of it that takes images alone.
+        ValueError: the model requires a text that is not in `kwargs`; the message names its image part.
     """
     try:
-        takes = list(signature(model.forward).parameters)
+        parameters = list(signature(model.forward).parameters)
     except (TypeError, ValueError):
-        takes = []
-    first = takes[0] if takes else ""
-    if "pixel_values" not in takes or first == "pixel_values":
+        parameters = []
+    first = parameters[0] if parameters else ""
+    if "pixel_values" not in parameters or first == "pixel_values":
         return partial(model, **kwargs)
     if first == "input_ids" and first not in kwargs:
         towers = [name for name, child in model.named_children() if patch_convolutions(child)]
-        way = f"pass its part for images (model.{towers[0]}), or" if towers else "pass"
+        advice = f"pass its image part (model.{towers[0]}), or" if towers else "pass"
         raise ValueError(
-            f"model: expected one that takes images alone; {type(model).__name__} takes {first} and pixel_values; "
-            f"{way} model_kwargs={{{first!r}: ...}}"
+            f"model: expected one that takes only images; {type(model).__name__} takes {first} and pixel_values; "
+            f"{advice} model_kwargs={{{first!r}: ...}}"
         )
     return lambda images: model(pixel_values=images, **kwargs)

@@ -1,4 +1,4 @@
-"""What of a model's forward pass a method needs: which layers, what is kept of each, where the model may stop."""
+"""Plans: the layers that a method reads, what is stored of each, and the layer after which the pass stops."""
 
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -26,30 +26,31 @@ class Step(NamedTuple):
     layer: str
     runs: str
     keeps: str
-    nbytes: int  # kept of one image
+    nbytes: int  # stored for one image
 
 
 class Split(NamedTuple):
-    """How the last layer's own projections give the one query that is wanted, and the keys."""
+    """The head dimensions and the scale for projecting one query and all keys of the last layer."""
 
     heads: HeadDims
-    scale: float | None  # of the scores, as the block gives it to SDPA
+    scale: float | None  # of the scores, as the block passes it to SDPA
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The layers that a model runs for a method, and what is kept of each; `print(plan)` is a table.
+    """The layers that a model runs for a method, and what is stored of each; `print(plan)` prints a table.
 
     Attributes:
-        steps: every attention layer, in the order of the calls.
-        wanted: names of those that something is kept of.
-        last: the one after which the model is left.
-        row: the only query row of it that is wanted; None: as in the others.
-        split: how the last layer's projections are split, where they can be.
-        bound: whether the blocks' own forwards can be run with another attention. Else all of the model is listened to.
-        blocks: the modules that attend in the wanted layers, by name.
-        convolutions: those that cut images into patches, by name.
-        stops: whether the model is left after `last`; not where its weights are sharded by hooks that run at the end.
+        steps: all attention layers, in the order of the calls.
+        wanted: names of the layers that are recorded.
+        last: name of the last recorded layer, after which the forward pass stops.
+        row: the only query row that is recorded of `last`; None: the same rows as in the other layers.
+        split: how to project one query and the keys of `last`; None if its projections are unknown.
+        bound: True if the blocks' own forwards can be bound to another attention; otherwise the whole model is
+            intercepted.
+        blocks: {name: module} of the attention blocks of the recorded layers.
+        convolutions: {name: module} of the patch convolutions.
+        stops: True if the forward pass stops after `last`; False for sharded models, whose hooks must run to the end.
     """
 
     steps: tuple[Step, ...]
@@ -64,7 +65,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """What is kept of one image."""
+        """Bytes that are stored for one image."""
         return sum(step.nbytes for step in self.steps)
 
     def __str__(self) -> str:
@@ -75,15 +76,15 @@ class Plan:
             "  ".join((*(c.ljust(w) for c, w in zip(row[:3], widths[:3], strict=True)), row[3].rjust(widths[3])))
             for row in rows
         ]
-        how = "the blocks' own forwards, with attnx's attention" if self.bound else "listening to the whole model"
+        how = "the blocks' own forwards, with attnx's attention" if self.bound else "the whole model is intercepted"
         end = f"stops in {self.last}: nothing of the model runs after that" if self.stops else "runs the whole model"
         return "\n".join([*lines, f"{end}; {how}"])
 
     def run(self, recorder: Recorder, model: nn.Module, call: Callable[[], Any]) -> None:
-        """Runs the model as far as the plan needs; the trace is in the recorder.
+        """Run the model as far as the plan requires; the recorder receives the trace.
 
         Raises:
-            PlanMismatchError: the model took another way than when the plan was made.
+            PlanMismatchError: other layers attended than when the plan was made.
         """
         with ExitStack() as stack:
             self._prepare(recorder, model, stack)
@@ -94,30 +95,30 @@ class Plan:
 
     def _mismatch(self, model: nn.Module, recorder: Recorder) -> "PlanMismatchError":
         return PlanMismatchError(
-            f"{type(model).__name__} took another way than when the plan was made: expected attention in "
-            f"{', '.join(self.wanted)}; heard {', '.join(recorder.trace) or 'nothing'}; make a new Extractor"
+            f"{type(model).__name__} ran other layers than when the plan was made: expected attention in "
+            f"{', '.join(self.wanted)}; got {', '.join(recorder.trace) or 'none'}; make a new Extractor"
         )
 
     def _prepare(self, recorder: Recorder, model: nn.Module, stack: ExitStack) -> None:
-        """Has the pass of this thread recorded as long as the stack is open."""
+        """Record the passes of this thread until the stack is closed."""
         recorder.clear()
-        # Another capture of the model is to see all of its pass.
+        # Other captures of the model must see the whole pass.
         alone = not is_intercepted(self.blocks.values())
         recorder.stop_after, recorder.stop_row = (self.last, self.row) if alone and self.stops else (None, None)
         stack.callback(setattr, recorder, "stop_after", None)
         thread = get_ident()
         forwards = {}
         if alone and self.bound:
-            found = {
+            candidates = {
                 name: own_forward(block, _answer(recorder, name, block, thread)) for name, block in self.blocks.items()
             }
-            forwards = {name: forward for name, forward in found.items() if forward is not None}
+            forwards = {name: forward for name, forward in candidates.items() if forward is not None}
         if len(forwards) == len(self.blocks):
             stack.callback(route_again)
             for name, block in self.blocks.items():
                 for undo in route_to_sdpa(block):
                     stack.callback(undo)
-                # Not by setattr: nn.Module's takes longer than some layers.
+                # vars() instead of setattr: nn.Module.__setattr__ takes longer than some layers.
                 vars(block)["forward"] = MethodType(forwards[name], block)
                 stack.callback(vars(block).pop, "forward", None)
             for name, convolution in self.convolutions.items():
@@ -143,17 +144,19 @@ class Plan:
 
 
 class PlanMismatchError(RuntimeError):
-    """A model's pass was not the one that its plan was made for."""
+    """Other layers attended than those of the plan."""
 
 
 def sole_input(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """The tensor that a block is called with, if nothing else is given to it but None, numbers and flags."""
-    given = [value for value in (*args, *kwargs.values()) if not isinstance(value, (type(None), bool, int, float, str))]
-    return given[0] if len(given) == 1 and isinstance(given[0], Tensor) else None
+    """The only tensor among a call's arguments, if all others are None, numbers, flags or strings; else None."""
+    others = [
+        value for value in (*args, *kwargs.values()) if not isinstance(value, (type(None), bool, int, float, str))
+    ]
+    return others[0] if len(others) == 1 and isinstance(others[0], Tensor) else None
 
 
 def _answer(recorder: Recorder, layer: str, block: nn.Module, thread: int) -> Callable[..., Tensor]:
-    """Attention that is recorded; in other threads, which may run the same model meanwhile, plain attention."""
+    """An SDPA replacement that records its calls in one thread; other threads run plain SDPA."""
 
     def answer(*args: Any, **kwargs: Any) -> Tensor:
         if get_ident() != thread:

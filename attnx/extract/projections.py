@@ -1,4 +1,4 @@
-"""Queries of chosen rows and all keys, from an attention block's own projections: neither values nor other queries."""
+"""One query and all keys of an attention block, computed from its projections without the other queries and values."""
 
 from typing import Any, NamedTuple
 
@@ -8,14 +8,14 @@ from torch.nn.modules import module as registry
 
 from attnx.trace.adapters.switches import own_forward_only
 
-# Blocks whose queries and keys are linear maps of their input, normalised at most: no rotation, no scale of their own.
+# Blocks whose queries and keys are linear maps of their input, at most normalised: no rotation and no own scale.
 _TIMM = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
 _TRANSFORMERS = ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "ViTMSN", "ViTMAE", "CLIP", "IJepa", "AST", "Yolos")
 _SEPARATE = (("q_proj", "k_proj"), ("query", "key"))
 
 
 class HeadDims(NamedTuple):
-    """Numbers of heads of queries and keys, and their dimension."""
+    """H query heads and Hk key heads of dimension D."""
 
     H: int
     Hk: int
@@ -23,7 +23,7 @@ class HeadDims(NamedTuple):
 
 
 def projects(module: nn.Module) -> bool:
-    """Whether it is a block whose projections are known."""
+    """True if the projections of the block are known."""
     kind = type(module)
     name = kind.__name__.removesuffix("SelfAttention").removesuffix("Attention")
     is_transformers = kind.__module__.startswith("transformers.models.") and name in _TRANSFORMERS
@@ -31,13 +31,13 @@ def projects(module: nn.Module) -> bool:
 
 
 def queries_and_keys(module: nn.Module, x: Tensor, row: int, heads: HeadDims) -> tuple[Tensor, Tensor] | None:
-    """q [B, H, 1, D] of one row, and k [B, Hk, N, D], as the block would project them; None where it is not known to.
+    """q [B, H, 1, D] of one row and k [B, Hk, N, D], as the block projects them; None for an unknown block.
 
     Args:
-        module: with one packed linear `qkv`, or linears for queries and keys by a known name.
-        x: [B, N, C], what the block is called with.
-        row: the query's.
-        heads: of the attention.
+        module: a block with a packed linear `qkv`, or with linears for queries and keys of known names.
+        x: [B, N, C], the block's input.
+        row: index of the query.
+        heads: numbers of heads and their dimension.
     """
     weights = _weights(module, heads) if projects(module) and x.dim() == 3 else None
     if weights is None:
@@ -63,10 +63,10 @@ def _weights(module: nn.Module, heads: HeadDims) -> list[tuple[Tensor, Tensor | 
 
 
 def _plain(linear: Any) -> bool:
-    """A linear map and nothing more: no adapter, no hook, no forward of its own, no weight of a tensor subclass."""
+    """True for an nn.Linear without adapter, hook, replaced forward, or weights of a tensor subclass."""
     if type(linear) is not nn.Linear or not own_forward_only(linear):
         return False
-    # Quantised and sharded weights (torchao's, DTensor) can't all be sliced.
+    # Some quantised and sharded weights (torchao, DTensor) cannot be sliced.
     if any(type(t) not in (Tensor, nn.Parameter) for t in (linear.weight, linear.bias) if t is not None):
         return False
     hooks = (linear._forward_hooks, linear._forward_pre_hooks)

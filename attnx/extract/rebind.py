@@ -1,4 +1,4 @@
-"""A block's own forward, run with another `scaled_dot_product_attention`: nobody needs to listen for the call."""
+"""Clones of a block's own forward that call another `scaled_dot_product_attention`, without an interceptor."""
 
 import dis
 from collections.abc import Callable
@@ -15,11 +15,12 @@ from attnx.trace.adapters.switches import own_forward_only
 
 
 def own_forward(module: nn.Module, sdpa: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The function that is the module's forward, but for the attention, which `sdpa` computes.
+    """A clone of the module's forward in which `sdpa` computes the attention; None if there is none.
 
-    It is the same code, with other globals: the names by which it reaches `F.scaled_dot_product_attention`,
-    `F.multi_head_attention_forward`, or transformers' table of attention functions, lead to `sdpa`. None where the code
-    names none of them, so that somebody else may call it, or where the forward is no plain function of the class.
+    The clone has the same code and other globals: the names of `F.scaled_dot_product_attention`,
+    `F.multi_head_attention_forward` and transformers' table of attention functions refer to `sdpa`. There is no clone
+    if the code contains none of these names, so that another function may call SDPA; if the forward is not a plain
+    function of the class; or if it writes globals.
     """
     function = getattr(type(module), "forward", None)
     if not own_forward_only(module) or not isinstance(function, FunctionType) or _writes_globals(function.__code__):
@@ -29,25 +30,25 @@ def own_forward(module: nn.Module, sdpa: Callable[..., Any]) -> Callable[..., An
 
 @cache
 def _writes_globals(code: CodeType) -> bool:
-    """The clone's globals are its own: what it wrote there nobody else would see."""
+    """True if the code writes globals: a clone has globals of its own, so its writes would be lost."""
     return any(step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for step in dis.get_instructions(code))
 
 
 def _with_sdpa(function: FunctionType, sdpa: Callable[..., Any]) -> FunctionType | None:
     packed = partial(multi_head_attention, sdpa, True)
-    functional = _Instead(F, scaled_dot_product_attention=sdpa, multi_head_attention_forward=packed)
-    neural = _Instead(nn, functional=functional)
-    # nn.MultiheadAttention's fast path calls neither function.
-    slow = _Instead(torch.backends, mha=_Instead(torch.backends.mha, get_fastpath_enabled=lambda: False))
-    others = _Instead(torch, nn=neural, backends=slow)
-    instead = {id(SDPA): sdpa, id(F): functional, id(nn): neural, id(torch): others}
+    functional = _ModuleWith(F, scaled_dot_product_attention=sdpa, multi_head_attention_forward=packed)
+    neural = _ModuleWith(nn, functional=functional)
+    # The fast path of nn.MultiheadAttention calls neither function, so it is switched off.
+    slow = _ModuleWith(torch.backends, mha=_ModuleWith(torch.backends.mha, get_fastpath_enabled=lambda: False))
+    others = _ModuleWith(torch, nn=neural, backends=slow)
+    replacements = {id(SDPA): sdpa, id(F): functional, id(nn): neural, id(torch): others}
     names = function.__code__.co_names
     known = {name: function.__globals__[name] for name in names if name in function.__globals__}
     replaced: dict[str, Any] = {}
     if "ALL_ATTENTION_FUNCTIONS" in known:
         replaced = {"ALL_ATTENTION_FUNCTIONS": _Table(known["ALL_ATTENTION_FUNCTIONS"], sdpa)}
     elif SDPA.__name__ in names or MHA.__name__ in names:
-        replaced = {name: instead[id(value)] for name, value in known.items() if id(value) in instead}
+        replaced = {name: replacements[id(value)] for name, value in known.items() if id(value) in replacements}
     if not replaced:
         return None
     clone = FunctionType(
@@ -61,8 +62,8 @@ def _with_sdpa(function: FunctionType, sdpa: Callable[..., Any]) -> FunctionType
     return clone
 
 
-class _Instead:
-    """A module, some of whose names are others."""
+class _ModuleWith:
+    """A module with some of its names replaced."""
 
     def __init__(self, module: Any, **names: Any) -> None:
         self.__dict__.update(names, _module=module)
@@ -72,17 +73,17 @@ class _Instead:
 
 
 class _Table:
-    """transformers' table of attention functions, of which those that call SDPA end in ours."""
+    """transformers' table of attention functions, with `sdpa` in place of SDPA."""
 
     def __init__(self, table: Any, sdpa: Callable[..., Any]) -> None:
         self.table = table
         self.sdpa = sdpa
 
     def __getitem__(self, name: str) -> Any:
-        return self._ours(self.table[name])
+        return self._replaced(self.table[name])
 
     def get_interface(self, name: str, default: Any) -> Any:
-        return self._ours(self.table.get_interface(name, default))
+        return self._replaced(self.table.get_interface(name, default))
 
-    def _ours(self, function: Any) -> Any:
+    def _replaced(self, function: Any) -> Any:
         return (isinstance(function, FunctionType) and _with_sdpa(function, self.sdpa)) or function

@@ -1,4 +1,4 @@
-"""One pass of a whole model, from which a plan is made: which layers attend, in which order, with what."""
+"""A trial pass of a whole model: it records which layers attend and in which order, and makes a plan."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,11 +21,11 @@ from attnx.trace.records import LayerRecord, MapRecord, QKRecord
 
 
 class Trial:
-    """The pass is the one that is made inside the `with`, in this thread.
+    """A context manager that records the pass of the model inside the `with`, in this thread.
 
     Args:
         model, layers: as in `attnx.capture`.
-        recorder: what is asked of the layers; its trace is the pass's.
+        recorder: stores the records of the layers in its trace.
     """
 
     def __init__(self, model: nn.Module, layers: Layers, recorder: Recorder) -> None:
@@ -58,14 +58,14 @@ class Trial:
         wanted = self.interceptor.wanted
         if get_ident() == self.thread and (wanted is None or any(matches(w, name) for w in wanted)):
             x = sole_input(args, kwargs)
-            self.inputs = {} if x is None else {name: x}  # of one layer at a time
+            self.inputs = {} if x is None else {name: x}  # of one layer at a time, to save memory
 
     def plan(self, wanted: Sequence[str], row: int | None) -> Plan:
-        """The plan that keeps what is wanted of some layers, and of the last no more than a row, if one is said.
+        """Plan for the layers `wanted`; only `row` of the last layer is recorded.
 
         Args:
-            wanted: names in the trace, in its order.
-            row: the only query row of the last of them that is wanted; None: what the recorder keeps of the others.
+            wanted: names of layers in the trace, in its order.
+            row: the only query row that is recorded of the last layer; None: the same rows as in the other layers.
         """
         last = wanted[-1]
         modules = {clean_name(name): module for name, module in self.model.named_modules()}
@@ -85,7 +85,7 @@ class Trial:
         )
 
     def _split(self, last: str, block: nn.Module | None, row: int | None) -> Split | None:
-        """How the last layer's projections can be split, if they give the queries and keys that it attended with."""
+        """The `Split` of the last layer, if its projections reproduce the q and k of the pass; else None."""
         call, x = self.calls[last], self.inputs.get(last)
         if (
             block is None
@@ -108,7 +108,7 @@ class Trial:
         trace, last, steps = self.recorder.trace, wanted[-1], list[Step]()
         order = list(trace)
         for name in attention_layers(self.model):
-            if name not in trace:  # nobody asked for it: it stands where it does in the model
+            if name not in trace:  # not requested: placed by its position in the model
                 before = [
                     i for i, other in enumerate(order) if modules.index(other.partition("#")[0]) < modules.index(name)
                 ]
@@ -120,28 +120,29 @@ class Trial:
             elif name not in wanted:
                 steps.append(Step(name, "its own attention", "-", 0))
             else:
-                kept = trace.kept(name)
-                runs, keeps = "attention with its map", self._described(name, kept)
-                nbytes = kept.nbytes // max(1, kept.shape[0])
+                record = trace.kept(name)
+                runs, keeps = "attention with its map", self._description(name, record)
+                nbytes = record.nbytes // max(1, record.shape[0])
                 if name == last:
                     runs = f"keys, and the query of row {row}" if split else "projections and its map"
                 if name == last and row is not None and trace.rows is None:
-                    keeps, nbytes = f"row {row}", 4 * kept.shape[-1]
+                    keeps, nbytes = f"row {row}", 4 * record.shape[-1]
                 steps.append(Step(name, runs, keeps, nbytes))
         return steps
 
-    def _described(self, name: str, kept: LayerRecord) -> str:
+    def _description(self, name: str, record: LayerRecord) -> str:
+        """What is stored of a layer, in words."""
         if self.recorder.trace.rows is not None:
             return "row " + ", ".join(map(str, self.recorder.trace.rows))
-        if isinstance(kept, QKRecord):
+        if isinstance(record, QKRecord):
             return "q, k"
-        smaller = self.calls[name]["nbytes"] < kept.nbytes and self.recorder.trace.heads == "mean"
-        later = " (of large batches q, k)" if self.recorder.keep == "auto" and smaller else ""
-        return f"map {list(kept.shape[1:])}{later}" if isinstance(kept, MapRecord) else "rows"
+        smaller = self.calls[name]["nbytes"] < record.nbytes and self.recorder.trace.heads == "mean"
+        later = " (q, k for large batches)" if self.recorder.keep == "auto" and smaller else ""
+        return f"map {list(record.shape[1:])}{later}" if isinstance(record, MapRecord) else "rows"
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for what two orders of summation differ by."""
+    """True if the tensors are equal up to the rounding of another order of summation."""
     if a.shape != b.shape or a.dtype != b.dtype or not a.numel():
         return False
     allowed = max(1e-5, 2 * torch.finfo(a.dtype).eps) * float(b.float().abs().max())

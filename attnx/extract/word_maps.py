@@ -1,4 +1,4 @@
-"""From images and captions to a map for every word: cross-attention itself, or weighted by its gradient."""
+"""Maps of images for each word of a caption: cross-attention, or cross-attention weighted by its gradient."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -28,9 +28,18 @@ class CaptionMaps:
     """The maps of one caption's words.
 
     Attributes:
-        caption: as the model read it.
-        maps: [T, h, w] float32, one for every token, [CLS] and [SEP] included; padding has none.
-        score: `attnx.gradcam`: the logit that image and caption match.
+        caption: the tokenised caption.
+        maps: [T, h, w] float32, one for each token including [CLS] and [SEP], without padding.
+        score: the logit of a match of image and caption, from `attnx.gradcam`; else None.
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.albef import demo_albef
+        >>> found = attnx.word_maps(demo_albef(), torch.rand(1, 3, 96, 96), ["a red circle"], layer=2)[0]
+        >>> found.words, found.word_maps.shape
+        (('a', 'red', 'circle'), torch.Size([3, 12, 12]))
+        >>> found.phrase("red circle").shape
+        torch.Size([12, 12])
     """
 
     caption: "Caption"
@@ -49,21 +58,21 @@ class CaptionMaps:
 
     @cached_property
     def word_maps(self) -> Tensor:
-        """[W, h, w]: the mean over each word's pieces."""
+        """The maps of the words, [W, h, w]: the mean over the pieces of each word."""
         word_of = self.caption.word_of
         pieces = [[t for t, word in enumerate(word_of) if word == w] for w in range(len(self.words))]
         return torch.stack([self.maps[chosen].mean(0) for chosen in pieces])
 
     @property
     def lavis(self) -> Tensor:
-        """[T + 1, h, w] in the order of LAVIS's compute_gradcam: [CLS], the mean of the words' tokens, the others."""
+        """The maps in LAVIS's order, [T + 1, h, w]: [CLS], the mean of the words' tokens, the rest."""
         return torch.cat([self.maps[:1], self.maps[1:-1].mean(0, keepdim=True), self.maps[1:]])
 
     def phrase(self, phrase: str) -> Tensor:
-        """[h, w]: the mean over the words of a phrase, where it first stands in the caption.
+        """The mean map of the words of a phrase, [h, w], at its first occurrence in the caption.
 
         Raises:
-            ValueError: it is not in the caption; says what is.
+            ValueError: the phrase is not in the caption.
         """
         from attnx.models.tokenizer import pre_caption
 
@@ -71,11 +80,19 @@ class CaptionMaps:
         for start in range(len(self.words) - len(wanted) + 1):
             if self.words[start : start + len(wanted)] == wanted:
                 return self.word_maps[start : start + len(wanted)].mean(0)
-        raise ValueError(f"phrase: expected words of {self.caption.text!r} in a row; got {phrase!r}")
+        raise ValueError(f"phrase: expected consecutive words of {self.caption.text!r}; got {phrase!r}")
 
 
 class WordMaps(Sequence[CaptionMaps]):
-    """The captions' maps, in the order of the captions."""
+    """A sequence of `CaptionMaps` in the order of the captions.
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.albef import demo_albef
+        >>> maps = attnx.word_maps(demo_albef(), torch.rand(1, 3, 96, 96), ["a red circle", "a star"], layer=2)
+        >>> maps
+        WordMaps('a red circle': [5, 12, 12], 'a star': [4, 12, 12])
+    """
 
     def __init__(self, captions: Sequence[CaptionMaps]) -> None:
         self._captions = tuple(captions)
@@ -107,26 +124,39 @@ def word_maps(
     preset: str | None = None,
     backend: str = "auto",
 ) -> WordMaps:
-    """What each word of a caption attends to in its image: cross-attention, heads fused, in one text layer.
+    """Cross-attention from each word of a caption to the patches of its image, in one text layer, heads fused.
 
-    The patches' weights as they are: the class token's is dropped, and they are not divided by what is left. The model
-    is left in that layer, before its values are used. An image with several captions is encoded once.
+    The weight of the class token is dropped and the weights of the patches are not renormalised. The forward pass stops
+    in that layer, before its values are used. An image with several captions is encoded once.
 
     Args:
         model: an `attnx.models.albef.Albef` with a tokenizer, in eval mode.
-        images: [I, 3, height, width], prepared, multiples of the patch in height and width.
-        captions: one for every image; for a single image any number; or a list of captions for every image.
-        layer: counted from 0 through all text layers; ALBEF has cross-attention in 6 to 11, and its authors look at 8.
-        heads: "mean", "max", "min".
-        preset: "vl-dino" feeds the words' embeddings to the fusion layers as that script does, past the text layers.
+        images: [I, 3, height, width] float, normalised; height and width are multiples of the patch size.
+        captions: one caption per image; or any number of captions for a single image; or a list of captions per image.
+        layer: index among all text layers. ALBEF has cross-attention in layers 6 to 11, and its authors use 8.
+        heads: "mean", "max" or "min".
+        preset: "vl-dino" passes the word embeddings to the fusion layers without the text layers, like that script.
         backend: as in `attnx.attention`.
 
+    Returns:
+        a `WordMaps` with one `CaptionMaps` per caption; its maps are [T, h, w] float32.
+
     Raises:
-        ValueError: a layer without cross-attention (names those with it), an empty caption, an image without a
-            caption, images or a model that are none; says which.
+        ValueError: a layer without cross-attention (the message lists those with it), an empty caption, an image
+            without a caption, or invalid images or models.
 
     Warns:
-        UserWarning: a caption has more tokens than the model has positions for, and was cut at a word.
+        UserWarning: a caption has more tokens than the model has positions, and was cut at a word.
+
+    Reference:
+        Li et al., "Align before Fuse", https://arxiv.org/abs/2107.07651
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.albef import demo_albef
+        >>> maps = attnx.word_maps(demo_albef(), torch.rand(1, 3, 96, 96), ["a red circle"], layer=2)
+        >>> maps[0].word_maps.shape
+        torch.Size([3, 12, 12])
 
     Reference:
         https://github.com/tabtoyou/VL-DINO; https://github.com/salesforce/ALBEF
@@ -134,11 +164,13 @@ def word_maps(
     if preset not in PRESETS:
         raise ValueError(f"preset: expected None or 'vl-dino'; got {preset!r}")
     if heads == "each":
-        raise ValueError("heads: expected 'mean', 'max' or 'min'; for every head capture model.cross_attention(layer)")
+        raise ValueError(
+            "heads: expected 'mean', 'max' or 'min'; for maps of each head capture model.cross_attention(layer)"
+        )
     albef, block = _cross_attention(model, layer)
     pairs = _Pairs(albef, images, captions)
     recorder = Recorder(block, heads, None, "map", None, backend, internal=True)
-    # Another capture of the model is to see all of its pass.
+    # Other captures of the model must see the whole pass.
     recorder.stop_after = None if is_intercepted([block]) else "self"
     interceptor = Interceptor(block, None, recorder, get_ident())
     layers = albef.cross_layers if preset else None
@@ -160,21 +192,34 @@ def gradcam(
     *,
     backend: str = "auto",
 ) -> WordMaps:
-    """Which patches each word uses to find that image and caption match: ALBEF's Grad-CAM.
+    """ALBEF's Grad-CAM: the patches that each word uses to match the image with the caption.
 
-    ``mean_h max(dP, 0) P`` of the layer's cross-attention, for the gradient of the logit of a match. Only what lies
-    between that layer and the logit is differentiated, and no map of all heads is made.
+    ``mean_h max(dP, 0) P``, where P is the layer's cross-attention and dP the gradient of the logit of a match. Only
+    the layers between P and the logit are differentiated, and no [P, H, T, N] map is computed.
 
-    Arguments, errors and warnings as in `word_maps`. LAVIS takes layer 6 and another order: `CaptionMaps.lavis`.
+    LAVIS uses layer 6 and another order of the maps, see `CaptionMaps.lavis`.
+
+    Args:
+        model, images, captions, layer, backend: as in `word_maps`.
 
     Returns:
-        the maps, and each pair's logit as `score`.
+        a `WordMaps`; the `score` of each `CaptionMaps` is the logit of a match.
 
     Raises:
-        ValueError: also for a model without its matching head.
+        ValueError: the model has no matching head; and as in `word_maps`.
+
+    Warns:
+        UserWarning: as in `word_maps`.
 
     Reference:
         https://github.com/salesforce/ALBEF/blob/main/visualization.ipynb; LAVIS's blip_image_text_matching.py
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.albef import demo_albef
+        >>> found = attnx.gradcam(demo_albef(), torch.rand(1, 3, 96, 96), ["a red circle"], layer=2)[0]
+        >>> found.maps.shape, type(found.score)
+        (torch.Size([5, 12, 12]), <class 'float'>)
     """
     albef, block = _cross_attention(model, layer)
     if albef.itm_head is None:
@@ -190,16 +235,17 @@ def gradcam(
 def find_words(
     albef: "Albef", method: str, layer: int, heads: str, preset: str | None, autocast: torch.dtype | None
 ) -> "Callable[[Tensor, Sequence[Sequence[str]]], WordMaps]":
-    """A function from images [I, 3, h, w] and the captions of each to their maps, in order.
+    """A function of images [I, 3, height, width] and the captions of each image that returns their `WordMaps`.
 
     Args:
         method: "attention" or "gradcam".
-        layer: of the text, with cross-attention.
-        heads, preset: as of `attnx.word_maps`.
-        autocast: a dtype to run in; None: the model's own.
+        albef: the model.
+        layer: index of a text layer with cross-attention.
+        heads, preset: as in `attnx.word_maps`.
+        autocast: dtype of autocast; None: no autocast.
 
     Raises:
-        ValueError: an unknown method or preset, what goes not together, a layer without cross-attention.
+        ValueError: an unknown method or preset, options that cannot be combined, or a layer without cross-attention.
     """
     if method not in WORD_METHODS:
         raise ValueError(f"method: expected attention or gradcam; got {method!r}")
@@ -209,7 +255,7 @@ def find_words(
         raise ValueError(f"preset: expected vl-dino; got {preset!r}")
     if method == "gradcam" and (heads != "mean" or preset):
         raise ValueError(f"method gradcam: expected heads mean and no preset; got {heads!r}, {preset!r}")
-    albef.cross_attention(layer)  # raises where the layer has none
+    albef.cross_attention(layer)  # raises ValueError if the layer has none
 
     def find(images: Tensor, captions: Sequence[Sequence[str]]) -> "WordMaps":
         with torch.autocast(images.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
@@ -221,14 +267,14 @@ def find_words(
 
 
 class _Pairs:
-    """Captions as the model takes them: ids, mask [P, T], and owner [P], which image each belongs to."""
+    """Tokenised captions as tensors: ids and mask [P, T], and owner [P], the index of each caption's image."""
 
     def __init__(self, model: "Albef", images: Tensor, captions: Sequence[str] | Sequence[Sequence[str]]) -> None:
         if not isinstance(images, Tensor):
             raise ValueError(f"images: expected a tensor [I, 3, height, width]; got {type(images).__name__}")
         self.grid = model.grid(images)
         if model.tokenizer is None:
-            raise ValueError("model: expected one with a tokenizer; got none: set model.tokenizer")
+            raise ValueError("model: expected one with a tokenizer; got none; set model.tokenizer")
         texts, owner = _flat(captions, len(images))
         self.captions = []
         for i, text in enumerate(texts):
@@ -246,7 +292,7 @@ class _Pairs:
         self.owner = None if one_each else torch.tensor(owner, device=images.device)
 
     def cut(self, amap: Tensor, scores: Sequence[float] | None = None) -> WordMaps:
-        """[P, T, 1 + patches] -> the maps of each caption's own tokens."""
+        """The maps of each caption's own tokens, from padded maps [P, T, 1 + patches]."""
         patches = amap[:, :, 1:].unflatten(-1, self.grid)
         return WordMaps(
             [
@@ -257,7 +303,7 @@ class _Pairs:
 
 
 def _cross_attention(model: nn.Module, layer: int) -> "tuple[Albef, nn.Module]":
-    """The model, and the module around the layer's cross-attention."""
+    """The model and the module around the layer's cross-attention."""
     from attnx.models.albef import Albef
 
     if not isinstance(model, Albef):
@@ -268,7 +314,7 @@ def _cross_attention(model: nn.Module, layer: int) -> "tuple[Albef, nn.Module]":
 
 
 def _flat(captions: Sequence[str] | Sequence[Sequence[str]], images: int) -> tuple[list[str], list[int]]:
-    """Every caption, and the image that each belongs to."""
+    """All captions in one list, and the index of each caption's image."""
     if isinstance(captions, str) or not isinstance(captions, Sequence) or not len(captions):
         raise ValueError(f"captions: expected a list of texts, at least one for every image; got {captions!r}")
     if images == 1 and all(isinstance(caption, str) for caption in captions):

@@ -1,1 +1,1 @@
-"""Pictures of maps: `picture` draws, the other modules compose what the commands write."""
+"""Pictures of maps: `picture` draws them, `sheets` arranges them, and other modules write the commands' files."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from attnx.extract.extractor import Extractor
-from attnx.figures.picture import contact_sheet, heads_grid, layers_figure, mask_contour, overlay, save
+from attnx.figures.picture import mask_contour, overlay, save
+from attnx.figures.sheets import contact_sheet, heads_grid, layers_figure
 from attnx.methods import cls_map, layer_maps, mass_mask
 from attnx.trace.capture import capture
 from attnx.trace.layers import Layers

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from attnx.figures.picture import contact_sheet, heat, overlay, save
+from attnx.figures.picture import heat, overlay, save
+from attnx.figures.sheets import contact_sheet
 from attnx.files import replacing
 from attnx.images import large_images, read_scaled
 from attnx.jobs.job import Job
@@ -127,21 +128,21 @@ def numbers(maps: Maps, found: Summary, scored: Score | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(told: dict[str, Any]) -> str:
-    """What `numbers` gives, for people."""
-    planned = "" if told["planned"] in (None, told["rows"]) else f" of {told['planned']} planned"
-    rate = "" if told["images_per_second"] is None else f", {told['images_per_second']:.1f} a second"
-    lines = [f"{told['rows']} rows{planned}: {told['maps']} maps, {sum(told['errors'].values())} errors{rate}"]
-    lines += [f"  {count} x {kind}" for kind, count in told["errors"].items()]
+def table(report: dict[str, Any]) -> str:
+    """The result of `numbers` as text."""
+    planned = "" if report["planned"] in (None, report["rows"]) else f" of {report['planned']} planned"
+    rate = "" if report["images_per_second"] is None else f", {report['images_per_second']:.1f} a second"
+    lines = [f"{report['rows']} rows{planned}: {report['maps']} maps, {sum(report['errors'].values())} errors{rate}"]
+    lines += [f"  {count} x {kind}" for kind, count in report["errors"].items()]
     lines += [
         f"level {each['level']}: {each['images']} images, entropy {each['entropy'][0]:.2f} to {each['entropy'][1]:.2f}"
-        for each in told["levels"]
+        for each in report["levels"]
     ]
     for name in ("most", "least"):
-        if told[f"{name}_focused"]:
-            lines.append(f"{name} focused: {', '.join(key[:60] for key in told[f'{name}_focused'])}")
-    if "masks" in told:
-        of = told["masks"]
+        if report[f"{name}_focused"]:
+            lines.append(f"{name} focused: {', '.join(key[:60] for key in report[f'{name}_focused'])}")
+    if "masks" in report:
+        of = report["masks"]
         head, alone = of["heads"][0]
         lines.append(
             f"{of['images']} masks with {of['objects']} objects: Jaccard {of['jaccard']:.3f} (best head of each), "
@@ -151,7 +152,7 @@ def table(told: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_numbers(told: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
+def write_numbers(report: dict[str, Any], path: Path) -> None:
+    """Write the numbers as JSON, atomically."""
     with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

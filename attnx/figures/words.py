@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attnx.figures.one_image import Style
-from attnx.figures.picture import captioned, contact_sheet, overlay, save
+from attnx.figures.picture import overlay, save
+from attnx.figures.sheets import captioned, contact_sheet
 from attnx.images import large_images, read_scaled
 from attnx.jobs.tasks import WordTask
 

@@ -1,10 +1,10 @@
-"""Notes in OUT of shards that were begun and not finished, because a process that dies can't tell.
+"""Attempt notes in OUT: records of shards that were started and not finished, because a process may die at any time.
 
-`.attempt-00007.json` is there while shard 7 is made, and after an attempt that failed. A shard that failed too often is
-made in pieces: a piece that fails is halved, until one image is left, whose row then says why.
+`.attempt-00007.json` exists while shard 7 is made, and after a failed attempt. A shard that failed too often is made in
+pieces: a piece that fails is halved until one image is left, and the row of that image gets the error.
 
-Whoever kills a whole run, such as a scheduler, says nothing about an image; and after a run the model may be mended. So
-a run blames no image for what was noted by those before it, unless very many of them ended at the shard.
+A scheduler may kill a run at any image, and the model may be fixed between runs. So a run ignores failures of earlier
+runs, unless very many runs ended at the same shard.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from attnx.limits import RUN_BYTES
 __all__ = ["DIED", "Attempt", "forget_attempts", "noted"]
 
 DIED = "the process of the model died at this image"
-_DEATHS = 2  # of a process with one image, until the image is blamed: something else may have killed it once
-_EXCUSED = 9  # runs that may end at a shard, until that is blamed on an image, too
+_DEATHS = 2  # deaths of a process with one image before the image is blamed; one death may have another cause
+_EXCUSED = 9  # runs that may end at a shard before its failures are kept
 
 
 @dataclass
@@ -33,12 +33,12 @@ class Attempt:
     """The note of a shard.
 
     Attributes:
-        begun: how often it was begun and not finished.
-        under_way: the piece, images start <= i < stop of the shard, under way; None unless it is made in pieces.
-        failed: pieces that failed: [start, stop, how often, why].
-        limit: seconds that a piece may take, if a longer one was found to hang.
-        runs: how many ended when it was begun and not finished.
-        job: which job it is of: a note of another job is none.
+        job: identity of the job; a note of another job is ignored.
+        begun: number of attempts that were started and not finished.
+        under_way: the piece in progress, images start <= i < stop of the shard; None unless it is made in pieces.
+        failed: failed pieces: [start, stop, number of failures, reason].
+        limit: time limit in seconds at which a piece was found to hang; else None.
+        runs: number of runs that ended during an attempt.
     """
 
     path: Path
@@ -55,9 +55,9 @@ class Attempt:
 
     @staticmethod
     def of(out: Path, shard: int, job: str = "", died: bool = True) -> Attempt:
-        """The note of a shard in a folder; a new one if there is none that can be read.
+        """The note of a shard in a folder; a new note if there is none, or if it can't be read.
 
-        died: whether a piece that is under way failed, because its process died.
+        died: True if a piece in progress counts as failed because its process died.
         """
         path = out / f".attempt-{shard:05d}.json"
         try:
@@ -78,22 +78,22 @@ class Attempt:
             return Attempt(path, shard, job)
 
     def begin(self) -> None:
-        """Counts an attempt. It fails unless `end` or `withdraw` follows."""
+        """Record the start of an attempt. It counts as failed unless `end` or `withdraw` follows."""
         self.begun += 1
         self._write()
 
     def begin_piece(self, start: int, stop: int) -> None:
-        """Notes which images the model gets next: if the process dies, it was one of them."""
+        """Record the next images of the model. If the process dies, one of them is the cause."""
         self.under_way = start, stop
         self._write()
 
     def end_piece(self) -> None:
-        """The model is done with the piece, which no later death is blamed on."""
+        """Record that the piece is done, so that later deaths don't count for it."""
         self.under_way = None
         self._write()
 
     def fail(self, start: int, stop: int, why: str, limit: float | None = None) -> None:
-        """Notes that a piece failed."""
+        """Record that a piece failed."""
         self.under_way = None
         self.limit = limit or self.limit
         known = next((piece for piece in self.failed if piece[:2] == [start, stop]), None)
@@ -104,7 +104,7 @@ class Attempt:
         self._write()
 
     def why_not(self, start: int, stop: int) -> str | None:
-        """Reason not to run a piece as a whole: it failed before, or a part of it did; else None."""
+        """The reason if a piece must not run as a whole, because it or a part of it failed before; else None."""
         for first, last, count, why in self.failed:
             if stop - start == 1 and (first, last) == (start, stop) and (why != DIED or count >= _DEATHS):
                 return str(why)
@@ -113,7 +113,7 @@ class Attempt:
         return None
 
     def withdraw(self) -> None:
-        """Takes back `begin`: we ended the attempt ourselves."""
+        """Undo `begin`, if the attempt was ended on purpose."""
         self.begun -= 1
         self.under_way = None
         if self.begun <= 0 and not self.failed:
@@ -122,9 +122,9 @@ class Attempt:
             self._write()
 
     def excuse(self) -> None:
-        """For a run that begins: no image is blamed for how those before it ended, unless they were very many.
+        """Discard the failures of earlier runs, unless very many runs ended at this shard. Called when a run starts.
 
-        A note of nothing begun, or of another job, is removed.
+        A note without an attempt, or of another job, is removed.
         """
         self.runs += self.begun > 0
         if self.runs <= _EXCUSED:
@@ -135,31 +135,31 @@ class Attempt:
             self.end()
 
     def acquit(self) -> None:
-        """The model is to blame, and no image. `withdraw` follows."""
+        """Discard the failures because the model is broken, not an image. Call `withdraw` afterwards."""
         self.begun, self.failed = 1, []
 
     def end(self) -> None:
-        """The shard is there: the note is removed."""
+        """Remove the note when the shard is finished."""
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
 
     def _write(self) -> None:
         note = {name: value for name, value in asdict(self).items() if name not in ("path", "shard")}
         temporary = self.path.with_name(f".part-{self.shard:05d}-attempt.tmp")
-        # A note that can't be written costs no more than a longer search.
+        # Without the note, the search for a bad image only takes longer.
         with self._lock, contextlib.suppress(OSError):
             temporary.write_text(json.dumps(note), encoding="utf-8")
             temporary.replace(self.path)
 
 
 def noted(out: Path) -> dict[int, Path]:
-    """The notes in a folder, by shard."""
-    found = ((re.match(r"\.attempt-(\d+)\.json$", path.name), path) for path in out.glob(".attempt-*.json"))
-    return {int(number[1]): path for number, path in found if number is not None}
+    """The paths of the notes in a folder by shard number."""
+    matches = ((re.match(r"\.attempt-(\d+)\.json$", path.name), path) for path in out.glob(".attempt-*.json"))
+    return {int(number[1]): path for number, path in matches if number is not None}
 
 
 def forget_attempts(out: Path, shards: Iterable[int] | None = None) -> None:
-    """Removes the notes of shards that are done, or of all: a kill may fall between a shard and the end of its note."""
+    """Remove the notes of these finished shards, or of all. A kill may leave the note of a finished shard."""
     done = None if shards is None else set(shards)
     for shard, path in noted(out).items():
         if done is None or shard in done:

@@ -1,4 +1,4 @@
-"""Entries to pixels, in processes of their own: what hangs or crashes costs one row, and the model no time."""
+"""Decoding in separate processes. A crash or a hang only affects one row, and decoding runs parallel to the model."""
 
 from __future__ import annotations
 
@@ -31,17 +31,22 @@ if TYPE_CHECKING:
 __all__ = ["Decode", "Decoders", "Picture", "start_server"]
 
 _MAIN = threading.Lock()
-_READY_WITHIN = 120.0  # seconds, for a process to start
-_GRACE = 0.5  # seconds, for processes to end
-_LONGEST = 300  # characters of an error
+_READY_WITHIN = 120.0  # seconds for a process to start
+_GRACE = 0.5  # seconds for processes to exit
+_LONGEST = 300  # characters of an error message
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What an entry's image is to a model, [3, h, w], or why there is none.
+    """A decoded image, or an error.
 
-    seconds: what decoding took; computing: those of them in which it did not wait for a disk, a network or a core.
-    unreachable: the error may be the source's and not the image's, see `attnx.jobs.sources.reachable`.
+    Attributes:
+        pixels: the model's input [3, h, w] before normalisation; None if there is an error.
+        width, height: size of the upright picture in pixels.
+        crop: the part of the picture that the pixels show.
+        error: the error message.
+        seconds: wall time of decoding; computing: CPU time of it.
+        unreachable: True if the source may be the cause of the error, see `attnx.jobs.sources.reachable`.
     """
 
     pixels: np.ndarray | None = None
@@ -56,9 +61,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Decode:
-    """Entry -> Picture; never raises. max_pixels: a larger JPEG is reduced, another larger image is its row's error.
+    """A function from an entry to a picture. It never raises.
 
-    A reduced picture has the width, the height and the crop of the full one.
+    max_pixels: a larger JPEG is decoded at a smaller scale; another larger image is an error. A reduced picture has
+    the width, the height and the crop of the full one.
     """
 
     read: Reader
@@ -66,7 +72,7 @@ class Decode:
     max_pixels: int | None = None
 
     def __call__(self, entry: Entry) -> Picture:
-        """Reads, decodes and prepares an entry."""
+        """Read, decode and preprocess the image of an entry."""
         start, begin = time.perf_counter(), time.thread_time()
         picture = self._decode(entry)
         return replace(picture, seconds=time.perf_counter() - start, computing=time.thread_time() - begin)
@@ -75,14 +81,13 @@ class Decode:
         try:
             picture, (width, height) = read_scaled(*self.read(entry), max_pixels=self.max_pixels)
             pixels, (left, top, right, bottom) = self.pixels(picture, self.max_pixels)
-        # Long and thin: too large to be resized. A reader of a tar or a data set fails as files do; a broken Arrow file
-        # or a processor in its own ways.
+        # Readers raise OSError and ValueError; broken Arrow files and image processors raise nearly anything.
         except Exception as error:
-            return Picture(error=self._told(entry, error), unreachable=is_unreachable(error))
+            return Picture(error=self._message(entry, error), unreachable=is_unreachable(error))
         across, down = width / picture.width, height / picture.height
         return Picture(pixels, width, height, (left * across, top * down, right * across, bottom * down))
 
-    def _told(self, entry: Entry, error: Exception) -> str:
+    def _message(self, entry: Entry, error: Exception) -> str:
         if self.max_pixels is not None and (isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError)):
             most = decoder_bytes(self.max_pixels) // 10**6
             return _cut(
@@ -92,21 +97,21 @@ class Decode:
 
 
 def _cut(error: str) -> str:
-    """At most so many characters; where they are more, the middle is left out: a path begins it, the cause ends it."""
+    """The message with its middle cut out if it is too long: it starts with the path and ends with the cause."""
     half = (_LONGEST - 1) // 2
     return error if len(error) <= _LONGEST else f"{error[:half]}…{error[-half:]}"
 
 
 class Decoders:
-    """Processes that decode; a context manager.
+    """A pool of decoder processes; a context manager.
 
     Args:
-        decode: what they do; it is pickled.
-        workers: how many; the usable cores unless given, at most 16. 0: none, but a thread of this process, which
-            can't be stopped where it hangs.
-        timeout: seconds that one image may take; then its process is killed, and the row has that as its error.
+        decode: the function to run; it is pickled.
+        workers: number of processes; by default the number of usable cores, at most 16. With 0, a thread of this
+            process decodes, and hangs can't be stopped.
+        timeout: seconds per image. After that the process is killed, and the row gets an error.
 
-    While they are open, Pillow's own limit of pixels is off in this process where `decode` has one.
+    If `decode` has a limit of pixels, Pillow's own limit is off in this process inside the `with`.
     """
 
     def __init__(self, decode: Decode, workers: int | None = None, timeout: float = 120.0) -> None:
@@ -120,7 +125,7 @@ class Decoders:
         self._open = contextlib.ExitStack()
 
     def submit(self, entry: Entry) -> Future[Picture]:
-        """The entry's picture, some time; entries begin in the order of these calls."""
+        """A future with the entry's picture. Entries start in the order of these calls."""
         return self._threads.submit(self._run, entry)
 
     def __enter__(self) -> Decoders:
@@ -131,10 +136,10 @@ class Decoders:
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
-        everyone, end = list(self._all), time.monotonic() + _GRACE
-        for process in everyone:
+        processes, end = list(self._all), time.monotonic() + _GRACE
+        for process in processes:
             process.terminate()
-        for process in everyone:
+        for process in processes:
             process.kill(max(0.0, end - time.monotonic()))
         self._threads.shutdown(cancel_futures=True)
         self._open.close()
@@ -153,7 +158,7 @@ class Decoders:
                     return process.decode(entry, self.timeout)
                 except TimeoutError:
                     error, slow = f"{entry.path}: decoding took longer than {self.timeout:g} s", True
-                # It died: by this image, or by something else, such as a lack of memory; so the image has a second try.
+                # The process died. The image or something else, such as a lack of memory, is the cause: try once more.
                 except (EOFError, OSError) as cause:
                     if self._closed:
                         break
@@ -162,7 +167,7 @@ class Decoders:
                 process = None
                 if slow:
                     break
-            # A share whose server is gone answers nothing at all.
+            # A timeout may come from an unreachable share, which never responds.
             return Picture(error="stopped" if self._closed else error, unreachable=slow)
         finally:
             self._idle.put(process)
@@ -180,10 +185,10 @@ class Decoders:
 
 
 def start_server() -> None:
-    """Starts what processes are forked from, in the background; called early, nobody has to wait for its imports."""
+    """Start the fork server of the decoders in the background. If it is called early, its imports cost no time."""
     forkserver.set_forkserver_preload([__name__])
     resource_tracker.ensure_running()
-    # A terminal's interrupt reaches it, too, and would end its imports with a traceback.
+    # An interrupt from the terminal also reaches the server, and would print a traceback during its imports.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -192,7 +197,7 @@ def start_server() -> None:
 
 
 class _Process:
-    """A process that decodes, one image at a time."""
+    """A decoder process. It decodes one image at a time."""
 
     def __init__(self, decode: Decode) -> None:
         start_server()
@@ -205,7 +210,12 @@ class _Process:
         self._ready = False
 
     def decode(self, entry: Entry, timeout: float) -> Picture:
-        """Raises TimeoutError, or EOFError or OSError if the process is no more; kill it then."""
+        """The picture of an entry.
+
+        Raises:
+            TimeoutError: decoding takes too long; kill the process.
+            EOFError, OSError: the process died.
+        """
         if not self._ready:
             self._wait_until_ready()
         try:
@@ -219,11 +229,11 @@ class _Process:
         return answer
 
     def terminate(self) -> None:
-        """Lets it end by itself, and release what is held by name: libraries that read have semaphores."""
+        """Ask the process to exit, so that libraries can release named semaphores."""
         self._process.terminate()
 
     def kill(self, after: float = 0.0) -> None:
-        """Ends it, whatever it is doing; after so many seconds, if it is still there."""
+        """Kill the process if it has not ended after `after` seconds."""
         if after > 0:
             self._process.join(after)
         self._process.kill()
@@ -232,20 +242,20 @@ class _Process:
     def _wait_until_ready(self) -> None:
         try:
             if not self._pipe.poll(_READY_WITHIN):
-                raise RuntimeError(f"a process that decodes was not ready within {_READY_WITHIN:g} s")
+                raise RuntimeError(f"a decoder process was not ready within {_READY_WITHIN:g} s")
             self._pipe.recv()
         except (EOFError, OSError) as error:
             self._process.join(1)
             code = self._process.exitcode
-            # Killed, as any other may be, or by a mistake that all of them will make.
+            # A kill may happen to one process only; any other failure will happen to all.
             kind = EOFError if code is not None and code < 0 else RuntimeError
-            raise kind(f"a process that decodes did not start: {_died(code)}") from error
+            raise kind(f"a decoder process did not start: {_died(code)}") from error
         self._ready = True
 
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """A process that is started inside does not run this one's script, which may import much, or have no guard."""
+    """Prevent processes that are started inside from importing the main script, which may have no `__main__` guard."""
     with _MAIN:
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")
@@ -260,14 +270,14 @@ def _died(code: int | None) -> str:
 
 
 def _serve(pipe: Connection, decode: Decode) -> None:
-    """A process's whole life."""
+    """The main function of a decoder process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with contextlib.suppress(EOFError, OSError), warnings_in_lines(), large_images(decode.max_pixels):
         pipe.send(None)
         while True:
             entry, timeout = pipe.recv()
-            # Whoever would kill it may be dead by then: the default of this signal ends the process.
+            # The parent may be dead and unable to kill this process: the default action of SIGALRM ends it.
             signal.setitimer(signal.ITIMER_REAL, timeout + 10)
             if decode.max_pixels is not None:
                 limit_memory(decode.max_pixels, decode.pixels.kind == "processor")

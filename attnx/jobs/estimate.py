@@ -1,4 +1,4 @@
-"""What a job would take: counts, and size and time from batches that are done and not written."""
+"""Estimates the size and the time of a job from a few batches, for `--dry-run`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BATCHES = 4
 
 
 class _First:
-    """The first entries of a source, all of which are counted."""
+    """The first entries of a source, and the number of all entries."""
 
     def __init__(self, source: Listing, count: int) -> None:
         entries = source.entries()
@@ -28,7 +28,7 @@ class _First:
         self.count = len(self._first) + sum(1 for _ in entries)
 
     def entries(self) -> Iterator[Entry]:
-        """The first ones."""
+        """The first entries."""
         return iter(self._first)
 
 
@@ -36,13 +36,17 @@ def estimate(
     runtime: Runtime,
     options: RunOptions,
     shard_size: int | None,
-    what: str = "images",
+    unit: str = "images",
     say: Callable[[str], None] = print,
 ) -> str:
-    """Says how many rows and shards there are, how large they will be and how long it will take on this device.
+    """A text with the number of rows and shards, their size, and the time of the job on this device.
 
-    Measured on the first images, with files in a temporary folder; the first batch is left out of the time.
-    say: is told what the listing left out.
+    The size and the time are measured on the first images, with files in a temporary folder. The first batch does not
+    count for the time.
+
+    Args:
+        unit: name of the rows.
+        say: called with messages about skipped files.
     """
     size = shard_size or default_shard_size(runtime.row_bytes)
     source = runtime.recipe.open_source()
@@ -60,9 +64,9 @@ def estimate(
         seconds = time.perf_counter() - start
         rows = sum(made.rows for made in files[1:])
         written = sum(path.stat().st_size for path in job.out.glob("part-*")) / job.rows
-    text = f"{first.count} {what} in {-(-first.count // size)} shards of {size}; about {_size(written * first.count)}"
+    text = f"{first.count} {unit} in {-(-first.count // size)} shards of {size}; about {_size(written * first.count)}"
     if rows:
-        text += f" and {duration(seconds / rows * first.count)} at {rows / seconds:.1f} {what}/s"
+        text += f" and {duration(seconds / rows * first.count)} at {rows / seconds:.1f} {unit}/s"
     return f"{text}, from the first {job.rows}. Nothing was written."
 
 

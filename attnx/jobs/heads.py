@@ -1,4 +1,4 @@
-"""Every layer's and every head's map at once, for jobs that store more than a map an image."""
+"""The maps of all layers and heads, for jobs with `--store rows` or `--store full`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from attnx.methods import cls_map
 from attnx.trace.capture import capture
 from attnx.trace.layers import Layers
 
-__all__ = ["EveryHead"]
+__all__ = ["AllHeads"]
 
 
-class EveryHead:
-    """Images in, maps of every layer and head out: `EveryHead(model)(images)`.
+class AllHeads:
+    """The maps of all layers and heads: `AllHeads(model)(images)`.
 
     Args:
-        whole: False: what the class token attends to, [B, L, H, h, w]; True: the whole maps, [B, L, H, N, N].
-        layers, model_kwargs, dtype: as of `attnx.Extractor`.
+        whole: False: the class token's maps, [B, L, H, h, w]. True: the whole maps, [B, L, H, N, N].
+        layers, model_kwargs, dtype: see `attnx.Extractor`.
 
     Raises:
-        ValueError: on a call, of a model without class token; of layers whose maps differ in shape.
+        ValueError: on a call, if the model has no class token, or if the layers' maps differ in shape.
     """
 
     def __init__(
@@ -50,6 +50,6 @@ class EveryHead:
         maps = [trace[name] if self.whole else cls_map(trace, name) for name in trace]
         shapes = {name: list(amap.shape[1:]) for name, amap in zip(trace, maps, strict=True)}
         if len({tuple(shape) for shape in shapes.values()}) > 1:
-            told = ", ".join(f"{name}: {shape}" for name, shape in shapes.items())
-            raise ValueError(f"store: expected layers with maps of one shape; got {told}; choose some by --layer")
+            got = ", ".join(f"{name}: {shape}" for name, shape in shapes.items())
+            raise ValueError(f"store: expected layers with maps of one shape; got {got}; choose some with --layer")
         return torch.stack(maps, 1)

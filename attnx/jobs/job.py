@@ -1,7 +1,9 @@
-"""A job in a folder: what is to be done, fixed once, and what is done. Killed and run again, it goes on.
+"""A job in a folder: a fixed plan and the finished shards. A job that was killed continues when it is run again.
 
-`manifest.parquet`: every row in order. `run.json`: what the maps are made with. `part-00007.parquet`: shard 7, a slice
-of the manifest, complete if it is there. `.lock` is held by whoever writes: one run, or ranks of one world together.
+- `manifest.parquet`: all rows in order.
+- `run.json`: the settings that determine the maps.
+- `part-00007.parquet`: shard 7, a slice of the manifest. If the file exists, it is complete.
+- `.lock`: held by the run that writes, or shared by the ranks of one world.
 """
 
 from __future__ import annotations
@@ -35,14 +37,16 @@ class Job:
     """A planned job.
 
     Attributes:
-        rows: of the manifest; shard_size: rows of a shard; shards: how many there are.
-        manifest_sha256: of the file of the manifest.
-        lock: of the folder, for those who write.
-        planned_now: whether this run has planned it.
+        rows: number of rows in the manifest.
+        shard_size: rows per shard.
+        shards: number of shards.
+        manifest_sha256: SHA-256 of the manifest's file.
+        lock: the lock of the folder; None for readers.
+        planned_now: True if this run made the plan.
 
     Raises:
         FileNotFoundError: the folder has no run.json.
-        DamagedError: run.json or the manifest is not as it was written.
+        DamagedError: run.json or the manifest is damaged.
         ValueError: a newer attnx wrote the folder.
     """
 
@@ -63,11 +67,11 @@ class Job:
         return self.manifest.entries(shard * self.shard_size, (shard + 1) * self.shard_size)
 
     def entry(self, row: int) -> Entry:
-        """A row of the manifest."""
+        """One row of the manifest."""
         return self.manifest.entries(row, row + 1)[0]
 
     def rows_of(self, shard: int) -> int:
-        """How many they are."""
+        """The number of rows of a shard."""
         return min(self.shard_size, self.rows - shard * self.shard_size)
 
     def part(self, shard: int) -> Path:
@@ -75,14 +79,14 @@ class Job:
         return self.out / part_name(shard)
 
     def place(self, shard: int) -> dict[str, Any]:
-        """Written into a shard's file, so that no other file is taken for it."""
+        """The shard's number and the manifest's hash. They are written into its file to detect mixed-up files."""
         return {"shard": shard, "manifest": self.manifest_sha256}
 
     def open_part(self, shard: int) -> Part:
-        """A shard that is done.
+        """A finished shard.
 
         Raises:
-            DamagedError: its file is not as it was written, or of another shard or job.
+            DamagedError: its file is damaged, or belongs to another shard or job.
         """
         part = Part(self.part(shard))
         part.check_place(shard, self.rows_of(shard), self.manifest_sha256)
@@ -90,57 +94,60 @@ class Job:
 
     @property
     def identity(self) -> str:
-        """Tells it from jobs of other sources, settings or shard sizes."""
-        made_with = json.dumps([self.manifest_sha256, self.shard_size, self.run["settings"]], sort_keys=True)
-        return hashlib.sha256(made_with.encode()).hexdigest()
+        """A hash of the manifest, the shard size and the settings. It differs between different jobs."""
+        content = json.dumps([self.manifest_sha256, self.shard_size, self.run["settings"]], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def attempt(self, shard: int, died: bool = True) -> Attempt:
-        """The note of a shard, see `Attempt.of`."""
+        """The attempt note of a shard, see `Attempt.of`."""
         return Attempt.of(self.out, shard, self.identity, died)
 
     def excuse_attempts(self, rank: Rank | None = None) -> None:
-        """See `Attempt.excuse`; of a rank's shards, or of all."""
+        """Excuse the notes of a rank's shards, or of all shards. See `Attempt.excuse`."""
         for shard in noted(self.out):
             if rank is None or shard % rank.world == rank.rank:
                 self.attempt(shard, died=False).excuse()
 
     def check_plan(self) -> None:
-        """Checks that the folder still holds this job: another run may have planned anew, where locks don't work.
+        """Check that the folder still holds this job. Without working locks, another run may have replaced it.
 
         Raises:
-            ValueError: it holds another one.
+            ValueError: the folder holds another job.
             OSError: the folder is gone.
         """
         if self.lock is not None:
             self.lock.check()
         now = read_run(self.out)
         if any(now[name] != self.run[name] for name in ("manifest_sha256", "shard_size", "settings")):
-            raise ValueError(f"out: another run has planned {self.out} anew; choose another folder for one of them")
+            raise ValueError(f"out: another run replaced the job in {self.out}; choose another folder for one of them")
 
     def done(self) -> set[int]:
-        """The shards that are there."""
+        """The numbers of the finished shards."""
         names = {path.name for path in parts(self.out)}
         return {shard for shard in range(self.shards) if self.part(shard).name in names}
 
     def remove_temporaries(self, rank: Rank | None = None) -> None:
-        """What a kill left of a rank's shards, or of all; their writers are gone, for we hold the lock."""
+        """Remove temporary files that a kill left, of a rank's shards or of all.
+
+        No other process writes them, because this run holds the lock.
+        """
         for path in self.out.glob(".part-*.tmp"):
             number = re.match(r"\.part-(\d+)-", path.name)
             if rank is None or (number is not None and int(number[1]) % rank.world == rank.rank):
                 path.unlink(missing_ok=True)
 
     def check_settings(self, settings: dict[str, Any]) -> None:
-        """Raises ValueError if these settings would make other maps, with each difference."""
+        """Raise ValueError if these settings differ from the job's. The message lists the differences."""
         _check_same(self, {"settings": settings})
 
     def errors(self, shard: int) -> int:
-        """How many rows of a done shard have an error."""
+        """The number of rows with an error in a finished shard."""
         return self.open_part(shard).errors
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One of `world` runs that share a job: it does the shards whose number modulo `world` is `rank`."""
+    """One of `world` runs that share a job. It makes the shards whose number modulo `world` is `rank`."""
 
     rank: int
     world: int
@@ -162,47 +169,47 @@ def open_job(
     rank: Rank | None = None,
     batch_size: int | None = None,
 ) -> Iterator[Job]:
-    """The job of a folder, planned if it is not there yet; nobody else writes its shards inside the `with`.
+    """The job in a folder; it is planned first if there is none. No other run writes its shards inside the `with`.
 
     Args:
-        out: made where it is missing.
-        source: what is listed, once: a later run does what the manifest says.
-        described: of the source, for JSON.
-        settings: what decides the maps, for JSON.
-        recipe: how other processes make them, for JSON; the last run's is kept.
-        shard_size: rows of a shard; unless given 1024, or fewer so that their maps are at most 256 MiB, and of a job
-            that is there its own.
-        row_bytes: of a row's map as it is stored.
-        rank: of several runs that share the job; the first of them plans, and the others wait for it.
-        batch_size: images at a time, which is recorded: sums of another size may be rounded otherwise.
+        out: folder; created if it is missing.
+        source: listed once, when the job is planned. Later runs follow the manifest.
+        described: description of the source, for JSON.
+        settings: everything that determines the maps, for JSON.
+        recipe: the recipe that other processes load, for JSON. The last run's recipe is kept.
+        shard_size: rows per shard. The default is an existing job's own size, else at most 1024 such that the maps of
+            a shard have at most 256 MiB.
+        row_bytes: bytes of one stored map.
+        rank: this run's rank if several runs share the job. The first one plans, the others wait.
+        batch_size: images per batch. It is recorded because another size may change how sums are rounded.
 
     Raises:
-        ValueError: the job that is there has another source, other settings or another shard size, with each
-            difference, and shards, or ranks; another run writes to the folder; it holds shards without a job; a wrong
-            source.
-        OSError: the folder can't be written to.
+        ValueError: the existing job has shards or ranks, and another source, other settings or another shard size
+            (the message lists the differences); another run writes to the folder; the folder has shards without a
+            job; the source is invalid.
+        OSError: the folder is not writable.
     """
     if shard_size is not None and shard_size < 1:
         raise ValueError(f"shard-size: expected at least 1, got {shard_size}")
     try:
         str(out).encode()
     except UnicodeEncodeError as error:
-        # pyarrow opens no others.
-        raise ValueError(f"out: expected a path of UTF-8; got {os.fsencode(out)!r}") from error
-    asked: dict[str, Any] = {"source": described, "settings": settings}
+        # pyarrow only opens paths in UTF-8.
+        raise ValueError(f"out: expected a path in UTF-8; got {os.fsencode(out)!r}") from error
+    wanted: dict[str, Any] = {"source": described, "settings": settings}
     if shard_size is not None:
-        asked["shard_size"] = shard_size
+        wanted["shard_size"] = shard_size
     if not (out / RUN).exists():
-        # What is no source raises before there is a folder.
+        # An invalid source raises before the folder is created.
         next(iter(source.entries()), None)
     with writing(out, rank) as lock:
         with locked(out / ".lock-plan", wait=True) if rank else contextlib.nullcontext():
-            for left in (*out.glob(".manifest-*.tmp"), *out.glob(".run-*.tmp")):
-                left.unlink()
-            job = _planned(out, asked, alone=rank is None)
+            for temporary in (*out.glob(".manifest-*.tmp"), *out.glob(".run-*.tmp")):
+                temporary.unlink()
+            job = _existing_job(out, wanted, alone=rank is None)
             if job is None:
                 size = {"shard_size": default_shard_size(row_bytes), "batch_size": batch_size}
-                plan = size | asked | {"recipe": recipe}
+                plan = size | wanted | {"recipe": recipe}
                 job = _plan(out, source, plan)
             elif job.run["recipe"] != json.loads(json.dumps(recipe)):
                 job.run["recipe"] = recipe
@@ -215,7 +222,7 @@ def open_job(
 
 
 def forget_job(out: Path, described: dict[str, Any]) -> None:
-    """Removes the job of a folder, if there is one of this source; anything else stays."""
+    """Remove the job in a folder if its source matches. Other files stay."""
     if not (out / RUN).is_file():
         return
     with writing(out):
@@ -226,59 +233,59 @@ def forget_job(out: Path, described: dict[str, Any]) -> None:
 
 
 def default_shard_size(row_bytes: int) -> int:
-    """Rows of a shard of maps of this size."""
+    """The default number of rows per shard for maps of `row_bytes` bytes."""
     return max(1, min(1024, _SHARD_BYTES // row_bytes))
 
 
-def _planned(out: Path, asked: dict[str, Any], alone: bool) -> Job | None:
-    """The job that is there. If it has no shard yet, and nobody else works on it, another one may take its place."""
+def _existing_job(out: Path, wanted: dict[str, Any], alone: bool) -> Job | None:
+    """The job in the folder, else None. A different job without shards is removed if no other rank works on it."""
     if not (out / RUN).exists():
         return None
     try:
         job = Job(out)
     except DamagedError as error:
-        advice = "Remove it and the shards to begin anew, or choose another folder"
+        advice = "Remove it and the shards to start over, or choose another folder"
         raise DamagedError(error.path, f"{error.why}. {advice}") from error
-    if alone and not parts(out) and _differences(job, asked):
+    if alone and not parts(out) and _differences(job, wanted):
         for path in (out / RUN, *out.glob("part-*.safetensors")):
             path.unlink()
         return None
-    _check_same(job, asked)
+    _check_same(job, wanted)
     return job
 
 
 def _plan(out: Path, source: Listing, run: dict[str, Any]) -> Job:
     if parts(out):
-        raise ValueError(f"out: expected an empty folder or a job's; {out} has shards and no {RUN}")
+        raise ValueError(f"out: expected an empty folder or a job; {out} has shards and no {RUN}")
     forget_attempts(out)
     with replacing(out / _MANIFEST) as path:
         rows = write_manifest(source.entries(), path)
         sha256 = file_sha256(path)
-    # Last, for it is what says that there is a job.
+    # Written last: a folder with run.json counts as a job.
     write_run(out, {"rows": rows, "manifest_sha256": sha256, **run})
     job = Job(out)
     job.planned_now = True
     return job
 
 
-def _check_same(job: Job, asked: dict[str, Any]) -> None:
-    if differences := _differences(job, asked):
-        told = "; ".join(differences)
-        raise ValueError(f"out: {job.out} holds a job with other settings. {told}. Choose another folder")
+def _check_same(job: Job, wanted: dict[str, Any]) -> None:
+    if differences := _differences(job, wanted):
+        message = "; ".join(differences)
+        raise ValueError(f"out: {job.out} holds a job with other settings. {message}. Choose another folder")
 
 
-def _differences(job: Job, asked: dict[str, Any]) -> list[str]:
-    now = _flat(json.loads(json.dumps(asked)))
-    there = _flat({name: job.run.get(name) for name in asked})
+def _differences(job: Job, wanted: dict[str, Any]) -> list[str]:
+    new = _flat(json.loads(json.dumps(wanted)))
+    old = _flat({name: job.run.get(name) for name in wanted})
     return [
-        f"{name.removeprefix('settings.')}: {there.get(name)!r} there, {now.get(name)!r} asked"
-        for name in {**there, **now}
-        if there.get(name) != now.get(name)
+        f"{name.removeprefix('settings.')}: {old.get(name)!r} in the job, {new.get(name)!r} now"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
     ]
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested dicts as one, by dotted names."""
+    """Nested dicts as one flat dict with dotted names."""
     if not isinstance(value, dict):
         return {name: value}
     return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}" if name else key).items()}
@@ -286,14 +293,14 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def writing(out: Path, rank: Rank | None = None) -> Iterator[Lock]:
-    """Makes the folder and holds it: alone, or together with the other ranks of the same world.
+    """Create the folder and lock it, exclusively or shared with the other ranks of the same world.
 
-    A kill releases it, once all processes that were handed the descriptor of the lock are gone.
+    After a kill the lock is released when all processes with its descriptor have ended.
     """
     with contextlib.ExitStack() as held:
         lock = held.enter_context(locked(out / _LOCK, shared=rank is not None))
         if rank is not None:
-            # Before the others': of two worlds that begin at once, each finds the other's.
+            # Own lock first: if two worlds start at once, each finds the other's lock.
             held.enter_context(locked(out / f".lock-{rank.rank}-of-{rank.world}"))
             for other in out.glob(".lock-*-of-*"):
                 if not other.name.endswith(f"-of-{rank.world}"):

@@ -1,4 +1,4 @@
-"""The manifest: every row of a job, in order, fixed once. A shard is a slice of it."""
+"""The manifest: all rows of a job in a fixed order. A shard is a slice of it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _GROUP = 65_536  # rows
 
 
 def write_manifest(entries: Iterable[Entry], path: Path) -> int:
-    """Writes Parquet with the columns of `Entry` (path: the bytes of the file's name), and says how many rows.
+    """Write Parquet with the columns of `Entry` (path: the bytes of the file's name), and return the number of rows.
 
-    In memory are one row group and eight bytes a row, which find keys that come twice.
+    Takes the memory of one row group, and 8 bytes per row to find duplicate keys.
 
     Raises:
-        ValueError: no entries; keys that come more than once, with the first of them and its rows.
+        ValueError: there are no entries, or keys are repeated. The message has the first such key and its rows.
     """
     import pyarrow.parquet as pq
 
@@ -44,20 +44,21 @@ def write_manifest(entries: Iterable[Entry], path: Path) -> int:
     if not hashes:
         raise ValueError("source: expected at least one image, got none")
     seen = np.sort(np.frombuffer(hashes, np.int64))
-    twice = set(seen[1:][seen[1:] == seen[:-1]].tolist())
-    if twice:
-        _refuse_duplicates(path, twice)
+    repeated = set(seen[1:][seen[1:] == seen[:-1]].tolist())
+    if repeated:
+        _refuse_duplicates(path, repeated)
     return len(hashes)
 
 
 class Manifest:
-    """A manifest that was written: rows by position, one row group in memory.
+    """A reader of a manifest by row number. One row group is in memory.
 
     Args:
-        sha256, rows: of the file that was written, and how many rows it has; unless given, they are not checked.
+        sha256: expected hash of the file; not checked if None.
+        rows: expected number of rows; not checked if None.
 
     Raises:
-        DamagedError: the file is missing, or not as it was written.
+        DamagedError: the file is missing or damaged.
     """
 
     def __init__(self, path: Path, sha256: str | None = None, rows: int | None = None) -> None:
@@ -82,7 +83,7 @@ class Manifest:
         return int(self._file.metadata.num_rows)
 
     def entries(self, start: int, stop: int) -> list[Entry]:
-        """Rows start <= i < stop, fewer at the end."""
+        """Rows start <= i < stop; fewer at the end of the manifest."""
         rows: list[Entry] = []
         while start < min(stop, len(self)):
             group = start // _GROUP
@@ -97,7 +98,7 @@ class Manifest:
         return rows
 
     def key_groups(self) -> Iterator[list[str]]:
-        """All keys, in order, a row group at a time."""
+        """All keys in order, one row group at a time."""
         for group in range(self._file.num_row_groups):
             yield self._file.read_row_group(group, columns=["key"]).column("key").to_pylist()
 
@@ -122,7 +123,7 @@ def _table(chunk: list[Entry]) -> pa.Table:
     import pyarrow as pa
 
     columns: dict[str, list[Any]] = dict(zip(Entry._fields, map(list, zip(*chunk, strict=True)), strict=True))
-    # A file's name is any bytes; a caption in JSON need be no valid Unicode.
+    # A file name may have any bytes, and a caption in JSON may have invalid Unicode.
     columns["path"] = [None if name is None else _bytes(name) for name in columns["path"]]
     for name in ("text", "error"):
         columns[name] = [None if value is None else text_of(value) for value in columns[name]]
@@ -137,7 +138,7 @@ def _bytes(name: str) -> bytes:
 
 
 def _refuse_duplicates(path: Path, hashes: set[int]) -> None:
-    """Raises if keys of these hashes are the same, which hashes alone don't say."""
+    """Raise ValueError if keys with these hashes are equal. Different keys may have the same hash."""
     rows: dict[str, list[int]] = {}
     number = 0
     for keys in Manifest(path).key_groups():
@@ -145,9 +146,9 @@ def _refuse_duplicates(path: Path, hashes: set[int]) -> None:
             if hash(key) in hashes:
                 rows.setdefault(key, []).append(number)
             number += 1
-    twice = {key: places for key, places in rows.items() if len(places) > 1}
-    if twice:
-        key, places = next(iter(twice.items()))
-        others = f"; so are {len(twice) - 1} other keys" if len(twice) > 1 else ""
+    repeated = {key: places for key, places in rows.items() if len(places) > 1}
+    if repeated:
+        key, places = next(iter(repeated.items()))
+        others = f"; {len(repeated) - 1} other keys are repeated, too" if len(repeated) > 1 else ""
         where = ", ".join(map(str, places[:4])) + (", ..." if len(places) > 4 else "")
         raise ValueError(f"source: expected every key once; {key[:200]!r} is in rows {where}{others}")

@@ -1,4 +1,4 @@
-"""Maps beside labelled masks: DINO's Jaccard, and the pointing game."""
+"""Compares maps with labelled masks: DINO's Jaccard index, and the pointing game."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from attnx.files import open_regular
 from attnx.jobs.reader import Maps
 from attnx.jobs.rows import Row
-from attnx.limits import MASK_PIXELS
+from attnx.limits import PICTURE_PIXELS
 from attnx.methods import mass_mask
 
 __all__ = ["Score", "jaccard", "mask_of", "points_at", "read_labels", "score"]
@@ -25,9 +25,14 @@ VOID = 255
 
 @dataclass(frozen=True)
 class Score:
-    """images, objects: how many were scored. jaccard: the mean over images of the mean over their objects of the best
-    head's; heads: of each head alone, best first, as (head, jaccard). pointing: the share of images whose map peaks in
-    an object. left: images that were not scored, by why.
+    """The result of `score`.
+
+    Attributes:
+        images, objects: number of scored images and objects.
+        jaccard: the best head's Jaccard index, averaged over the objects of an image, then over the images.
+        heads: (head, Jaccard index) of each head alone, best first.
+        pointing: share of images whose map has its maximum in an object.
+        left: number of images that were not scored, by reason.
     """
 
     images: int
@@ -39,27 +44,29 @@ class Score:
 
 
 def score(maps: Maps, folder: str | Path, keep: float = 0.6) -> Score:
-    """Scores the maps of a job whose images have a mask in a folder: of a/b.jpg, folder/a/b.png.
+    """The scores of a job's maps against labelled masks. The mask of a/b.jpg is folder/a/b.png.
 
-    A mask is an image of the picture's size, of palette or grey: 0 is the background, other numbers are objects, and
-    255 is void, which counts nowhere. Of maps of several layers the last one is taken. What counts is the part of the
-    picture that the model saw.
+    A mask is a palette or grey image of the picture's size: 0 is the background, 255 is void and ignored, and other
+    values are objects. Only the part of the picture that the model saw counts. If a map has several layers, the last
+    one is used.
 
     Args:
-        keep: the share of a head's mass that its mask has.
+        maps: the maps of the job.
+        folder: folder of the masks.
+        keep: share of a head's mass in its mask.
 
     Raises:
-        ValueError: no image has a mask; maps of words, or whole ones.
+        ValueError: no image has a usable mask; the maps are whole maps or maps of words.
 
     Reference:
-        DINO's, over ground-truth objects: https://github.com/facebookresearch/dino/issues/54; the pointing game: Zhang
-        et al., https://arxiv.org/abs/1608.00507 (there with a margin of 15 pixels, here without)
+        DINO's Jaccard index over ground-truth objects: https://github.com/facebookresearch/dino/issues/54
+        Pointing game: Zhang et al., https://arxiv.org/abs/1608.00507 (with a margin of 15 pixels; here without)
     """
     if maps.settings.get("store") == "full" or "vocab" in maps.settings:
-        raise ValueError("masks: they are for maps of images over patches; this job has whole maps, or those of words")
+        raise ValueError("masks: expected maps of images over patches; this job has whole maps or maps of words")
     left: Counter[str] = Counter()
     best: list[float] = []
-    every: list[np.ndarray] = []
+    per_head: list[np.ndarray] = []
     hits: list[bool] = []
     objects = 0
     for row in maps:
@@ -75,53 +82,53 @@ def score(maps: Maps, folder: str | Path, keep: float = 0.6) -> Score:
             except ValueError as error:
                 left[str(error)] += 1
                 continue
-            found = jaccard(heads, labels, row.crop, keep)
-            if not len(found):
+            values = jaccard(heads, labels, row.crop, keep)
+            if not len(values):
                 left["no object in the part that the model saw"] += 1
                 continue
-            objects += len(found)
-            best.append(float(found.max(1).mean()))
-            every.append(found.mean(0))
+            objects += len(values)
+            best.append(float(values.max(1).mean()))
+            per_head.append(values.mean(0))
             hits.append(points_at(heads.mean(0), labels, row.crop))
     if not best:
-        told = ", ".join(f"{count} images: {why}" for why, count in left.most_common(3))
-        raise ValueError(f"masks: no image of this job has a mask in {folder} that can be scored ({told})")
-    alone = np.mean(every, 0)
-    order = np.argsort(-alone, kind="stable")
-    ranked = [(int(head), float(alone[head])) for head in order]
+        reasons = ", ".join(f"{count} images: {why}" for why, count in left.most_common(3))
+        raise ValueError(f"masks: no image of this job has a usable mask in {folder} ({reasons})")
+    mean = np.mean(per_head, 0)
+    order = np.argsort(-mean, kind="stable")
+    ranked = [(int(head), float(mean[head])) for head in order]
     return Score(len(best), objects, float(np.mean(best)), ranked, float(np.mean(hits)), left)
 
 
 def mask_of(key: str, folder: str | Path) -> Path | None:
-    """The mask of a key, below the folder, if there is one."""
+    """The path of a key's mask below the folder; None if there is none."""
     path = Path(key)
     if not path.name or path.is_absolute() or ".." in path.parts:
         return None
     try:
         return mask if (mask := Path(folder) / path.with_suffix(".png")).is_file() else None
-    # A key that is too long for a file, or has a zero byte.
+    # The key is too long for a path, or has a zero byte.
     except (OSError, ValueError):
         return None
 
 
 def read_labels(path: Path, row: Row) -> np.ndarray:
-    """[height, width] integers of a mask.
+    """The labels of a mask, [height, width] int64.
 
     Raises:
-        ValueError: it is of another size than its picture, or no mask.
+        ValueError: the file is not a mask, or its size differs from the picture's.
     """
     try:
         with open_regular(path) as file, Image.open(file) as image:
             mode, size = image.mode, image.size
-            fits = size == (row.width, row.height) and size[0] * size[1] <= MASK_PIXELS
+            fits = size == (row.width, row.height) and size[0] * size[1] <= PICTURE_PIXELS
             labels = np.asarray(image).astype(np.int64) if fits else None
-    # Decoders raise nearly anything on broken bytes.
+    # Decoders raise nearly any exception for broken data.
     except Exception as error:
         raise ValueError("the mask can't be read as an image") from error
     if mode not in ("P", "L", "1", "I", "I;16"):
-        raise ValueError(f"the mask is an image of mode {mode}, not of palette or grey")
-    if size[0] * size[1] > MASK_PIXELS:
-        raise ValueError(f"the mask has more than {MASK_PIXELS:,} pixels")
+        raise ValueError(f"expected a palette or grey mask; got mode {mode}")
+    if size[0] * size[1] > PICTURE_PIXELS:
+        raise ValueError(f"the mask has more than {PICTURE_PIXELS:,} pixels")
     if labels is None or labels.shape != (row.height, row.width):
         raise ValueError("the mask has another size than its image")
     return labels
@@ -134,7 +141,7 @@ def jaccard(heads: np.ndarray, labels: np.ndarray, crop: tuple[float, ...], keep
         heads: [H, h, w] maps over the crop.
         labels: [height, width]; 0 background, 255 void.
         crop: (left, top, right, bottom) in the labels' pixels.
-        keep: see `attnx.mass_mask`, whose masks are enlarged to the nearest patch.
+        keep: see `attnx.mass_mask`. Its masks are upsampled by nearest neighbour.
     """
     masks = mass_mask(torch.from_numpy(np.ascontiguousarray(heads, np.float32)), keep).numpy()
     left, top, right, bottom = crop
@@ -145,15 +152,15 @@ def jaccard(heads: np.ndarray, labels: np.ndarray, crop: tuple[float, ...], keep
     # [H, pixels]
     chosen = masks[:, row_of[:, None], column_of[None]][:, valid]
     numbers = [number for number in np.unique(seen[valid]) if number != 0]
-    found = np.zeros((len(numbers), len(heads)))
+    values = np.zeros((len(numbers), len(heads)))
     for i, number in enumerate(numbers):
         inside = seen[valid] == number
-        found[i] = (chosen & inside).sum(1) / (chosen | inside).sum(1)
-    return found
+        values[i] = (chosen & inside).sum(1) / (chosen | inside).sum(1)
+    return values
 
 
 def points_at(amap: np.ndarray, labels: np.ndarray, crop: tuple[float, ...]) -> bool:
-    """Whether a map [h, w], enlarged bilinearly to its part of the picture, peaks in an object."""
+    """True if a map [h, w], upsampled bilinearly to its part of the picture, has its maximum in an object."""
     left, top, right, bottom = crop
     size = max(1, round(bottom - top)), max(1, round(right - left))
     tensor = torch.from_numpy(np.ascontiguousarray(amap, np.float32))[None, None]
@@ -165,14 +172,14 @@ def points_at(amap: np.ndarray, labels: np.ndarray, crop: tuple[float, ...]) -> 
 
 
 def _heads(amap: np.ndarray, layers: bool) -> np.ndarray:
-    """[H, h, w] of a map of any method: of several layers, the last one's."""
+    """The heads [H, h, w] of a map of any method; of several layers, the last one."""
     if amap.ndim == 4 or layers:
         amap = amap[-1]
     return amap if amap.ndim == 3 else amap[None]
 
 
 def _cells(length: int, start: float, stop: float, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of a picture's side, the pixels whose middle lies in the crop, and the cell of the map over each."""
+    """Along one side of a picture: the pixels with their centre in the crop, and the map cell of each."""
     middles = np.arange(length) + 0.5
     inside = np.flatnonzero((middles >= start) & (middles < stop))
     cell = np.floor((middles[inside] - start) / (stop - start) * cells).astype(np.int64)

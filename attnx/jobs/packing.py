@@ -1,4 +1,4 @@
-"""How maps are stored: their numbers in a small dtype, one scale a map that gives them back, and a shard's columns."""
+"""Storage of maps: a small dtype with one scale per map, and the columns of a shard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STORES = ("map", "rows", "full")
 
 
 class Result(NamedTuple):
-    """A row of a shard, with a map or an error; tokens, word_of, score and cut of a caption."""
+    """A row of a shard with a map or an error. tokens, word_of, score and cut are for captions."""
 
     key: str
     text: str | None
@@ -39,15 +39,15 @@ class Format:
     """The format of a job's shards.
 
     Args:
-        dtype: of the stored numbers: "float16", "float32", "uint8".
-        captions: with the columns tokens, word_of, score and cut.
+        dtype: dtype of the stored values: "float16", "float32" or "uint8".
+        captions: add the columns tokens, word_of, score and cut.
     """
 
     dtype: str = "float16"
     captions: bool = False
 
     def schema(self) -> pa.Schema:
-        """The columns."""
+        """The columns and their types."""
         import pyarrow as pa
 
         values = {"float16": pa.float16(), "float32": pa.float32(), "uint8": pa.uint8()}[self.dtype]
@@ -66,7 +66,7 @@ class Format:
         return pa.schema(columns.items())
 
     def table(self, results: list[Result]) -> pa.Table:
-        """The rows; a map that can't be stored becomes its row's error."""
+        """The rows as a table. A map that can't be stored becomes an error of its row."""
         import pyarrow as pa
 
         schema = self.schema()
@@ -79,7 +79,7 @@ class Format:
                     row["map"], row["shape"] = stored.reshape(-1), stored.shape
                 except ValueError as cause:
                     row["map"], row["error"] = None, str(cause)
-            # It may name a file, whose name need be no valid Unicode.
+            # The error may have a file name with invalid Unicode.
             row["error"] = None if row["error"] is None else text_of(row["error"])
             for name, values in columns.items():
                 values.append(row[name])
@@ -87,7 +87,7 @@ class Format:
         return pa.Table.from_arrays(arrays, schema=schema)
 
     def concatenate(self, tables: list[pa.Table]) -> pa.Table:
-        """Rows of several tables, of shards or new ones, as one shard's."""
+        """The rows of several tables as one table with the schema of a shard."""
         import pyarrow as pa
 
         schema = self.schema()
@@ -95,14 +95,15 @@ class Format:
 
 
 def pack(amap: np.ndarray, dtype: str) -> tuple[np.ndarray, float]:
-    """What is stored of a float32 map, and its scale: map = stored * scale.
+    """The stored values and the scale of a float32 map: map = stored * scale.
 
-    float16: the scale is the power of two that brings the largest magnitude into 1..2, so that a map of a long sequence
-    doesn't drown in subnormal numbers: within 2^-11 of each value, and 2^-25 of the largest. uint8: the largest value
-    over 255, within 1/510 of it. float32: 1.
+    - float16: the scale is a power of two such that the largest magnitude is in [1, 2). Without it, maps of long
+      sequences would be subnormal. The error is at most 2^-11 of each value, or 2^-25 of the largest.
+    - uint8: the scale is the largest value / 255. The error is at most 1/510 of the largest value.
+    - float32: the scale is 1.
 
     Raises:
-        ValueError: a NaN or an infinity; for uint8, a negative value.
+        ValueError: the map has a NaN or an infinity, or for uint8 a negative value.
     """
     finite = np.isfinite(amap)
     if not finite.all():
@@ -115,9 +116,9 @@ def pack(amap: np.ndarray, dtype: str) -> tuple[np.ndarray, float]:
     largest = float(np.abs(amap).max(initial=0))
     if dtype == "uint8":
         if amap.min(initial=0) < 0:
-            raise ValueError(f"uint8 can't hold the map: its least value is {amap.min():g}")
+            raise ValueError(f"uint8 can't store negative values: the smallest value of the map is {amap.min():g}")
         scale = np.float32(largest / 255) or np.float32(1)
         return np.rint(amap / scale).clip(0, 255).astype(np.uint8), float(scale)
-    # Not below float32's smallest normal number: its reciprocal is one, too.
+    # At least float32's smallest normal number, so that the reciprocal is a normal number, too.
     scale = np.float32(2.0 ** max(np.frexp(largest)[1] - 1, -126) if largest else 1)
     return (amap / scale).astype(np.float16), float(scale)

@@ -1,7 +1,7 @@
-"""From a picture to a model's pixels, and which part of the picture they show.
+"""Preprocessing: from a picture to the model's input, and the part of the picture that it shows.
 
-Three ways, and a job records which: "timm", timm's own evaluation transform, bit for bit; "whole", the whole picture at
-the model's size; "processor", the model's own Hugging Face image processor.
+There are three kinds, and a job records its kind: "timm", timm's evaluation transform, bit for bit; "whole", the whole
+picture resized to the model's size; "processor", the model's image processor of Hugging Face.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Crop = tuple[float, float, float, float]  # left, top, right, bottom, in pixels 
 
 @dataclass(frozen=True)
 class Pixels:
-    """How pictures become the input of a model. Can be pickled, and `describe` is JSON.
+    """The preprocessing of a model. It can be pickled, and `describe` gives JSON.
 
     Args:
         kind: "timm", "whole" or "processor".
         size: (height, width) in pixels.
         mean, std: 3 values each, for pixels in 0..1.
-        interpolation: Pillow's name of it, in lower case.
-        crop_pct, crop_mode: of "timm", as in its model configurations: "center", "squash" or "border".
-        processor: of "processor", what AutoImageProcessor.from_pretrained takes.
+        interpolation: Pillow's name in lower case.
+        crop_pct, crop_mode: for "timm", as in its model configurations; crop_mode: "center", "squash" or "border".
+        processor: for "processor", the argument of AutoImageProcessor.from_pretrained.
     """
 
     kind: str
@@ -51,10 +51,10 @@ class Pixels:
             raise ValueError("pixels: processor is for hf: models that ship one")
 
     def __call__(self, picture: Image.Image, max_pixels: int | None = None) -> tuple[np.ndarray, Crop]:
-        """RGB picture -> [3, height, width] uint8 (of "processor", float32), and the part that it shows.
+        """RGB picture -> [3, height, width] uint8 ("processor": float32), and the part of the picture that it shows.
 
         Raises:
-            ValueError: on the way it would have more than max_pixels: it is long and thin.
+            ValueError: the resized picture would have more than max_pixels, because it is long and thin.
         """
         if self.kind == "processor":
             return self._processed(picture, max_pixels)
@@ -70,13 +70,13 @@ class Pixels:
             canvas = Image.new("RGB", (width, height), fill)
             canvas.paste(picture_at_size, (-left, -top))
             picture_at_size = canvas
-        # From the picture's own pixels to the size, along each axis.
+        # Scale factors from resized pixels to the picture's pixels.
         across, down = picture.width / resized[0], picture.height / resized[1]
         crop = (left * across, top * down, (left + width) * across, (top + height) * down)
         return np.asarray(picture_at_size).transpose(2, 0, 1), crop
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, 3, height, width] as called, any device -> float32, by the operations of timm's transform."""
+        """Normalise [B, 3, height, width] on any device to float32, with the same operations as timm's transform."""
         import torch
 
         if self.kind == "processor":
@@ -85,22 +85,22 @@ class Pixels:
         return pixels.to(torch.float32).div_(most).sub_(mean).div_(std)
 
     def check(self) -> None:
-        """Loads the processor, if there is one.
+        """Load the processor, if there is one.
 
         Raises:
-            ValueError: it can't be loaded.
+            ValueError: the processor can't be loaded.
         """
         if self.processor is not None and self.kind == "processor":
             _processor(self.processor)
 
     def describe(self) -> dict[str, Any]:
-        """The fields that matter to this kind."""
+        """The fields that this kind uses, for JSON."""
         timm, processor = ("crop_pct", "crop_mode"), ("processor",)
-        left = {"timm": processor, "whole": timm + processor, "processor": ("mean", "std", "interpolation", *timm)}
-        return {name: value for name, value in asdict(self).items() if name not in left[self.kind]}
+        unused = {"timm": processor, "whole": timm + processor, "processor": ("mean", "std", "interpolation", *timm)}
+        return {name: value for name, value in asdict(self).items() if name not in unused[self.kind]}
 
     def _place(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The (width, height) that a picture is resized to, and where in it (left, top) the model's view begins."""
+        """The resized (width, height) of a picture, and the (left, top) of the model's crop in it."""
         h, w = self.size
         if self.kind == "whole":
             return (w, h), (0, 0)
@@ -135,15 +135,15 @@ class Pixels:
 
 def _check_area(picture: Image.Image, resized: tuple[int, int], max_pixels: int | None) -> None:
     if max_pixels is not None and resized[0] * resized[1] > max_pixels:
-        told = f"{picture.width} x {picture.height}, which is {resized[0]} x {resized[1]} before it is cropped"
-        raise ValueError(f"expected at most {max_pixels:,} pixels, got {told}")
+        got = f"{picture.width} x {picture.height}, which is {resized[0]} x {resized[1]} before it is cropped"
+        raise ValueError(f"expected at most {max_pixels:,} pixels, got {got}")
 
 
 @functools.lru_cache(maxsize=8)
 def _constants(mean: tuple[float, ...], std: tuple[float, ...], on: torch.device) -> tuple[torch.Tensor, ...]:
-    """255, mean and std on a device: made once, for making them waits for it.
+    """255, mean and std as tensors on a device. They are cached because their creation synchronises with the device.
 
-    Tensors: by a number, CUDA multiplies with its reciprocal.
+    255 is a tensor because CUDA replaces a division by a Python number with a multiplication by its reciprocal.
     """
     import torch
 
@@ -154,11 +154,10 @@ def _constants(mean: tuple[float, ...], std: tuple[float, ...], on: torch.device
 def _processor_place(
     processor: Any, picture: tuple[int, int], size: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The (height, width) that a Hugging Face processor resizes a picture (width, height) to, and where in it (left,
-    top) what it gives begins.
+    """The resized (height, width) of a picture (width, height) in a Hugging Face processor, and the crop's (left, top).
 
     Raises:
-        ValueError: it resizes in a way that is not known here.
+        ValueError: the processor resizes in an unsupported way.
     """
     width, height = picture
     to = dict(getattr(processor, "size", None) or {}) if getattr(processor, "do_resize", False) else {}
@@ -178,7 +177,7 @@ def _processor_place(
 
 
 def _offset(length: int, wanted: int) -> int:
-    """Where the middle of a length begins, as timm and torchvision round; negative: so much is padded before it."""
+    """The start of a centre crop, rounded as in timm and torchvision; negative values are padding."""
     return round((length - wanted) / 2.0) if length >= wanted else -((wanted - length) // 2)
 
 

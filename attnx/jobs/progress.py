@@ -1,4 +1,4 @@
-"""Progress of a job: a bar on a terminal, lines in a log."""
+"""Progress of a job: a bar on a terminal, or lines in a log."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 
 class Log:
-    """Lines that say how far a job is, for the log of a run without a terminal; a context manager.
+    """Lines of progress for a run without a terminal; a context manager.
 
     Args:
-        unit: what is counted.
-        every: seconds between lines; None: no lines are said.
-        say: gets the lines.
+        unit: name of the rows.
+        every: seconds between lines; None: no lines.
+        say: called with each line.
     """
 
     def __init__(self, unit: str, every: float | None, say: Callable[[str], None]) -> None:
@@ -31,38 +31,38 @@ class Log:
 
     def __enter__(self) -> Log:
         if self.every is not None:
-            threading.Thread(target=self._tell, args=(self.every,), name="attnx-log", daemon=True).start()
+            threading.Thread(target=self._log_lines, args=(self.every,), name="attnx-log", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
 
     def progress(self, done: int, total: int) -> None:
-        """Rows that are done and planned."""
-        # What an earlier run did is no part of this one's rate.
+        """Update the numbers of done and planned rows."""
+        # Rows of earlier runs don't count for the rate.
         self._before = done if self._before is None else self._before
         self.done, self.total = done, total
 
     def line(self) -> str:
-        """Counts of rows done and planned, images/s, the time left, and the count of this run's errors."""
+        """A line with the rows done and planned, rows/s, the time left, and the number of errors in this run."""
         done, total, unit = self.done, self.total, self.unit
         rate = (done - (self._before or 0)) / max(time.monotonic() - self._start, 1e-9)
         left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
         wrong = f", {self.errors:,} errors" if self.errors else ""
         return f"{done:,} of {total:,} {unit} ({100 * done / max(total, 1):.0f} %), {rate:.1f} {unit}/s{left}{wrong}"
 
-    def _tell(self, every: float) -> None:
+    def _log_lines(self, every: float) -> None:
         while not self._ended.wait(every):
             self._say(self.line() if self.total else "listing the source")
 
 
 @contextlib.contextmanager
 def progress_bar(total: int, unit: str = "images") -> Iterator[Progress]:
-    """A `progress` for a job that draws a bar with images/s and the time left to stderr.
+    """A progress function that draws a bar with images/s and the time left on stderr.
 
     Args:
-        total: images in the job. Each call's own total takes its place.
-        unit: what is counted.
+        total: number of images; each call updates it.
+        unit: name of the rows.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -83,6 +83,6 @@ def progress_bar(total: int, unit: str = "images") -> Iterator[Progress]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as minutes or hours."""
+    """A time in seconds as text in minutes or hours."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d} hours" if hours else f"{rest // 60}:{rest % 60:02d} minutes"

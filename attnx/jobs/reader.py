@@ -1,4 +1,4 @@
-"""A job's rows, by their place or by their key: `attnx.open`."""
+"""Reads the rows of a job by index or by key: `attnx.open`."""
 
 from __future__ import annotations
 
@@ -27,29 +27,37 @@ _GROUPS = 4
 
 
 def open(folder: str | Path) -> Maps:
-    """The rows that a job has written so far; it may still be running.
+    """The rows that a job has written so far. The job may still be running.
 
     Args:
         folder: OUT of `attnx extract` or `attnx words`.
 
+    Returns:
+        A sequence of rows, see `Maps`.
+
     Raises:
-        FileNotFoundError: it holds no shards.
-        DamagedError: a file is not as it was written; a ValueError that names the file. Maps are checked when they are
-            read.
+        FileNotFoundError: the folder has no shards.
+        DamagedError: a file is damaged; a ValueError that names the file. Maps are checked when they are read.
+
+    Example:
+        >>> maps = attnx.open("attnx-out")  # doctest: +SKIP
+        >>> maps["a.jpg"].map.shape  # doctest: +SKIP
+        (14, 14)
     """
     return Maps(Path(folder))
 
 
 class Maps:
-    """Rows of a folder of shards: `maps[3]`, `maps[3:9]`, `maps["a.jpg"]`, `key in maps`, `len(maps)`, iteration.
+    """The rows of a folder of shards: `maps[3]`, `maps[3:9]`, `maps["a.jpg"]`, `key in maps`, `len(maps)`, iteration.
 
-    A row has its map as it was, times its scale: see `attnx.jobs.rows.Row`. Only what is asked for is read, a row with
-    some of its neighbours. Keys are found by an index that the first one makes: 16 bytes a row. It can be pickled, and
-    used in the processes of a torch DataLoader.
+    Rows are `attnx.jobs.rows.Row`; maps are already multiplied by their scale. A row is read with its row group only.
+    The first look-up by key builds an index of 16 bytes per row. The object can be pickled, and used in the processes
+    of a torch DataLoader.
 
     Attributes:
-        settings: what the maps were made with.
-        planned: rows of the job, done or not; None without its run.json.
+        folder: path of the folder.
+        settings: the settings that the maps were made with.
+        planned: number of planned rows; None if the folder has no run.json.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -78,7 +86,7 @@ class Maps:
     @overload
     def __getitem__(self, at: slice) -> list[Row]: ...
     def __getitem__(self, at: int | str | slice) -> Row | list[Row]:
-        """Raises IndexError or KeyError where there is none."""
+        """A row by index or key, or a list of rows by slice. Raises IndexError or KeyError if there is none."""
         if isinstance(at, slice):
             return [self[place] for place in range(*at.indices(len(self)))]
         if isinstance(at, str):
@@ -98,19 +106,19 @@ class Maps:
             return False
 
     def keys(self) -> Iterator[str]:
-        """All keys, in order."""
+        """All keys in order."""
         for file in map(self._file, range(len(self._shards))):
             yield from file.table(["key"]).column("key").to_pylist()
 
     def errors(self) -> Iterator[tuple[str, str]]:
-        """Of the rows that have no map: their keys, and why."""
+        """(key, error) of the rows with an error."""
         for number in range(self.shards):
             if self._file(number).errors:
                 for batch in self._file(number).batches(["key", "error"]):
                     yield from ((row["key"], row["error"]) for row in batch.to_pylist() if row["error"] is not None)
 
     def groups(self, errors_only: bool = False) -> Iterator[list[Row]]:
-        """All rows, a few hundred at a time; with `errors_only` without maps, which are then not read."""
+        """All rows in groups of a few hundred. With `errors_only`, maps are not read."""
         for number, shard in enumerate(self._shards):
             file = self._file(number)
             columns = [
@@ -120,30 +128,31 @@ class Maps:
                 yield list(rows_of(batch, shard))
 
     def written(self) -> list[float]:
-        """When each shard was written, in seconds since 1970."""
+        """The modification time of each shard, in seconds since 1970."""
         return [shard.stat().st_mtime for shard in self._shards]
 
     def manifest_row(self, place: int) -> int:
-        """The row of the job's manifest that is at a place, if the folder is a job's."""
+        """The row number in the job's manifest of the row at index `place`. The folder must have a run.json."""
         shard, row = self._located(place)
         return self._numbers[shard] * self._shard_size + row
 
     @property
     def shards(self) -> int:
-        """How many there are."""
+        """The number of shards."""
         return len(self._shards)
 
     def has_map(self, shard: int) -> np.ndarray:
-        """Of each row of a shard, whether it has a map: bool [rows]."""
+        """A mask of the rows of a shard that have a map, bool [rows]."""
         if not self._file(shard).errors:
             return np.ones(self._firsts[shard + 1] - self._firsts[shard], bool)
         has: np.ndarray = ~self._file(shard).table(["error"]).column("error").is_valid().to_numpy()
         return has
 
     def to_torch(self) -> MapDataset:
-        """A map-style data set of the rows that have a map: {"key", "map": float32 tensor, "text": "" without caption}.
+        """A map-style data set of the rows with a map, in order.
 
-        Rows come in order; `torch.utils.data.DataLoader(maps.to_torch(), batch_size=64)` stacks them.
+        Items are {"key": str, "map": float32 tensor, "text": caption or ""}.
+        `torch.utils.data.DataLoader(maps.to_torch(), batch_size=64)` stacks them.
         """
         return MapDataset(self)
 
@@ -151,7 +160,7 @@ class Maps:
         return {**self.__dict__, "_files": OrderedDict(), "_groups": OrderedDict(), "_index": None}
 
     def _located(self, place: int) -> tuple[int, int]:
-        """Which of the shards that are there, and the row in it."""
+        """The index of the shard among the existing ones, and the row in it."""
         shard = int(np.searchsorted(self._firsts, place, side="right")) - 1
         return shard, place - int(self._firsts[shard])
 
@@ -182,7 +191,7 @@ class Maps:
             self._index = hashes[order], order
         hashes, order = self._index
         at = int(np.searchsorted(hashes, hash(key)))
-        # Different keys may have one hash.
+        # Different keys may have the same hash.
         while at < len(hashes) and hashes[at] == hash(key):
             if self[int(order[at])].key == key:
                 return int(order[at])
@@ -191,14 +200,14 @@ class Maps:
 
 
 def _keep(cache: OrderedDict, name: Any, value: Any, most: int) -> None:
-    """The newest of them."""
+    """Add a value to a cache of at most `most` values; the oldest ones are dropped."""
     while len(cache) >= most:
         cache.popitem(last=False)
     cache[name] = value
 
 
 class MapDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """See `Maps.to_torch`."""
+    """A torch data set of the rows with a map, see `Maps.to_torch`."""
 
     def __init__(self, maps: Maps) -> None:
         self.maps = maps

@@ -1,4 +1,4 @@
-"""What the maps of a job are made with, as JSON, so that any process on any machine can make them."""
+"""Recipes: the source, the model and the storage options of a job. A recipe is JSON, so any process can load it."""
 
 from __future__ import annotations
 
@@ -38,13 +38,17 @@ _LONGEST = 1_000_000  # seconds
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a job runs, which no map depends on, but for the batch size where a sum's order does.
+    """Options of a run. They don't change the maps, except that the batch size may change how sums are rounded.
 
-    batch_size: images at a time; workers: processes that decode, see `Decoders`; timeout: seconds for an image; tries:
-    of a shard, until it is made in pieces; shard_timeout: seconds for a batch of the model, see `Watch`.
+    Args:
+        batch_size: images per batch.
+        workers: decoder processes, see `Decoders`.
+        timeout: seconds per image for decoding.
+        tries: failures of a shard before it is made in pieces.
+        shard_timeout: seconds per batch of the model, see `Watch`.
 
     Raises:
-        ValueError: one of them is out of range.
+        ValueError: an option is out of range.
     """
 
     batch_size: int = 16
@@ -63,15 +67,15 @@ class RunOptions:
         if self.tries < 1:
             raise ValueError(f"tries: expected at least 1, got {self.tries}")
         if self.shard_timeout is not None and not 0 < self.shard_timeout <= _LONGEST:
-            told = f"expected seconds above 0, at most {_LONGEST:,}; got {self.shard_timeout:g}"
-            raise ValueError(f"shard-timeout: {told}")
+            message = f"expected seconds above 0, at most {_LONGEST:,}; got {self.shard_timeout:g}"
+            raise ValueError(f"shard-timeout: {message}")
         if not 0 < self.timeout <= _LONGEST:
             raise ValueError(f"decode-timeout: expected seconds above 0, at most {_LONGEST:,}; got {self.timeout:g}")
 
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """A source, a model, and how maps are stored. Fields are as the options of the commands, paths absolute."""
+    """A source, a model and the storage options. The fields match the command line options; paths are absolute."""
 
     source: str
     kind: str
@@ -89,19 +93,19 @@ class Recipe(ABC):
     max_pixels: int
 
     def open_source(self) -> Source:
-        """The source."""
+        """The source of the job."""
         root = None if self.root is None else Path(self.root)
         return open_source(Path(self.source), self.kind, root, self.split)
 
     def describe_source(self) -> dict[str, Any]:
-        """Which source it is, for JSON."""
+        """The source's kind, path and fingerprint, for JSON."""
         source = self.open_source()
         fingerprint = source.fingerprint if isinstance(source, DataSet | Table) else None
         rows = {} if fingerprint is None else {"fingerprint": fingerprint}
         return {"kind": self.kind, "path": self.source, "root": self.root, "split": self.split, **rows}
 
     def describe_model(self) -> str:
-        """The model and where its weights are from, in words."""
+        """The model's name and the origin of its weights, as text."""
         if self.checkpoint is not None:
             weights = f"weights of {self.checkpoint}"
         elif self.pretrained:
@@ -112,20 +116,20 @@ class Recipe(ABC):
 
     @abstractmethod
     def load(self, device: torch.device) -> Runtime:
-        """The model on a device, and what it needs."""
+        """The runtime: the model on a device, its preprocessing and its task."""
 
     def to_json(self) -> dict[str, Any]:
-        """For `recipe_of`."""
+        """The recipe as JSON; `recipe_of` is the inverse."""
         return {"recipe": type(self).__name__, **asdict(self)}
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The dtype that the model runs in, if it isn't its own."""
-        found: torch.dtype | None = None if self.dtype == "float32" else getattr(torch, self.dtype)
-        return found
+        """The autocast dtype; None for float32."""
+        dtype: torch.dtype | None = None if self.dtype == "float32" else getattr(torch, self.dtype)
+        return dtype
 
     def _settings(self, loaded: Loaded, pixels: Pixels) -> dict[str, Any]:
-        """What every recipe's maps depend on."""
+        """The settings that determine the maps of every kind of recipe."""
         return {
             "model": self.model, "weights": loaded.fingerprint(), "pixels": pixels.describe(), "method": self.method,
             "heads": self.heads, "dtype": self.dtype, "map_dtype": self.map_dtype, "max_pixels": self.max_pixels,
@@ -135,7 +139,7 @@ class Recipe(ABC):
 
 @dataclass(frozen=True)
 class ExtractRecipe(Recipe):
-    """Maps of images. rolling: further arguments of `attnx.rollout`."""
+    """A recipe for maps of images. rolling: more arguments of `attnx.rollout`."""
 
     pixels: str | None
     layers: list[str | int] | None
@@ -145,7 +149,7 @@ class ExtractRecipe(Recipe):
     rolling: dict[str, Any]
 
     def load(self, device: torch.device) -> Runtime:
-        """The model on a device, and what it needs."""
+        """The runtime: the model on a device, its preprocessing and its task."""
         torch.manual_seed(self.seed)
         checkpoint = None if self.checkpoint is None else Path(self.checkpoint)
         loaded = load_model(
@@ -155,7 +159,7 @@ class ExtractRecipe(Recipe):
         pixels.check()
         loaded.model.to(device)
         extract = self._extract(loaded)
-        # The extractor's first call makes its plan in another way, which may round otherwise: it is no image's.
+        # The extractor's first call builds its plan and may round differently, so it gets no real image.
         shape = tuple(extract(torch.zeros(1, 3, *loaded.size, device=device)).shape[1:])
         settings = self._settings(loaded, pixels) | {
             "layers": self.layers, "keep": self.keep, "compile": self.compile, "store": self.store, **self.rolling
@@ -166,10 +170,10 @@ class ExtractRecipe(Recipe):
 
     def _extract(self, loaded: Loaded) -> Extract:
         from attnx.extract.extractor import Extractor
-        from attnx.jobs.heads import EveryHead
+        from attnx.jobs.heads import AllHeads
 
         if self.store != "map":
-            return EveryHead(loaded.model, self.store == "full", self.layers, self.autocast, loaded.model_kwargs)
+            return AllHeads(loaded.model, self.store == "full", self.layers, self.autocast, loaded.model_kwargs)
         return Extractor(
             loaded.model, self.method, layers=self.layers, heads=self.heads, keep=self.keep, compile=self.compile,
             dtype=self.autocast, model_kwargs=loaded.model_kwargs, **self.rolling,
@@ -178,14 +182,14 @@ class ExtractRecipe(Recipe):
 
 @dataclass(frozen=True)
 class WordsRecipe(Recipe):
-    """Maps of the words of captions."""
+    """A recipe for maps of the words of captions."""
 
     vocab: str | None
     layer: int
     preset: str | None
 
     def load(self, device: torch.device) -> Runtime:
-        """The model on a device, and what it needs."""
+        """The runtime: the model on a device, its preprocessing and its task."""
         from attnx.models.albef import Albef
 
         loaded, find = self.load_words(device)
@@ -197,13 +201,13 @@ class WordsRecipe(Recipe):
             "layer": self.layer, "preset": self.preset, "vocab": albef.tokenizer.fingerprint()
         }  # fmt: skip
         task = WordTask(find, albef.tokenizer, Format(self.map_dtype, captions=True))
-        # A caption has about a dozen pieces.
+        # Captions have about 12 word pieces on average.
         patches = math.prod(side // albef.config.patch_size for side in loaded.size)
         row_bytes = 12 * patches * np.dtype(self.map_dtype).itemsize
         return Runtime(self, device, loaded, pixels, task, settings, row_bytes, tensors=False, fill=False)
 
     def load_words(self, device: torch.device) -> tuple[Loaded, Find]:
-        """The model on a device, and what finds the maps."""
+        """The model on a device, and the function that computes the maps."""
         from attnx.extract.word_maps import find_words
         from attnx.models.albef import Albef
 
@@ -220,9 +224,12 @@ class WordsRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Runtime:
-    """A recipe's, on a device.
+    """A recipe that is loaded on a device.
 
-    settings: all that decides the maps, for JSON; row_bytes: of a map as it is stored; tensors, fill: see `Worker`.
+    Attributes:
+        settings: everything that determines the maps, for JSON.
+        row_bytes: bytes of one stored map.
+        tensors, fill: see `Worker`.
     """
 
     recipe: Recipe
@@ -236,7 +243,7 @@ class Runtime:
     fill: bool
 
     def with_max_pixels(self, max_pixels: int) -> Runtime:
-        """The same, for pictures of another size at most."""
+        """A copy with another `max_pixels`."""
         return replace(
             self,
             recipe=replace(self.recipe, max_pixels=max_pixels),
@@ -251,9 +258,9 @@ class Runtime:
         say: Callable[[str], None] = print,
         hang: Callable[[str, int], None] | None = None,
     ) -> Iterator[Worker]:
-        """The worker for a job. Unless `workers` is given, a small job gets one decoder for every 32 rows.
+        """The worker for a job. By default, a small job gets one decoder for every 32 rows.
 
-        hang: see `Worker`.
+        say, hang: see `Worker`.
         """
         workers = options.workers
         if workers is None:
@@ -272,37 +279,37 @@ class Runtime:
 
 
 def recipe_of(value: dict[str, Any] | None) -> Recipe:
-    """The recipe of `Recipe.to_json`.
+    """The recipe from the JSON of `Recipe.to_json`.
 
     Raises:
-        ValueError: it is none, or of another version of attnx.
+        ValueError: `value` is not a recipe, or another version of attnx wrote it.
     """
     fields = dict(value or {})
     kind = {each.__name__: each for each in (ExtractRecipe, WordsRecipe)}.get(fields.pop("recipe", ""))
     if kind is None:
-        raise ValueError("recipe: expected one of attnx extract or attnx words; the job has none")
+        raise ValueError("recipe: expected a recipe of attnx extract or attnx words; the job has none")
     try:
         return kind(**fields)
     except TypeError as error:
-        raise ValueError(f"recipe: it is of another version of attnx: {error}") from error
+        raise ValueError(f"recipe: another version of attnx wrote it: {error}") from error
 
 
 def _size(size: tuple[int, int] | list[int] | None) -> tuple[int, int] | None:
-    """JSON has lists."""
+    """The size as a tuple: JSON turns tuples into lists."""
     return None if size is None else (size[0], size[1])
 
 
 def _pixels(loaded: Loaded, kind: str | None) -> Pixels:
-    of, _, name = loaded.name.partition(":")
+    library, _, name = loaded.name.partition(":")
     return Pixels(
-        kind=kind or ("timm" if of == "timm" else "whole"),
+        kind=kind or ("timm" if library == "timm" else "whole"),
         size=(int(loaded.size[0]), int(loaded.size[1])),
         mean=tuple(map(float, loaded.mean)),
         std=tuple(map(float, loaded.std)),
         interpolation=loaded.interpolation,
         crop_pct=loaded.crop_pct,
         crop_mode=loaded.crop_mode,
-        processor=name if of == "hf" else None,
+        processor=name if library == "hf" else None,
     )
 
 

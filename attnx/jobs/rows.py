@@ -1,4 +1,4 @@
-"""Rows of shards, as they are read."""
+"""Rows that are read from shards."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ __all__ = ["Row", "rows_of", "shards_in"]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One image's result. `map`: of the shape that was stored, or None, and then `error` says why; float32,
-    times its scale.
+    """The result of one image or pair.
 
-    `width`, `height`: of the upright picture, in pixels; None where the image could not be read.
-    `text`: the caption, as it was given; `tokens`: its word pieces, one for each of the maps; `word_of`: for each the
-    number of the word it is of, None for [CLS] and [SEP]; `score`: the logit of a match; `cut`: how many words at the
-    end had no room. None where there are none.
-    `crop`: the part of the picture that the map covers (left, top, right, bottom), in its pixels.
+    Attributes:
+        key: the row's key.
+        map: float32 map multiplied by its scale; None if there is an error.
+        width, height: size of the upright picture in pixels; None if it could not be read.
+        error: the error message; None if there is a map.
+        text: the caption; None without one.
+        tokens: the word pieces of the caption, one per map.
+        word_of: the word number of each token; None for [CLS] and [SEP].
+        score: the matching logit.
+        cut: number of words at the end that exceed the model's length.
+        crop: the part of the picture that the map covers, (left, top, right, bottom) in pixels.
     """
 
     key: str
@@ -44,7 +49,7 @@ class Row:
 
 
 def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[Row]:
-    """The rows of a part of a shard."""
+    """The rows of a record batch of a shard."""
     names = batch.schema.names
     if "map" in names:
         maps = batch.column("map")
@@ -64,16 +69,17 @@ def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[Row]:
 
 
 def shards_in(out: Path, shards: int | None = None) -> list[Path]:
-    """The complete shards of a folder, which has at least one. shards: the number of its job's, if that is known.
+    """The complete shards of a folder, at least one. shards: the job's number of shards, if known.
 
     Raises:
-        FileNotFoundError: it has none.
-        DamagedError: something else has the name of a shard.
+        FileNotFoundError: the folder has no shards.
+        DamagedError: another file matches `part-*.parquet`.
     """
-    found, odd = (parts(out), strays(out, shards)) if out.is_dir() else ([], [])
-    if odd:
-        of = "" if shards is None else f", of {shards} shards"
-        raise DamagedError(odd[0], f"expected a regular file with the name of a shard, such as part-00003.parquet{of}")
-    if not found:
+    complete, others = (parts(out), strays(out, shards)) if out.is_dir() else ([], [])
+    if others:
+        count = "" if shards is None else f", of {shards} shards"
+        expected = f"expected a regular file with the name of a shard, such as part-00003.parquet{count}"
+        raise DamagedError(others[0], expected)
+    if not complete:
         raise FileNotFoundError(f"out: expected a folder with part-*.parquet files, got {out}")
-    return found
+    return complete

@@ -1,4 +1,4 @@
-"""A run of a job: what is left of it, by an engine, and how it went."""
+"""Run a job: make the missing shards with an engine, and report the result."""
 
 from __future__ import annotations
 
@@ -21,15 +21,22 @@ from attnx.jobs.worker import ShardResult, Stages
 
 __all__ = ["Report", "run_job"]
 
-_VERIFIED = 2**30  # bytes of shards that are read in a second or two
+_VERIFIED = 2**30  # bytes; so many are read in a second or two
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a run went. Of its part of the job: rows, those of them with a map, with an error, and that were done before.
+    """The result of a run. Counts are for the shards of this run's rank, or for the whole job.
 
-    made: rows that were done in this run. makers: how many processes or actors made them at a time. set_aside: the
-    reason, for each shard that can't be made. first_error: key and error of the first row that has one.
+    Attributes:
+        rows, maps, errors: number of rows, of rows with a map, and of rows with an error.
+        before: number of rows from earlier runs.
+        made: number of rows made in this run.
+        makers: number of processes or actors that made shards in parallel.
+        seconds: wall time.
+        stages: time of each stage.
+        set_aside: the reason for each shard that could not be made.
+        first_error: key and error of the first row with an error.
     """
 
     rows: int
@@ -44,16 +51,16 @@ class Report:
     first_error: tuple[str, str] | None = None
 
     def stage_table(self) -> str:
-        """Where the time went, a line a stage: of the threads that run models, and beside them."""
+        """The time of each stage, one line each: in the model threads, then in parallel to them."""
         stages, seconds = self.stages, max(self.seconds * self.makers, 1e-9)
         waited = {
             "waiting for images": stages.images, "to the device": stages.device, "model": stages.model,
             "waiting for files": stages.file,
         }  # fmt: skip
         waited["starting, ending"] = seconds - sum(waited.values())
-        beside = {"decoding": stages.decoding, "packing": stages.pack, "writing": stages.write}
+        parallel = {"decoding": stages.decoding, "packing": stages.pack, "writing": stages.write}
         lines = [f"  {name:<20}{value:9.1f} s {100 * value / seconds:5.0f} %" for name, value in waited.items()]
-        lines += [f"  {name:<20}{value:9.1f} s   (beside the model)" for name, value in beside.items()]
+        lines += [f"  {name:<20}{value:9.1f} s   (parallel to the model)" for name, value in parallel.items()]
         return "\n".join(lines)
 
 
@@ -74,44 +81,44 @@ def run_job(
     verify: bool | None = None,
     hang: Callable[[str, int], None] | None = None,
 ) -> Report:
-    """Does what is left: the shards that are not there, or with `retry_failed` also rows with an error.
+    """Make the missing shards; with `retry_failed` also the rows with an error.
 
     Args:
-        runtime: what makes maps in this process.
-        devices: more than one: a process for each.
-        cluster: actors make the shards.
-        rank: of several runs that share the job.
-        tries: of a shard; then it is made in pieces, see `attnx.jobs.attempts`.
-        made_now: shards whose failed rows this run has done again, in a process before this one.
-        progress: called as progress(done, total) rows after every shard; done counts those of earlier runs.
-        note: called with every shard that was written.
-        say: is told what is out of the ordinary.
-        verify: reads all of the shards that are there. Unless given, if they have at most 1 GiB; of others the footers
-            and sizes are checked. A damaged one is set aside, and made again.
-        hang: called as hang(why, shard) when the model hangs; it ends this process, and another one goes on with the
-            job. None: nothing is done.
+        runtime: makes the maps in this process.
+        devices: if there are several, each gets a process.
+        cluster: if given, actors of a Ray cluster make the shards.
+        rank: this run's rank if several runs share the job.
+        tries: failures of a shard before it is made in pieces, see `attnx.jobs.attempts`.
+        made_now: shards whose failed rows an earlier process of this run has retried.
+        progress: called as progress(done, total) after every shard, in rows; done includes earlier runs.
+        note: called with the `ShardResult` of every written shard.
+        say: called with messages about unusual events.
+        verify: True: read the existing shards in full. False: check their footers and sizes. None: read them in full
+            if they have at most 1 GiB. Damaged shards are set aside and made again.
+        hang: called as hang(why, shard) when the model hangs. It must end this process; a new process continues the
+            job. None: hangs are not detected.
 
     Raises:
-        OSError: the disk is full; what was written is whole.
-        RunError: one shard after another fails, or what makes them does.
+        OSError: the disk is full; finished shards are complete.
+        RunError: several shards in a row failed, or the engine failed.
     """
     start = time.perf_counter()
     ours = range(job.shards) if rank is None else range(rank.rank, job.shards, rank.world)
     for path in strays(job.out, job.shards) if rank is None or rank.rank == 0 else ():
-        say(f"{path} is no shard of this job; it is now in {set_aside(path)}")
+        say(f"{path} is not a shard of this job; it was moved to {set_aside(path)}")
     written = job.done()
-    there = _undamaged(job, [shard for shard in ours if shard in written], verify, say)
-    todo = [shard for shard in ours if shard not in there]
+    finished = _undamaged(job, [shard for shard in ours if shard in written], verify, say)
+    todo = [shard for shard in ours if shard not in finished]
     rows = sum(map(job.rows_of, ours))
     before = rows - sum(map(job.rows_of, todo))
     if retry_failed:
-        todo += [shard for shard, errors in there.items() if errors and shard not in made_now]
-    made, counts = 0, dict(there)
+        todo += [shard for shard, errors in finished.items() if errors and shard not in made_now]
+    made, counts = 0, dict(finished)
 
     def advance(one: ShardResult) -> None:
         nonlocal made
         made += one.rows
-        # Of a shard that is done again, the rows without an error keep their maps.
+        # A retried shard keeps the maps of its rows without an error.
         counts[one.shard] = one.errors
         if note is not None:
             note(one)
@@ -120,7 +127,7 @@ def run_job(
 
     if progress is not None:
         progress(before, rows)
-    shards, makers, options = Shards(todo, tries, say, bool(there)), 1, replace(options, tries=tries)
+    shards, makers, options = Shards(todo, tries, say, bool(finished)), 1, replace(options, tries=tries)
     try:
         if not todo:
             stages = Stages()
@@ -132,7 +139,7 @@ def run_job(
         else:
             stages = run_here(runtime, job, shards, options, advance, say, hang)
     finally:
-        # Of processes and actors that died.
+        # Processes and actors that died leave temporary files.
         job.remove_temporaries(rank)
         with contextlib.suppress(OSError):
             forget_attempts(job.out, job.done() & set(ours))
@@ -144,20 +151,20 @@ def run_job(
     return Report(rows, maps, failed, before, made, makers, seconds, stages, shards.set_aside, first)
 
 
-def _undamaged(job: Job, there: list[int], verify: bool | None, say: Callable[[str], None]) -> dict[int, int]:
-    """The shards that are as they were written, with how many rows have an error; others are set aside."""
+def _undamaged(job: Job, shards: list[int], verify: bool | None, say: Callable[[str], None]) -> dict[int, int]:
+    """The number of rows with an error for each undamaged shard; damaged shards are set aside."""
     if verify is None:
-        files = (path for shard in there for path in (job.part(shard), tensors_of(job.part(shard))))
+        files = (path for shard in shards for path in (job.part(shard), tensors_of(job.part(shard))))
         verify = sum(path.stat().st_size for path in files if path.exists()) <= _VERIFIED
     good = {}
-    for shard in there:
+    for shard in shards:
         try:
             part = job.open_part(shard)
             part.check(verify)
             good[shard] = part.errors
         except DamagedError as error:
             folder = set_aside(job.part(shard))
-            say(f"{error}; it is now in {folder}, and shard {shard} is made again")
+            say(f"{error}; it was moved to {folder}, and shard {shard} is made again")
     return good
 
 

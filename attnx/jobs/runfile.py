@@ -1,4 +1,4 @@
-"""run.json: what a job's maps are made with. It is written with its own checksum, and checked when it is read."""
+"""run.json: the settings of a job. It has its own checksum, which is verified when it is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnx.limits import RUN_BYTES
 __all__ = ["FORMAT", "RUN", "read_run", "write_run"]
 
 RUN = "run.json"
-FORMAT = 2  # of the files of a job; a reader refuses a higher one
+FORMAT = 2  # version of a job's files; newer versions are rejected
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "rows": int, "shard_size": int, "batch_size": (int, type(None)), "manifest_sha256": str, "source": dict,
     "settings": dict, "recipe": (dict, type(None)),
@@ -22,18 +22,18 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 def write_run(out: Path, run: dict[str, Any]) -> None:
-    """Writes the run.json of a folder, whole or not at all, with the format and the checksum."""
+    """Write run.json atomically, with the format version and the checksum."""
     run = {"format": FORMAT, **{name: value for name, value in run.items() if name not in ("format", "sha256")}}
     with replacing(out / RUN) as path:
         path.write_text(json.dumps({**run, "sha256": _digest(run)}, indent=1), encoding="utf-8")
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """The run.json of a folder.
+    """The checked content of a folder's run.json.
 
     Raises:
-        FileNotFoundError: there is none.
-        DamagedError: it is not as it was written.
+        FileNotFoundError: there is no run.json.
+        DamagedError: run.json is damaged.
         ValueError: a newer attnx wrote it.
     """
     path = out / RUN

@@ -1,4 +1,4 @@
-"""Runs the model on batches of pictures: in parts where memory is short, in pieces where it failed before."""
+"""Runs the model on batches of pictures. Batches are split if memory runs out, or if the model failed before."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ __all__ = ["Batch", "Images", "Runner", "Stages", "on_cpu"]
 
 Batch: TypeAlias = "list[tuple[list[Entry], Picture]]"
 _Readable: TypeAlias = "tuple[list[Entry], np.ndarray]"
-_ALONE = 8  # images that fail one by one, and none that doesn't, until the model is blamed
+_ALONE = 8  # images that fail one by one, without any success, before the model is blamed
 
 
 @dataclass
 class Stages:
-    """Seconds that stages took. Of the thread that runs the model: images (waiting for pictures), device
-    (to it), model, file (waiting for the shard before the last to be written). Beside it: decoding, in all processes
-    together, pack and write.
+    """Seconds per stage.
+
+    In the model's thread: images (waiting for pictures), device (copying to the device), model, and file (waiting for
+    an earlier shard to be written). In parallel: decoding (sum over all processes), pack and write.
     """
 
     images: float = 0.0
@@ -48,7 +49,7 @@ class Stages:
 
 
 class Images(NamedTuple):
-    """Images start <= i < stop of the shard of a note."""
+    """Images start <= i < stop of the shard of `attempt`."""
 
     attempt: Attempt
     start: int
@@ -57,9 +58,11 @@ class Images(NamedTuple):
 
 @dataclass
 class Runner:
-    """Runs a task; a context manager. Arguments are those of `Worker`.
+    """Runs a task; a context manager. See `Worker` for the other arguments.
 
-    most: images at a time. any_map: whether the model is known to have given a map of some image.
+    Args:
+        most: images per batch.
+        any_map: True if the model is known to have computed at least one map.
     """
 
     pixels: Pixels
@@ -76,7 +79,7 @@ class Runner:
     _failed_alone: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        # A GPU's kernels may be compiled for the shape of a batch.
+        # On a GPU, kernels may be compiled for each batch shape.
         least, first = (10.0, 0.0) if on_cpu(self.device) else (60.0, 120.0)
         self._watch = Watch(self.shard_timeout, None if self.hang is None else self._hangs, least, first)
 
@@ -88,14 +91,17 @@ class Runner:
         self._watch.__exit__(*error)
 
     def start(self, batch: Batch, images: Images) -> list[Callable[[], list[Found]]]:
-        """Begins with those that have pixels, in as many parts as memory asks for."""
+        """Start the model on the readable pictures, in several parts if memory is short.
+
+        Each returned function waits for a part and returns its results.
+        """
         waits: list[Callable[[], list[Found]]] = []
         waiting = [(group, picture.pixels) for group, picture in batch if picture.pixels is not None]
         while waiting:
             part, full = waiting[: self.most], False
             try:
                 start = time.perf_counter()
-                # In the same order in memory, whoever decoded them: sums of another order may be rounded otherwise.
+                # Always the same memory layout: another layout may change how sums are rounded.
                 stacked = np.ascontiguousarray(np.stack([pixels for _, pixels in part]))
                 pixels = _to_device(stacked, self.device)
                 normalised = self._filled(self.pixels.normalise(pixels))
@@ -108,17 +114,18 @@ class Runner:
             except torch.OutOfMemoryError:
                 waiting[: len(part)] = self._halved(part)
                 full = True
-            # Not where the error still holds what was computed.
+            # Outside the except block: there, the error still refers to the tensors.
             if full and torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return waits
 
     def start_pieces(self, batch: Batch, images: Images) -> list[Callable[[], list[Found]]]:
-        """What `start` does, and waits. A piece of the batch that fails is halved; an image that fails alone gets that
-        as its error.
+        """Like `start`, but waits for the results. A piece that fails is halved until one image is left.
+
+        The failure becomes the error of that image.
 
         Raises:
-            RunError: the model fails at every image.
+            RunError: the model fails for every image.
         """
         found: list[Found] = []
         waiting = [(0, len(batch))]
@@ -140,7 +147,7 @@ class Runner:
                 except Exception as error:
                     if is_fatal(error):
                         raise
-                    why = f"the model fails at this image: {why_of(error)}"[:300]
+                    why = f"the model fails for this image: {why_of(error)}"[:300]
                     attempt.fail(piece.start, piece.stop, why)
             if last - first > 1:
                 middle = (first + last) // 2
@@ -154,20 +161,22 @@ class Runner:
         return [lambda: found]
 
     def check(self, most: int, attempt: Attempt) -> None:
-        """Blames the model if so many images failed alone, and none gave a map; the note then blames no image.
+        """Check if the model itself is broken: at least `most` images failed alone and none has a map.
+
+        In this case the failures are removed from the attempt note.
 
         Raises:
-            RunError: it is the model.
+            RunError: the model fails for every image.
         """
         if self._failed_alone >= most and not self.any_map:
             attempt.acquit()
-            raise RunError(f"the model fails at every image; at the last: {self.why}")
+            raise RunError(f"the model fails for every image; the last error: {self.why}")
 
     def _run_piece(self, batch: Batch, first: int, last: int, images: Images) -> list[Found]:
-        """What is found for a piece of a batch.
+        """The results for a piece of a batch.
 
-        Its images stay where they are in the batch, whose others are replaced by them, so that no sum is rounded in
-        another way. Captions are taken alone.
+        The images keep their positions in the batch, and copies of them replace the other images. The batch keeps its
+        size, so sums are rounded as before. Captions run without the rest of the batch.
         """
         piece = batch[first:last]
         own = [picture for _, picture in piece if picture.pixels is not None]
@@ -189,7 +198,7 @@ class Runner:
 
     @contextlib.contextmanager
     def model(self, images: Images) -> Iterator[None]:
-        """The model runs inside: it is watched, and blamed for what is raised."""
+        """Watch the model inside the `with`, and mark exceptions as raised by the model."""
         try:
             with self._watch.section(*images):
                 yield
@@ -209,7 +218,7 @@ class Runner:
         return torch.nn.functional.pad(images, (0, 0) * (images.dim() - 1) + (0, self.most - len(images)))
 
     def _halved(self, part: list[_Readable]) -> list[_Readable]:
-        """What did not fit into memory, to be tried in smaller parts; re-raises where it can't be cut."""
+        """The part that did not fit into memory, for a retry in smaller parts. Re-raises if it can't be split."""
         if len(part) > 1:
             self.most = len(part) // 2
             self.say(f"out of memory with {len(part)} images at a time: going on with {self.most}")
@@ -223,7 +232,7 @@ class Runner:
 
 
 def on_cpu(device: Any) -> bool:
-    """True if a device, None included, is the CPU."""
+    """True if the device is the CPU or None."""
     return device is None or torch.device(device).type == "cpu"
 
 

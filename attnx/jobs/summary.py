@@ -1,4 +1,4 @@
-"""What the maps of a job have in common, in one pass over its shards: `attnx summary`."""
+"""Statistics of a job's maps in one pass over its shards: `attnx summary`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ LEVELS = 4
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summarise` found.
+    """The result of `summarise`.
 
-    rows: in the shards; planned: in the job, if it is known. errors: how many rows have each kind of error, by what is
-    left of it without its file. per_second: rows, by the times of the files; None where they don't say.
-    places, entropies: of the rows that have a map over patches, and the entropy of each in nats; levels: the quarter of
-    each, 0 the most focused. mean: [h, w], of maps of the shape that most have, each divided by its sum.
+    Attributes:
+        rows: number of rows in the shards.
+        planned: number of rows in the job, if known.
+        errors: number of rows of each kind of error; a kind is the message without file and numbers.
+        per_second: rows per second, from the modification times of the files; None if unknown.
+        places: indices of the rows with a map over patches and a finite entropy.
+        entropies: entropy of each of these maps in nats.
+        levels: quarter of each entropy; 0 is the most focused.
+        mean: [h, w] mean of the maps of the most common shape, each divided by its sum.
     """
 
     rows: int
@@ -38,36 +43,36 @@ class Summary:
     mean: np.ndarray | None
 
     def of_level(self, level: int, count: int) -> np.ndarray:
-        """Places of at most so many rows of a level, evenly by rank, the most focused first."""
+        """Indices of at most `count` rows of a level, evenly spaced by rank, the most focused first."""
         return _evenly(self._by_entropy(self.levels == level), count)
 
     def focused(self, count: int, least: bool = False) -> np.ndarray:
-        """Places of the most focused rows, that first; or of the least."""
+        """Indices of the `count` most focused rows, the most focused first; with `least`, of the least focused."""
         order = self._by_entropy(np.ones(len(self.places), bool))
         return order[::-1][:count] if least else order[:count]
 
     def entropy_at(self, place: int) -> float:
-        """Of a row that has one."""
+        """The entropy of the row at index `place`, which must be in `places`."""
         return float(self.entropies[np.searchsorted(self.places, place)])
 
     def _by_entropy(self, chosen: np.ndarray) -> np.ndarray:
         where = np.flatnonzero(chosen)
-        found: np.ndarray = self.places[where[np.argsort(self.entropies[where], kind="stable")]]
-        return found
+        ordered: np.ndarray = self.places[where[np.argsort(self.entropies[where], kind="stable")]]
+        return ordered
 
 
 def summarise(maps: Maps) -> Summary:
-    """Reads all shards once; a few hundred maps in memory."""
+    """The statistics of a job's maps. Reads all shards once, with a few hundred maps in memory."""
     whole = maps.settings.get("store") == "full"
     errors: Counter[str] = Counter()
     of_shapes: dict[tuple[int, ...], _OfShape] = {}
     rows = 0
     for group in maps.groups(errors_only=whole):
         errors.update(_kind(row.error) for row in group if row.error is not None)
-        found = [(rows + i, spatial(row, whole)) for i, row in enumerate(group)]
+        spatials = [(rows + i, spatial(row, whole)) for i, row in enumerate(group)]
         rows += len(group)
         alike: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
-        for place, amap in found:
+        for place, amap in spatials:
             if amap is not None:
                 alike.setdefault(amap.shape, []).append((place, amap))
         for shape, pairs in alike.items():
@@ -84,21 +89,21 @@ def summarise(maps: Maps) -> Summary:
 
 
 def spatial(row: Row, whole: bool = False) -> np.ndarray | None:
-    """[h, w]: the mean over layers and heads of a row's map, or over its words; None where it is over no patches.
+    """The mean [h, w] over the layers, heads or words of a row's map; None if the map is not over patches.
 
-    whole: maps are of all tokens.
+    whole: True if maps are over all pairs of tokens.
     """
     amap = row.map
     if amap is None or whole or amap.ndim < 2 or amap.size == 0:
         return None
     if row.word_of is not None:
         amap = amap[[word is not None for word in row.word_of]]
-    found: np.ndarray = amap.reshape(-1, *amap.shape[-2:]).mean(0, dtype=np.float32)
-    return found
+    mean: np.ndarray = amap.reshape(-1, *amap.shape[-2:]).mean(0, dtype=np.float32)
+    return mean
 
 
 class _OfShape:
-    """What is gathered of maps of one shape: places and entropies by the group, and the sum of their shares."""
+    """Accumulates maps of one shape: indices, entropies, and the sum of the normalised maps."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.places: list[np.ndarray] = []
@@ -107,7 +112,7 @@ class _OfShape:
         self._sum = np.zeros(shape)
 
     def add(self, pairs: list[tuple[int, np.ndarray]]) -> None:
-        """Places and maps."""
+        """Add pairs of an index and a map."""
         maps = np.stack([amap for _, amap in pairs])
         self.places.append(np.array([place for place, _ in pairs]))
         self.entropies.append(entropy(torch.from_numpy(maps)).numpy())
@@ -117,12 +122,12 @@ class _OfShape:
 
     @property
     def mean(self) -> np.ndarray:
-        """Of maps divided by their sums."""
+        """The mean of the maps, each divided by its sum."""
         return (self._sum / self.count).astype(np.float32)
 
 
 def _kind(error: str) -> str:
-    """An error without its file and its numbers."""
+    """An error message without its file and its numbers."""
     head, _, rest = error.partition(": ")
     text = rest.removeprefix("can't be read as an image: ") if "/" in head or "." in head else error
     named = re.match(r"(\w+(?:Error|Exception)): ", text)
@@ -133,7 +138,7 @@ def _kind(error: str) -> str:
 
 
 def _rate(maps: Maps) -> float | None:
-    """Rows a second, by when the files were written; pauses, of ten times the usual gap, are left out."""
+    """Rows per second, from the modification times. Gaps of more than ten times the median are ignored."""
     start = maps.folder / "manifest.parquet"
     times = sorted(([start.stat().st_mtime] if start.is_file() else []) + maps.written())
     gaps = np.diff(times)

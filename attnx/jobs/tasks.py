@@ -1,4 +1,4 @@
-"""What a job makes of images: a map of each, or a map for every word piece of each caption."""
+"""Tasks of a job: a map of every image, or a map of every word piece of each caption."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Find: TypeAlias = "Callable[[torch.Tensor, list[list[str]]], Sequence[CaptionMap
 
 
 class Found(NamedTuple):
-    """What was found for an entry: its maps, float32 of any shape, or why there are none; more of a caption."""
+    """The result of an entry: a float32 map of any shape or an error. The other fields are for captions."""
 
     map: np.ndarray | None = None
     error: str | None = None
@@ -37,20 +37,20 @@ class Found(NamedTuple):
 
 
 class Task(Protocol):
-    """Entries with images to maps."""
+    """Computes maps of entries and their images."""
 
     @property
     def format(self) -> Format:
-        """Of their rows."""
+        """The format of the rows."""
 
     def groups(self, entries: list[Entry]) -> list[list[Entry]]:
-        """The entries, in order, in groups of one image each."""
+        """The entries in order, grouped by image."""
 
     def start(self, images: torch.Tensor, groups: list[list[Entry]]) -> Callable[[], list[Found]]:
-        """Begins with images [I, 3, h, w], of a group each; what it gives waits, and has what was found, in order.
+        """Start with images [I, 3, h, w], one per group. The returned function waits, and returns results in order.
 
         Raises:
-            torch.OutOfMemoryError: of so many images at a time.
+            torch.OutOfMemoryError: the batch is too large.
         """
 
 
@@ -62,11 +62,11 @@ class ImageTask:
     format: Format = field(default_factory=Format)
 
     def groups(self, entries: list[Entry]) -> list[list[Entry]]:
-        """One by one."""
+        """Groups of one entry each."""
         return [[entry] for entry in entries]
 
     def start(self, images: torch.Tensor, groups: list[list[Entry]]) -> Callable[[], list[Found]]:
-        """The maps are on their way to the CPU; images beyond the groups only fill the batch up."""
+        """Start the extraction and the copy to the CPU. Images beyond the groups are padding."""
         maps = self.extract(images)
         if maps.shape[:1] != (len(images),) or not maps.is_floating_point():
             raise ValueError(f"extract: expected a float tensor [{len(images)}, ...]; got {list(maps.shape)}")
@@ -79,8 +79,8 @@ class WordTask:
     """A map for every word piece of every caption.
 
     Args:
-        find: images [I, 3, h, w] and captions for each -> their maps, in order.
-        tokenizer: of the model, which says what is no caption before the model runs.
+        find: images [I, 3, h, w] and a list of captions per image -> their maps in order.
+        tokenizer: the model's tokenizer, which rejects invalid captions before the model runs.
     """
 
     find: Find
@@ -88,7 +88,7 @@ class WordTask:
     format: Format = field(default_factory=partial(Format, captions=True))
 
     def groups(self, entries: list[Entry]) -> list[list[Entry]]:
-        """Consecutive entries of one image, which is encoded once."""
+        """Groups of consecutive entries of the same image, so that each image is encoded once."""
 
         def image(item: tuple[int, Entry]) -> object:
             number, entry = item
@@ -97,24 +97,24 @@ class WordTask:
         return [[entry for _, entry in run] for _, run in itertools.groupby(enumerate(entries), image)]
 
     def start(self, images: torch.Tensor, groups: list[list[Entry]]) -> Callable[[], list[Found]]:
-        """Of captions that are none, why."""
+        """Start the computation. Invalid captions become error rows."""
         errors = [[self._error(entry.text) for entry in group] for group in groups]
         texts = [
-            [entry.text for entry, error in zip(group, told, strict=True) if error is None and entry.text is not None]
-            for group, told in zip(groups, errors, strict=True)
+            [entry.text for entry, error in zip(group, own, strict=True) if error is None and entry.text is not None]
+            for group, own in zip(groups, errors, strict=True)
         ]
-        asked = [i for i, own in enumerate(texts) if own]
-        found: Sequence[CaptionMaps] = ()
-        if asked:
+        valid = [i for i, own in enumerate(texts) if own]
+        results: Sequence[CaptionMaps] = ()
+        if valid:
             with warnings.catch_warnings():
-                # Of captions that are cut: their rows say so.
+                # Truncated captions are recorded in their rows.
                 warnings.simplefilter("ignore", UserWarning)
-                found = self.find(images[asked], [texts[i] for i in asked])
-        waits = iter([(each, _fetch(each.maps)) for each in found])
+                results = self.find(images[valid], [texts[i] for i in valid])
+        waits = iter([(result, _fetch(result.maps)) for result in results])
 
         def wait() -> list[Found]:
             return [
-                Found(error=error) if error is not None else _found(*next(waits)) for told in errors for error in told
+                Found(error=error) if error is not None else _found(*next(waits)) for own in errors for error in own
             ]
 
         return wait
@@ -131,18 +131,17 @@ class WordTask:
         return None
 
 
-def _found(of: CaptionMaps, wait: Callable[[], np.ndarray]) -> Found:
-    caption = of.caption
-    return Found(wait(), None, of.tokens, caption.word_of, of.score, caption.cut)
+def _found(result: CaptionMaps, wait: Callable[[], np.ndarray]) -> Found:
+    caption = result.caption
+    return Found(wait(), None, result.tokens, caption.word_of, result.score, caption.cut)
 
 
 def _fetch(maps: torch.Tensor) -> Callable[[], np.ndarray]:
-    """Sends maps to the CPU; what it gives waits for them."""
+    """Start a copy of the maps to the CPU. The returned function waits for it."""
     maps = maps.detach()
     if maps.device.type != "cuda":
-        here = maps.to("cpu", torch.float32)
-        return here.numpy
-    # Not waited for here: the GPU goes on with the next batch.
+        return maps.to("cpu", torch.float32).numpy
+    # Asynchronous, so that the GPU can start the next batch.
     host = torch.empty(maps.shape, dtype=torch.float32, pin_memory=True)
     host.copy_(maps, non_blocking=True)
     event = torch.cuda.Event()
@@ -150,7 +149,7 @@ def _fetch(maps: torch.Tensor) -> Callable[[], np.ndarray]:
 
     def wait() -> np.ndarray:
         event.synchronize()
-        found: np.ndarray = host.numpy()
-        return found
+        values: np.ndarray = host.numpy()
+        return values
 
     return wait

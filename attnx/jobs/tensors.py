@@ -1,7 +1,7 @@
-"""Maps too large for a table: a safetensors file beside a shard, whose rows say which of its tensors is theirs.
+"""Storage of maps that are too large for Parquet: a safetensors file per shard.
 
-`part-00007.safetensors` is written before `part-00007.parquet`, which has the columns `tensor` and `tensor_crc32` in
-place of `map`; so a shard is there when its Parquet file is, as any other.
+`part-00007.safetensors` is written before `part-00007.parquet`, which has the columns `tensor` (the tensor's name) and
+`tensor_crc32` instead of `map`. So a shard is complete when its Parquet file exists.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = ["check_tensors", "join", "read_tensor", "split", "tensors_of"]
 
 
 def tensors_of(shard: Path) -> Path:
-    """The file beside a shard."""
+    """The path of a shard's safetensors file."""
     return shard.with_suffix(".safetensors")
 
 
 def split(table: pa.Table) -> tuple[pa.Table, bytes]:
-    """Rows with maps -> rows with the columns tensor and tensor_crc32, and the content of the file."""
+    """The table with tensor and tensor_crc32 instead of map, and the content of the safetensors file."""
     import pyarrow as pa
     from safetensors.numpy import save
 
@@ -44,10 +44,10 @@ def split(table: pa.Table) -> tuple[pa.Table, bytes]:
 
 
 def join(table: pa.Table, path: Path) -> pa.Table:
-    """The rows with maps again.
+    """The table with maps, the inverse of `split`.
 
     Raises:
-        ValueError: a tensor is not as it was written.
+        ValueError: a tensor is damaged.
     """
     import pyarrow as pa
 
@@ -58,47 +58,47 @@ def join(table: pa.Table, path: Path) -> pa.Table:
 
 
 def read_tensor(path: Path, tensor: str, tensor_crc32: int) -> np.ndarray:
-    """A tensor, as it is stored.
+    """A stored tensor.
 
     Raises:
-        ValueError: it is not as it was written.
+        ValueError: the file or the tensor is damaged.
         OSError: the file can't be read.
     """
     from safetensors import SafetensorError, safe_open
 
-    # safe_open would wait for a pipe's writer.
+    # safe_open would block on a pipe.
     open_regular(path).close()
     try:
         with safe_open(path, "numpy") as file:
-            found: np.ndarray = file.get_tensor(tensor)
+            values: np.ndarray = file.get_tensor(tensor)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if _crc(found) != tensor_crc32:
+    if _crc(values) != tensor_crc32:
         raise ValueError(f"{path} is damaged: the checksum of tensor {tensor} is wrong")
-    return found
+    return values
 
 
 def check_tensors(path: Path, size: int, crc: int | None = None) -> None:
-    """Checks the size of a file in bytes, and its CRC-32 if one is given.
+    """Check the size of a file in bytes, and its CRC-32 if one is given.
 
     Raises:
-        ValueError: the file is not as it was written.
+        ValueError: the file is damaged.
         OSError: the file can't be read.
     """
     with open_regular(path) as file:
-        found = file.seek(0, 2)
-        if found != size:
-            raise ValueError(f"expected {size:,} bytes; got {found:,}")
+        actual = file.seek(0, 2)
+        if actual != size:
+            raise ValueError(f"expected {size:,} bytes; got {actual:,}")
         if crc is not None:
             file.seek(0)
-            now = 0
+            actual_crc = 0
             while block := file.read(2**20):
-                now = zlib.crc32(block, now)
-            if now != crc:
+                actual_crc = zlib.crc32(block, actual_crc)
+            if actual_crc != crc:
                 raise ValueError("its checksum is wrong")
 
 
 def _crc(values: np.ndarray) -> int:
-    """The CRC-32 of an array: of its dtype, its shape and its bytes."""
+    """The CRC-32 of an array's dtype, shape and bytes."""
     kind = f"{values.dtype.str} {values.shape}".encode()
     return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, zlib.crc32(kind))

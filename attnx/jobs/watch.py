@@ -1,4 +1,4 @@
-"""Finds a model that hangs: a batch that takes much longer than the ones before it."""
+"""Detects a model that hangs: a batch that takes much longer than earlier ones."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from attnx.jobs.attempts import Attempt
 __all__ = ["Hang", "Watch"]
 
 _TICK = 0.5  # seconds
-_FIRST = 600.0  # seconds for a batch while none is known: compilers may run
-_TIMES = 20.0  # as long as the longest batch so far
+_FIRST = 600.0  # seconds for the first batch, which may include compilation
+_TIMES = 20.0  # limit relative to the longest batch so far
 
 
 @dataclass
 class Hang:
-    """A piece of a shard, see `Attempt`, that the model works on. limit, seconds: what it may take, and has taken."""
+    """A watched section: images start <= i < stop of the shard of `attempt`.
+
+    limit: seconds that it may take. seconds: time so far.
+    """
 
     attempt: Attempt
     start: int
@@ -29,15 +32,16 @@ class Hang:
 
 
 class Watch:
-    """A thread that watches sections; a context manager.
+    """A thread that limits the time of sections; a context manager.
 
     Args:
-        limit: seconds that a section may take; unless given, 20 times as long as the longest so far, but not less than
-            `least`. Where none is known, the limit at which the shard failed before, or 600 s.
-        first: seconds that the first section may take in any case.
-        hang: is called with the section that takes longer; it ends the process. None: nothing is watched.
+        limit: seconds per section; by default 20 times the longest so far, and at least `least`. For the first
+            section, the default is the limit at which the shard failed before, else 600 s.
+        hang: called with the section that exceeds its limit. It must end the process. None: nothing is watched.
+        least: lower bound of the default limit in seconds.
+        first: lower bound of the first section's limit in seconds.
 
-    Seconds are counted in steps of at most a second, so that a process that was stopped and goes on is not blamed.
+    Time is counted in steps of at most 1 s, so the time in which the process is suspended does not count.
     """
 
     def __init__(
@@ -59,14 +63,14 @@ class Watch:
 
     @contextlib.contextmanager
     def section(self, attempt: Attempt, start: int, stop: int) -> Iterator[None]:
-        """The model runs inside, on images start <= i < stop of a shard."""
+        """Watch the model inside the `with`, on images start <= i < stop of a shard."""
         begin = time.perf_counter()
-        of = Hang(attempt, start, stop, self._allowed(attempt))
-        self._sections[id(of)] = of
+        section = Hang(attempt, start, stop, self._allowed(attempt))
+        self._sections[id(section)] = section
         try:
             yield
         finally:
-            del self._sections[id(of)]
+            del self._sections[id(section)]
         self._longest = max(self._longest or 0.0, time.perf_counter() - begin)
 
     def _allowed(self, attempt: Attempt) -> float:

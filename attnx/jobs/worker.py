@@ -1,4 +1,4 @@
-"""What makes shards: entries to pictures to maps to a file, with decoding, the model and writing under way together."""
+"""The worker makes shards: it decodes images, runs the model and writes files. The three stages run in parallel."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ __all__ = ["ShardResult", "Stages", "Worker"]
 
 _BATCHES_AHEAD = 3
 _MOST_OF_ONE = 4
-_COMPUTES = 0.75  # of a decoder's time: below that, it mostly waits
-_PATIENCE = 5.0  # seconds, with a picture that holds up the others
-_SAMPLED = 200  # rows of a source of which none is known to be readable
+_COMPUTES = 0.75  # share of a decoder's time; below that, it mostly waits
+_PATIENCE = 5.0  # seconds to wait for one picture
+_SAMPLED = 200  # rows to try if none is known to be readable
 
 
 class ShardResult(NamedTuple):
-    """A shard that was written: its number, the rows that were done for it, and how many of them have an error."""
+    """A written shard: its number, the number of rows that were made, and how many of them have an error."""
 
     shard: int
     rows: int
@@ -49,16 +49,17 @@ class Worker:
     """Makes shards of a job; a context manager.
 
     Args:
-        pixels: how `decoders` prepare images, which are normalised here.
-        task: maps of images on `device`. Where it runs out of memory, the batch is halved from then on, and `say` is
-            told.
-        batch_size: entries at a time; up to four times as many where one image has more captions.
-        tensors: maps stand in a file of their own, see `attnx.jobs.tensors`.
-        fill: every batch is filled up with images of zeros: what runs the model is made for one shape.
-        tries: a shard that failed so often is made in pieces, see `attnx.jobs.attempts`.
+        pixels: the preprocessing of `decoders`; the worker normalises.
+        task: computes maps of images on `device`. When it runs out of memory, the batch is halved for the rest of the
+            run, with a message through `say`.
+        batch_size: entries per batch; up to four times as many if one image has more captions.
+        tensors: maps are stored in a separate file, see `attnx.jobs.tensors`.
+        fill: pad every batch with zero images, for models that are compiled for one shape.
+        tries: failures before a shard is made in pieces, see `attnx.jobs.attempts`.
         shard_timeout: see `Watch`.
-        hang: called as hang(why, shard) when the model hangs; it ends the process. None: nothing is done.
-        source: of the images; where some can't be reached, no shard is written unless it is still there.
+        hang: called as hang(why, shard) when the model hangs. It must end the process. None: hangs are not detected.
+        source: the source of the images. If images are unreachable, a shard is only written if the source is still
+            reachable.
     """
 
     job: Job
@@ -91,17 +92,17 @@ class Worker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # What was made is written, by an error too: a shard that waits here is complete.
+        # A shard that is waiting to be written is complete, so it is written even after an error.
         self._background.shutdown()
         self._runner.__exit__(*error)
 
     def run_shard(self, shard: int, following: int | None = None) -> Future[ShardResult]:
-        """Makes a shard that is not there, or the failed rows of one that is; the others keep their bits.
+        """Make a missing shard, or the failed rows of an existing one. Other rows keep their exact bytes.
 
-        It is written, whole or not at all, while the next one is made; the future says so, or fails with OSError.
+        The shard is written atomically while the next one is made. The future has the result, or an OSError.
 
         Args:
-            following: the shard of the next call, if it is known: its first pictures are decoded meanwhile.
+            following: the shard of the next call, if known. Decoding of its first pictures starts early.
         """
         begun = [self._begin(number) for number in (shard, following) if number is not None]
         self._begun = {each.shard: each for each in begun}
@@ -110,7 +111,7 @@ class Worker:
         attempt = self.job.attempt(shard)
         in_pieces = attempt.begun >= self.tries or bool(attempt.failed)
         if in_pieces and self._last is not None:
-            # A GPU may still be busy with the shard before, and fail at it.
+            # The GPU may still work on the previous shard, and fail there.
             self._last.exception()
         attempt.begin()
         done, unreachable = 0, list[Entry]()
@@ -133,7 +134,7 @@ class Worker:
                 attempt.withdraw()
             raise
         finally:
-            # Where it failed, it can be begun again.
+            # After a failure, the shard can be started again.
             del self._begun[shard]
         last, self._last = self._last, self._background.submit(self._write, shard, packed, attempt)
         if last is not None:
@@ -143,7 +144,7 @@ class Worker:
         return self._last
 
     def _note_source(self, batch: Batch) -> list[Entry]:
-        """Remembers which images could be read; gives those that could not, which may be the source's fault."""
+        """The entries that may have failed because of the source. Entries that could be read are recorded."""
         read = [
             (next((entry for entry in group if entry.error is None), group[0]), picture) for group, picture in batch
         ]
@@ -153,14 +154,14 @@ class Worker:
         return [entry for entry, picture in read if picture.unreachable]
 
     def _check_source(self, failed: list[Entry]) -> None:
-        """Raises RunError if the source is gone, of which some images can't be reached."""
+        """Raise RunError if the source of the unreachable entries is gone."""
         if self.source is None:
             return
         rows = np.linspace(0, self.job.rows - 1, num=min(_SAMPLED, self.job.rows), dtype=np.int64).tolist()
         why = self.source.why_not(failed, (self.job.entry(row) for row in rows))
         if why is not None:
-            told = f"source: {self.source.path} can't be reached: {why}. Nothing of this shard was written"
-            raise RunError(f"{told}; run the same command again when it is there")
+            message = f"source: {self.source.path} can't be reached: {why}. Nothing of this shard was written"
+            raise RunError(f"{message}; run the same command again when it is reachable")
 
     def _begin(self, shard: int) -> _Shard:
         if shard in self._begun:
@@ -178,10 +179,11 @@ class Worker:
         return failed
 
     def _next(self) -> Picture:
-        """The next picture of the shard under way; later ones, and the following shard's, are begun ahead.
+        """The next picture of the current shard. Later pictures, also of the following shard, are decoded ahead.
 
-        On a CPU, decoders and model take turns of a few batches: threads of a model that meet after every operation
-        wait for one that shares its core. Not where decoding mostly waits: each shard's first turn tells.
+        On a CPU, the decoders and the model alternate every few batches. The model's threads synchronise after every
+        operation, so a decoder on one of their cores slows all of them. If decoding mostly waits, which is measured
+        at the start of each shard, both run in parallel.
         """
         begun = list(self._begun.values())
         if not (self._turns and begun[0].running):
@@ -227,14 +229,14 @@ class Worker:
         return made
 
     def _check_plan(self) -> None:
-        """Raises RunError if the folder is another run's now: no other try would do better."""
+        """Raise RunError if another run has replaced the job; a retry would not help."""
         try:
             self.job.check_plan()
         except ValueError as error:
             raise RunError(str(error)) from error
 
     def _write_part(self, shard: int, packed: list[Future[pa.Table]]) -> ShardResult:
-        # First: what is in the folder of another run is not ours.
+        # Checked before anything is read: the folder may belong to another run now.
         self._check_plan()
         made = self.task.format.concatenate([batch.result() for batch in packed])
         start = time.perf_counter()
@@ -247,7 +249,7 @@ class Worker:
         try:
             write_part(done, target, self.job.run["settings"], self.tensors, self.job.place(shard))
         except FileNotFoundError:
-            # A run that begins removes what is half-written.
+            # Another run that starts removes temporary files.
             self._check_plan()
             raise
         self.stages.write += time.perf_counter() - start
@@ -255,7 +257,11 @@ class Worker:
 
 
 class _Shard(NamedTuple):
-    """A shard under way: groups of entries of one image; of images not yet begun, an entry; and pictures, in order."""
+    """A shard in progress.
+
+    groups: the entries of each image. waiting: one entry per image that is not submitted yet. running: the pictures
+    in order.
+    """
 
     shard: int
     groups: list[list[Entry]]
@@ -264,7 +270,7 @@ class _Shard(NamedTuple):
 
 
 def _own(group: list[Entry]) -> Entry:
-    """The entry by which an image is read: one that has no error of its own, if there is one."""
+    """The entry that is used to read the image: the first without an error, else the first."""
     return next((entry for entry in group if entry.error is None), group[0])
 
 
@@ -274,7 +280,7 @@ def _parts(group: list[Entry], most: int) -> Iterator[list[Entry]]:
 
 
 def _batches(groups: list[list[Entry]], size: int) -> Iterator[list[list[Entry]]]:
-    """Whole groups, as many as stay within `size` entries, at least one."""
+    """Batches of whole groups with at most `size` entries, but at least one group."""
     batch: list[list[Entry]] = []
     for group in groups:
         if batch and sum(map(len, batch)) + len(group) > size:
@@ -286,7 +292,7 @@ def _batches(groups: list[list[Entry]], size: int) -> Iterator[list[list[Entry]]
 
 
 def _computes(pictures: list[Future[Picture]]) -> bool:
-    """Waits for them, and says whether a core is what they take."""
+    """True if decoding these pictures is limited by the CPU. Waits for the pictures."""
     seconds = computing = 0.0
     for future in pictures:
         try:

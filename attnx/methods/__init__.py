@@ -1,4 +1,4 @@
-"""What is made of the maps: rollout, CLS maps, layer-wise maps, masks, entropy. Pure functions of a Trace or maps."""
+"""Methods on maps: rollout, relevance, CLS maps, layer-wise maps, masks, entropy. Pure functions of traces or maps."""
 
 from attnx.methods.maps import LayerMaps, cls_map, entropy, entropy_levels, layer_maps, mass_mask, pointing_game
 from attnx.methods.relevance import relevance

@@ -1,4 +1,4 @@
-"""Relevance of patches for a score: Chefer et al.'s rules for self-attention."""
+"""Relevance of patches for a score, by the self-attention rules of Chefer et al."""
 
 from torch import Tensor
 
@@ -9,24 +9,36 @@ from attnx.trace.trace import Trace
 
 
 def relevance(trace: Trace, start: int = 0, *, rows: str | int | None = None, layers: Layers = None) -> Tensor:
-    """Chefer et al.'s relevance of the patches for a score, through the layers of self-attention.
+    """Relevance of the patches for a score through the layers of self-attention, by Chefer et al.
 
-    ``C_l = mean_h max(dP_l, 0) P_l`` and ``R_l = R_{l-1} + C_l R_{l-1}``, from the identity (rules 5 and 6); the row of
-    the class token, as a chain of vector products from the last layer to the first.
+    ``C_l = mean_h max(dP_l, 0) P_l`` and ``R_l = R_{l-1} + C_l R_{l-1}`` with ``R_0 = I`` (rules 5 and 6 of the paper).
+    The result is the row of R that belongs to the class token, computed as a chain of vector products from the last
+    layer to the first.
 
     Args:
         trace: a capture of all rows with grad=True, after its backward pass.
-        start: the first layer that counts. (Their CLIP code takes the last alone: start=-1.)
+        start: the first layer of the product. The authors' code for CLIP uses only the last layer, start=-1.
         rows, layers: as in `rollout`.
 
     Returns:
-        [B, h, w] float32; for rows="all" R itself, [B, N, N].
+        [B, h, w] float32; for rows="all" the matrix R, [B, N, N].
 
     Raises:
-        ValueError: as `rollout`. RuntimeError: no gradient has come.
+        ValueError: as in `rollout`.
+        RuntimeError: there was no backward pass.
 
     Reference:
         https://arxiv.org/abs/2103.15679; https://github.com/hila-chefer/Transformer-MM-Explainability
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.vit import demo_model
+        >>> model = demo_model()
+        >>> with attnx.capture(model, grad=True) as trace:
+        ...     logits = model(torch.rand(2, 3, 96, 96))
+        >>> trace.backward(logits[:, 5].sum())
+        >>> attnx.relevance(trace).shape
+        torch.Size([2, 12, 12])
     """
     trace = trace if layers is None else trace.select(layers)
     chain, pool = self_attention(trace)
@@ -35,6 +47,6 @@ def relevance(trace: Trace, start: int = 0, *, rows: str | int | None = None, la
         raise ValueError(f"start: expected a layer index in -{len(chain)}..{len(chain) - 1}; got {start}")
     kind = fusion(trace, None)
     result, _ = chain_start(chain[-1][1], pool, kind, rows, layout)
-    for _, kept in reversed(chain[start:]):
-        result = result + kept.fused(kind).vecmat(result)
+    for _, record in reversed(chain[start:]):
+        result = result + record.fused(kind).vecmat(result)
     return result if layout is None else layout.patches(result[:, 0])

@@ -10,8 +10,8 @@ from attnx.ops.reducers import Reduction
 from attnx.trace.layers import Layers
 from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord, MapRecord
-from attnx.trace.sides import Tokens, stack_of
-from attnx.trace.trace import Trace, describe
+from attnx.trace.sides import Tokens, describe, stack_of
+from attnx.trace.trace import Trace
 
 
 def rollout(
@@ -25,35 +25,47 @@ def rollout(
     rows: str | int | None = None,
     layers: Layers = None,
 ) -> Tensor:
-    """Attention rollout: how much of each patch reaches the class token through all layers.
+    """Attention rollout: the share of each patch in the class token after all layers.
 
-    ``M_l = (1 - residual) F_l + residual I``, rows normalised, and the row of ``M_L ... M_start`` that belongs to the
-    class token, over the patches. It is computed as a chain of vector products from the last layer to the first: of a
-    layer that was captured with keep="qk" no map is made (`attnx.vecmat`; the row sums are known), unless rows="all",
-    discard or heads other than "mean" need it: then of one layer at a time.
+    ``M_l = (1 - residual) F_l + residual I`` with rows normalised, where F_l is the map of layer l with heads fused.
+    The result is the row of ``M_L ... M_start`` that belongs to the class token, over the patches. It is computed as a
+    chain of vector products from the last layer to the first. For layers captured with keep="qk" no map is computed
+    (`attnx.vecmat`), unless rows="all", discard, or heads other than "mean" require it; then one layer at a time.
 
     Args:
-        trace: a capture of all rows (rows=None), of maps or of q and k.
-        residual: weight of the identity; 0.5 is Abnar & Zuidema's.
-        discard: share of each item's smallest entries of F to set to zero, the class token's own entry spared.
+        trace: a capture of all rows (rows=None), with any `keep`.
+        residual: weight of the identity; Abnar & Zuidema use 0.5.
+        discard: share of each item's smallest entries of F to set to zero, except the class token's own entry.
         start: first layer of the product; Chefer et al. use 1.
-        heads: how to fuse a capture with heads="each" ("mean" unless given); otherwise it must be the capture's own.
-        preset: "vit-explain" divides column j by row j's sum instead of row j (that code's arithmetic), and the result
-            by its maximum. Give `discard` yourself (its class's default is 0.9).
-        rows: the query to follow: an index, "mean" over the patches, or "all". Unless given: the class token, or where
-            the model has none, its attention-pooling layer if that was captured too, else "mean".
-        layers: those of the trace that count, as in `Trace.select` ("vision_model.*"); None: all.
+        heads: how to fuse the heads of a capture with heads="each" (default "mean"); for other captures it must be the
+            capture's own value.
+        preset: "vit-explain" divides column j, instead of row j, by the sum of row j, as that code does, and the
+            result by its maximum. `discard` is not set by the preset; the default of that code is 0.9.
+        rows: the query to follow: an index, "mean" over the patches, or "all". None: the class token; for a model
+            without one its attention-pooling layer, if captured, else "mean".
+        layers: the layers of the trace to use, as in `Trace.select` ("vision_model.*"); None: all.
 
     Returns:
-        [B, h, w] float32; for rows="all" the product itself, [B, N, N].
+        [B, h, w] float32; for rows="all" the whole product, [B, N, N].
 
     Raises:
-        ValueError: the layers are not one row of self-attention over the same tokens (lists what they are: choose some
-            of them by `layers`), or an argument is out of range.
+        ValueError: the layers are not one stack of self-attention over the same tokens (the message lists them; select
+            some with `layers`), or an argument is out of range.
 
     Reference:
         Abnar & Zuidema, "Quantifying Attention Flow in Transformers", https://arxiv.org/abs/2005.00928;
         https://github.com/jacobgil/vit-explain
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.vit import demo_model
+        >>> model = demo_model()
+        >>> with torch.no_grad(), attnx.capture(model) as trace:
+        ...     logits = model(torch.rand(2, 3, 96, 96))
+        >>> attnx.rollout(trace).shape
+        torch.Size([2, 12, 12])
+        >>> attnx.rollout(trace, discard=0.9, rows="all").shape
+        torch.Size([2, 145, 145])
     """
     trace = trace if layers is None else trace.select(layers)
     return _rollout(trace, residual, discard, start, heads, preset, rows)
@@ -69,20 +81,35 @@ def gradient_rollout(
     rows: str | int | None = None,
     layers: Layers = None,
 ) -> Tensor:
-    """Rollout of the maps weighted by their gradients: ``F_l = max(mean_h dP_l P_l, 0)``, and then as `rollout`.
+    """Rollout of maps weighted by their gradients: `rollout` with ``F_l = max(mean_h dP_l P_l, 0)``.
 
-    The gradients are each layer's own. (vit-explain lists them last layer first and the maps first layer first, and
-    multiplies them in that order: its numbers are those of a model whose layers are mixed up, and not given here.)
+    Each map is multiplied by the gradient of its own layer. vit-explain multiplies the maps, first layer first, by the
+    gradients, last layer first, so its results differ.
 
     Args:
-        trace: a capture with grad="signed" after its backward pass.
-        discard: as in `rollout`, but that the class token's own entry is not spared, as in vit-explain.
+        trace: a capture with grad="signed", after its backward pass.
+        discard: as in `rollout`, but including the class token's own entry, as in vit-explain.
         residual, start, preset, rows, layers: as in `rollout`.
 
-    Returns, Raises: as in `rollout`. A RuntimeError where no gradient has come.
+    Returns:
+        [B, h, w] float32; for rows="all" the whole product, [B, N, N].
+
+    Raises:
+        ValueError: as in `rollout`.
+        RuntimeError: there was no backward pass.
 
     Reference:
         https://github.com/jacobgil/vit-explain/blob/main/vit_grad_rollout.py
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.vit import demo_model
+        >>> model = demo_model()
+        >>> with attnx.capture(model, grad="signed") as trace:
+        ...     logits = model(torch.rand(2, 3, 96, 96))
+        >>> trace.backward(logits[:, 5].sum())
+        >>> attnx.gradient_rollout(trace).shape
+        torch.Size([2, 12, 12])
     """
     trace = trace if layers is None else trace.select(layers)
     positive = trace.mapped(lambda weighted: weighted.clamp(min=0))
@@ -99,7 +126,7 @@ def _rollout(
     rows: str | int | None,
     spare: bool = True,
 ) -> Tensor:
-    """See `rollout`; spare: the class token's own entry is not discarded."""
+    """See `rollout`; `spare`: do not discard the class token's own entry."""
     if not 0.0 <= residual <= 1.0 or not 0.0 <= discard < 1.0:
         raise ValueError(f"expected residual in [0, 1] and discard in [0, 1); got {residual} and {discard}")
     if preset not in (None, "vit-explain"):
@@ -114,10 +141,10 @@ def _rollout(
     mean = "mean" in (trace.heads, kind.name.lower())
     whole = rows == "all" or discard > 0 or not mean
     result, row = chain_start(layers[-1][1], pool, kind, rows, layout)
-    for _, kept in reversed(layers[start:]):
-        layer = kept.fused(kind)
+    for _, record in reversed(layers[start:]):
+        layer = record.fused(kind)
         if row is not None and preset is None and not discard:
-            # What starts from one row reads that row of the last layer, and nothing else of it.
+            # A chain that starts from one row reads only that row of the last layer.
             passed, row = layer.row(row)[:, None], None
             step = (1 - residual) * passed + residual * result
             result = step * _inverse((1 - residual) * passed.sum(-1, keepdim=True) + residual)
@@ -142,7 +169,7 @@ def _rollout(
 
 
 def last_needed(trace: Trace, *, rows: str | int | None = None, **options: Any) -> tuple[str, int | None]:
-    """The last layer that `rollout` with these options reads, and the only row that it reads of it; None: all."""
+    """The last layer that `rollout` with these options reads, and the only row that it reads there (None: all)."""
     layers, pool = self_attention(trace)
     layout = trace.layout
     if rows is None and layout.cls is not True and pool is not None:
@@ -153,21 +180,21 @@ def last_needed(trace: Trace, *, rows: str | int | None = None, **options: Any) 
 
 
 def _inverse(sums: Tensor) -> Tensor:
-    return torch.where(sums > 0, 1 / sums, 0.0)  # a row without any weight passes nothing on
+    return torch.where(sums > 0, 1 / sums, 0.0)  # a row without weight passes nothing on
 
 
 def self_attention(trace: Trace) -> tuple[list[tuple[str, LayerRecord]], tuple[str, LayerRecord] | None]:
-    """Names and layers of [N, N] maps from first to last; and a final pooling layer's, [1, N].
+    """(name, record) of the self-attention layers in order, and of a final pooling layer [1, N] or None.
 
     Raises:
-        ValueError: the layers are not in a row, or not all of the same tokens.
+        ValueError: the layers do not follow one another, or have different tokens.
     """
     if trace.rows is not None:
         raise ValueError(f"rollout needs whole maps: expected a capture with rows=None; got rows={list(trace.rows)}")
     beside = trace.side_by_side()
     if beside is not None:
         raise ValueError(
-            f"rollout: expected layers in a row; {beside[1]} stands beside {beside[0]}: both are given the same input; "
+            f"rollout: expected layers in a row; {beside[1]} runs beside {beside[0]}: both have the same input; "
             "choose layers= of one"
         )
     layers: list[tuple[str, LayerRecord]] = []
@@ -178,13 +205,13 @@ def self_attention(trace: Trace) -> tuple[list[tuple[str, LayerRecord]], tuple[s
         if "#" in name:
             first = name.partition("#")[0] or "the model itself"
             raise ValueError(f"rollout: expected layers in a row; {first} attends more than once in a pass ({name})")
-        kept = trace.kept(name)
+        record = trace.kept(name)
         queries, keys = trace.sides(name)
         if queries == keys and keys.kind != "channels" and pool is None:
-            layers.append((name, kept))
+            layers.append((name, record))
             rows.add((keys, "" if trace.in_a_row else stack_of(name)))
-        elif kept.shape[-2] == 1 and pool is None and layers and keys == trace.sides(layers[-1][0])[1]:
-            pool = name, kept
+        elif record.shape[-2] == 1 and pool is None and layers and keys == trace.sides(layers[-1][0])[1]:
+            pool = name, record
         else:
             fits = False
     if trace.given_layout is not None:
@@ -198,7 +225,7 @@ def self_attention(trace: Trace) -> tuple[list[tuple[str, LayerRecord]], tuple[s
     if not fits or len(rows) > 1:
         raise ValueError(
             "rollout: expected self-attention layers over the same tokens, one after the other; got "
-            f"{describe(trace, by_stack=True)}; choose some of one kind, such as {_choice(trace)}"
+            f"{describe(trace.all_sides(), by_stack=True)}; choose some of one kind, such as {_choice(trace)}"
         )
     if not layers:
         raise ValueError("rollout: expected at least one self-attention layer in the trace; got none")
@@ -206,7 +233,7 @@ def self_attention(trace: Trace) -> tuple[list[tuple[str, LayerRecord]], tuple[s
 
 
 def _choice(trace: Trace) -> str:
-    """An example of a choice of layers that rollout takes."""
+    """An example of layers of the trace that `rollout` accepts, for error messages."""
     square = [name for name in trace if trace.sides(name)[0] == trace.sides(name)[1]]
     images = [name for name in square if trace.sides(name)[1].grid] or square
     if not images:
@@ -226,14 +253,14 @@ def chain_start(
     rows: str | int | None,
     layout: TokenLayout | None,
 ) -> tuple[Tensor, int | None]:
-    """[B, R, N]: what the chain starts from at the output of the last layer; and the row it stands for, if one.
+    """The vectors [B, R, N] that the chain starts from, and the single row that they select, or None.
 
     Args:
-        last: the last layer of self-attention.
-        pool: name and layer of a pool after it; read only where nothing else says what to start from.
+        last: record of the last self-attention layer.
+        pool: name and record of a pooling layer after it; used only if rows is None and there is no class token.
         kind: how to fuse the pool's heads.
         rows: as in `rollout`.
-        layout: of the tokens; None for rows="all".
+        layout: token layout; None for rows="all".
     """
     B, n, device = last.shape[0], last.shape[-1], last.device
     if rows == "all" or layout is None:
@@ -255,7 +282,7 @@ def chain_start(
 
 
 def _discard(fused: Tensor, share: float, spare: bool) -> Tensor:
-    """Each item's int(N * N * share) smallest entries set to zero; spare: but for entry (0, 0)."""
+    """The maps with each item's int(N * N * share) smallest entries set to zero; `spare`: except entry (0, 0)."""
     flat = fused.flatten(1)
     smallest = flat.topk(int(flat.shape[1] * share), 1, largest=False, sorted=False).indices
     dropped = flat.scatter(1, smallest, 0.0)

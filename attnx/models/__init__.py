@@ -1,1 +1,1 @@
-"""Where models come from."""
+"""Loading of models by name, with their weights and image preparation."""

@@ -1,7 +1,7 @@
-"""ALBEF for today's torch: timm's vision transformer, BERT's layers, and cross-attention from words to patches.
+"""ALBEF for current versions of torch: timm's ViT, BERT's layers, and cross-attention from words to patches.
 
-Its parameters have the names of the original's, so that its checkpoints load; its attention calls SDPA, so that
-`attnx.capture` hears it.
+Its parameters have the names of the original code, so that published checkpoints load. Its attention calls SDPA, so
+that `attnx.capture` can intercept it.
 
 Reference:
     Li et al., "Align before Fuse", https://arxiv.org/abs/2107.07651; https://github.com/salesforce/ALBEF
@@ -59,10 +59,10 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(config.vision_width, config.width)
 
     def forward(self, words: Tensor, image: Tensor, owner: Tensor | None) -> Tensor:
-        """words [P, T, C], image [I, N, C'], owner [P]: which image each caption has; None: P / I each, in order."""
+        """words [P, T, C], image [I, N, C'], owner [P]: index of each caption's image; None: P / I per image."""
         shape = words.shape
         if owner is None:
-            # Captions of one image are one sequence of queries: its keys and values need no copies.
+            # Captions of one image form one sequence of queries, so keys and values are not copied.
             words = words.reshape(len(image), -1, shape[-1])
         q, k, v = (
             linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -133,11 +133,11 @@ class TextEncoder(nn.Module):
 class Albef(nn.Module):
     """Vision and text encoder, whose upper text layers attend to the image; matching head and projections.
 
-    Without dropout: it is for looking at, and for small training.
+    It has no dropout.
 
     Args:
-        config: its sizes.
-        tokenizer: of its captions; `attnx.word_maps` and `attnx.gradcam` need one.
+        config: sizes of the model.
+        tokenizer: tokenizer of captions; required by `attnx.word_maps` and `attnx.gradcam`.
     """
 
     def __init__(self, config: AlbefConfig | None = None, tokenizer: Tokenizer | None = None) -> None:
@@ -156,7 +156,7 @@ class Albef(nn.Module):
             dynamic_img_size=True,
         )
         self.text_encoder = TextEncoder(c)
-        # A checkpoint that was made for something else may lack these: then they are None.
+        # These are None if the checkpoint does not contain them.
         self.vision_proj: nn.Linear | None = nn.Linear(c.vision_width, c.embed_dim)
         self.text_proj: nn.Linear | None = nn.Linear(c.width, c.embed_dim)
         self.temp: nn.Parameter | None = nn.Parameter(torch.tensor(0.07))
@@ -171,7 +171,7 @@ class Albef(nn.Module):
         """The name of a text layer's cross-attention, as `attnx.capture` takes it.
 
         Raises:
-            ValueError: the layer has none; names those that do.
+            ValueError: the layer has no cross-attention; the message lists the layers that do.
         """
         if layer not in self.cross_layers:
             have = ", ".join(map(str, self.cross_layers))
@@ -182,7 +182,7 @@ class Albef(nn.Module):
         """(rows, columns) of patches of images [I, 3, height, width].
 
         Raises:
-            ValueError: they are no images, or not made of whole patches.
+            ValueError: invalid shape, or a size that is not a multiple of the patch size.
         """
         p = self.config.patch_size
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape) < 1:
@@ -220,9 +220,9 @@ class Albef(nn.Module):
         Args:
             ids: int64; mask: bool, False for padding.
             image: [I, N, C'] of `encode_image`, for the layers that attend to it.
-            owner: [P] int64, which image each caption belongs to; None: P / I each, in order.
-            words: what the layers begin with; the embeddings of `ids` unless given.
-            layers: which ones run; all unless given, and those below `fusion_layer` without an image.
+            owner: [P] int64, index of each caption's image; None: P / I captions per image, in order.
+            words: input of the first layer; None: the embeddings of `ids`.
+            layers: the layers that run; None: all, or those below `fusion_layer` without an image.
         """
         if layers is None:
             layers = range(self.config.depth if image is not None else self.config.fusion_layer)

@@ -1,4 +1,4 @@
-"""ALBEF's published checkpoints, and what is in them that a map does not need."""
+"""Loading of ALBEF's published checkpoints, without the weights that maps do not need."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnx.messages import printable
 from attnx.models.albef import CLIP_MEAN, CLIP_STD, Albef, AlbefConfig, interpolate_positions
-from attnx.models.checkpoint import check_values, misfit, printable, read_weights, weights_file
+from attnx.models.checkpoint import check_values, misfit, read_weights, weights_file
 from attnx.models.loaded import Loaded, height_and_width
 from attnx.models.tokenizer import Tokenizer
 
@@ -45,8 +46,7 @@ def load_albef(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the checkpoint is of another model: names the keys; an image size that is none, or is not
-            made of patches.
+        ValueError: the checkpoint is of another model: names the keys; or an invalid image size.
         ConnectionError: the vocabulary could not be downloaded.
     """
     config = config or AlbefConfig()
@@ -71,7 +71,7 @@ def load_albef(
 
 
 def _own_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what is ignored, under the names of `Albef`: pretraining wraps BERT in a language model."""
+    """The weights under the names of `Albef`, without ignored ones; pretraining wraps BERT in a language model."""
     renamed = {key.replace("text_encoder.bert.", "text_encoder.", 1): value for key, value in weights.items()}
     return {
         key: value
@@ -87,9 +87,9 @@ def _load(model: Albef, weights: dict[str, Tensor], path: Path) -> None:
     if positions is not None and positions.shape != own[_POSITIONS].shape and positions.dim() == 3:
         weights[_POSITIONS] = _fitted(positions, own[_POSITIONS], model)
     expected = {key: value for key, value in own.items() if key.split(".")[0] not in absent}
-    told = misfit(weights, expected)
-    if told:
-        raise ValueError(f"checkpoint {printable(path, None)} doesn't fit ALBEF: {told}")
+    message = misfit(weights, expected)
+    if message:
+        raise ValueError(f"checkpoint {printable(path, None)} doesn't fit ALBEF: {message}")
     check_values(weights, own, path)
     with torch.no_grad():
         model.load_state_dict(weights, strict=False)
@@ -98,7 +98,7 @@ def _load(model: Albef, weights: dict[str, Tensor], path: Path) -> None:
 
 
 def _fitted(positions: Tensor, own: Tensor, model: Albef) -> Tensor:
-    """A square grid of position embeddings for the model's grid; itself if it is no square: the keys are told then."""
+    """Position embeddings resized to the model's grid; unchanged if not square, which `misfit` reports."""
     side = round(max(0, positions.shape[1] - 1) ** 0.5)
     if 1 + side * side != positions.shape[1] or positions.shape[2] != own.shape[2]:
         return positions

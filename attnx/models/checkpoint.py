@@ -1,4 +1,4 @@
-"""Files of weights: read without running any code, checked, and put into a model."""
+"""Reading, checking and loading of files of weights, without running code from them."""
 
 import warnings
 import zipfile
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnx.limits import CHECKPOINT_DEPTH
+from attnx.messages import printable
 
 _CONTAINERS = ("state_dict", "model", "teacher", "student", "model_state", "module")
 _WRAPPERS = ("module.", "backbone.", "_orig_mod.")
@@ -28,7 +29,7 @@ def weights_file(path: str | Path) -> Path:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file of weights, out of whatever usual container and without wrappers' prefixes.
+    """The state dict in a file of weights, taken out of known containers and without wrapper prefixes.
 
     Raises:
         FileNotFoundError: no such file.
@@ -39,7 +40,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Loads a file of weights, whatever usual container or prefix they are wrapped in. A classifier may be missing.
+    """Load a file of weights, in any known container or with a known prefix. The classifier may be missing.
 
     Raises:
         FileNotFoundError: no such file.
@@ -52,9 +53,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     except Exception as error:
         raise ValueError(f"checkpoint {printable(path, None)}: timm can't convert it: {first_line(error)}") from error
     bodies = ({k: v for k, v in keys.items() if not k.startswith(_HEADS)} for keys in (filtered, own))
-    told = misfit(*bodies)
-    if told:
-        raise ValueError(f"checkpoint {printable(path, None)} doesn't fit {type(model).__name__}: {told}")
+    message = misfit(*bodies)
+    if message:
+        raise ValueError(f"checkpoint {printable(path, None)} doesn't fit {type(model).__name__}: {message}")
     fitting = {k: v for k, v in filtered.items() if k in own and own[k].shape == v.shape}
     check_values(fitting, own, path)
     model.load_state_dict(fitting, strict=False)
@@ -99,13 +100,6 @@ def first_line(error: Exception, most: int = 150) -> str:
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0], most)
 
 
-def printable(name: object, most: int | None = 100) -> str:
-    """A name on one line: what is not printable is escaped, and what is longer than most is cut."""
-    text = str(name)
-    text = text if text.isprintable() else repr(text)[1:-1]
-    return text if most is None or len(text) <= most else text[: most - 3] + "..."
-
-
 def _kind(dtype: torch.dtype) -> str:
     if dtype.is_floating_point:
         return "floating-point"
@@ -122,8 +116,8 @@ def _read(path: Path) -> Any:
         try:
             return load_file(path)
         except Exception as error:
-            told = f"expected a safetensors file: {first_line(error)}"
-            raise ValueError(f"checkpoint {printable(path, None)}: {told}") from error
+            message = f"expected a safetensors file: {first_line(error)}"
+            raise ValueError(f"checkpoint {printable(path, None)}: {message}") from error
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -131,11 +125,11 @@ def _read(path: Path) -> Any:
             if claimed > path.stat().st_size:
                 raise ValueError(f"it claims {claimed:,} bytes and has {path.stat().st_size:,}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of what the error tells, or `_unwrap` refuses
+            warnings.simplefilter("ignore", UserWarning)  # the same facts are in the error, or `_unwrap` raises
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        told = f"expected a torch file of weights only: {first_line(error, 100)}"
-        raise ValueError(f"checkpoint {printable(path, None)}: {told}") from error
+        message = f"expected a torch file of weights only: {first_line(error, 100)}"
+        raise ValueError(f"checkpoint {printable(path, None)}: {message}") from error
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
@@ -156,9 +150,9 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{where}: expected a state dict of tensors; got {type(content).__name__}")
     weights = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     for key, value in weights.items():
-        told = _unusual(value)
-        if told:
-            raise ValueError(f"{where}: {printable(key)}: expected an ordinary tensor with data; got {told}")
+        traits = _unusual(value)
+        if traits:
+            raise ValueError(f"{where}: {printable(key)}: expected an ordinary tensor with data; got {traits}")
     for wrapper in _WRAPPERS:
         weights = {k.removeprefix(wrapper): v for k, v in weights.items()}
     return weights

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from attnx.limits import MODEL_LAYERS
-from attnx.models.checkpoint import first_line, printable
+from attnx.messages import printable
+from attnx.models.checkpoint import first_line
 from attnx.models.loaded import IMAGENET, Loaded, height_and_width, no_download
 
 # transformers downloads code for these from the hub.
@@ -41,9 +42,9 @@ def load_huggingface(name: str, pretrained: bool, image_size: tuple[int, int] | 
                 "pass a model that transformers itself has a class for"
             ) from error
         if local or is_type or isinstance(error, _UnfitError):
-            told = first_line(error)
+            message = first_line(error)
             raise ValueError(
-                f"model: {printable(name, 150)} holds no model that transformers can load: {told}"
+                f"model: {printable(name, 150)} holds no model that transformers can load: {message}"
             ) from error
         if pretrained:
             raise no_download(f"hf:{name}", error) from error
@@ -70,7 +71,7 @@ class _UnfitError(ValueError):
 
 
 def _check_config(config: Any) -> None:
-    """Forgets the kernels that a configuration and those inside it ask for, and refuses one of another's code or size.
+    """Remove kernel settings from a configuration and those inside it; refuse code from the hub and excessive sizes.
 
     Raises:
         _UnfitError: quantization by code from the hub; more layers, or bytes of parameters, than this machine can hold.
@@ -125,8 +126,8 @@ def image_processor(name: str) -> Any:
                 f"pixels: the image processor of {printable(name, 150)} has code of its own (auto_map in "
                 "preprocessor_config.json), which attnx never runs; name one of transformers' in it"
             ) from error
-        told = first_line(error)
-        raise ValueError(f"pixels: the image processor of {printable(name, 150)} can't be loaded: {told}") from error
+        message = first_line(error)
+        raise ValueError(f"pixels: the image processor of {printable(name, 150)} can't be loaded: {message}") from error
 
 
 def _preparation(name: str) -> tuple[Sequence[float], Sequence[float], str]:

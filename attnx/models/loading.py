@@ -18,7 +18,7 @@ from attnx.models.registry import IMAGE_MODELS, WORD_MODELS
 from attnx.trace.layout import patch_convolutions
 
 _VL_DINO_SIZE = (480, 480)
-_ALBEF_LAYER = 8  # that ALBEF's authors look at
+_ALBEF_LAYER = 8  # the layer that ALBEF's authors use
 
 
 def load_model(
@@ -39,7 +39,7 @@ def load_model(
             embeddings are interpolated.
 
     Raises:
-        ValueError: an unknown name, a checkpoint that doesn't fit (says which keys), an image size that is none.
+        ValueError: an unknown name, a checkpoint that doesn't fit (says which keys), an invalid image size.
         FileNotFoundError: no such checkpoint.
         ConnectionError: the weights could not be downloaded; says what to pass instead.
     """
@@ -112,13 +112,13 @@ def load_word_model(
 
 
 def default_layer(name: str) -> int:
-    """The text layer whose maps are taken unless another is asked for."""
+    """The default text layer of maps."""
     return WORD_MODELS[name].layer if name in WORD_MODELS else _ALBEF_LAYER
 
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """The hub's client retries for half a minute and tells of each try; one line at the end is enough."""
+    """Silence the hub client, which logs each retry for half a minute; one error at the end is enough."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -129,7 +129,7 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def _check_size(name: str, model: nn.Module, size: tuple[int, int]) -> None:
-    """Raises ValueError for a size that patches don't cover: part of the image would have no map."""
+    """Raise ValueError if the size is not a multiple of the patch size: part of the image would have no map."""
     for patch in patch_convolutions(model)[:1]:
         if any(pixels % p for pixels, p in zip(size, patch.stride, strict=True)):
             fits = "x".join(str(max(p, round(s / p) * p)) for s, p in zip(size, patch.stride, strict=True))

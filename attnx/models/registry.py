@@ -1,4 +1,4 @@
-"""Models that are called by a bare name, such as "demo". A package adds its own when it is imported.
+"""Registry of models with a bare name, such as "demo". A package registers its models when it is imported.
 
 `load_model` and `load_word_model` (`attnx.models.loading`) look names up here.
 """
@@ -20,7 +20,7 @@ class WordModel(NamedTuple):
     """A model of images and captions.
 
     load: (pretrained, checkpoint, vocab, image size) -> the model, an `Albef`, in eval mode.
-    layer: the text layer whose maps are taken unless another is asked for.
+    layer: the default text layer of maps.
     """
 
     load: Callable[[bool, str | Path | None, str | Path | None, Size], Loaded]

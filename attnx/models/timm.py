@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from attnx.models.checkpoint import first_line, printable
+from attnx.messages import printable
+from attnx.models.checkpoint import first_line
 from attnx.models.loaded import Loaded, no_download
 
 
@@ -23,8 +24,8 @@ def load_timm(name: str, pretrained: bool, image_size: tuple[int, int] | None) -
         model = timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
         if isinstance(error, TypeError) and image_size is not None:
-            told = first_line(error)
-            raise ValueError(f"image size: timm:{name} has a fixed one; got {image_size} ({told})") from error
+            message = first_line(error)
+            raise ValueError(f"image size: timm:{name} has a fixed one; got {image_size} ({message})") from error
         if not pretrained or name.startswith("local-dir:"):
             raise ValueError(f"model: timm can't load {printable(name, 150)}: {first_line(error)}") from error
         raise no_download(f"timm:{name}", error) from error

@@ -1,4 +1,4 @@
-"""Captions to BERT's word pieces, and back to the words they are pieces of."""
+"""Tokenizer of captions: BERT word pieces, and the word of each piece."""
 
 import hashlib
 import re
@@ -27,7 +27,7 @@ class Caption:
         ids, tokens: of its word pieces, [CLS] first and [SEP] last.
         words: of `text`, in order.
         word_of: for each token the index of its word; None for [CLS] and [SEP].
-        cut: how many words at the end had no room.
+        cut: number of words cut at the end.
     """
 
     text: str
@@ -81,7 +81,7 @@ class Tokenizer:
 
     @cached_property
     def size(self) -> int:
-        """How many pieces there are."""
+        """Number of word pieces."""
         return int(self._tokenizer.get_vocab_size())
 
     def id_of(self, piece: str) -> int:
@@ -142,9 +142,9 @@ class Tokenizer:
             word_of=tuple(word_of[i] for i in chosen),
             cut=words - kept,
         )
-        told = _unknown(read)
-        if told:
-            warnings.warn(told, stacklevel=2)
+        message = _unknown(read)
+        if message:
+            warnings.warn(message, stacklevel=2)
         return read
 
 
@@ -178,15 +178,15 @@ def _words(encoded: "Encoding") -> list[int | None]:
 
 def _unknown(read: Caption, most: int = 10) -> str:
     """Warning text for the words that are not in the vocabulary; empty where all are."""
-    of = [w for token, w in zip(read.tokens, read.word_of, strict=True) if token == "[UNK]" and w is not None]
-    if not of:
+    unknown = [w for token, w in zip(read.tokens, read.word_of, strict=True) if token == "[UNK]" and w is not None]
+    if not unknown:
         return ""
     # Each once; what could move the cursor of a terminal is escaped.
-    names = list(dict.fromkeys(word if word.isprintable() else repr(word) for word in (read.words[w] for w in of)))
+    names = list(dict.fromkeys(word if word.isprintable() else repr(word) for word in (read.words[w] for w in unknown)))
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    told = f"caption: not in the vocabulary, read as [UNK]: {', '.join(names[:most])}{more}"
-    alone = len(of) == sum(w is not None for w in read.word_of)
-    return f"{told}; the vocabulary has none of the words, so the maps are meaningless" if alone else told
+    message = f"caption: not in the vocabulary, read as [UNK]: {', '.join(names[:most])}{more}"
+    alone = len(unknown) == sum(w is not None for w in read.word_of)
+    return f"{message}; the vocabulary has none of the words, so the maps are meaningless" if alone else message
 
 
 def _from_hub() -> Any:

@@ -1,7 +1,6 @@
-"""What the tests of every backend share: the float64 oracle, the error budget, the table of shapes, random inputs."""
+"""Shared test tools for all backends: float64 oracle, error budget, table of shapes, random inputs."""
 
-from attnx.testing.cases import LAYOUTS, TABLE, Case, Inputs, random_gradient, random_inputs, random_vector
-from attnx.testing.oracle import (
+from attnx.testing.assertions import (
     assert_attention,
     assert_attention_lse,
     assert_gradient_map,
@@ -9,13 +8,10 @@ from attnx.testing.oracle import (
     assert_vecmat,
     assert_within_budget,
     budget,
-    oracle,
-    oracle_gradient_map,
-    oracle_lse,
-    oracle_vecmat,
     score_size,
-    torch_reference,
 )
+from attnx.testing.cases import LAYOUTS, TABLE, Case, Inputs, random_gradient, random_inputs, random_vector
+from attnx.testing.oracle import oracle, oracle_gradient_map, oracle_lse, oracle_vecmat, torch_reference
 
 __all__ = [
     "LAYOUTS",

@@ -1,5 +1,5 @@
 """Attention maps of a model's own forward pass.
 
-`capture` installs an `interceptor` on the model; a `recorder` answers each attention call and stores a record of it
-in a `trace`. `adapters` make blocks that compute their softmax themselves call SDPA.
+`capture` installs an `interceptor` on the model. A `recorder` computes the output of each attention call and stores a
+record of the call in a `trace`. `adapters` make blocks that compute their softmax themselves call SDPA.
 """

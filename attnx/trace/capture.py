@@ -1,4 +1,4 @@
-"""The maps of a model's own forward pass: for the length of a `with` (`capture`), or until removed (`patch`)."""
+"""Capture of the maps of a model's own forward pass: inside a `with` (`capture`), or until removed (`patch`)."""
 
 import sys
 import threading
@@ -17,20 +17,24 @@ from attnx.trace.trace import Trace
 
 
 class Handle:
-    """A patched model: `trace` has the maps of its last call, `remove()` leaves the model as it was."""
+    """Handle of a patched model, as returned by `patch`: `trace` holds its maps, `remove()` restores the model."""
 
     def __init__(self, interceptor: Interceptor) -> None:
-        self._listener = interceptor
+        self._interceptor = interceptor
 
     @property
     def trace(self) -> Trace:
-        """Raises RuntimeError when the model was not called, or layers that were asked for were not heard."""
-        self._listener.check()
-        return self._listener.trace
+        """The maps of the last call.
+
+        Raises:
+            RuntimeError: the model was not called, or requested layers were not intercepted.
+        """
+        self._interceptor.check()
+        return self._interceptor.trace
 
     def remove(self) -> None:
-        """Undoes the patch; a second call does nothing."""
-        self._listener.uninstall()
+        """Remove the patch; further calls do nothing."""
+        self._interceptor.uninstall()
 
 
 @contextmanager
@@ -46,45 +50,59 @@ def capture(
     layout: TokenLayout | None = None,
     backend: str = "auto",
 ) -> Iterator[Trace]:
-    """The attention maps of the model's own forward pass, for the length of a `with`.
+    """A context manager that captures the attention maps of the model's own forward pass.
 
-    The model gives its own output; inside the `with` compiled models run uncompiled, and `nn.TransformerEncoder` runs
-    without its fast path. Where gradients are on, the output is that of the model's own attention, so a backward pass,
-    inside the `with` or after it, is the model's own. With `grad`, gradient checkpointing is off inside the `with`.
+    The output of the model does not change. Inside the `with`, compiled models run uncompiled and
+    `nn.TransformerEncoder` runs without its fast path. If gradients are enabled, the output comes from the model's own
+    attention, so a backward pass inside or after the `with` is the model's own. With `grad`, gradient checkpointing is
+    switched off inside the `with`.
 
     Args:
-        model: any torch model whose attention ends in `F.scaled_dot_product_attention`, `nn.MultiheadAttention` or
-            `attnx.attention`; timm and Hugging Face models that were built without are switched to it inside the
-            `with`. A `nn.MultiheadAttention` that is asked for its weights (as it is by default) attends twice.
-        layers: which layers: module names ("blocks.11.attn", or "blocks.11" for the attention inside), globs
-            ("blocks.*"), depth indices among the self-attention blocks (-1 is the last). None: every one heard.
-        heads: "mean", "max", "min" over the heads, or "each".
-        rows: indices of the queries whose map is wanted ([0] is the class token's); None: all.
-        keep: "map" keeps the layers' maps. "qk" keeps q, k and the log-sum-exp of the rows instead, memory linear in
-            the tokens: `rollout` needs no more, and a map is made when it is read. q and k are copied where they are
-            views of a larger tensor (a packed qkv, which v would keep alive); a bias is kept as it is. "auto": q and
-            k of a layer whose maps take more than 64 MB and more than they; maps otherwise, for chosen rows, and for
-            heads other than "mean".
-        grad: True: the maps are weighted by their own gradients, see `attnx.gradient_map`. They come with the backward
-            pass, `trace.backward(score)` or `score.backward()`, and anew with every one; below the first layer that is
-            captured nothing needs a gradient, if the model's parameters don't. "signed": without the clamp.
-        calls: which of the model's passes inside the `with` are kept. "last": a new pass replaces the last one's maps.
-            "all": `trace.calls` has a Trace of each, in order, as around `generate()`; the trace itself is the last
-            one's. "mean": the trace has each layer's mean over the passes in which it attended. A part of the model
-            that is called by itself, such as an encoder in `generate()`, is a pass of its own.
-        layout: the tokens of the maps, where the model can't tell.
+        model: any torch model whose attention calls `F.scaled_dot_product_attention`, `nn.MultiheadAttention` or
+            `attnx.attention`. timm and Hugging Face models that were built without SDPA are switched to it inside the
+            `with`. A `nn.MultiheadAttention` called with need_weights=True (the default) computes its attention twice.
+        layers: the layers to capture: module names ("blocks.11.attn", or "blocks.11" for the attention inside), globs
+            ("blocks.*"), or depth indices among the self-attention blocks (-1 is the last). None: every layer that can
+            be intercepted.
+        heads: "mean", "max" or "min" over the heads, or "each".
+        rows: indices of the queries to capture ([0] is the class token); None: all.
+        keep: "map" stores the maps. "qk" stores q, k and the log-sum-exp of the rows instead, so memory is linear in
+            the number of tokens; `rollout` works from these, and a map is computed each time it is read. q and k are
+            copied if they are views of a larger tensor, such as a packed qkv; a bias is not copied. "auto" stores q and
+            k of a layer if its maps take more than 64 MB and more memory than q and k; it stores maps otherwise, for
+            chosen rows, and for heads other than "mean".
+        grad: True: the maps are weighted by their own gradients, see `attnx.gradient_map`. They are computed in each
+            backward pass, `trace.backward(score)` or `score.backward()`. Nothing below the first captured layer needs a
+            gradient unless the model's parameters do. "signed": without the clamp.
+        calls: the passes to store. "last": a new pass replaces the maps of the last one. "all": `trace.calls` holds a
+            Trace of each pass in order, as for `generate()`; the trace itself holds the last pass. "mean": the trace
+            holds the mean of each layer over the passes in which it attended. A part of the model that is called by
+            itself, such as an encoder in `generate()`, is a separate pass.
+        layout: the tokens of the maps, if they cannot be inferred from the model.
         backend: as in `attnx.attention`.
 
+    Yields:
+        the `Trace` that receives the maps: float32 [B, M, N] per layer, or [B, R, N] for R rows, or [B, H, M, N] for
+        heads="each".
+
     Raises:
-        ValueError: a pattern or index that matches nothing, dropout that is active, an unknown `keep`, `heads` or
-            `calls`; grad where gradients are off; calls="mean" of maps whose shapes differ.
-        NotImplementedError: a layer that was asked for attends in a shape that is not [B, H, M, D].
-        RuntimeError: at the end, if a layer that was asked for was not heard (says why, or in which earlier pass it
-            was), if nothing was, or if several threads ran the same layer at once.
+        ValueError: a pattern or index that matches nothing, active dropout, an unknown `keep`, `heads` or `calls`; grad
+            with gradients disabled; calls="mean" with maps of different shapes.
+        NotImplementedError: a requested layer whose q is not [B, H, M, D].
+        RuntimeError: on exit, if a requested layer was not intercepted (with the reason, or the earlier pass in which
+            it was), if no layer was intercepted, or if several threads ran the same layer at once.
 
     Warns:
-        UserWarning: at the end, of attention blocks that were not heard while layers=None asked for every one that is;
-            says why.
+        UserWarning: on exit, with layers=None, if attention blocks were not intercepted; gives the reasons.
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.vit import demo_model
+        >>> model = demo_model()
+        >>> with torch.no_grad(), attnx.capture(model, layers=[-1], rows=[0]) as trace:
+        ...     logits = model(torch.zeros(2, 3, 96, 96))
+        >>> trace["blocks.3.attn"].shape
+        torch.Size([2, 1, 145])
     """
     interceptor = Interceptor(
         model, layers, Recorder(model, heads, rows, keep, layout, backend, grad=grad, calls=calls)
@@ -98,13 +116,13 @@ def capture(
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Compiled models run uncompiled inside the `with`, in whatever threads and order such `with`s end."""
+    """A context manager in which compiled models run uncompiled; may be nested and used from several threads."""
     return _uncompiled() if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    # The stance is one of the process: the first sets it, and the last sets it back.
+    # The stance is global to the process: the first user sets it and the last one restores it.
     with _STANCE.lock:
         if not _STANCE.users:
             _STANCE.before = torch.compiler.set_stance("force_eager")
@@ -140,13 +158,31 @@ def patch(
     layout: TokenLayout | None = None,
     backend: str = "auto",
 ) -> Handle:
-    """`capture` for as long as you like: the maps of the last call are in `handle.trace`, until `handle.remove()`.
+    """Capture the maps of every call of a model until `handle.remove()`.
 
-    Arguments and errors as in `capture`; with calls="all" the maps of every pass stay in memory. A patched model that
-    is compiled breaks its graph around every hook.
+    With calls="all" the maps of every pass stay in memory. If a patched model is compiled afterwards, its graph breaks
+    around every hook.
+
+    Args:
+        model, layers, heads, rows, keep, grad, calls, layout, backend: as in `capture`.
+
+    Returns:
+        a `Handle`: `handle.trace` holds the maps of the last call.
 
     Raises:
-        ValueError: the model is compiled; use `capture`, or patch the original.
+        ValueError: the model is compiled (use `capture`, or patch the original model); and as in `capture`. Errors that
+            `capture` raises on exit are raised when `handle.trace` is read.
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.vit import demo_model
+        >>> model = demo_model()
+        >>> handle = attnx.patch(model)
+        >>> with torch.no_grad():
+        ...     logits = model(torch.zeros(1, 3, 96, 96))
+        >>> handle.trace[-1].shape
+        torch.Size([1, 145, 145])
+        >>> handle.remove()
     """
     if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
         raise ValueError("patch: expected a model that is not compiled; use attnx.capture, or patch model._orig_mod")

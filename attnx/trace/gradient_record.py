@@ -1,6 +1,6 @@
-"""What a capture with `grad` keeps of a layer: what its gradient-weighted map is made of, once the gradient comes."""
+"""Record of a layer captured with `grad`: its gradient-weighted map is computed in the backward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,21 @@ from torch import Tensor
 from attnx.ops.functional import cast_as_sdpa, gradient_map
 from attnx.ops.reducers import Reduction
 from attnx.trace.adapters.checkpointing import is_checkpointed
-from attnx.trace.records import MapRecord, no_autocast
+from attnx.trace.records import LayerRecord, MapRecord, no_autocast
 
 
 @dataclass(eq=False)
 class GradientRecord:
-    """A layer whose map is weighted by its own gradient, see `attnx.gradient_map`: there is none until a backward pass.
+    """A layer whose map is weighted by its own gradient, see `attnx.gradient_map`.
 
-    Every backward pass of the output `out` makes the map anew, from q, k, v and the gradient of the output. `call` are
-    the other arguments of `gradient_map`.
+    Each backward pass through the output `out` computes the map from q, k, v and the gradient of `out`. Before the
+    first one there is no map.
+
+    Attributes:
+        q, k, v: detached inputs of the attention, as in `attnx.attention`.
+        out: output of the attention, with its graph; None once the graph was freed.
+        call: the other arguments of `gradient_map`.
+        amap: the map; None before the first backward pass.
     """
 
     q: Tensor
@@ -29,9 +35,9 @@ class GradientRecord:
     amap: Tensor | None = None
 
     def weigh(self, grad: Tensor) -> None:
-        """A hook on the output: the gradient has come."""
+        """Compute the map; a hook that autograd calls with the gradient of the output."""
         with no_autocast(self.q):
-            # transformers packs the heads of a group into rows.
+            # transformers packs the heads of a group into rows of the output.
             grad = grad.reshape(*self.q.shape[:3], -1)
             self.amap = gradient_map(grad, self.q, self.k, self.v, **self.call)
 
@@ -55,7 +61,7 @@ class GradientRecord:
 
     def map(self) -> Tensor:
         if self.amap is None:
-            raise RuntimeError("no gradient has come to this layer: call trace.backward(a score), or its backward()")
+            raise RuntimeError("no gradient reached this layer: call trace.backward(score) or score.backward()")
         return self.amap
 
     def row(self, i: int) -> Tensor:
@@ -74,25 +80,55 @@ class GradientRecord:
 def attend_with_gradient(
     sdpa: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, **call: Any
 ) -> tuple[Tensor, GradientRecord]:
-    """SDPA's own output, and a map that comes with its gradient. Where nothing below asks for one, the graph begins.
+    """Output of SDPA, and a record whose map is computed in the backward pass.
+
+    If nothing below the layer requires a gradient, the graph starts at this output.
 
     Raises:
-        ValueError: gradients are off; the graph would begin inside of what gradient checkpointing runs again.
+        ValueError: gradients are off, or the graph would start inside a checkpointed function.
     """
     if not torch.is_grad_enabled():
         raise ValueError(
-            "grad: expected gradients to be on; they are off: leave torch.no_grad, torch.inference_mode, and "
+            "grad: expected gradients to be enabled; got them disabled: leave torch.no_grad, torch.inference_mode, and "
             "torch.utils.checkpoint with use_reentrant=True"
         )
     out = sdpa()
     if not out.requires_grad:
         if is_checkpointed():
             raise ValueError(
-                "grad: expected no torch.utils.checkpoint around layers whose input needs no gradient; turn gradient "
+                "grad: expected no torch.utils.checkpoint around layers whose input needs no gradient; switch gradient "
                 "checkpointing off, or let the model's input or parameters require gradients"
             )
         out = out.detach().requires_grad_()
     q, k, v = (t.detach() for t in cast_as_sdpa(q, k, v))
-    kept = GradientRecord(q, k, v, out, call)
-    out.register_hook(kept.weigh)
-    return out, kept
+    record = GradientRecord(q, k, v, out, call)
+    out.register_hook(record.weigh)
+    return out, record
+
+
+def backward(records: Sequence[LayerRecord], score: Tensor, retain_graph: bool) -> None:
+    """See `Trace.backward`; the hooks on the outputs of the records compute the maps.
+
+    Raises:
+        ValueError: no record holds a graph, or the score is not one number that depends on a captured layer.
+    """
+    weighted = [record for record in records if isinstance(record, GradientRecord)]
+    outs = [record.out for record in weighted if record.out is not None]
+    if not records:
+        raise ValueError(
+            "backward: no attention was captured: the model was not called inside the capture, or it calls neither "
+            "F.scaled_dot_product_attention nor nn.MultiheadAttention"
+        )
+    if not outs:
+        raise ValueError("backward: expected a capture with grad=True and a graph that was not freed; got none")
+    if not score.requires_grad or score.numel() != 1:
+        raise ValueError(
+            f"score: expected one number that depends on the captured layers; got {list(score.shape)}"
+            + ("" if score.requires_grad else ", which needs no gradient")
+        )
+    grads = torch.autograd.grad(score, outs, retain_graph=retain_graph, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise ValueError("score: expected one that depends on a captured layer; got one that depends on none")
+    if not retain_graph:
+        for record in weighted:
+            record.out = None

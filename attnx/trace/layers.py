@@ -1,4 +1,4 @@
-"""Which layers are meant: by name, by glob, or by depth."""
+"""Selection of layers by name, by glob, or by depth."""
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -10,9 +10,10 @@ Layers = str | int | Sequence[str | int] | None
 
 
 def attention_layers(model: nn.Module) -> list[str]:
-    """Names of the self-attention blocks, in order of depth: what a depth index counts.
+    """Names of the self-attention blocks in order of depth; depth indices refer to this list.
 
-    Known by their class name, or by timm's `fused_attn` flag: the innermost such modules outside pooling heads.
+    Blocks are recognised by their class name or by timm's `fused_attn` flag. Only the innermost such modules count, and
+    pooling heads are excluded.
     """
     named = {clean_name(name): module for name, module in model.named_modules()}
     pools = [name for name, module in named.items() if "pool" in type(module).__name__.lower()]
@@ -26,7 +27,7 @@ def attention_layers(model: nn.Module) -> list[str]:
 
 def _is_attention(module: nn.Module) -> bool:
     name = type(module).__name__
-    # Not by hasattr: nn.Module's takes microseconds to find that there is none.
+    # vars() instead of hasattr: a failed lookup by nn.Module.__getattr__ takes microseconds.
     return "attention" in name.lower() or name.endswith("Attn") or "fused_attn" in vars(module)
 
 
@@ -36,10 +37,10 @@ def clean_name(name: str) -> str:
 
 
 def names_in_graph(graph: fx.GraphModule) -> tuple[str, ...]:
-    """Names of the attention modules that a graph was traced from, one for every call of SDPA in it; "" if unknown.
+    """Name of the attention module of each SDPA call in a traced graph; "" if unknown.
 
-    torch.fx puts a block's own code into the graph and keeps the modules inside: a call belongs to the module around
-    those that its queries and keys come from.
+    torch.fx inlines the code of a block and keeps the modules inside it. A call is assigned to the innermost module
+    around those that produce its queries and keys.
     """
     calls = [
         node
@@ -63,24 +64,24 @@ def _around(a: list[str], b: list[str]) -> str:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a layer is meant: by its name, by a glob, or by the name of a block around it."""
+    """True if a pattern selects a layer: by its name, a glob, or the name of a block around it."""
     return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
 
 
 def resolve(model: nn.Module, layers: Layers) -> list[str] | None:
-    """The patterns that `layers` stands for, depth indices resolved to names.
+    """The list of patterns in `layers`, with depth indices resolved to names; None for None.
 
     Raises:
-        ValueError: nothing was asked for, or a pattern or index matches no module.
+        ValueError: `layers` is empty, or a pattern or index matches no module.
     """
     if layers is None:
         return None
-    asked = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    requested = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     names = [clean_name(name) for name, _ in model.named_modules()]
     depth = attention_layers(model)
     known = ", ".join(depth) or "none recognised by its class name; pass module names or globs"
     patterns: list[str] = []
-    for layer in asked:
+    for layer in requested:
         if isinstance(layer, bool) or not isinstance(layer, (str, int)):
             raise ValueError(f"layers: expected names, globs or depth indices; got {layer!r}")
         if isinstance(layer, int):
@@ -94,5 +95,31 @@ def resolve(model: nn.Module, layers: Layers) -> list[str] | None:
         else:
             raise ValueError(f"layers: {layer!r} matches no module; attention layers: {known}")
     if not patterns:
-        raise ValueError("layers: expected at least one layer; got none (None stands for all)")
+        raise ValueError("layers: expected at least one layer; got none (None selects all)")
     return patterns
+
+
+def select(names: Sequence[str], layers: Layers) -> list[str]:
+    """The names of a trace's layers that `layers` selects, in the order of the trace; see `Trace.select`.
+
+    Raises:
+        ValueError: a name or index matches no layer of the trace.
+    """
+    requested = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
+    chosen: set[str] = set()
+    for layer in requested:
+        if isinstance(layer, int) and not isinstance(layer, bool):
+            matched = [names[layer]] if -len(names) <= layer < len(names) else []
+        else:
+            matched = [name for name in names if selects(layer, name)] if isinstance(layer, str) else []
+        if not matched:
+            raise ValueError(f"layers: {layer!r} matches no layer of the trace; expected some of {', '.join(names)}")
+        chosen |= set(matched)
+    if not chosen:
+        raise ValueError("layers: expected at least one layer of the trace; got none")
+    return [name for name in names if name in chosen]
+
+
+def selects(pattern: str, layer: str) -> bool:
+    """True if a name, glob or block name selects a layer of a trace, with or without its call number."""
+    return matches(pattern, layer) or matches(pattern, layer.partition("#")[0])

@@ -1,4 +1,4 @@
-"""Which tokens are the prefix and which are patches, and on what grid. Read from the model and its actual input."""
+"""Token layouts: the number of prefix tokens and the grid of patches, read from the model and its actual input."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,25 +6,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# Prefix tokens, class token among them, of Hugging Face vision models by model_type; registers come on top.
+# Number of prefix tokens of Hugging Face vision models by model_type, class token included, registers excluded.
 _HF_PREFIX = {
     "vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 1, "dinov3_vit": 1, "ijepa": 0,
     "clip": 1, "clip_vision_model": 1, "siglip": 0, "siglip_vision_model": 0, "siglip2_vision_model": 0, "beit": 1,
 }  # fmt: skip
 
-# Names of parameters, and of attributes that count further tokens: in the original code of DINOv2, DINOv3 and DeiT.
+# Parameter names of class tokens, and attributes that count register tokens, in the code of DINOv2, DINOv3 and DeiT.
 _CLASS_TOKENS = {"cls_token", "class_token", "class_embedding"}
 _REGISTERS = ("num_register_tokens", "n_storage_tokens", "num_registers")
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The tokens of a map: `prefix` tokens (class token, registers, ...) and then the patches, row by row.
+    """The tokens of a map: `prefix` tokens (class token, registers, ...), then the patches, row by row.
 
     Args:
         prefix: number of tokens before the patches.
         grid: (rows, columns) of patches.
-        cls: whether token 0 is a class token; whether there is a prefix at all, unless given.
+        cls: True if token 0 is a class token; None: True if there is a prefix.
+
+    Raises:
+        ValueError: a negative prefix, an empty grid, or a class token without a prefix.
+
+    Example:
+        >>> import torch, attnx
+        >>> layout = attnx.TokenLayout(prefix=1, grid=(2, 3))
+        >>> layout.tokens, layout.cls
+        (7, True)
+        >>> layout.patches(torch.arange(7.0))
+        tensor([[1., 2., 3.],
+                [4., 5., 6.]])
     """
 
     prefix: int
@@ -42,11 +54,11 @@ class TokenLayout:
 
     @property
     def tokens(self) -> int:
-        """Prefix and patches together: the N of a map."""
+        """Number of prefix tokens and patches: the N of a map."""
         return self.prefix + self.grid[0] * self.grid[1]
 
     def patches(self, values: Tensor) -> Tensor:
-        """[..., N] values of the tokens -> [..., h, w] of the patches.
+        """The values of the patches: [..., N] -> [..., h, w].
 
         Raises:
             ValueError: the last dimension is not the number of tokens.
@@ -57,7 +69,7 @@ class TokenLayout:
 
 
 def declared_prefix(model: nn.Module) -> tuple[int, bool] | None:
-    """(prefix tokens, has a class token) as the model itself declares them; None if it doesn't."""
+    """(number of prefix tokens, True if there is a class token) as the model declares them; None if it does not."""
     for module in model.modules():
         prefix = getattr(module, "num_prefix_tokens", None)
         if isinstance(prefix, int):
@@ -66,7 +78,7 @@ def declared_prefix(model: nn.Module) -> tuple[int, bool] | None:
         config = getattr(config, "vision_config", config)
         kind = getattr(config, "model_type", None)
         if kind == "vit_mae":
-            return None  # it shuffles its patches: no grid is theirs
+            return None  # ViT-MAE shuffles its patches: they form no grid
         if kind in _HF_PREFIX:
             return _HF_PREFIX[kind] + (getattr(config, "num_register_tokens", 0) or 0), _HF_PREFIX[kind] > 0
     own = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
@@ -77,7 +89,7 @@ def declared_prefix(model: nn.Module) -> tuple[int, bool] | None:
 
 
 def declared_input(model: nn.Module) -> tuple[int, int, int] | None:
-    """(channels, height, width) of the images that a timm or Hugging Face model says it was made for; else None."""
+    """(channels, height, width) of the images that a timm or Hugging Face model declares as its input; else None."""
     convolutions = patch_convolutions(model)
     if not convolutions:
         return None
@@ -90,31 +102,36 @@ def declared_input(model: nn.Module) -> tuple[int, int, int] | None:
 
 
 def patch_convolutions(model: nn.Module) -> list[nn.Conv2d]:
-    """The convolutions that cut images into patches: those whose stride is their kernel, greater than 1."""
+    """The convolutions that cut images into patches: those whose stride equals their kernel size and exceeds 1."""
     return [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride != (1, 1)]
 
 
 def infer_layout(model: nn.Module, grids: Sequence[tuple[int, int]], tokens: int) -> TokenLayout:
-    """The layout of maps over `tokens` tokens, from the grids that patch convolutions gave for the actual input.
+    """The layout of maps over `tokens` tokens.
+
+    Args:
+        model: the model, which declares its prefix tokens.
+        grids: (rows, columns) of the outputs of the patch convolutions for the actual input.
+        tokens: number of tokens.
 
     Raises:
-        ValueError: the model's prefix and grid don't add up to the tokens, or are not known.
+        ValueError: prefix and grid do not add up to `tokens`, or are unknown.
     """
-    way_out = "pass layout=attnx.TokenLayout(prefix=..., grid=(rows, columns))"
+    advice = "pass layout=attnx.TokenLayout(prefix=..., grid=(rows, columns))"
     declared = declared_prefix(model)
     if declared is None or not grids:
-        missing = "how many prefix tokens it has" if declared is None else "its patch grid"
-        raise ValueError(f"{type(model).__name__} doesn't say {missing}; {way_out}")
+        missing = "number of prefix tokens" if declared is None else "patch grid"
+        raise ValueError(f"{type(model).__name__} does not declare its {missing}; {advice}")
     prefix, cls = declared
     for grid in grids:
         if prefix + grid[0] * grid[1] == tokens:
             return TokenLayout(prefix, grid, cls)
     sums = ", ".join(f"{prefix} + {h} * {w}" for h, w in grids)
-    raise ValueError(f"{type(model).__name__}: expected {sums} tokens; got maps of {tokens}; {way_out}")
+    raise ValueError(f"{type(model).__name__}: expected {sums} tokens; got maps of {tokens}; {advice}")
 
 
 def grid_of(output: object) -> tuple[int, int] | None:
-    """(rows, columns) of a patch convolution's output [B, C, h, w] or [C, h, w]."""
+    """(rows, columns) of a patch convolution's output [B, C, h, w] or [C, h, w]; None for other outputs."""
     if isinstance(output, torch.Tensor) and output.dim() in (3, 4):
         return int(output.shape[-2]), int(output.shape[-1])
     return None

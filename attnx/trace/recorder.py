@@ -1,4 +1,4 @@
-"""Answers the attention calls of a forward pass, and keeps of each what was asked for."""
+"""Computes the attention calls of a forward pass and stores a record of each."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,17 +21,17 @@ from attnx.trace.trace import CALLS, Trace
 
 @dataclass
 class Call:
-    """One attention call of a model: its scores, and what gives the output that the model would have.
+    """One attention call of a model.
 
     Attributes:
-        q, k, v, bias: as in `attnx.attention`; with one row a query, whatever the model packs into its rows.
-        dropout: of the weights.
-        scores: the arguments of `attnx.attention` that say more of the scores: is_causal, scale; softcap and sinks of a
-            model that calls it.
+        q, k, v, bias: as in `attnx.attention`. Heads that the model packed into rows are unpacked: one row per query.
+        dropout: dropout probability of the weights.
+        scores: further arguments of `attnx.attention`: is_causal and scale, and softcap and sinks of a model that calls
+            `attnx.attention`.
         own: runs the model's own attention.
-        shape: of the output's leading dimensions, as the model wants it.
-        ours: whether the model called `attnx.attention`, which gives a map beside the output.
-        found: what the model's own attention gave.
+        shape: leading dimensions of the output that the model expects.
+        ours: True if the model called `attnx.attention`, which returns a map with the output.
+        result: return value of the model's own attention, once it ran.
     """
 
     q: Tensor
@@ -43,11 +43,11 @@ class Call:
     own: Callable[[], Any]
     shape: tuple[int, ...]
     ours: bool = False
-    found: Any = field(default=None)
+    result: Any = field(default=None)
 
     @classmethod
     def of(cls, func: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "Call":
-        """The call of `F.scaled_dot_product_attention`, or of `attnx.attention`, with these arguments."""
+        """A call of `F.scaled_dot_product_attention` or `attnx.attention` with these arguments."""
         if func is attention:
             q, k, v, *_ = args
             names = ("is_causal", "scale", "softcap", "sinks")
@@ -80,32 +80,31 @@ class Call:
 
     def output(self) -> Tensor:
         """The output of the model's own attention."""
-        self.found = self.own()
-        return self.found[0] if self.ours else self.found
+        self.result = self.own()
+        return self.result[0] if self.ours else self.result
 
 
-class StopForward(Exception):  # noqa: N818  (no error: it leaves a model's forward where nothing more of it is wanted)
-    """All that was asked for is recorded."""
+class StopForward(Exception):  # noqa: N818  (not an error: it ends a forward pass early)
+    """Ends a forward pass after everything requested was recorded."""
 
 
 class Recorder:
     """The options of a capture, and the trace of the model's passes.
 
     Attributes:
-        stop_after: the last layer that is wanted. `StopForward` is raised in place of its output.
-        stop_row: the only query row of it that is wanted; None: as in the other layers.
-        attended: if a dict, it is given what every layer attended with: bias, is_causal, scale, backend, nbytes (of q,
-            k and what else would be kept with them), and of the last one q and k.
+        stop_after: the layer after which the forward pass stops: `StopForward` is raised in place of its output.
+        stop_row: the only query row that is recorded of that layer; None: the same rows as in the other layers.
+        attended: if a dict, the arguments of each layer's attention are stored in it: bias, is_causal, scale, backend,
+            nbytes (of the record with keep="qk"), and q and k of the last layer.
         calls: "last", "all" or "mean", see `attnx.capture`.
 
     Args:
         model, heads, rows, keep, layout, backend: as in `attnx.capture`.
-        internal: nobody but this package's methods is given the maps, so that nobody writes to them.
-        grad: as in `attnx.capture`.
-        calls: which passes are kept, as in `attnx.capture`.
+        internal: True if only this package reads the maps. Then their rows can be assumed to sum to 1.
+        grad, calls: as in `attnx.capture`.
 
     Raises:
-        ValueError: an unknown `keep`, `heads` or `grad`, rows that are no integers.
+        ValueError: an unknown `keep`, `heads`, `grad` or `calls`, or rows that are not integers.
     """
 
     def __init__(
@@ -124,11 +123,13 @@ class Recorder:
         if calls not in CALLS:
             raise ValueError(f"calls: expected one of {', '.join(CALLS)}; got {calls!r}")
         if calls == "mean" and (grad or keep != "map"):
-            raise ValueError("calls: expected 'last' or 'all' beside grad and keep='qk' or 'auto', which keep no maps")
+            raise ValueError(
+                "calls: expected 'last' or 'all' with grad or keep='qk' or 'auto', which store no maps; got 'mean'"
+            )
         if grad not in (False, True, "signed"):
             raise ValueError(f"grad: expected False, True or 'signed'; got {grad!r}")
         if grad and keep == "qk":
-            raise ValueError("keep: expected 'map' beside grad, whose maps come with the backward pass; got 'qk'")
+            raise ValueError("keep: expected 'map' with grad, whose maps are computed in the backward pass; got 'qk'")
         try:
             chosen = None if rows is None else tuple(index(row) for row in rows)
         except TypeError as error:
@@ -143,30 +144,32 @@ class Recorder:
         self.grad = grad
         self.attended: dict[str, dict[str, Any]] | None = None
         self._rows: dict[tuple[Any, ...], Tensor] = {}
-        self._hides: dict[int, tuple[ref[Tensor], int, bool]] = {}  # of masks: whether they hide whole rows
+        # {id of a mask: (mask, version, True if it masks whole rows)}
+        self._masks_rows: dict[int, tuple[ref[Tensor], int, bool]] = {}
 
     def clear(self) -> None:
-        """Forgets every pass."""
+        """Drop all passes."""
         self.trace.clear()
-        self._hides.clear()
+        self._masks_rows.clear()
 
     def begin_call(self, finished: bool) -> None:
-        """Another pass of the model begins; finished: whether the last one came to its end."""
+        """Start a new pass; `finished`: True if the last pass finished."""
         self.trace.begin_call(finished)
-        self._hides.clear()
+        self._masks_rows.clear()
 
     def key(self, layer: str) -> str:
-        """The layer's name, numbered when it attends again in the same pass."""
+        """Name of the layer in the trace: numbered if it attended before in the same pass."""
         again = sum(name.partition("#")[0] == layer for name in self.trace)
         return f"{layer}#{again + 1}" if again else layer
 
     def answer(self, layer: str, call: Call, alone: bool, facts: Facts | None = None) -> Tensor:
-        """The output that the layer asked for; keeps what is wanted of the call.
+        """Output of the layer's attention; stores the record of the call.
 
         Args:
-            layer: its name in the trace.
-            alone: nobody else is to hear the call: the model's own attention need not be run.
-            facts: what the call shows of the map's sides, if that is not known already.
+            layer: name in the trace.
+            call: the attention call.
+            alone: True if no other capture intercepts the call, so the model's own attention need not run.
+            facts: facts about the sides of the map, unless stored before.
 
         Raises:
             ValueError, NotImplementedError: as in `attnx.attention`, with the layer's name; dropout that is active.
@@ -180,7 +183,7 @@ class Recorder:
             q, k, v = (t.expand(batch, -1, -1, -1) for t in (q, k, v))
         given: dict[str, Any] = dict(bias=call.bias, backend=self.backend, **call.scores)
         if self.attended is not None:
-            # q and k of one layer at a time: they are views of a qkv that would be kept whole.
+            # Only q and k of the last layer are kept: they are views that keep a whole qkv alive.
             for earlier in self.attended.values():
                 earlier.pop("q", None), earlier.pop("k", None)
             self.attended[layer] = dict(given, q=q, k=k, nbytes=qk_bytes(q, k, call.bias))
@@ -196,47 +199,51 @@ class Recorder:
                 answer, weighted = attend_with_gradient(call.output, q, k, v, clamp=self.grad != "signed", **options)
                 self.trace.add(layer, weighted, q.shape[2])
                 return answer
-            ours = alone and not call.ours and layer != self.stop_after and not self._is_theirs(q, k, v, call.bias)
-            out, kept = attend(q, k, v, self.keep, output=ours, **options)
+            use_kernel = (
+                alone and not call.ours and layer != self.stop_after and not self._needs_own_output(q, k, v, call.bias)
+            )
+            out, record = attend(q, k, v, self.keep, output=use_kernel, **options)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{layer}: {error}") from error
-        if isinstance(kept, MapRecord) and not self.internal:
-            kept = MapRecord(kept.amap)  # who captured it may write to it: its rows need not sum to 1 for long
-        self.trace.add(layer, kept, q.shape[2])
+        if isinstance(record, MapRecord) and not self.internal:
+            record = MapRecord(record.amap)  # users may write to the map, so its rows need not sum to 1
+        self.trace.add(layer, record, q.shape[2])
         if layer == self.stop_after:
             raise StopForward
         if out is None:
             return call.output()
         return out if out.shape[:3] == call.shape else out.reshape(len(out), *call.shape[1:], -1)
 
-    def _is_theirs(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
-        """True if the output must be that of the model's own attention, and not the kernel's that gives the map.
+    def _needs_own_output(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+        """True if the output must come from the model's own attention instead of the kernel that computes the map.
 
-        Where a graph is recorded: gradients are the model's own, and checkpointing computes the same again. Where
-        finite numbers mask a whole row, to which SDPA still gives weights.
+        This is the case if a graph is recorded, so that gradients are the model's own and checkpointing computes the
+        same values again; and if finite numbers mask a whole row, to which SDPA still assigns weights.
         """
         if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, bias) if t is not None):
             return True
         if bias is None or bias.dtype == torch.bool or not bias.numel():
             return False
         if bias.device.type != "cpu" and (bias.dim() == 4 and bias.shape[1] > 1):
-            return False  # one of every layer's own, as a rule of relative positions: a GPU is not waited for each time
+            return False  # usually relative positions, one bias per layer: checking each would wait for the GPU
         version = 0 if bias.is_inference() else bias._version
-        known = self._hides.get(id(bias))
+        known = self._masks_rows.get(id(bias))
         if known is None or known[0]() is not bias or known[1] != version:
             if bias.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return False
             top = bias.detach().amax(-1)
-            hides = bool(((top < MASK_THRESHOLD) & (top > -torch.inf)).any())
-            known = self._hides[id(bias)] = ref(bias), version, hides
+            masks_rows = bool(((top < MASK_THRESHOLD) & (top > -torch.inf)).any())
+            known = self._masks_rows[id(bias)] = ref(bias), version, masks_rows
         return known[2]
 
     def keep_row(self, layer: str, q: Tensor, k: Tensor, queries: int, **call: Any) -> None:
-        """Keeps the last layer's only wanted row, and stops.
+        """Store the map of the only requested row of the last layer, and stop the forward pass.
 
         Args:
-            q: [B, H, M, D], of which `rows` are wanted; k, call: as in `attnx.attention_map`.
-            queries: how many the layer has.
+            layer: name in the trace.
+            q: [B, H, M, D]; `rows` selects the requested rows.
+            k, call: as in `attnx.attention_map`.
+            queries: number of queries of the layer.
 
         Raises:
             StopForward: always.
@@ -245,12 +252,12 @@ class Recorder:
             amap = attention_map(q, k, heads=self.trace.heads, **call)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{layer}: {error}") from error
-        whole = self.trace.rows is None  # else the trace is of this row anyway
+        whole = self.trace.rows is None  # otherwise the trace holds only this row in any case
         self.trace.add(layer, RowsRecord(amap, (self.stop_row or 0,), queries) if whole else amap, queries)
         raise StopForward
 
     def _index(self, rows: tuple[int, ...], q: Tensor) -> Tensor:
-        """The chosen rows as a tensor on q's device, copied there once and not in every layer."""
+        """The chosen rows as a tensor on q's device; copied to the device only once."""
         if not all(isinstance(row, int) and 0 <= row < q.shape[2] for row in rows):
             raise ValueError(f"rows: expected integers in 0..{q.shape[2] - 1}; got {list(rows)}")
         key = (rows, q.device)

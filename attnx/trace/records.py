@@ -1,6 +1,6 @@
-"""What a capture keeps of a layer: its map, or what the map is made of (q, k and the log-sum-exp of its rows).
+"""Records of a layer: its map, or q, k and the log-sum-exp of its rows, from which the map can be computed.
 
-A map takes 4 N^2 bytes, q and k a number that is linear in N. Methods read both in the same way, see `LayerRecord`.
+A map takes 4 N^2 bytes; the memory of q and k is linear in N. Methods read both through the interface `LayerRecord`.
 """
 
 from contextlib import AbstractContextManager
@@ -14,47 +14,47 @@ from attnx.ops.functional import attention, attention_lse, attention_map, cast_a
 from attnx.ops.reducers import Reduction, fuse_heads
 
 KEEP = ("map", "qk", "auto")
-SMALL_MAP = 64 << 20  # bytes of a layer's maps that "auto" keeps in any case: reading them is faster than vecmat
+SMALL_MAP = 64 << 20  # bytes; "auto" stores smaller maps in any case: reading them is faster than vecmat
 
 
 class LayerRecord(Protocol):
-    """A layer's map, in whatever form it was kept: [B, M, N], or [B, H, M, N] for heads="each"."""
+    """Interface of the records of a layer's map: [B, M, N], or [B, H, M, N] for heads="each"."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The map's."""
+        """Shape of the map."""
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """Device of the map."""
 
     @property
     def nbytes(self) -> int:
-        """What is held in memory."""
+        """Bytes of memory that the record takes."""
 
     @property
     def rows_sum_to_one(self) -> bool:
-        """Whether the map's rows are known to sum to 1; one that is NaN is so as a whole."""
+        """True if the rows of the map are known to sum to 1, except rows that are NaN in every entry."""
 
     def map(self) -> Tensor:
-        """The map itself, float32; made on demand and not cached if it was not kept."""
+        """The map, float32; computed on each call if the record does not hold it."""
 
     def row(self, i: int) -> Tensor:
-        """[B, N] (each: [B, H, N]): one row of the map, at the price of one row."""
+        """Row i of the map: [B, N], or [B, H, N] for heads="each". Only that row is computed."""
 
     def fused(self, heads: Reduction) -> "LayerRecord":
-        """The same with its heads fused, if it is of heads="each"; else itself."""
+        """The record with its heads fused, if heads="each"; else the record itself."""
 
     def row_sums(self) -> Tensor:
-        """[B, M]: the map's row sums, heads fused. Less than 1 where heads have no keys there."""
+        """Row sums of the map with heads fused: [B, M]. They are below 1 for rows in which some heads have no keys."""
 
     def vecmat(self, r: Tensor) -> Tensor:
-        """[B, R, M] -> [B, R, N]: R row vectors times the map, heads fused."""
+        """R row vectors times the map with heads fused: [B, R, M] -> [B, R, N]."""
 
 
 @dataclass(frozen=True, eq=False)
 class MapRecord:
-    """A layer whose map was kept."""
+    """The record of a layer that holds its map."""
 
     amap: Tensor
     rows_sum_to_one: bool = False
@@ -93,11 +93,11 @@ class MapRecord:
 
 @dataclass(frozen=True, eq=False)
 class RowsRecord:
-    """A layer of which some rows were kept, since the method reads no others; what needs the whole map raises."""
+    """The record of a layer that holds only some rows of its map; reading the whole map raises RuntimeError."""
 
     amap: Tensor  # [B, R, N], or [B, H, R, N]
     rows: tuple[int, ...]
-    queries: int  # that the layer has
+    queries: int  # number of queries of the layer
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,11 +116,11 @@ class RowsRecord:
         return False
 
     def map(self) -> Tensor:
-        raise RuntimeError(f"only rows {list(self.rows)} of the map were kept")
+        raise RuntimeError(f"only rows {list(self.rows)} of the map were stored")
 
     def row(self, i: int) -> Tensor:
         if i not in self.rows:
-            raise IndexError(f"row: expected one of {list(self.rows)}, which were kept; got {i}")
+            raise IndexError(f"row: expected one of the stored rows {list(self.rows)}; got {i}")
         return self.amap[..., self.rows.index(i), :]
 
     def fused(self, heads: Reduction) -> "RowsRecord":
@@ -135,10 +135,10 @@ class RowsRecord:
 
 @dataclass(frozen=True, eq=False)
 class QKRecord:
-    """A layer of which q, k and lse were kept: arguments as in `attnx.attention_map`, rows a tensor on q's device.
+    """The record of a layer that holds q, k and lse. Arguments as in `attnx.attention_map`; rows: tensor on q's device.
 
-    What is kept is not copied where it is a tensor of its own. A model that writes to it afterwards spoils it: that
-    raises RuntimeError when it is read, except under inference_mode, whose tensors do not count their changes.
+    Tensors that own their storage are not copied. If the model writes to them afterwards, reading the record raises
+    RuntimeError, except under inference_mode, whose tensors have no version counters.
     """
 
     q: Tensor
@@ -170,7 +170,7 @@ class QKRecord:
 
     @property
     def rows_sum_to_one(self) -> bool:
-        return False  # of a row whose scores are infinite nothing is passed on, where its map would be NaN
+        return False  # a row with infinite scores passes nothing on here, whereas its map would be NaN
 
     def map(self) -> Tensor:
         return self._rows(self.rows)
@@ -189,7 +189,7 @@ class QKRecord:
     def row_sums(self) -> Tensor:
         if not self._whole_mean():
             return self.map().sum(-1)
-        # A row of softmax sums to 1, and to 0 in a head where it has no keys.
+        # A row of softmax sums to 1, or to 0 in a head in which it has no keys.
         return (~self.lse.isinf()).float().mean(1)
 
     def vecmat(self, r: Tensor) -> Tensor:
@@ -202,13 +202,15 @@ class QKRecord:
         return self.heads == "mean" and self.rows is None and self.sinks is None
 
     def _rows(self, rows: Tensor | None) -> Tensor:
-        # q and k are what autocast made of them already, and lse is theirs.
+        # q and k were cast by autocast before they were stored, and lse was computed from the cast values.
         with no_autocast(self.q):
             return attention_map(self.q, self.k, **self._call(), heads=self.heads, rows=rows, lse=self.lse)
 
     def _call(self) -> dict[str, Any]:
         if self.versions and _versions(self.q, self.k, self.bias) != self.versions:
-            raise RuntimeError("q, k or the mask of a layer was changed in place after it ran; capture with keep='map'")
+            raise RuntimeError(
+                "q, k or the mask of a layer was modified in place after the layer ran; capture with keep='map'"
+            )
         beyond = dict(softcap=self.softcap, sinks=self.sinks)
         given = {name: value for name, value in beyond.items() if value is not None}
         return dict(bias=self.bias, is_causal=self.is_causal, scale=self.scale, backend=self.backend, **given)
@@ -225,13 +227,13 @@ def attend(
     output: bool = True,
     **call: Any,
 ) -> tuple[Tensor | None, LayerRecord]:
-    """Attention's output, and what is to be kept of the call.
+    """Output of attention, and the record of the call.
 
     Args:
-        q, k, v, heads, rows: as in `attnx.attention`; so is `call`: bias, is_causal, scale, backend.
-        keep: one of KEEP. "auto": q and k if the map is not small, they are smaller, and `vecmat` can stand for it,
-            which is to say whole mean maps.
-        output: False: nobody wants the output, and None takes its place.
+        q, k, v, heads, rows: as in `attnx.attention`; `call` holds bias, is_causal, scale and backend.
+        keep: one of KEEP. "auto" stores q and k if the map is larger than SMALL_MAP and than q and k, and if `vecmat`
+            can replace it (whole maps, mean over heads); else it stores the map.
+        output: if False, the output is not computed and None is returned in its place.
     """
     q, k, v = cast_as_sdpa(q, k, v)
     mean = heads == "mean" and rows is None
@@ -247,16 +249,16 @@ def attend(
     with torch.set_grad_enabled(output and torch.is_grad_enabled()):
         out, lse = attention_lse(q, k, v, **call)
     call = {name: value.detach() if isinstance(value, Tensor) else value for name, value in call.items()}
-    q, k = _own(q), _own(k)
+    q, k = _detached(q), _detached(k)
     versions = _versions(q, k, call["bias"])
     return out if output else None, QKRecord(q, k, lse, heads=heads, rows=rows, versions=versions, **call)
 
 
 def check_keep(keep: str) -> str:
-    """`keep` itself.
+    """`keep`, unchanged.
 
     Raises:
-        ValueError: it is not one of KEEP.
+        ValueError: `keep` is not one of KEEP.
     """
     if keep not in KEEP:
         raise ValueError(f"keep: expected one of {', '.join(KEEP)}; got {keep!r}")
@@ -264,7 +266,7 @@ def check_keep(keep: str) -> str:
 
 
 def qk_bytes(q: Tensor, k: Tensor, bias: Tensor | None) -> int:
-    """What q, k, the log-sum-exp and the bias take in memory."""
+    """Bytes of q, k, the log-sum-exp and the bias."""
     return q.nbytes + k.nbytes + 4 * q.shape[:3].numel() + _held(bias)
 
 
@@ -273,15 +275,16 @@ def _held(bias: Tensor | None) -> int:
 
 
 def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
-    """How often each was changed in place."""
+    """Version counters of the tensors: how often each was modified in place; None if unknown."""
     return tuple(None if t is None or t.is_inference() else t._version for t in tensors)
 
 
-def _own(t: Tensor) -> Tensor:
-    """Without its graph, and without the rest of the storage that it may be a view of: v, in a packed qkv."""
+def _detached(t: Tensor) -> Tensor:
+    """The tensor without its graph; copied if it is a view of a larger storage, such as a packed qkv."""
     t = t.detach()
     return t.clone(memory_format=torch.contiguous_format) if t.untyped_storage().nbytes() > t.nbytes else t
 
 
 def no_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """A context manager that disables autocast on the device of `t`."""
     return torch.autocast(t.device.type, enabled=False)

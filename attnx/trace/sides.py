@@ -1,4 +1,4 @@
-"""The tokens that the rows and columns of a map stand for, and the part of the model that they belong to."""
+"""The tokens of the rows and columns of a map, and the part of the model that they belong to."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from attnx.trace.layers import attention_layers, clean_name
 from attnx.trace.layout import TokenLayout, declared_prefix, patch_convolutions
 
-# Of modules, by class: attention over the channels of [B, channels, tokens].
+# Class names of modules that attend over the channels of [B, channels, tokens].
 _CHANNELS = re.compile(r"channel.*att|xca$|cross.?cov", re.IGNORECASE)
-# Of embeddings, by name: those of words, and not those of positions, types or queries.
+# Names of word embeddings, as opposed to those of positions, types or queries.
 _WORDS = re.compile(r"(word_emb\w*|token_emb\w*|tok_emb\w*|embed_tokens|wte|shared)$")
-# Of arguments, by name: where the keys come from if they are not of the queries' own tokens.
+# Names of arguments that hold the source of the keys in cross-attention.
 _KEYS = ("key", "keys", "k_x")
-# Of arguments, by name: tensors of the tokens' shape that are no other tokens.
+# Names of arguments that have the shape of tokens and are not the source of the keys.
 _NO_SOURCE = re.compile(r"pos|rope|rot|mask|bias|freq|value|v_x|gate|residual|scale|output|cls", re.IGNORECASE)
-_PARAMETERS: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()  # of each class's forward
+_PARAMETERS: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()  # argument names of each class's forward
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Tokens:
     """The tokens on one side of a map.
 
     Attributes:
-        kind: "image", "text", "channels" (of features, no tokens), "queries" (learned or of another layer), or "tokens"
-            where the model doesn't say what they are.
-        prefix, grid: of an image, as in `TokenLayout`; grid is None where the tokens are no whole grid of patches.
-        count: how many.
-        cls: whether token 0 is a class token.
-        part: name of the part of the model that they belong to, such as "vision_model"; "" for a model of one part.
+        kind: "image", "text", "channels" (features instead of tokens), "queries" (learned, or from another layer), or
+            "tokens" if their kind is unknown.
+        prefix, grid: as in `TokenLayout`, for an image; grid is None if the tokens do not fill a grid of patches.
+        count: number of tokens.
+        cls: True if token 0 is a class token.
+        part: name of the part of the model that the tokens belong to, such as "vision_model"; "" if there is one part.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Tokens:
 
     @property
     def layout(self) -> TokenLayout | None:
-        """Prefix and grid; None where there is no grid."""
+        """Prefix and grid as a `TokenLayout`; None if there is no grid."""
         return None if self.grid is None else TokenLayout(self.prefix, self.grid, self.cls)
 
     def __str__(self) -> str:
@@ -53,7 +53,11 @@ class Tokens:
 
 
 class Facts(NamedTuple):
-    """Flags of one attention call: its keys come from elsewhere than its queries; it attends over channels."""
+    """Flags of one attention call.
+
+    crosses: its keys come from another source than its queries.
+    channels: it attends over channels.
+    """
 
     crosses: bool = False
     channels: bool = False
@@ -73,11 +77,11 @@ def facts_of(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Facts:
 
 
 class Parts:
-    """The parts of a model that have tokens of their own, by where its patch convolutions and word embeddings are.
+    """The parts of a model that have their own tokens, found by its patch convolutions and word embeddings.
 
     Args:
-        model: any.
-        layers: names of modules that attend, beside those that are known by their class.
+        model: any model.
+        layers: names of attention layers, in addition to those recognised by `attention_layers`.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
@@ -85,7 +89,7 @@ class Parts:
         attending = {*layers, *attention_layers(model)}
         inside = {name.rsplit(".", i)[0] for name in attending for i in range(1, name.count(".") + 1)} | {""}
         convolutions = {id(module) for module in patch_convolutions(model)}
-        self.kinds: dict[str, dict[str, str]] = {}  # of each part: {module: what it says that the part's tokens are}
+        self.kinds: dict[str, dict[str, str]] = {}  # {part: {module: kind of tokens}}
         self._declared: dict[str, tuple[int, bool] | None] = {}
         for name, module in self.modules.items():
             if id(module) in convolutions:
@@ -102,17 +106,17 @@ class Parts:
             self.kinds.setdefault(around, {})[name] = kind
 
     def of(self, layer: str) -> str:
-        """Name of the innermost part around a layer; "" where there is none."""
+        """Name of the innermost part around a layer; "" if there is none."""
         around = [part for part in self.kinds if not part or layer == part or layer.startswith(part + ".")]
         return max(around, key=len, default="")
 
     def kind(self, part: str) -> str:
-        """Kind of a part's tokens: "image" or "text"; "tokens" if it has both or neither."""
+        """Kind of a part's tokens: "image" or "text"; "tokens" if the part has both or neither."""
         kinds = set(self.kinds.get(part, {}).values())
         return kinds.pop() if len(kinds) == 1 else "tokens"
 
     def layout(self, part: str, grids: Mapping[str, tuple[int, int]], count: int) -> TokenLayout | None:
-        """The layout of an image part's tokens, if prefix and grid add up to their number."""
+        """Layout of an image part's tokens; None if prefix and grid do not add up to `count`."""
         if part not in self._declared:
             self._declared[part] = declared_prefix(self.modules[part]) or declared_prefix(self.modules[""])
         declared = self._declared[part]
@@ -125,7 +129,7 @@ class Parts:
         return None
 
     def tokens(self, part: str, grids: Mapping[str, tuple[int, int]], count: int) -> Tokens:
-        """So many tokens of a part."""
+        """`count` tokens of a part."""
         kind = self.kind(part)
         layout = self.layout(part, grids, count) if kind != "text" else None
         return Tokens(kind, count=count, part=part) if layout is None else of_layout(layout, part)
@@ -134,7 +138,7 @@ class Parts:
 def sides(
     parts: Parts, layer: str, size: tuple[int, int], facts: Facts, grids: Mapping[str, tuple[int, int]]
 ) -> tuple[Tokens, Tokens]:
-    """(queries, keys) of a layer's map of this size."""
+    """(queries, keys) of a layer's map with size = (rows, columns)."""
     part, (rows, columns) = parts.of(layer.partition("#")[0]), size
     if facts.channels:
         return Tokens("channels", count=rows, part=part), Tokens("channels", count=columns, part=part)
@@ -146,13 +150,13 @@ def sides(
             return Tokens("text", count=rows, part=part), keys
         queries = parts.tokens(part, grids, rows)
         return queries if rows > 1 and queries.grid else Tokens("queries", count=rows, part=part), keys
-    found = [parts.tokens(other, grids, columns) for other in parts.kinds]
-    images = [tokens for tokens in found if tokens.grid]
-    texts = [tokens for tokens in found if tokens.kind == "text" and tokens.part != part]
+    candidates = [parts.tokens(other, grids, columns) for other in parts.kinds]
+    images = [tokens for tokens in candidates if tokens.grid]
+    texts = [tokens for tokens in candidates if tokens.kind == "text" and tokens.part != part]
     own = [tokens for tokens in images if tokens.part == part]
     known = own or (images if len(images) == 1 else []) or texts[:1]
     if rows == 1:
-        # A pool's query, of the tokens that come before it.
+        # The single query of a pooling layer over the tokens of the layers before it.
         return Tokens("queries", count=1, part=part), known[0] if known else parts.tokens(part, grids, columns)
     keys = known[0] if known else Tokens("tokens", count=columns, part="elsewhere")
     queries = parts.tokens(part, grids, rows)
@@ -162,18 +166,35 @@ def sides(
 
 
 def of_layout(layout: TokenLayout, part: str) -> Tokens:
-    """The tokens of an image with this layout."""
+    """The tokens of an image with the given layout."""
     return Tokens("image", layout.prefix, layout.grid, layout.tokens, layout.cls is True, part)
 
 
 def stack_of(layer: str) -> str:
-    """Name of the row of blocks that a layer stands in: "encoder.layer" of "encoder.layer.3.attention"."""
+    """Name of the stack of blocks around a layer: "encoder.layer" for "encoder.layer.3.attention"."""
     stem = re.match(r"(.*?)\d+(?=[.#]|$)", layer)
     return "" if stem is None else stem[1].rstrip(".")
 
 
+def describe(sides_of: Mapping[str, tuple[Tokens, Tokens]], by_stack: bool = False) -> str:
+    """Layers in words, grouped by the tokens of their maps: "12 text of text_model: text_model.layers.0".
+
+    Args:
+        sides_of: {layer: (queries, keys)}.
+        by_stack: group by the stack of blocks, too.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for layer, (queries, keys) in sides_of.items():
+        tokens = f"{queries} over {keys}" if queries != keys else f"{keys}"
+        groups.setdefault((tokens, stack_of(layer) if by_stack else ""), []).append(layer)
+    return "; ".join(
+        f"{tokens}: {names[0]}" + (f" ... {names[-1]} ({len(names)} layers)" if len(names) > 1 else "")
+        for (tokens, _), names in groups.items()
+    )
+
+
 def _parameters(kind: Any) -> tuple[str, ...]:
-    """Names of the arguments that a module's forward takes by position."""
+    """Names of the positional arguments of a module class's forward."""
     if kind not in _PARAMETERS:
         try:
             _PARAMETERS[kind] = tuple(signature(kind.forward).parameters)[1:]

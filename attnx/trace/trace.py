@@ -1,27 +1,38 @@
 """The maps of a forward pass, and the tokens that their rows and columns stand for."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import overload
 
-import torch
 from torch import Tensor, nn
 
-from attnx.trace.gradient_record import GradientRecord
-from attnx.trace.layers import Layers, matches
+from attnx.trace.calls import Calls, RunningMeans
+from attnx.trace.gradient_record import backward
+from attnx.trace.layers import Layers, matches, select, selects
 from attnx.trace.layout import TokenLayout, infer_layout
 from attnx.trace.records import LayerRecord, MapRecord
-from attnx.trace.sides import Facts, Parts, Tokens, of_layout, sides, stack_of
+from attnx.trace.sides import Facts, Parts, Tokens, describe, of_layout, sides
 
 CALLS = ("last", "all", "mean")
 
 
 class Trace(Mapping[str, Tensor]):
-    """The maps of one forward pass: layer name -> float32 map, in the order of the calls.
+    """The maps of one forward pass: a mapping {layer name: float32 map} in the order of the calls.
 
-    A map is [B, M, N]; [B, R, N] for R chosen rows; [B, H, M, N] for heads="each". `trace[-1]` is the last layer's.
-    A layer that attends twice in one pass appears a second time as "name#2". A new pass replaces the last one's maps;
-    `calls` has those of every pass, if the capture keeps them (calls="all"), or the trace is their mean (calls="mean").
-    Of a layer that was captured with keep="qk" the map is made when it is read, every time; `kept` gives the rest.
+    A map is [B, M, N], or [B, R, N] for R chosen rows, or [B, H, M, N] for heads="each". `trace[-1]` is the map of the
+    last layer. A layer that attends twice in one pass appears a second time as "name#2". A new pass replaces the maps
+    of the last one. With calls="all", `calls` holds the maps of every pass; with calls="mean", the trace holds the mean
+    over passes. For a layer captured with keep="qk" the map is computed each time it is read; `kept` returns its
+    record, which gives shapes, rows and vector products without the map.
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.vit import demo_model
+        >>> model = demo_model()
+        >>> with torch.no_grad(), attnx.capture(model) as trace:
+        ...     output = model(torch.zeros(1, 3, 96, 96))
+        >>> list(trace)[0], trace["blocks.0.attn"].shape
+        ('blocks.0.attn', torch.Size([1, 145, 145]))
+        >>> trace.sides("blocks.0.attn")[1].grid
+        (12, 12)
     """
 
     def __init__(
@@ -37,18 +48,18 @@ class Trace(Mapping[str, Tensor]):
         self._model = model
         self._layout = layout
         self._mode = calls
-        self._kept: dict[str, LayerRecord] = {}
+        self._records: dict[str, LayerRecord] = {}
         self._grids: dict[str, tuple[int, int]] = {}
         self._queries: dict[str, int] = {}
         self._facts: dict[str, Facts] = {}
         self._beside: list[tuple[str, str]] = []
         self._sides: dict[str, tuple[Tokens, Tokens]] = {}
-        # What is known of the layers whatever the pass.
+        # Facts and parts that hold for every pass.
         self._known: dict[str, Facts] = {}
         self._parts: dict[tuple[str, ...], Parts] = {}
-        self.in_a_row = False  # whether the user says that the layers follow one another, whatever they are called
+        self.in_a_row = False  # True if the user selected layers that follow one another, whatever their names
         self._calls: list[Trace] = []
-        self._means: dict[str, tuple[int, Tensor]] = {}
+        self._means = RunningMeans()
 
     def __getitem__(self, layer: str | int) -> Tensor:
         return self.kept(layer).map()
@@ -56,152 +67,125 @@ class Trace(Mapping[str, Tensor]):
     def __contains__(self, layer: object) -> bool:
         if isinstance(layer, int):
             return -len(self) <= layer < len(self)
-        return layer in self._kept
+        return layer in self._records
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._kept)
+        return iter(self._records)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._records)
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name}: {list(kept.shape)}" for name, kept in self._kept.items())
+        shapes = ", ".join(f"{name}: {list(record.shape)}" for name, record in self._records.items())
         return f"Trace(heads={self.heads!r}, {{{shapes}}})"
 
     @property
     def nbytes(self) -> int:
-        """What the trace holds in memory."""
-        return sum(kept.nbytes for kept in self._kept.values())
+        """Bytes of memory that the records of the trace take."""
+        return sum(record.nbytes for record in self._records.values())
 
     def kept(self, layer: str | int) -> LayerRecord:
-        """What was kept of a layer: its map's shape, rows and products, without making the map of one kept as q and k.
+        """The record of a layer: shape, rows and vector products of its map, without the map if keep="qk".
 
         Raises:
             KeyError: no such layer was captured.
         """
         if isinstance(layer, int):
-            names = list(self._kept)
+            names = list(self._records)
             if not -len(names) <= layer < len(names):
                 raise KeyError(f"layer {layer}: expected an index into {len(names)} layers: {', '.join(names)}")
             layer = names[layer]
-        if layer not in self._kept:
-            earlier = [i for i, call in enumerate(self._calls) if layer in call and call._kept is not self._kept]
-            where = f"; call {earlier[-1]} has it: trace.calls[{earlier[-1]}]" if earlier else ""
-            known = ", ".join(self._kept) or "none (nothing was heard)"
+        if layer not in self._records:
+            earlier = [i for i, call in enumerate(self._calls) if layer in call and call._records is not self._records]
+            where = f"; call {earlier[-1]} contains it: trace.calls[{earlier[-1]}]" if earlier else ""
+            known = ", ".join(self._records) or "none (nothing was captured)"
             raise KeyError(f"layer {layer!r}: expected one of {known}{where}")
-        return self._kept[layer]
+        return self._records[layer]
 
-    def add(self, layer: str, kept: Tensor | LayerRecord, queries: int | None = None) -> None:
-        """Keeps a layer's map, or what it is made of; queries: how many the layer has, if not as many as the map."""
-        self._kept[layer] = MapRecord(kept) if isinstance(kept, Tensor) else kept
+    def add(self, layer: str, record: Tensor | LayerRecord, queries: int | None = None) -> None:
+        """Store a layer's map or record; `queries`: number of queries of the layer, if the map has fewer rows."""
+        self._records[layer] = MapRecord(record) if isinstance(record, Tensor) else record
         self._sides.pop(layer, None)
         if queries is not None:
             self._queries[layer] = queries
 
     def note(self, layer: str, facts: Facts) -> None:
-        """Keeps what a layer's call shows of its sides, for this pass, and for later ones that show nothing."""
+        """Store facts about the sides of a layer's map; they hold for later passes without facts, too."""
         self._facts[layer] = self._known[layer.partition("#")[0]] = facts
 
     def note_beside(self, module: str, other: str) -> None:
-        """Keeps that two modules were given the same input: they stand side by side, and not in a row."""
+        """Store that two modules had the same input: they run side by side, not one after the other."""
         self._beside.append((module, other))
 
     def side_by_side(self) -> tuple[str, str] | None:
-        """Two modules with layers of this trace that were given the same input, if there are such."""
+        """Two modules that have layers in this trace and had the same input; None if there are none."""
         for pair in self._beside:
-            if all(any(matches(module, name.partition("#")[0]) for name in self._kept) for module in pair):
+            if all(any(matches(module, name.partition("#")[0]) for name in self._records) for module in pair):
                 return pair
         return None
 
     def backward(self, score: Tensor, retain_graph: bool = False) -> None:
-        """Has a capture with `grad` make its maps: those of the gradient of `score`. No parameter gets a gradient.
+        """Compute the maps of a capture with `grad`, from the gradient of `score`. No parameter receives a gradient.
 
         Args:
-            score: one number, such as a class's logits summed over the batch: each item's map is then its own.
-            retain_graph: another backward pass of the same forward pass will follow.
+            score: one number, such as the logits of a class summed over the batch; each item then has its own map.
+            retain_graph: True if another backward pass of the same forward pass follows.
 
         Raises:
             ValueError: the capture has no `grad`, or the score does not depend on any captured layer.
         """
-        outs = [kept.out for kept in self._kept.values() if isinstance(kept, GradientRecord) and kept.out is not None]
-        if not self._kept:
-            raise ValueError(
-                "backward: no attention was captured: the model was not called inside the capture, or it calls neither "
-                "F.scaled_dot_product_attention nor nn.MultiheadAttention"
-            )
-        if not outs:
-            raise ValueError("backward: expected a capture with grad=True, and a graph that was not freed before")
-        if not score.requires_grad or score.numel() != 1:
-            raise ValueError(
-                f"score: expected one number that depends on the captured layers; got {list(score.shape)}"
-                + ("" if score.requires_grad else ", which needs no gradient")
-            )
-        found = torch.autograd.grad(score, outs, retain_graph=retain_graph, allow_unused=True)
-        if all(grad is None for grad in found):
-            raise ValueError("score: expected one that depends on a captured layer; got one that depends on none")
-        if not retain_graph:
-            for kept in self._kept.values():
-                if isinstance(kept, GradientRecord):
-                    kept.out = None
+        backward(list(self._records.values()), score, retain_graph)
 
     @property
     def calls(self) -> "Calls":
-        """The passes that were kept, a Trace each: all with calls="all"; one with "last"; with "mean" one, the mean.
+        """One Trace for each stored pass: all passes with calls="all", the last with "last", the mean with "mean".
 
         Example:
-            >>> with torch.no_grad(), attnx.capture(model, calls="all") as trace:  # doctest: +SKIP
-            ...     model.generate(**inputs)
-            >>> trace.calls[0]["model.vision_tower.encoder.layers.0.self_attn"].shape  # doctest: +SKIP
+            >>> import torch, attnx
+            >>> from attnx.demo.vit import demo_model
+            >>> model = demo_model()
+            >>> with torch.no_grad(), attnx.capture(model, calls="all") as trace:
+            ...     outputs = [model(torch.zeros(1, 3, 96, 96)) for _ in range(2)]
+            >>> len(trace.calls), trace.calls[0]["blocks.0.attn"].shape
+            (2, torch.Size([1, 145, 145]))
         """
         return Calls(self._calls or [self])
 
     def select(self, layers: Layers) -> "Trace":
-        """The same pass with some of its layers.
+        """A trace of the same pass with some of its layers.
 
         Args:
-            layers: names, globs ("vision_model.*"), blocks around layers, indices into the trace, or a list of them;
-                None: all. Of a list `rollout` takes it that they stand in a row.
+            layers: names, globs ("vision_model.*"), names of blocks around layers, indices into the trace, or a list of
+                these; None: all layers. `rollout` assumes that the layers of a list follow one another.
 
         Raises:
-            ValueError: a name or index that matches no layer of the trace.
+            ValueError: a name or index matches no layer of the trace.
         """
         if layers is None:
-            return self._with(dict(self._kept))
-        asked = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
-        names = list(self._kept)
-        chosen: set[str] = set()
-        for one in asked:
-            if isinstance(one, int) and not isinstance(one, bool):
-                found = names[one : one + 1 or None] if -len(names) <= one < len(names) else []
-            else:
-                found = self.select_names(one) if isinstance(one, str) else []
-            if not found:
-                raise ValueError(f"layers: {one!r} matches no layer of the trace; expected some of {', '.join(names)}")
-            chosen |= set(found)
-        if not chosen:
-            raise ValueError("layers: expected at least one layer of the trace; got none")
-        other = self._with({name: self._kept[name] for name in names if name in chosen})
-        other.in_a_row = len(asked) > 1
+            return self._with(dict(self._records))
+        names = select(list(self._records), layers)
+        other = self._with({name: self._records[name] for name in names})
+        other.in_a_row = isinstance(layers, Sequence) and not isinstance(layers, str) and len(layers) > 1
         return other
 
     def select_names(self, pattern: str) -> list[str]:
-        """Names of the layers that a name, glob or block selects; none if it matches none."""
-        return [name for name in self._kept if _names(pattern, name)]
+        """Names of the layers that a name, glob or block name selects; empty if it selects none."""
+        return [name for name in self._records if selects(pattern, name)]
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Trace":
-        """The same with each map, as it is now, replaced by what the function makes of it."""
-        return self._with({layer: MapRecord(function(kept.map())) for layer, kept in self._kept.items()})
+        """A trace of the same pass with `function` applied to each map."""
+        return self._with({layer: MapRecord(function(record.map())) for layer, record in self._records.items()})
 
-    def _with(self, kept: dict[str, LayerRecord]) -> "Trace":
-        """A trace of the same pass that has these layers."""
+    def _with(self, records: dict[str, LayerRecord]) -> "Trace":
+        """A trace of the same pass with these records."""
         other = Trace(self._model, self.heads, self.rows, self._layout)
-        other._kept, other._grids, other._queries = kept, dict(self._grids), dict(self._queries)
+        other._records, other._grids, other._queries = records, dict(self._grids), dict(self._queries)
         other._facts, other._known, other._parts = dict(self._facts), self._known, self._parts
         other._beside = list(self._beside)
         return other
 
     def add_grid(self, convolution: str, grid: tuple[int, int]) -> None:
-        """Keeps the grid (rows, columns) that a patch convolution gave; the newest stands first."""
+        """Store the grid (rows, columns) of a patch convolution's output; the newest grid comes first."""
         self._grids.pop(convolution, None)
         self._grids = {convolution: grid, **self._grids}
         self._sides.clear()
@@ -209,10 +193,10 @@ class Trace(Mapping[str, Tensor]):
             self._calls[-1]._grids = self._grids
 
     def begin_call(self, finished: bool = True) -> None:
-        """A new pass of the model: the last one's maps are kept, folded into the mean, or forgotten.
+        """Start a new pass: store the maps of the last pass, fold them into the mean, or drop them.
 
         Args:
-            finished: whether the last pass came to its end; what one that did not has left is forgotten.
+            finished: True if the last pass finished; the maps of an unfinished pass are dropped.
         """
         if finished:
             self.fold()
@@ -220,57 +204,48 @@ class Trace(Mapping[str, Tensor]):
             self._calls.pop()
         call = self._with({})
         call._grids, call._queries, call._facts, call._beside = {}, {}, {}, []
-        self._kept, self._grids, self._queries, self._facts = call._kept, call._grids, call._queries, call._facts
+        self._records, self._grids, self._queries, self._facts = call._records, call._grids, call._queries, call._facts
         self._beside, self._sides = call._beside, {}
         self._calls = [*self._calls, call] if self._mode == "all" else [call]
 
     def clear(self) -> None:
-        """Forgets every pass."""
-        self._kept, self._grids, self._queries, self._calls, self._means = {}, {}, {}, [], {}
+        """Drop all passes."""
+        self._records, self._grids, self._queries, self._calls, self._means = {}, {}, {}, [], RunningMeans()
         self._facts, self._beside, self._sides = {}, [], {}
 
     def fold(self) -> None:
-        """The pass is over: with calls="mean" its maps become the mean of all passes so far.
+        """End a pass: with calls="mean" replace its maps by the mean over all passes so far.
 
         Raises:
-            ValueError: a layer's maps have another shape than before.
+            ValueError: the shape of a layer's map differs from that of earlier passes.
         """
         if self._mode != "mean":
             return
-        for layer, kept in self._kept.items():
-            amap = kept.map()
-            count, mean = self._means.get(layer, (0, amap))
-            if count and amap is mean:
-                continue  # it was folded before
-            if amap.shape != mean.shape:
-                raise ValueError(
-                    f"calls='mean': expected maps of one shape; {layer} has {list(mean.shape)}, then "
-                    f"{list(amap.shape)}; use calls='all'"
-                )
-            self._means[layer] = count + 1, torch.lerp(mean, amap, 1 / (count + 1)) if count else amap
-        # In the order of the layers, whichever attended in this pass; the same dict, which the call's own trace has.
-        self._kept.clear()
-        self._kept.update({layer: MapRecord(mean) for layer, (_, mean) in self._means.items()})
+        for layer, record in self._records.items():
+            self._means.add(layer, record.map())
+        # The dict is updated in place because the call's own trace shares it.
+        self._records.clear()
+        self._records.update({layer: MapRecord(mean) for layer, mean in self._means.maps.items()})
 
     def sides(self, layer: str | int) -> tuple[Tokens, Tokens]:
         """(queries, keys): the tokens that the rows and the columns of a layer's map stand for.
 
         Raises:
             KeyError: no such layer was captured.
-
-        Example:
-            >>> trace.sides("vision_model.encoder.layers.0.self_attn")[1].grid  # doctest: +SKIP
-            (14, 14)
         """
-        kept = self.kept(layer)
-        name = list(self._kept)[layer] if isinstance(layer, int) else layer
+        record = self.kept(layer)
+        name = list(self._records)[layer] if isinstance(layer, int) else layer
         if name not in self._sides:
-            self._sides[name] = self._find_sides(name, kept)
+            self._sides[name] = self._find_sides(name, record)
         return self._sides[name]
 
-    def _find_sides(self, name: str, kept: LayerRecord) -> tuple[Tokens, Tokens]:
+    def all_sides(self) -> dict[str, tuple[Tokens, Tokens]]:
+        """{layer: (queries, keys)} of every layer."""
+        return {layer: self.sides(layer) for layer in self}
+
+    def _find_sides(self, name: str, record: LayerRecord) -> tuple[Tokens, Tokens]:
         facts = self._facts.get(name) or self._known.get(name.partition("#")[0], Facts())
-        size = self._queries.get(name, kept.shape[-2 if self.rows is None else -1]), kept.shape[-1]
+        size = self._queries.get(name, record.shape[-2 if self.rows is None else -1]), record.shape[-1]
         queries, keys = sides(self._structure(), name, size, facts, self._grids)
         if self._layout is not None and keys.count == self._layout.tokens and keys.kind in ("image", "tokens"):
             given = of_layout(self._layout, keys.part)
@@ -279,95 +254,50 @@ class Trace(Mapping[str, Tensor]):
 
     @property
     def given_layout(self) -> TokenLayout | None:
-        """The layout that the capture was given, if any."""
+        """The `layout` argument of the capture."""
         return self._layout
 
     def _structure(self) -> Parts:
-        names = tuple(dict.fromkeys(name.partition("#")[0] for name in self._kept))
+        names = tuple(dict.fromkeys(name.partition("#")[0] for name in self._records))
         if names not in self._parts:
             self._parts[names] = Parts(self._model, names)
         return self._parts[names]
 
     @property
     def layout(self) -> TokenLayout:
-        """The tokens of the maps' columns, from the model and its actual input, or as given to `capture`.
+        """Token layout of the maps' columns, inferred from the model and its input, or as passed to `capture`.
 
         Raises:
-            ValueError: the layers have different ones (names them), or the model doesn't say; pass `layout=`.
+            ValueError: the layers have different tokens (the message lists them), or the model does not declare its
+                layout: pass `layout=`.
         """
-        if self._layout is not None and not self._kept:
+        if self._layout is not None and not self._records:
             return self._layout
-        if not self._kept:
+        if not self._records:
             raise ValueError("layout: no layer was captured yet")
-        keys = {self.sides(layer)[1]: layer for layer in self._kept}
+        keys = {self.sides(layer)[1]: layer for layer in self._records}
         if len(keys) > 1:
             raise ValueError(
-                f"layout: expected layers over the same tokens; got {describe(self)}; choose layers= of one kind"
+                f"layout: expected layers over the same tokens; got {describe(self.all_sides())}; "
+                "choose layers= of one kind"
             )
         return self.layout_of(next(iter(keys.values())))
 
     def layout_of(self, layer: str | int) -> TokenLayout:
-        """The tokens of one layer's columns.
+        """Token layout of the columns of one layer's map.
 
         Raises:
-            KeyError: no such layer was captured. ValueError: the model doesn't say; pass `layout=`.
+            KeyError: no such layer was captured.
+            ValueError: the columns are not patches of an image, or the model does not declare its layout: pass
+                `layout=`.
         """
         keys = self.sides(layer)[1]
         if keys.kind in ("text", "channels"):
             raise ValueError(f"layout: expected maps over patches of an image; got maps over {keys}")
-        found = self._layout or keys.layout
-        if found is not None:
-            return found
+        layout = self._layout or keys.layout
+        if layout is not None:
+            return layout
         parts = self._structure()
         own = parts.kinds.get(keys.part, {})
         grids = [grid for name, grid in self._grids.items() if name in own]
         return infer_layout(parts.modules.get(keys.part, self._model), grids, keys.count)
-
-
-class Calls(Sequence[Trace]):
-    """The passes of a capture: `calls[i]` is the Trace of pass i, `calls[name]` {i: map} of a layer's every pass."""
-
-    def __init__(self, calls: Sequence[Trace]) -> None:
-        self._calls = tuple(calls)
-
-    @overload
-    def __getitem__(self, which: int) -> Trace: ...
-    @overload
-    def __getitem__(self, which: slice) -> "Calls": ...
-    @overload
-    def __getitem__(self, which: str) -> dict[int, Tensor]: ...
-    def __getitem__(self, which: int | slice | str) -> "Trace | Calls | dict[int, Tensor]":
-        if isinstance(which, slice):
-            return Calls(self._calls[which])
-        if isinstance(which, str):
-            found = {i: call[which] for i, call in enumerate(self._calls) if which in call}
-            if not found:
-                known = ", ".join(dict.fromkeys(name for call in self._calls for name in call)) or "none"
-                raise KeyError(f"layer {which!r}: expected one of {known}")
-            return found
-        return self._calls[which]
-
-    def __len__(self) -> int:
-        return len(self._calls)
-
-    def __repr__(self) -> str:
-        return f"Calls({', '.join(map(repr, self._calls))})"
-
-
-def describe(trace: Trace, by_stack: bool = False) -> str:
-    """A trace's layers in words, grouped by the tokens of their maps: "12 text of text_model: text_model.layers.0"."""
-    told_of: dict[tuple[str, str], list[str]] = {}
-    for layer in trace:
-        queries, keys = trace.sides(layer)
-        what = f"{queries} over {keys}" if queries != keys else f"{keys}"
-        told_of.setdefault((what, stack_of(layer) if by_stack else ""), []).append(layer)
-    told = [
-        f"{what}: {names[0]}" + (f" ... {names[-1]} ({len(names)} layers)" if len(names) > 1 else "")
-        for (what, _), names in told_of.items()
-    ]
-    return "; ".join(told)
-
-
-def _names(pattern: str, layer: str) -> bool:
-    """True if a pattern selects a layer: by name, glob or block, with or without the number of its call."""
-    return matches(pattern, layer) or matches(pattern, layer.partition("#")[0])

@@ -1,1 +1,1 @@
-"""What attnx is compared with, and the networks that whole-model benchmarks run."""
+"""Contestants of the benchmarks, and the models on which they run."""

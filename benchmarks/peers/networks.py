@@ -1,4 +1,4 @@
-"""The models that whole-model benchmarks run: random weights, no download."""
+"""The models of the whole-model benchmarks, with random weights."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Spec(NamedTuple):
-    """A model by name, its image size in pixels, and which contestants know its family, the eager one last."""
+    """A model, its image size in pixels, and the contestants for its family, the eager one last."""
 
     build: Callable[[], nn.Module]
     image_size: int
@@ -17,13 +17,13 @@ class Spec(NamedTuple):
 
 
 def contestants(run: "Run", device: str) -> tuple[str, ...]:
-    """Those of the run's model; graphs only on a GPU, and what only grows not at all."""
+    """The contestants of a run: CUDA graphs only on a GPU, without those of the growth suite."""
     left_out = {"extractor_qk"} if device == "cuda" else {"extractor_qk", "extractor_graph"}
     return tuple(name for name in SPECS[run.model].contestants if name not in left_out)
 
 
 class Run(NamedTuple):
-    """A model and how many images it gets at a time."""
+    """A model and its batch size."""
 
     model: str
     batch: int
@@ -33,9 +33,9 @@ class Run(NamedTuple):
 
 
 def build(name: str) -> nn.Module:
-    """The model of that name in eval mode, fp32, on the CPU; the same weights every time.
+    """The model in eval mode, fp32, on the CPU, with the same weights in every process.
 
-    Its scores are made larger: at initialisation attention is all but even, and a wrong map would look right.
+    The projections of q and k are scaled by 4. At initialisation attention is almost uniform, and wrong maps pass.
     """
     torch.manual_seed(0)
     model = SPECS[name].build().eval().requires_grad_(False)
@@ -70,7 +70,7 @@ _PROJECTIONS = {"qkv", "query", "key", "q_proj", "k_proj"}
 _TIMM = ("plain", "attnx", "extractor", "extractor_graph", "cls", "hooks")
 _HF = ("plain", "attnx", "extractor", "cls", "output_attentions")
 _GROWING = (*_TIMM, "extractor_qk")
-GROWTH = (224, 384, 512, 768, 1024)  # pixels of a ViT-Ti/16: how time and memory grow with the tokens
+GROWTH = (224, 384, 512, 768, 1024)  # image sizes of the growth suite's ViT-Ti/16
 
 SPECS = {
     "vit_base_patch16_224": Spec(lambda: _timm("vit_base_patch16_224"), 224, _TIMM),
@@ -81,7 +81,7 @@ SPECS = {
         for size in GROWTH
     },
     "vit_base_patch16_2048": Spec(lambda: _timm("vit_base_patch16_224", img_size=2048), 2048, _TIMM),
-    # As it begins its training, this one's layers add almost nothing to their inputs: here they do.
+    # With the default init_values, the layers add almost nothing to their inputs.
     "vit_large_patch14_518": Spec(lambda: _timm("vit_large_patch14_dinov2", init_values=1.0), 518, _TIMM),
     "vit_small_patch8_480": Spec(lambda: _timm("vit_small_patch8_224", img_size=480), 480, _TIMM),
     "hf_vit_base_224": Spec(lambda: _hugging_face(), 224, _HF),
@@ -94,7 +94,7 @@ SPECS = {
     ),
 }  # fmt: skip
 
-# The most important first: where time runs out, the last are missing.
+# The most important first, because the last are cut at the time limit.
 RUNS = {
     "quick": (Run("tiny", 2), Run("hf_tiny", 2)),
     "cpu": (

@@ -1,7 +1,7 @@
-"""What the op is compared with. Every function does its whole job; none is slower than its users know it.
+"""Contestants of the op, each as its users run it.
 
-A contestant takes q, k, v, each [B, H, N, D], and r [B, N] float32, and gives an `Answer`. A factory that raises
-`NotRun` says why there is nothing to compare with: not installed, or not for this device.
+A contestant takes q, k, v, each [B, H, N, D], and r [B, N] float32, and returns an `Answer`. A factory raises `NotRun`
+if the contestant is not available on this device.
 """
 
 import os
@@ -17,20 +17,19 @@ from torch import Tensor
 import attnx
 
 
-class NotRun(Exception):  # noqa: N818  not an error: an answer
-    """Why a contestant did not run: it is recorded, and the others go on."""
+class NotRun(Exception):  # noqa: N818  not an error
+    """The contestant can't run; the message is recorded as the reason."""
 
 
 class Answer(NamedTuple):
-    """out [B, N, H * D], as the next layer wants it, and what else the contestant gives of the mean map over heads.
+    """out [B, N, H * D], the input of the next layer, and results of the mean map over heads.
 
-    map: [B, N, N], or [B, 1, N] of the first row; vector: [B, N], r @ map; sums: [B, N], the map's column sums.
+    map: [B, N, N], or [B, 1, N] for the first row only; vector: [B, N], r @ map.
     """
 
     out: Tensor
     map: Tensor | None = None
     vector: Tensor | None = None
-    sums: Tensor | None = None
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Answer]
@@ -48,7 +47,7 @@ def attnx_map(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
 
 
 def attnx_eager(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
-    """attnx with the whole mean map in plain torch, by blocks: what answers where no kernel can."""
+    """attnx with the whole mean map in plain torch, by blocks: the fallback without kernels."""
     out, amap = attnx.attention(q, k, v, backend="eager")
     return Answer(_tokens(out), amap)
 
@@ -60,8 +59,8 @@ def attnx_row(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
 
 
 def vecmat(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
-    """attnx without the map: output and log-sum-exp, then r @ map. r is dense, so nothing of it can be skipped."""
-    out, lse = attnx.ops.attention_lse(q, k, v)
+    """attnx without the map: output and log-sum-exp, then r @ map. r is dense, so no part can be skipped."""
+    out, lse = attnx.attention_lse(q, k, v)
     return Answer(_tokens(out), vector=attnx.vecmat(r, q, k, lse=lse))
 
 
@@ -79,7 +78,7 @@ def timm_eager(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
 
 
 def flex_map(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
-    """To be compiled: output and log-sum-exp by torch's flex_attention, then the map from whole scores and the lse."""
+    """For torch.compile: output and log-sum-exp by flex_attention, then the map from whole scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     out, lse = flex_attention(q, k, v, return_lse=True)
@@ -88,10 +87,10 @@ def flex_map(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
 
 
 def flex_vecmat(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
-    """To be compiled: r @ map by two calls of torch's flex_attention, in linear memory.
+    """For torch.compile: r @ map by two calls of torch's flex_attention, in linear memory.
 
     The second one attends from keys to queries with scores ``s - lse + log r``: its log-sum-exp over the queries is
-    log(r @ P). Its values are not wanted; they are the narrowest there are.
+    log(r @ P). Its values are not used, so they are as narrow as possible.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -106,7 +105,7 @@ def flex_vecmat(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
 
 
 def sdpa_cudnn(quick: bool) -> Attention:
-    """The floor by cuDNN's kernel, wherever torch chooses another by itself."""
+    """The floor with cuDNN's kernel."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if not torch.cuda.is_available():
@@ -119,30 +118,10 @@ def sdpa_cudnn(quick: bool) -> Attention:
     return call
 
 
-def flag_attention(quick: bool) -> Attention:
-    """FlagAttention's output and column sums for every head, which is vecmat with ones; then the mean over heads.
-
-    Reference:
-        https://github.com/FlagOpen/FlagAttention
-    """
-    try:
-        import flag_attn
-    except ImportError as error:
-        raise NotRun(f"flag_attn can't be imported: {error}") from error
-    if not torch.cuda.is_available():
-        raise NotRun("flag_attn needs a CUDA device")
-
-    def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
-        out, _, sums = flag_attn.flash_attention(q, k, v, causal=False, return_total_attention=True)
-        return Answer(_tokens(out), sums=sums.mean(1))
-
-    return call
-
-
 def compiled(call: Attention) -> Callable[[bool], Attention]:
-    """A factory of `call` by `torch.compile` for one shape; if quick, only traced, without code generation.
+    """A factory of `call` with `torch.compile` for one shape; if quick, it is traced without code generation.
 
-    It forgets earlier shapes, so that no recompilation limit is met.
+    It resets the compiler first, to stay below its recompilation limit.
     """
 
     def make(quick: bool) -> Attention:
@@ -163,7 +142,6 @@ ATTENTION: dict[str, Callable[[bool], Attention]] = {
     "hf_eager": lambda quick: hf_eager,
     "timm_eager": lambda quick: timm_eager,
     "sdpa_cudnn": sdpa_cudnn,
-    "flag_attention": flag_attention,
     "compiled_eager": compiled(hf_eager),
     "flex_map": compiled(flex_map),
     "flex_vecmat": compiled(flex_vecmat),
@@ -172,7 +150,7 @@ ATTNX = ("attnx", "attnx_eager", "attnx_row", "vecmat")
 
 
 def _tokens(out: Tensor) -> Tensor:
-    """[B, H, N, D] -> [B, N, H * D]: a view where the kernel left rows before heads, else a copy, as in a model."""
+    """[B, H, N, D] -> [B, N, H * D]: a view if the kernel stores rows before heads, else a copy, as in a model."""
     return out.transpose(1, 2).flatten(2)
 
 

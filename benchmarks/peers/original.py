@@ -1,7 +1,7 @@
-"""The original ALBEF code, from a checkout of it, under today's torch, timm and transformers.
+"""The original ALBEF code, loaded from a checkout, with current torch, timm and transformers.
 
-Its files are run as they are. What they import and newer versions have dropped is put in place while they load: names
-that moved, three helpers that only pruning and chunking use, and two methods of a base class.
+Its files are unchanged. Names that newer versions moved or removed are provided while the files load: three helpers for
+pruning and chunking, and methods of a base class.
 
 Reference:
     https://github.com/salesforce/ALBEF
@@ -36,7 +36,7 @@ class Original(nn.Module):
             vocab_size=c.vocab_size, hidden_size=c.width, num_hidden_layers=c.depth, num_attention_heads=c.heads,
             intermediate_size=c.mlp_ratio * c.width, max_position_embeddings=c.max_tokens, layer_norm_eps=1e-12,
         )  # fmt: skip
-        # Set and not given: newer configurations keep what they don't know elsewhere.
+        # Set after construction, because newer configurations store unknown arguments elsewhere.
         for name, value in dict(fusion_layer=c.fusion_layer, encoder_width=c.vision_width).items():
             setattr(bert, name, value)
         for name, value in _DROPPED_SETTINGS.items():
@@ -121,7 +121,7 @@ def _decorator(*args: Any, **kwargs: Any) -> Callable[[Any], Any]:
 
 @contextmanager
 def _old_names() -> Iterator[None]:
-    """Modules and names under which old code looks for things."""
+    """Provide the modules and names that the old code imports."""
     import timm.layers
     import timm.models.vision_transformer as vision
     import transformers.modeling_utils as utils

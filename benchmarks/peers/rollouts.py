@@ -1,6 +1,7 @@
-"""What whole models are compared with.
+"""Contestants of the whole-model benchmarks.
 
-A function takes a model for itself and gives ``call(images) -> rollout [B, patches]``, or None; `cls` gives a CLS map.
+A function takes a model, which it may change, and returns ``call(images) -> rollout [B, patches]`` or None. `cls`
+returns the class token's map instead of a rollout.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ Rollout = Callable[[Tensor], Tensor | None]
 
 
 def plain(model: nn.Module) -> Rollout:
-    """The model's own forward pass, which gives no rollout: the floor."""
+    """The floor: the model's own forward pass, without a rollout."""
 
     def call(images: Tensor) -> None:
         model(images)
@@ -35,13 +36,13 @@ def capture(model: nn.Module) -> Rollout:
 
 
 def extractor(model: nn.Module) -> Rollout:
-    """attnx: `attnx.Extractor`, which keeps what is smaller and may leave out what the rollout does not need."""
+    """attnx: `attnx.Extractor`, which keeps maps or q and k, whichever is smaller."""
     extract = attnx.Extractor(model, "rollout", keep="auto")
     return lambda images: extract(images).flatten(1)
 
 
 def extractor_qk(model: nn.Module) -> Rollout:
-    """attnx: `attnx.Extractor` in memory linear in the tokens: of every layer q and k are kept, and no map."""
+    """attnx: `attnx.Extractor` in memory linear in the tokens: it keeps q and k of every layer, and no map."""
     extract = attnx.Extractor(model, "rollout", keep="qk")
     return lambda images: extract(images).flatten(1)
 
@@ -103,15 +104,15 @@ CONTESTANTS: dict[str, Callable[[nn.Module], Rollout]] = {
     "hooks": hooks,
     "output_attentions": output_attentions,
 }
-EAGER = ("hooks", "output_attentions")  # these keep every head's weights of every layer
+EAGER = ("hooks", "output_attentions")  # these keep the weights of all heads and layers
 
 
 def explain_rollout(attentions: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """Rollout as vit-explain computes it, with mean fusion and nothing discarded: the product of whole matrices.
 
     ``M = (F + I) / 2``, divided by its row sums, ``R = M_L ... M_1``; the class token's row over the patches,
-    [B, patches]. Rows are divided by their own sums, which lets it take batches; at B = 1 the result is vit-explain's,
-    since the rows of M sum to 1. The weights stay on their device: vit-explain copies each layer's to the CPU.
+    [B, patches]. Rows are divided by their own sums, so batches work; at B = 1 the result is vit-explain's, since
+    the rows of M sum to 1. The weights stay on their device, whereas vit-explain copies them to the CPU.
 
     Reference:
         https://github.com/jacobgil/vit-explain

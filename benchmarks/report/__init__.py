@@ -1,1 +1,1 @@
-"""The page and the plots that are made from stored results."""
+"""The page and the plots generated from stored results."""

@@ -3,13 +3,18 @@
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.report.table import number, origin, table
+from benchmarks.report.table import number, origin, table, verdict
 
-_STAGES = {"images": "waiting for images", "device": "to the device", "model": "model", "file": "waiting for files"}
+_STAGES = {
+    "images": "waiting for images",
+    "device": "copies to the device",
+    "model": "model",
+    "file": "waiting for files",
+}
 
 
 def jobs_section(file: str, content: dict[str, Any]) -> Iterator[str]:
-    """One file of `benchmarks.suites.jobs`: of a model, or of many rows."""
+    """Lines for one file of `benchmarks.suites.jobs`."""
     kind = _many if "marks" in content else _engines if "engines" in content else _pipeline
     yield from kind(file, content)
     yield ""
@@ -22,18 +27,19 @@ def _pipeline(file: str, content: dict[str, Any]) -> Iterator[str]:
     about = f"{content['images']:,} JPEGs of {content['bytes_per_image'] / 1000:.0f} KB, {content['model']}"
     yield (
         f"{about} with random weights,\n{content['dtype']}, batch {content['batch']}: rollout maps.\n"
-        "**together**: what is possible where decoders and model share the cores, if their times add up.\n"
+        "**together** is the best rate if decoders and model share the cores, so that their times add up.\n"
     )
     told = content["pipeline"]
     head = ("images/s", "decoding alone", "model alone", "together", "the job", "of the slower", "goal", "of together")
     line = (
         "", number(content["decode_per_s"]), number(content["model_per_s"]), number(content["shared_per_s"]),
         number(told["images_per_s"]), number(content["of_slower"]),
-        f"≥ 0.9: {'**met**' if content['of_slower'] >= 0.9 else '**missed**'}", number(content["of_shared"]),
+        f"≥ 0.9: {verdict(content['of_slower'] >= 0.9)}", number(content["of_shared"]),
     )  # fmt: skip
     yield from table(head, [("-", *line[1:])])
     if rounds := content.get("rounds_of_slower"):
-        yield f"\nThe middle one of {len(rounds)} rounds, of the slower {', '.join(f'{each:.2f}' for each in rounds)}."
+        shares = ", ".join(f"{each:.2f}" for each in rounds)
+        yield f"\nThis is the median of {len(rounds)} rounds. Each round, of the slower: {shares}."
     shares = ", ".join(f"{name} {told['stages'][key] / told['seconds']:.0%}" for key, name in _STAGES.items())
     yield f"\nOf the job's {told['seconds']:.0f} s: {shares}.\n"
 
@@ -42,15 +48,15 @@ def _engines(file: str, content: dict[str, Any]) -> Iterator[str]:
     yield f"## Engines of the batch job: {content['hardware']}, {content['processes']} processes\n"
     yield f"[`{file}`](results/{file}): {'; '.join(origin(content))}.\n"
     yield (
-        f"{content['images']:,} JPEGs, {content['model']} with random weights, from the command to the last\n"
-        "file: processes start and load the model first. `here` is one process with all threads.\n"
+        f"{content['images']:,} JPEGs, {content['model']} with random weights. Seconds include the start of the\n"
+        "processes and the loading of the model. `here` is one process with all threads.\n"
     )
     same = content["same_as_local"]
     lines = [
         (name, f"{of['seconds']:.1f}", number(of["images_per_s"]), "yes" if same[name] else "no")
         for name, of in content["engines"].items()
     ]
-    yield from table(("engine", "seconds", "images/s", "bytes as of local"), lines)
+    yield from table(("engine", "seconds", "images/s", "same bytes as local"), lines)
 
 
 def _many(file: str, content: dict[str, Any]) -> Iterator[str]:
@@ -58,12 +64,12 @@ def _many(file: str, content: dict[str, Any]) -> Iterator[str]:
     yield f"[`{file}`](results/{file}): {'; '.join(origin(content))}.\n"
     of = content
     yield (
-        f"{of['shards']:,} shards; planned in {of['plan_s']:.0f} s, made in {of['make_s']:.0f} s, found to be done in "
-        f"{of['resume_s']:.1f} s, errors\ncounted in {of['count_errors_s']:.1f} s. `attnx.open` takes "
-        f"{of['open_s']:.2f} s, the first row by its key {of['first_key_s']:.0f} s (the index),\na row anywhere "
-        f"{of['random_row_ms']:.1f} ms. {of['bytes_per_row']:.0f} bytes a row of 14 x 14, and "
-        f"{of['manifest_bytes_per_row']:.1f} in the manifest. Along the way:\n"
+        f"{of['shards']:,} shards. Planning took {of['plan_s']:.0f} s, writing {of['make_s']:.0f} s, a resume that\n"
+        f"finds nothing to do {of['resume_s']:.1f} s, counting errors {of['count_errors_s']:.1f} s. `attnx.open` takes "
+        f"{of['open_s']:.2f} s, the first\nrow by its key {of['first_key_s']:.0f} s (it builds the index), a random "
+        f"row {of['random_row_ms']:.1f} ms. A row of 14 x 14 takes {of['bytes_per_row']:.0f} bytes,\nand "
+        f"{of['manifest_bytes_per_row']:.1f} in the manifest. Progress:\n"
     )
-    head = ("rows", "µs a row", "resident MB")
+    head = ("rows", "µs per row", "resident MB")
     lines = [(f"{m['rows']:,}", f"{m['us_per_row']:.1f}", f"{m['resident_mb']:,.0f}") for m in content["marks"]]
     yield from table(head, [("0", "", f"{content['resident_after_plan_mb']:,.0f}"), *lines], "r")

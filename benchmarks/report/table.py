@@ -1,14 +1,16 @@
-"""Markdown for the report: tables, folded sections, numbers."""
+"""Markdown of the report: tables, folded sections and numbers."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]], align: str = "l") -> Iterator[str]:
-    """Lines of a Markdown table, without the columns that are empty.
+    """Lines of a Markdown table. Empty columns are left out.
 
     Args:
-        align: l or r for each column, those beyond it to the right.
+        head: the title of each column.
+        lines: the cells of each line.
+        align: "l" or "r" for each column; further columns are aligned to the right.
     """
     cells = [list(line) for line in lines]
     used = [i for i in range(len(head)) if any(line[i] for line in cells)]
@@ -21,21 +23,25 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]], align: str = "l")
 
 
 def details(summary: str, lines: Iterable[str]) -> Iterator[str]:
-    """The lines, folded away under a summary."""
+    """The lines in a collapsed section with a summary."""
     yield f"<details><summary>{summary}</summary>"
     yield from lines
     yield "\n</details>\n"
 
 
 def origin(about: dict[str, Any]) -> Iterator[str]:
-    """Where a result comes from: versions, commit and date."""
+    """Versions, commit and date of a result."""
     yield ", ".join(f"{name} {value}" for name, value in about["versions"].items() if value)
     yield f"commit {str(about['commit'])[:12]}, {about['date'][:10]}"
 
 
 def configuration(sizes: Sequence[int]) -> str:
-    """A row's "config": blocks, warps, stages; of the one-pass kernel its tiles of keys and lag;
-    over how many programs the heads are split, if they are."""
+    """A configuration as text: "64x128 8 2, 2 tiles + 16, lag".
+
+    Args:
+        sizes: rows, keys, warps, stages; optionally the one-pass kernel's tiles, tail and lag, and the number of
+            programs over which the heads are split.
+    """
     block_m, block_n, warps, stages, *more = sizes
     text = f"{block_m}x{block_n} {warps} {stages}"
     if more:
@@ -47,13 +53,18 @@ def configuration(sizes: Sequence[int]) -> str:
 
 
 def ms(value: float) -> str:
-    """Milliseconds with three significant digits, and never an exponent."""
+    """Milliseconds with three significant digits and no exponent."""
     for limit, digits in ((0.01, 5), (0.1, 4), (1, 3), (10, 2), (100, 1)):
         if value < limit:
             return f"{value:.{digits}f}"
     return f"{value:,.0f}"
 
 
+def verdict(held: bool) -> str:
+    """Markdown that marks a goal as met or missed."""
+    return "**met**" if held else "**missed**"
+
+
 def number(value: float | None, unit: str = "") -> str:
-    """Three digits or so; empty where there is none."""
+    """The value with about three digits, or "" for None."""
     return "" if value is None else f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{unit}"

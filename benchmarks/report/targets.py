@@ -1,17 +1,20 @@
-"""What attnx is held to, and whether stored rows say that it is so: met, missed, or not measured."""
+"""The performance targets, and verdicts on stored rows: met, missed, or not measured."""
 
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from benchmarks.report.stored import Row, Run
+from benchmarks.report.table import verdict
 
+NOT_MEASURED = "not measured"
 LONG = "vit_base_patch16_2048"  # 16,385 tokens
 EAGER = ("hooks", "output_attentions")
+LAYERS = 12
 
 
 class Verdict(NamedTuple):
-    """One line of the table; `measured` lists every batch size."""
+    """One line of the table. tokens: number of tokens, or the shape; measured: the value for every batch size."""
 
     target: str
     tokens: str
@@ -21,40 +24,21 @@ class Verdict(NamedTuple):
 
 
 class Target(NamedTuple):
-    """`value` of a row of attnx is to be at most (or at least) the bound that holds for its number of tokens."""
+    """A target of the op: `value` must be at most (or at least) the bound for its number of tokens."""
 
     name: str
     at_most: bool
-    bounds: dict[int, float]
+    short: float  # bound up to 257 tokens
+    long: float  # bound above
     value: Callable[[Run, Row], float | None]
 
 
-def _from(short: dict[int, float], long: float) -> dict[int, float]:
-    return {**short, **dict.fromkeys((577, 1370, 4097, 16385), long)}
-
-
+TOKENS = (197, 257, 577, 1370, 4097, 16385)
 TARGETS = (
-    Target(
-        "`attention` with its map / SDPA", True, _from({197: 1.15, 257: 1.15}, 1.5), lambda run, r: r.ratio_to_floor
-    ),
-    Target("HF-style eager / `attention`", False, _from({197: 4}, 6), lambda run, r: run.faster_than(r, "hf_eager")),
-    Target(
-        "compiled eager / `attention`", False, _from({197: 2}, 3), lambda run, r: run.faster_than(r, "compiled_eager")
-    ),
+    Target("`attention` with its map / SDPA", True, 1.15, 1.5, lambda run, row: row.ratio_to_floor),
+    Target("HF-style eager / `attention`", False, 4, 6, lambda run, row: run.faster_than(row, "hf_eager")),
+    Target("compiled eager / `attention`", False, 2, 3, lambda run, row: run.faster_than(row, "compiled_eager")),
 )
-
-
-def verdicts(run: Run | None) -> Iterator[Verdict]:
-    """A line for every target and number of tokens; None: nothing is measured."""
-    for target in TARGETS:
-        for tokens, bound in target.bounds.items():
-            yield _of_op(run, target, tokens, bound)
-    for (model, contestant), bound in GPU_MODELS.items():
-        found = [row for row in run.rows if row.shape == model and row.contestant == contestant] if run else []
-        yield _held(f"{contestant} / plain forward, {model}", "", bound, found[0].ratio_to_floor if found else None)
-    yield from _of_long_rollout(run)
-
-
 GPU_MODELS = {
     ("vit_base_patch16_224 b64", "extractor"): 1.0,
     ("vit_base_patch16_224 b256", "extractor"): 1.0,
@@ -62,81 +46,85 @@ GPU_MODELS = {
     ("vit_base_patch14_518 b64", "extractor"): 1.1,
     ("vit_base_patch16_224 b1", "extractor_graph"): 1.0,
 }
-# Names of models and batches.
+# {model and batch: batch size}
 CPU_MODELS = {"vit_base_patch16_224 b8": 8, "vit_base_patch16_384 b2": 2, "vit_small_patch8_480 b1": 1}
-LAYERS = 12
+
+
+def verdicts(run: Run | None) -> Iterator[Verdict]:
+    """A line for every GPU target and number of tokens. Without a run, all are not measured."""
+    for target in TARGETS:
+        for tokens in TOKENS:
+            yield _of_op(run, target, tokens)
+    for (model, contestant), bound in GPU_MODELS.items():
+        row = run.find("models", model, contestant) if run else None
+        yield _at_most(f"{contestant} / plain forward, {model}", "", bound, row.ratio_to_floor if row else None)
+    yield from _of_long_rollout(run)
 
 
 def cpu_verdicts(run: Run) -> Iterator[Verdict]:
-    """The same for a CPU: fp32, two threads."""
+    """A line for every CPU target: fp32, two threads."""
     for row in run.rows:
         if row.suite == "op" and row.contestant == "attnx" and row.dtype == "fp32":
-            yield _held("`attention` with its map / SDPA", row.shape.replace("x", ", "), 1.10, row.ratio_to_floor)
-    for name, bound in (("extractor", 1.0), ("cls", 0.97)):
+            yield _at_most("`attention` with its map / SDPA", row.shape.replace("x", ", "), 1.10, row.ratio_to_floor)
+    for name, contestant, bound in (("rollout", "extractor", 1.0), ("CLS map", "cls", 0.97)):
         for model in CPU_MODELS:
-            found = [row for row in run.rows if row.shape == model and row.contestant == name]
-            what = "rollout" if name == "extractor" else "CLS map"
-            yield _held(f"{what} / plain forward", model, bound, found[0].ratio_to_floor if found else None)
-    for what, field in (("memory needed by the rollout", "needed_mb"), ("the same, and what malloc keeps", "peak_mb")):
+            found = run.find("models", model, contestant)
+            yield _at_most(f"{name} / plain forward", model, bound, found.ratio_to_floor if found else None)
+    for name, field in (("needed memory", "needed_mb"), ("peak memory", "peak_mb")):
         for model, batch in CPU_MODELS.items():
-            rows = {row.contestant: row for row in run.rows if row.shape == model}
-            ours, plain = (getattr(rows.get(name), field, None) for name in ("extractor", "plain"))
-            if ours is None or plain is None or (tokens := rows["extractor"].tokens) is None:
-                yield _held(f"{what} / the plain forward's", model, None, None)
-            else:
-                maps = LAYERS * batch * 4 * tokens**2 / 1e6
-                yield _held(f"{what} / the plain forward's", model, 1.05 * (plain + maps) / plain, ours / plain)
+            ours, plain = (run.find("models", model, contestant) for contestant in ("extractor", "plain"))
+            mb, floor_mb = getattr(ours, field, None), getattr(plain, field, None)
+            bound = ratio = None
+            if ours is not None and ours.tokens is not None and mb is not None and floor_mb is not None:
+                # The plain forward's memory, one fp32 map per layer, and 5 %.
+                bound = 1.05 * (floor_mb + LAYERS * batch * 4 * ours.tokens**2 / 1e6) / floor_mb
+                ratio = mb / floor_mb
+            yield _at_most(f"{name} of the rollout / of the plain forward", model, bound, ratio)
 
 
-def _held(target: str, shape: str, bound: float | None, value: float | None) -> Verdict:
+def _at_most(target: str, shape: str, bound: float | None, value: float | None) -> Verdict:
+    goal, measured = ("-" if x is None else f"{x:.2f}" for x in (bound, value))
     held = [] if value is None or bound is None else [value <= bound]
-    goal = "-" if bound is None else f"≤ {bound:.2f}"
-    return Verdict(target, shape, goal, "-" if value is None else f"{value:.2f}", _verdict(held))
+    return Verdict(target, shape, goal if bound is None else f"≤ {goal}", measured, _verdict(held))
 
 
-def _of_op(run: Run | None, target: Target, tokens: int, bound: float) -> Verdict:
-    def wanted(row: Row) -> bool:
-        return row.suite == "op" and row.contestant == "attnx" and row.sizes[2] == tokens and row.dtype != "fp32"
-
-    values = [] if run is None else [(row, target.value(run, row)) for row in run.rows if wanted(row)]
-    found = [(row.sizes[0], row.dtype, value) for row, value in values if value is not None]
+def _of_op(run: Run | None, target: Target, tokens: int) -> Verdict:
+    bound = target.short if tokens <= 257 else target.long
+    found = []
+    for row in run.rows if run else ():
+        if row.suite == "op" and row.contestant == "attnx" and row.sizes[2] == tokens and row.dtype != "fp32":
+            value = target.value(run, row) if run else None
+            if value is not None:
+                found.append((value, f"b{row.sizes[0]}{'' if row.dtype == 'bf16' else ' ' + row.dtype}"))
+    held = [value <= bound if target.at_most else value >= bound for value, _ in found]
+    measured = ", ".join(f"{value:.2f} ({batch})" for value, batch in found)
     goal = f"{'≤' if target.at_most else '≥'} {bound:g}"
-    held = [value <= bound if target.at_most else value >= bound for _, _, value in found]
-    measured = ", ".join(
-        f"{value:.2f} (b{batch}{'' if dtype == 'bf16' else ' ' + dtype})" for batch, dtype, value in found
-    )
     return Verdict(target.name, f"{tokens:,}", goal, measured or "-", _verdict(held))
 
 
 def _of_long_rollout(run: Run | None) -> Iterator[Verdict]:
+    """Two lines for the model with 16,385 tokens: its time, and a batch that attnx runs and eager attention can't."""
     rows = [row for row in run.rows if row.suite == "models" and row.shape.startswith(LONG)] if run else []
     ours = {row.shape.removeprefix(LONG + " "): row.ratio_to_floor for row in rows if row.contestant == "extractor"}
     measured = ", ".join(f"{ratio:.2f} ({batch})" for batch, ratio in ours.items())
     held = [ratio <= 1.6 for ratio in ours.values()]
     name = "rollout of ViT-B/16 at 2048 px / its SDPA forward"
     yield Verdict(name, "16,385", "≤ 1.6", measured or "-", _verdict(held))
-    yield _where_eager_cannot(run, rows, set(ours))
+
+    eager = [(row.shape.removeprefix(LONG + " "), "runs") for row in rows if row.contestant in EAGER]
+    for entry, reason in run.about.get("not_run", {}).items() if run else ():
+        contestant, _, shape = entry.partition(f", {LONG} ")
+        if contestant in EAGER and shape and reason.startswith(("out of memory", "not tried")):
+            eager.append((shape, _reason(reason)))
+    result = _verdict([any(how == "out of memory" and batch in ours for batch, how in eager)] if eager else [])
+    if "met" not in result and any(how.startswith("not tried") for _, how in eager):
+        result = "not tried"
+    measured = ", ".join(f"{how} ({batch})" for batch, how in eager)
+    yield Verdict("that rollout where eager attention runs out of memory", "16,385", "runs", measured or "-", result)
 
 
-def _where_eager_cannot(run: Run | None, rows: list[Row], ours: set[str]) -> Verdict:
-    """One batch that attnx holds and eager, tried, does not is what is claimed; the others stand beside it."""
-    ran = [(row.shape.removeprefix(LONG + " "), "runs") for row in rows if row.contestant in EAGER]
-    not_run = (run.about.get("not_run", {}) if run else {}).items()
-    ran += [
-        (name.removeprefix(f"{eager}, {LONG} "), _why_not(reason))
-        for name, reason in not_run
-        for eager in EAGER
-        if name.startswith(f"{eager}, {LONG} ") and reason.startswith(("out of memory", "not tried"))
-    ]
-    measured = ", ".join(f"{how} ({batch})" for batch, how in ran)
-    held = any(how == "out of memory" and batch in ours for batch, how in ran)
-    untried = any(how.startswith("not tried") for _, how in ran)
-    verdict = "not tried" if untried and not held else _verdict([held] if ran else [])
-    return Verdict("that rollout where eager can't hold it", "16,385", "runs", measured or "-", verdict)
-
-
-def _why_not(reason: str) -> str:
-    """The words "out of memory", or of what was never tried "not tried: N GB needed"."""
+def _reason(reason: str) -> str:
+    """ "out of memory", or "not tried: N GB needed" if eager attention was not run at all."""
     if "not tried" not in reason:
         return "out of memory"
     needed = re.search(r"[\d.]+ GB", reason)
@@ -145,11 +133,5 @@ def _why_not(reason: str) -> str:
 
 def _verdict(held: list[bool]) -> str:
     if not held:
-        return "not measured"
-    return (
-        "**met**"
-        if all(held)
-        else "**missed**"
-        if len(held) == 1
-        else f"**missed** in {held.count(False)} of {len(held)}"
-    )
+        return NOT_MEASURED
+    return verdict(all(held)) + (f" in {held.count(False)} of {len(held)}" if len(held) > 1 and not all(held) else "")

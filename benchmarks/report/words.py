@@ -1,21 +1,21 @@
-"""The report's section on word maps and Grad-CAM of images and captions."""
+"""The report's section on word maps and Grad-CAM."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.report.table import ms, number, origin, table
+from benchmarks.report.table import ms, number, origin, table, verdict
 
 
 def words_section(file: str, content: dict[str, Any]) -> Iterator[str]:
-    """One file of `benchmarks.suites.words`: what was aimed at, then every row."""
+    """Lines for one file of `benchmarks.suites.words`: the goals, then every row."""
     threads = "" if content["device"] == "cuda" else f", {content['threads']} threads"
     yield f"## Words to patches: {content['hardware']}{threads}\n"
     yield f"[`{file}`](results/{file}): {'; '.join(origin(content))}.\n"
     yield (
         f"ALBEF-base with random weights, captions of 9 to 17 tokens, layer {content['layer']}. The floor,\n"
-        "`forward`, is the forward pass to the end of that layer; `original_words` and `original_gradcam` are the\n"
-        "original code's `save_attention` path and Grad-CAM with the same weights. Error: of ours from theirs, as a\n"
-        "share of the largest entry. Peak and needed MB as above.\n"
+        "`forward`, is the forward pass to the end of that layer. `original_words` and `original_gradcam` are the\n"
+        "original code's `save_attention` path and Grad-CAM with the same weights. The error is the difference of\n"
+        "attnx from the original, as a share of the largest entry. Peak and needed MB are defined as above.\n"
     )
     groups: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
     for row in content["rows"]:
@@ -38,14 +38,10 @@ def _held(key: tuple[int, int], rows: dict[str, dict[str, Any]]) -> tuple[str, .
         memory = cam[field] / original[field]
     return (
         f"{key[0]} px, batch {key[1]}",
-        number(ratio), "" if ratio is None else f"≤ 1: {_verdict(ratio <= 1)}",
-        number(faster, "x"), "" if faster is None else f"≥ 2: {_verdict(faster >= 2)}",
-        number(memory), "" if memory is None else f"< 0.5: {_verdict(memory < 0.5)}",
+        number(ratio), "" if ratio is None else f"≤ 1: {verdict(ratio <= 1)}",
+        number(faster, "x"), "" if faster is None else f"≥ 2: {verdict(faster >= 2)}",
+        number(memory), "" if memory is None else f"< 0.5: {verdict(memory < 0.5)}",
     )  # fmt: skip
-
-
-def _verdict(held: bool) -> str:
-    return "**met**" if held else "**missed**"
 
 
 def _line(pixels: int, batch: int, row: dict[str, Any]) -> tuple[str, ...]:

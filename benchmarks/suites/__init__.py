@@ -1,1 +1,1 @@
-"""What is measured: the op, whole models, batch jobs, word maps, memory, growth with the tokens, block sizes."""
+"""Suites: the op, whole models, batch jobs, word maps, memory, growth with the number of tokens, block sizes."""

@@ -11,13 +11,13 @@ from benchmarks.record import Record
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="tiny shapes, two rounds: does it run?")
-    parser.addoption("--device", choices=["cpu", "cuda"], help="CUDA where there is a device, unless given")
-    parser.addoption("--record", type=Path, help="a file for what is found, line by line")
+    parser.addoption("--quick", action="store_true", help="tiny shapes, two rounds")
+    parser.addoption("--device", choices=["cpu", "cuda"], help="default: cuda if available")
+    parser.addoption("--record", type=Path, help="file for the findings, see benchmarks/record.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, where it is installed")
+    config.addinivalue_line("markers", "timeout(seconds): used by pytest-timeout if it is installed")
     if config.getoption("--device") is None:
         config.option.device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -51,7 +51,7 @@ def record(request: pytest.FixtureRequest) -> "Recorder":
 
 
 class Recorder:
-    """The record of one test: a row, or why there is none."""
+    """Records the row of one test, or the reason why there is none."""
 
     def __init__(self, record: Record, test: str) -> None:
         self.record, self.test = record, test
@@ -60,7 +60,7 @@ class Recorder:
         self.record.add(row=_short(row), test=self.test)
 
     def not_run(self, name: str, reason: str) -> None:
-        """Skips the test, after it is written down why."""
+        """Record the reason and skip the test."""
         self.record.add(not_run=name, reason=reason, test=self.test)
         pytest.skip(f"{name}: {reason}")
 
@@ -75,7 +75,7 @@ def _short(value: Any) -> Any:
 def _free_device_memory(device: str) -> Iterator[None]:
     yield
     if device == "cuda":
-        for name in ("last_exc", "last_value", "last_traceback"):  # a failure's frames hold its tensors
+        for name in ("last_exc", "last_value", "last_traceback"):  # a failure's frames keep tensors alive
             sys.__dict__.pop(name, None)
         gc.collect()
         torch.cuda.empty_cache()

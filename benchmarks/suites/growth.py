@@ -1,8 +1,8 @@
-"""How time and memory grow with the tokens: one contestant on one size in a process of its own, and a power fitted.
+"""Growth of time and memory with the number of tokens, measured in one process per contestant and size.
 
-    python -m benchmarks.suites.growth          a ViT-Ti/16 from 224 to 1024 pixels, batch 1, on this machine's CPU
+    python -m benchmarks.suites.growth          a ViT-Ti/16 from 224 to 1024 pixels, batch 1, on the CPU
 
-`benchmarks.run` stores the same under "growth".
+`benchmarks.run` stores the same rows under "growth".
 """
 
 import math
@@ -35,19 +35,19 @@ def measure(sizes: Iterable[int] = models.GROWTH, runs: int = RUNS) -> Iterator[
 
 
 def by_contestant(rows: Iterable[dict[str, Any]]) -> dict[str, list[Point]]:
-    """The stored rows as lines."""
+    """{contestant: points}, ordered by tokens."""
     lines: dict[str, list[Point]] = {}
     for row in rows:
-        # What was free in the allocator anyway is not seen: less than 0.1 MB says nothing.
+        # Memory that the allocator had free does not count, so values below 0.1 MB are noise.
         lines.setdefault(row["contestant"], []).append(Point(row["tokens"], row["ms"], max(0.1, row["peak_mb"])))
     return {name: sorted(points) for name, points in lines.items()}
 
 
 def power(points: Sequence[tuple[float, float]]) -> float:
-    """p of the least-squares fit y = c x^p of the three largest x, where the constant part weighs least.
+    """p of the least-squares fit y = c x^p to the three largest x, where constant costs matter least.
 
     Raises:
-        ValueError: fewer than two points, or one that is not positive.
+        ValueError: there are fewer than two points, or one is not positive.
     """
     logs = [(math.log(x), math.log(y)) for x, y in sorted(points)[-3:]]
     if len(logs) < 2:

@@ -1,28 +1,24 @@
-"""The batch job: how near to its model, or to its decoders, it comes; and a job of ten million images.
+"""The batch job beside its model and its decoders, and a job of ten million rows.
 
     python -m benchmarks.suites.jobs --photos DIR               2,000 JPEGs, copies of those in DIR
-    python -m benchmarks.suites.jobs --device cuda              ... of drawn pictures of 640 x 480
-    python -m benchmarks.suites.jobs --engines 2                one process, then two: local, ranks, Ray
-    python -m benchmarks.suites.jobs --many 10000000            no model and no decoder: what remains is ours
+    python -m benchmarks.suites.jobs --device cuda              generated JPEGs of 640 x 480
+    python -m benchmarks.suites.jobs --many 10000000            without a model and decoders
     python -m benchmarks.suites.jobs --quick                    a tiny model, 64 pictures, 20,000 rows
 
-`decode` is the decoding processes alone, `model` the extractor alone, on pixels that are there; both before and after
-`pipeline`, `attnx extract`'s own way through all the files, and their means count; of seven rounds the middle one.
-The pipeline can't be faster than the slower of them; where they share the cores of a CPU, it can't even be as fast:
-`shared` is what it could be then, if their times simply add up.
+`decode` is the decoding processes alone, `model` the extractor alone on decoded pixels. Both run before and after
+`pipeline`, the job of `attnx extract`, and their means count. The median of seven rounds is stored. The pipeline can't
+be faster than the slower of the two. If they share the cores of a CPU, `shared` is the rate if their times add up.
 
-Of many rows everything is real, the manifest, the queues, packing, Parquet, fsync, but the pixels and the maps, which
-are always the same. Resident memory and the rate are noted at every tenth of the way.
+The job of many rows has a real manifest, queues, packing, Parquet and fsync; pixels and maps are constant. Resident
+memory and the rate are stored after every tenth of the rows.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -35,22 +31,22 @@ import attnx
 from attnx.cli.options import rollout_options
 from attnx.images import find_images
 from attnx.jobs.decoding import Decode, Decoders, Picture, start_server
-from attnx.jobs.engines.cluster import Cluster
 from attnx.jobs.job import open_job
-from attnx.jobs.memory import MOST_PIXELS, usable_cores
+from attnx.jobs.memory import usable_cores
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.recipe import ExtractRecipe, RunOptions, Runtime
 from attnx.jobs.run import run_job
 from attnx.jobs.sources import Entry
 from attnx.jobs.tasks import ImageTask
 from attnx.jobs.worker import Worker
+from attnx.limits import PICTURE_PIXELS
 from benchmarks.machine import ROOT, environment, file_stem, write_atomically
 
 MODEL = "timm:vit_small_patch16_224"
 
 
 def draw(folder: Path, count: int, photos: Path | None) -> float:
-    """Writes count JPEGs, and gives their mean size in bytes."""
+    """Write `count` JPEGs and return their mean size in bytes."""
     folder.mkdir()
     own = [] if photos is None else [path.read_bytes() for path in find_images(photos) if path.suffix.lower() == ".jpg"]
     rng = np.random.default_rng(0)
@@ -60,7 +56,7 @@ def draw(folder: Path, count: int, photos: Path | None) -> float:
         if own:
             path.write_bytes(own[i % len(own)])
         else:
-            # Large shapes and some grain: about 100 KB, as a photo of this size.
+            # Large shapes and noise: about 100 KB, like a photo of this size.
             coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize((640, 480))
             grain = rng.normal(0, 12, (480, 640, 1))
             Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(path, quality=88)
@@ -69,7 +65,7 @@ def draw(folder: Path, count: int, photos: Path | None) -> float:
 
 
 def decode_alone(tools: Runtime, workers: int | None) -> float:
-    """Images a second."""
+    """Images per second of the decoders alone."""
     source = tools.recipe.open_source()
     entries = list(source.entries())
     with Decoders(Decode(source.reader(), tools.pixels), workers) as decoders:
@@ -82,7 +78,7 @@ def decode_alone(tools: Runtime, workers: int | None) -> float:
 
 
 def model_alone(tools: Runtime, batch: int, count: int) -> float:
-    """Images a second, from pixels on the device to maps on the CPU."""
+    """Images per second of the model alone, from pixels on the device to maps on the CPU."""
     pixels = torch.randint(0, 256, (batch, 3, *tools.pixels.size), dtype=torch.uint8, device=tools.device)
     groups = [[Entry("", "")]] * batch
     start = time.perf_counter()
@@ -93,7 +89,7 @@ def model_alone(tools: Runtime, batch: int, count: int) -> float:
 
 
 def pipeline(tools: Runtime, out: Path, running: RunOptions) -> dict[str, Any]:
-    """A whole job: images a second, and where the time went."""
+    """Images per second of a whole job, and the seconds of its stages."""
     recipe = tools.recipe
     with open_job(out, recipe.open_source(), recipe.describe_source(), tools.settings, recipe.to_json()) as job:
         report = run_job(tools, job, running)
@@ -102,17 +98,17 @@ def pipeline(tools: Runtime, out: Path, running: RunOptions) -> dict[str, Any]:
 
 
 def _recipe(options: argparse.Namespace, folder: Path) -> ExtractRecipe:
-    """As `attnx extract` makes it."""
+    """The recipe of `attnx extract`."""
     return ExtractRecipe(
         source=str(folder / "images"), kind="folder", root=None, split=None,
         model="demo" if options.quick else options.model, pretrained=options.quick, checkpoint=None, image_size=None,
-        seed=0, method="rollout", heads="mean", dtype=options.dtype, map_dtype="float16", max_pixels=MOST_PIXELS,
+        seed=0, method="rollout", heads="mean", dtype=options.dtype, map_dtype="float16", max_pixels=PICTURE_PIXELS,
         pixels=None, layers=None, keep="auto", compile=False, store="map", rolling=rollout_options(0.5, 0.0, 0, None),
     )  # fmt: skip
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Decoders, model and pipeline, on a folder of pictures."""
+    """Rates of decoders, model and pipeline on a folder of images."""
     count = 64 if options.quick else options.images
     size = draw(folder / "images", count, options.photos)
     start_server()
@@ -127,7 +123,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         decode, model = ((a + b) / 2 for a, b in zip(before, after, strict=True))
         rounds.append((told["images_per_s"] / min(decode, model), decode, model, told))
         print(f"round {number}: {rounds[-1][0]:.3f} of the slower", flush=True)
-    # The round in the middle, whole: its parts belong together.
+    # All values of one round, because they belong together.
     of_slower, decode, model, told = sorted(rounds, key=lambda one: one[0])[len(rounds) // 2]
     shared = 1 / (1 / model + 1 / decode) if options.device == "cpu" else None
     return {
@@ -140,75 +136,21 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The same job by every engine, of so many processes; and whether all wrote the same bytes.
-
-    Seconds are those of the whole job: processes start, import and load the model first. Ranks are timed together.
-    """
-    count = 64 if options.quick else options.images
-    draw(folder / "images", count, options.photos)
-    tools = _recipe(options, folder).load(torch.device("cpu"))
-    found: dict[str, Any] = {}
-    wrote: dict[str, list[bytes]] = {}
-    alone = max(1, usable_cores() // options.engines)
-    of_each = ["--device", "cpu", "--engine", "ranks", "--world", str(options.engines), "--workers", str(alone)]
-    for name in ("here", "local", "ranks", "ray"):
-        out = folder / name
-        start = time.perf_counter()
-        if name == "ranks":
-            command = [
-                sys.executable,
-                "-m",
-                "attnx",
-                "extract",
-                str(folder / "images"),
-            ]
-            command += ["--model", options.model, "--no-pretrained", "--shard-size", "64", "--out", str(out), *of_each]
-            environment = os.environ | {"OMP_NUM_THREADS": str(alone)}
-            ranks = [
-                subprocess.Popen([*command, "--rank", str(rank)], env=environment, stdout=subprocess.DEVNULL)
-                for rank in range(options.engines)
-            ]
-            assert [rank.wait() for rank in ranks] == [0] * options.engines
-        else:
-            recipe = tools.recipe
-            plan = recipe.open_source(), recipe.describe_source(), tools.settings, recipe.to_json(), 64
-            how: dict[str, Any] = {
-                "local": {"devices": ["cpu"] * options.engines},
-                "ray": {"cluster": Cluster(actors=options.engines)},
-            }
-            with open_job(out, *plan) as job:
-                assert (
-                    run_job(tools, job, RunOptions(options.batch, options.workers), **how.get(name, {})).maps == count
-                )
-        found[name] = {"seconds": (seconds := time.perf_counter() - start), "images_per_s": count / seconds}
-        wrote[name] = [path.read_bytes() for path in sorted(out.glob("part-*.parquet"))]
-        print(name, found[name], flush=True)
-    same = {name: wrote[name] == wrote["local"] for name in wrote}
-    return {
-        "images": count,
-        "model": options.model,
-        "processes": options.engines,
-        "engines": found,
-        "same_as_local": same,
-    }
-
-
 class Numbers:
-    """A source of so many rows, of which nothing is there."""
+    """A source of `count` entries without files."""
 
     def __init__(self, count: int) -> None:
         self._count = count
 
     def entries(self) -> Iterator[Entry]:
-        """Names as a large data set has."""
+        """Entries with names like those of a large data set."""
         for i in range(self._count):
             name = f"train/{i // 1000:06d}/{i:09d}.jpg"
             yield Entry(name, name)
 
 
 class NoDecoders(Decoders):
-    """Pictures that are there."""
+    """A source of one decoded image."""
 
     def __init__(self) -> None:
         self.workers = 0
@@ -216,12 +158,12 @@ class NoDecoders(Decoders):
         self._future.set_result(Picture(np.zeros((3, 2, 2), np.uint8), 640, 480, (0.0, 0.0, 640.0, 480.0)))
 
     def submit(self, entry: Entry) -> Future[Picture]:
-        """The same one."""
+        """The same image for every entry."""
         return self._future
 
 
 def many(count: int, out: Path) -> dict[str, Any]:
-    """A job of so many rows without a model: planning, making, resuming, reading."""
+    """Times of a job of `count` rows without a model: planning, writing, resuming, reading."""
     pixels = Pixels("whole", (2, 2), (0.0,) * 3, (1.0,) * 3, "bilinear")
     maps = torch.rand(256, 14, 14, generator=torch.Generator().manual_seed(0))
     task = ImageTask(lambda images: maps[: len(images)])
@@ -242,55 +184,63 @@ def many(count: int, out: Path) -> dict[str, Any]:
                     marks.append({"rows": rows, "us_per_row": 1e6 * (now - last) / since, "resident_mb": _resident()})
                     last = now
         seconds = time.perf_counter() - begin
-    start = time.perf_counter()
-    with open_job(out, source, {}, {"model": "none"}) as job:
-        assert len(job.done()) == job.shards
-    resumed = time.perf_counter() - start
-    start = time.perf_counter()
-    errors = sum(map(job.errors, range(job.shards)))
-    counted = time.perf_counter() - start
-    start = time.perf_counter()
-    opened = attnx.open(out)
-    opening = time.perf_counter() - start
-    start = time.perf_counter()
-    key = opened[count // 2].key
-    by_place = time.perf_counter() - start
-    start = time.perf_counter()
-    assert opened[key].key == key
-    first_key = time.perf_counter() - start
-    rng = np.random.default_rng(0)
-    start = time.perf_counter()
-    for i in rng.integers(0, count, 200):
-        _ = opened[int(i)]
-    random = (time.perf_counter() - start) / 200
-    assert (len(opened), errors) == (count, 0)
     size = sum(path.stat().st_size for path in out.glob("part-*.parquet"))
     return {
         "rows": count, "shards": job.shards, "plan_s": planned, "resident_after_plan_mb": resident, "make_s": seconds,
-        "marks": marks, "resume_s": resumed, "count_errors_s": counted, "open_s": opening, "row_by_place_s": by_place,
-        "first_key_s": first_key, "random_row_ms": 1e3 * random, "bytes_per_row": size / count,
+        "marks": marks, **_read_again(out, source, count), "bytes_per_row": size / count,
         "manifest_bytes_per_row": (out / "manifest.parquet").stat().st_size / count,
     }  # fmt: skip
 
 
+def _read_again(out: Path, source: Numbers, count: int) -> dict[str, Any]:
+    """Times of resuming a finished job and of reading its rows."""
+
+    def errors() -> int:
+        with open_job(out, source, {}, {"model": "none"}) as job:
+            return sum(map(job.errors, range(job.shards)))
+
+    def resume() -> None:
+        with open_job(out, source, {}, {"model": "none"}) as job:
+            assert len(job.done()) == job.shards
+
+    _, resumed = _timed(resume)
+    failed, counted = _timed(errors)
+    opened, opening = _timed(lambda: attnx.open(out))
+    key, by_place = _timed(lambda: opened[count // 2].key)
+    same, first_key = _timed(lambda: opened[key].key)
+    places = np.random.default_rng(0).integers(0, count, 200)
+    _, random = _timed(lambda: [opened[int(i)] for i in places])
+    assert (len(opened), failed, same) == (count, 0, key)
+    return {
+        "resume_s": resumed, "count_errors_s": counted, "open_s": opening, "row_by_place_s": by_place,
+        "first_key_s": first_key, "random_row_ms": 1e3 * random / len(places),
+    }  # fmt: skip
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """The result of a call and its seconds."""
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
+
+
 def _resident() -> float:
-    """Megabytes of this process."""
+    """Resident megabytes of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 1e6
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, prints and stores."""
+    """Measure, print and store."""
     parser = argparse.ArgumentParser(prog="benchmarks.suites.jobs", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--photos", type=Path, help="a folder of JPEGs to copy; drawn ones unless given")
+    parser.add_argument("--photos", type=Path, help="a folder of JPEGs to copy; default: generated ones")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--workers", type=int, help="processes that decode")
+    parser.add_argument("--workers", type=int, help="number of decoding processes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--many", type=int, help="a job of so many rows, and no other")
-    parser.add_argument("--engines", type=int, help="every engine with so many processes, and nothing else")
+    parser.add_argument("--many", type=int, help="only a job of this many rows")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true")
@@ -299,8 +249,6 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if options.many is not None:
             told, name = many(options.many, Path(folder) / "out"), "jobs-many"
-        elif options.engines is not None:
-            told, name = engines(options, Path(folder)), "jobs-engines"
         else:
             told, name = measure(options, Path(folder)), "jobs"
     path = options.out / f"{name}-{file_stem(options.device)}{'-quick' if options.quick else ''}.json"

@@ -1,4 +1,4 @@
-"""Whole models: images to an all-layer rollout, beside the plain forward pass. The rollouts must be right first."""
+"""Whole models: from images to a rollout over all layers. Each rollout is checked before it is timed."""
 
 import copy
 from functools import lru_cache
@@ -14,8 +14,8 @@ from benchmarks.peers import rollouts
 from benchmarks.peers.op import NotRun
 from benchmarks.timing import CLOCK, cuda_peak_mb, race, try_to, wall_timer
 
-AGREEMENT = 1e-4  # of the exact rollout's largest entry, in fp32
-FP32_BYTES = 4 << 30  # of all weights; on a GPU, larger models are checked in the dtype that is timed alone
+AGREEMENT = 1e-4  # maximum error in fp32, as a share of the exact rollout's largest entry
+FP32_BYTES = 4 << 30  # on a GPU, models with more attention weights are checked only in the timed dtype
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -27,7 +27,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Case:
-    """A model and its images in fp32 and in the dtype that is timed, and the exact rollout of the q and k of each."""
+    """A model and its images in fp32 and in the timed dtype, with the exact rollout and class token's map."""
 
     def __init__(self, run: models.Run, device: str) -> None:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -38,17 +38,17 @@ class Case:
         if self.dtype != torch.float32:
             self.images[self.dtype] = images.to(self.dtype)
             self.models[self.dtype] = copy.deepcopy(model).to(self.dtype)
-        heard = exact.listen(model, images)
-        self.weight_bytes = {dtype: exact.weight_bytes(heard, dtype) for dtype in (torch.float32, self.dtype)}
+        layers = exact.layers_of(model, images)
+        self.weight_bytes = {dtype: exact.weight_bytes(layers, dtype) for dtype in (torch.float32, self.dtype)}
         with torch.inference_mode():
-            self.reference = {"rollout": exact.rollout(heard), "cls": exact.cls_row(heard[-1])}
-            self.tokens = heard[0].q.shape[2]
-            del heard
-        # How far rounded weights and activations alone carry a map: it is no contestant's fault.
+            self.reference = {"rollout": exact.rollout(layers), "cls": exact.cls_row(layers[-1])}
+            self.tokens = layers[0].q.shape[2]
+            del layers
+        # The error from rounded weights and activations alone, which every contestant has.
         self.rounding = dict.fromkeys(self.reference, 0.0) if self.dtype == torch.float32 else self._rounding()
 
     def call(self, contestant: str, dtype: torch.dtype) -> rollouts.Rollout:
-        """The contestant with a copy of the model that it may change."""
+        """The contestant with its own copy of the model."""
         model: nn.Module = copy.deepcopy(self.models[dtype])
         return rollouts.CONTESTANTS[contestant](model)
 
@@ -61,8 +61,8 @@ class Case:
 
     def _rounding(self) -> dict[str, float]:
         with torch.inference_mode():
-            heard = exact.listen(self.models[self.dtype], self.images[self.dtype])
-            rollout, row = exact.rollout(heard), exact.cls_row(heard[-1])
+            layers = exact.layers_of(self.models[self.dtype], self.images[self.dtype])
+            rollout, row = exact.rollout(layers), exact.cls_row(layers[-1])
             return {"rollout": self._distance(rollout, "rollout"), "cls": self._distance(row, "cls")}
 
     def _distance(self, result: Tensor, kind: str) -> float:
@@ -72,7 +72,7 @@ class Case:
 
 
 def kind_of(contestant: str) -> str:
-    """What a contestant gives: "rollout", or "cls"."""
+    """The kind of the contestant's result: "rollout" or "cls"."""
     return "cls" if contestant == "cls" else "rollout"
 
 
@@ -104,7 +104,7 @@ def _measure(benchmark: Any, run: models.Run, name: str, device: str, quick: boo
 
 
 def too_large(needs: int, device: str) -> str | None:
-    """Why what needs that many bytes can't be tried on the GPU at hand; None where it can, and on a CPU."""
+    """Message if `needs` bytes exceed the GPU's memory, else None. Always None on a CPU."""
     if device != "cuda":
         return None
     have = torch.cuda.get_device_properties(0).total_memory
@@ -114,13 +114,13 @@ def too_large(needs: int, device: str) -> str | None:
 
 
 def _checked_error(case: Case, name: str, device: str) -> float:
-    """The contestant's error in the dtype that is timed, once it agrees with the exact rollout in fp32."""
+    """The contestant's error in the timed dtype, after a check in fp32."""
     if device == "cpu" or case.weight_bytes[torch.float32] <= FP32_BYTES:
         error = case.error(name, torch.float32)
         assert error <= AGREEMENT, f"{name}: in fp32 off by {error:.1e} of the largest entry"
     if case.dtype == torch.float32:
         return error
     error, budget = case.error(name, case.dtype), 2 * case.rounding[kind_of(name)] + torch.finfo(case.dtype).eps
-    # Eager attention rounds its weights to the dtype, too: that is its error to have.
+    # Eager attention also rounds its weights to the dtype, so it has a larger error.
     assert error <= budget or name in rollouts.EAGER, f"{name}: off by {error:.1e}; expected at most {budget:.1e}"
     return error

@@ -1,16 +1,15 @@
-"""Word maps and Grad-CAM of an ALBEF with random weights, beside the original code's ways to them.
+"""Word maps and Grad-CAM of an ALBEF with random weights, beside the original code.
 
     python -m benchmarks.suites.words --original ALBEF          a checkout of https://github.com/salesforce/ALBEF
     python -m benchmarks.suites.words --original ALBEF --mkl-as-on-intel
     python -m benchmarks.suites.words --original ALBEF --device cuda
-    python -m benchmarks.suites.words --quick                   a tiny model: does it run?
+    python -m benchmarks.suites.words --quick                   a tiny model
 
-The floor is our model's forward pass up to the layer's end, and no further. `word_maps` and `gradcam` are attnx's;
-`original_words` is the original with `save_attention`, whose gradients must be on, and the mean over heads;
-`original_gradcam` is that, a backward pass, and the products of its notebook, as LAVIS's `compute_gradcam` too has
-them. All have the same weights; what differs from the original by more than 1e-4 of its largest entry is not timed.
-Contestant and floor run in turn; on a CPU each in a process of its own, and so does each measurement of memory, see
-`memory`.
+The floor is the forward pass of attnx's model up to the end of the layer. `word_maps` and `gradcam` are attnx's.
+`original_words` is the original with `save_attention`, which needs gradients, and the mean over heads.
+`original_gradcam` adds a backward pass and the products of the original notebook, which LAVIS's `compute_gradcam` also
+uses. All have the same weights. Results that differ from the original by more than 1e-4 of its largest entry are not
+timed. Contestant and floor run alternately. On a CPU each measurement has its own process.
 """
 
 import argparse
@@ -40,13 +39,13 @@ from benchmarks.suites import memory
 
 LAYER = 8
 AGREEMENT = 1e-4
-TOKENS = (13, 9, 17, 11)  # of one caption after another
+TOKENS = (13, 9, 17, 11)  # lengths of the captions, repeated
 OURS, ORIGINAL = ("word_maps", "gradcam"), ("original_words", "original_gradcam")
 TINY = AlbefConfig((32, 32), 16, 32, 2, 2, 32, 12, 2, vocab_size=100, embed_dim=8)
 
 
 class Run(NamedTuple):
-    """How many pairs at a time, and the images' height and width."""
+    """Number of pairs in a batch, and height and width of the images."""
 
     batch: int
     pixels: int
@@ -59,7 +58,7 @@ RUNS = (Run(1, 256), Run(1, 384), Run(16, 256), Run(16, 384))
 
 
 class Tokens:
-    """A tokenizer whose captions are numbers: so many tokens, none of them padding."""
+    """A tokenizer for captions that are numbers: the number of tokens."""
 
     def __call__(self, caption: str) -> Caption:
         count = int(caption)
@@ -71,20 +70,20 @@ class Tokens:
 
 
 class Case:
-    """A model, and a batch of pairs; the original with the same weights where there is a checkout."""
+    """A model and a batch of pairs; with a checkout, also the original with the same weights."""
 
     def __init__(self, run: Run, checkout: Path | None, quick: bool = False, device: str = "cpu") -> None:
         torch.manual_seed(0)
         config = replace(TINY if quick else AlbefConfig(), image_size=(run.pixels, run.pixels))
         self.model = Albef(config, Tokens()).eval().to(device)  # type: ignore[arg-type]
-        with torch.no_grad():  # at initialisation attention is all but even, and a wrong map would look right
+        with torch.no_grad():  # at initialisation attention is almost uniform, and wrong maps pass
             for name, parameter in self.model.named_parameters():
                 if name.endswith(("query.weight", "key.weight")):
                     parameter.mul_(4)
         self.original: Original | None = None
         if checkout is not None:
             self.original = load_original(checkout, config).to(device)
-            # BertModel has buffers of its own.
+            # BertModel has additional buffers.
             self.original.load_state_dict(self.model.state_dict(), strict=False)
             self.original.cross_attention(LAYER).save_attention = True
         self.images = torch.randn(run.batch, 3, run.pixels, run.pixels).to(device)
@@ -98,7 +97,7 @@ class Case:
         self.mask = self.ids != 0
 
     def call(self, name: str) -> Callable[[], Any]:
-        """One of the ways, ready to run; maps are [B, T, h, w], ours a list of [T, h, w]."""
+        """The contestant of this name. The original returns maps [B, T, h, w], attnx a list of [T, h, w]."""
         return getattr(self, name)
 
     @torch.inference_mode()
@@ -131,7 +130,7 @@ class Case:
         return maps[:, :, 1:].unflatten(-1, self.model.grid(self.images))
 
     def error(self, name: str) -> float:
-        """The largest difference of ours from the original's, as a share of its largest entry."""
+        """The largest difference of attnx from the original, as a share of the original's largest entry."""
         exact = self.call(f"original_{'words' if name == 'word_maps' else name}")()
         ours = self.call(name)()
         wrong = [(one - exact[i, : len(one)]).abs().max() for i, one in enumerate(ours)]
@@ -142,7 +141,7 @@ _case = lru_cache(maxsize=1)(Case)
 
 
 def timed(name: str, run: Run, checkout: Path | None, quick: bool, device: str = "cpu") -> dict[str, Any]:
-    """Times in milliseconds of a contestant and the floor between its rounds; the error of ours."""
+    """Times in milliseconds of a contestant and the floor between its rounds, and the error of attnx."""
     case = _case(run, checkout, quick, device)
     error = case.error(name) if name in OURS and checkout is not None else None
     if error is not None and error > AGREEMENT:
@@ -164,9 +163,8 @@ def peak(name: str, run: Run, checkout: Path | None, quick: bool, device: str = 
     """Megabytes (10^6 bytes) of the first run above the loaded model."""
     Case(Run(2, 32), checkout, quick=True, device=device).call(name)()
     case = _case(run, checkout if device == "cuda" or name in ORIGINAL else None, quick, device)
-    watch = memory.allocator if device == "cuda" else memory.resident_watch()[0]
-    with watch() as most:
-        result = case.call(name)()  # noqa: F841  held until the peak is read
+    with memory.peak_of(device) as most:
+        result = case.call(name)()  # noqa: F841  keep until the peak is read
     return dict(peak_mb=round(most[0] / 1e6, 1))
 
 
@@ -179,13 +177,13 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def measure(checkout: Path | None, quick: bool, device: str, only: str | None) -> Iterator[dict[str, Any]]:
-    """A row for every contestant and run, each measured in processes of its own; only: the one run of that name."""
+    """A row for every contestant and run, each in its own processes; `only`: the name of one run."""
     for run in (Run(2, 64),) if quick else RUNS:
         if only not in (None, str(run)):
             continue
         for name in ("forward", *OURS, *(ORIGINAL if checkout else ())):
             print(f"== {name}, {run}", flush=True)
-            if device == "cuda":  # its allocator counts exactly, whatever else there is
+            if device == "cuda":  # its allocator counts exactly, so no separate process is needed
                 yield timed(name, run, checkout, quick, device) | peak(name, run, checkout, quick, device)
                 continue
             options = ["--device", device, *(["--original", str(checkout.resolve())] if checkout else [])]
@@ -218,11 +216,11 @@ def _in_own_process(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes words-HARDWARE.json, and prints its rows."""
+    """Write words-HARDWARE.json and print its rows."""
     parser = argparse.ArgumentParser(prog="benchmarks.suites.words", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--original", type=Path, help="a checkout of the original code; without it, ours alone")
+    parser.add_argument("--original", type=Path, help="a checkout of the original code; default: only attnx")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--only", choices=[str(run) for run in RUNS], help="one run of all")
+    parser.add_argument("--only", choices=[str(run) for run in RUNS], help="only this run")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds")
     parser.add_argument("--mkl-as-on-intel", action="store_true", help="see benchmarks/mkl.py")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

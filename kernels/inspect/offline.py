@@ -1,6 +1,6 @@
-"""Compiles launches for targets that are not at hand and reads what the compiler says of them. No GPU is needed.
+"""Compile launches for any target and read their resources from the compiler's output. No GPU is needed.
 
-`attnx kernels` prints it for every kernel in its default configurations.
+`attnx kernels` prints the resources of every kernel in its default configurations.
 """
 
 import multiprocessing
@@ -23,21 +23,15 @@ from attnx.kernels.arguments import shared_args, value_args
 from attnx.kernels.configs import Launch, Target, gradient_config, map_config, one_pass_config
 from attnx.kernels.forward import forward_launch
 from attnx.kernels.gradient import gradient_launch
-from attnx.kernels.inspect.machine_code import Code, Kind, parse
+from attnx.kernels.inspect.machine_code import Kind, parse
 from attnx.kernels.inspect.undefined import undefined
 from attnx.kernels.map import map_launch
 from attnx.kernels.one_pass import one_pass_launch
 from attnx.kernels.vecmat import vecmat_launch
 
 TARGETS = (*(Target("cuda", arch) for arch in (80, 86, 89, 90, 100)), Target("hip", "gfx942"))
-SHARED_LIMIT = {
-    80: 163 << 10,
-    86: 99 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-    "gfx942": 64 << 10,
-}  # bytes a program may use
+# Bytes of shared memory per program.
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
 
 
@@ -52,19 +46,19 @@ COLUMNS = {
 
 
 class Resources(NamedTuple):
-    """What a kernel takes on a target, and instruction counts of its machine code.
+    """Resources of a kernel on a target, and instruction counts of its machine code.
 
-    registers: of a thread; on AMD the vector registers, accumulation registers among them.
-    spills: bytes of a thread's registers that live in memory.
-    shared, limit: bytes of shared memory of a program, and what it may have.
-    matrix: the matrix instructions it has, "HGMMA+HMMA" if two, or the fp32 one if none.
-    dots: what the matrix instructions multiply, as a multiple of a tile's products of queries and keys; None where
-        their shape can't be read. More than the source has: warps do the same work.
-    batches: how often Hopper's matrix instructions are waited for; as many as there are of them: ptxas had a reason to
-        issue them one by one.
-    sgpr_spills: AMD's scalar registers kept in lanes of vector registers. agprs: its accumulation registers.
-    undefined: the first instruction that reads a register which nothing wrote, see `kernels/undefined.py`.
-    error: why there is nothing to say.
+    registers: per thread; on AMD the vector registers, including accumulation registers.
+    spills: spilled bytes per thread.
+    shared, limit: bytes of shared memory per program, used and allowed.
+    matrix: names of the matrix instructions, such as "HGMMA+HMMA", or of the fp32 instruction if there are none.
+    dots: multiply-adds of the matrix instructions as a multiple of one tile's product of queries and keys. None if
+        their shape is unknown. More than the source has means that warps duplicate work.
+    batches: number of groups in which Hopper's matrix instructions are issued. If it equals their number, ptxas issues
+        them one by one.
+    sgpr_spills: AMD scalar registers kept in lanes of vector registers. agprs: AMD accumulation registers.
+    undefined: the first instruction that reads an unwritten register, see `kernels/inspect/undefined.py`.
+    error: message of the compiler error, else "".
     """
 
     kernel: str
@@ -88,10 +82,10 @@ class Resources(NamedTuple):
 
 
 def launches(head_dim: int, dtype: torch.dtype, target: Target) -> Iterator[tuple[str, Launch]]:
-    """Every kernel as the backend would launch it for a packed ViT qkv, with shape-only tensors.
+    """(name, launch) of every kernel as the backend launches it for a packed ViT qkv, with shape-only tensors.
 
-    Their names: "map" has no bias, "map_bias" an additive and "map_mask" a boolean one; "map_row" makes chosen rows.
-    "one_pass" is the one-pass kernel at 197 keys; "one_pass_50" at 50, and so on.
+    "map" has no bias, "map_bias" an additive bias, "map_mask" a boolean one; "map_row" computes selected rows.
+    "one_pass" is the one-pass kernel at 197 keys, "one_pass_50" at 50, and so on.
     """
     for kind, bias_dtype in (("", None), ("_bias", dtype), ("_mask", torch.bool)):
         for name, launch in _launches(head_dim, dtype, target, bias_dtype):
@@ -103,7 +97,7 @@ def _launches(
 ) -> Iterator[tuple[str, Launch]]:
     for name, n in _KERNELS.items():
         if bias_dtype is not None and n in (224, 257):
-            continue  # a bias has one layout for all of them
+            continue  # with a bias, all lengths use one layout
         qkv = torch.empty(2, n, 3, 12, head_dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         rows = torch.empty(1, dtype=torch.int64, device="meta") if name == "map_row" else None
@@ -164,12 +158,7 @@ def target_name(target: Target) -> str:
 
 
 def resources(name: str, launch: Launch, target: Target) -> Resources:
-    """What the launch takes on the target, read from the machine code."""
-    return inspect(name, launch, target)[0]
-
-
-def inspect(name: str, launch: Launch, target: Target) -> tuple[Resources, Code]:
-    """What the launch takes on the target, and its machine code."""
+    """Resources of the launch on the target, read from the machine code."""
     compiled = compile_for(launch, target)
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -179,13 +168,13 @@ def inspect(name: str, launch: Launch, target: Target) -> tuple[Resources, Code]
         code = parse(text)
         usage = cuobjdump(compiled.asm["cubin"], "-res-usage")
         registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
-        # Slots of the stack are used again, so that counting stores would count more than is kept there.
+        # Stack slots are reused, so a count of the stores would be too large.
         found = dict[str, Any](registers=registers, spills=stack if code.count(Kind.SPILL) else 0)
         found["undefined"] = next(iter(undefined(text)), "")
     units = code.matrix()
     fp32 = sum(i.opcode.startswith(("FFMA", "v_fma", "v_pk_fma")) for i in code.instructions)
     asked = _multiply_adds(launch)
-    row = _described(name, launch, target)._replace(
+    return _described(name, launch, target)._replace(
         **found,
         shared=compiled.metadata.shared,
         matrix="+".join(unit.removeprefix("v_").upper() for unit in sorted(units)) or ("FFMA" if fp32 else ""),
@@ -194,18 +183,17 @@ def inspect(name: str, launch: Launch, target: Target) -> tuple[Resources, Code]
         batches=sum(i.opcode == "WARPGROUP.ARRIVE" for i in code.instructions),
         exp_count=code.count(Kind.EXP),
     )
-    return row, code
 
 
 def _multiply_adds(launch: Launch) -> int:
-    """Of one product of a tile of queries with its keys, padding included."""
+    """Multiply-adds of one product of a tile of queries with its keys, padding included."""
     args = launch.args
     keys = launch.config.block_n * args.get("PARTS", 1) + args.get("TAIL", 0)
     return launch.config.block_m * keys * (args.get("BLOCK_D", 0) + args.get("REST_D", 0))
 
 
 def _described(name: str, launch: Launch, target: Target) -> Resources:
-    """By the queries, or of a kernel that has none by its first tensor."""
+    """A row with name, target, dtype and configuration; dtype of q, or of the first tensor if there is no q."""
     tensor = launch.args.get("q_ptr", next(v for v in launch.args.values() if isinstance(v, torch.Tensor)))
     described = (name, target_name(target), _TYPES[tensor.dtype], launch.args.get("D", 0), tuple(launch.config))
     return Resources(*described, limit=SHARED_LIMIT.get(target.arch, 0))
@@ -218,7 +206,7 @@ def _amd_usage(text: str) -> dict[str, Any]:
 
 
 def cuobjdump(cubin: bytes, flag: str) -> str:
-    """What the CUDA tool of Triton's wheel says of a compiled kernel."""
+    """Output of `cuobjdump FLAG`, from Triton's wheel, for a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -229,7 +217,7 @@ def cuobjdump(cubin: bytes, flag: str) -> str:
 def compile_defaults(
     targets: list[Target], head_dims: list[int], dtypes: list[torch.dtype], jobs: int
 ) -> list[Resources]:
-    """Resources of every kernel in its default configurations, compiled by that many processes at a time."""
+    """Resources of every kernel in its default configurations, compiled by `jobs` processes."""
     tasks = list(product(targets, head_dims, dtypes))
     rows: list[Resources] = []
     for (target, head_dim, dtype), found in zip(tasks, in_processes(_compile_some, tasks, jobs), strict=True):
@@ -244,11 +232,11 @@ def compile_defaults(
 
 
 def in_processes(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], jobs: int) -> list[Any]:
-    """function(*task) of each task, so many processes at a time; in place of a result, the exception that it raised.
+    """function(*task) for each task in `jobs` processes. A task that fails yields its exception instead of a result.
 
-    A compiler that crashes takes its process with it: what that broke is tried again alone.
+    A compiler crash ends its process and breaks the pool. The tasks without a result are then run again, each alone.
     """
-    # A fork of a process that has threads, as torch has, may hang.
+    # torch has threads, and a fork of a process with threads may hang.
     with ProcessPoolExecutor(max(1, min(jobs, len(tasks))), multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(function, *task) for task in tasks]
     results = []
@@ -266,16 +254,16 @@ def _compile_some(target: Target, head_dim: int, dtype: torch.dtype) -> list[Res
     for name, launch in launches(head_dim, dtype, target):
         try:
             rows.append(resources(name, launch, target))
-        except FileNotFoundError:  # no tool that reads machine code: true of every kernel
+        except FileNotFoundError:  # cuobjdump is missing, so every kernel would fail
             raise
-        except Exception as error:  # the compiler's errors have no common class
+        except Exception as error:  # the compiler's errors have no common base class
             first = (str(error).strip().splitlines() or [""])[0]
             rows.append(_described(name, launch, target)._replace(error=f"{type(error).__name__}: {first}"[:200]))
     return rows
 
 
 def failures(rows: list[Resources]) -> Iterator[str]:
-    """A line for every row that doesn't compile, spills, is wrong, or asks for more shared memory than there is."""
+    """An error line for every row that doesn't compile, spills, reads unwritten registers, or exceeds shared memory."""
     for row in rows:
         name = f"{row.kernel} on {row.target}, head dim {row.head_dim}, {row.dtype}"
         if row.error:
@@ -289,7 +277,7 @@ def failures(rows: list[Resources]) -> Iterator[str]:
 
 
 def table(rows: list[Resources]) -> Iterator[str]:
-    """Lines: a header, then a row each."""
+    """Lines of a text table: a header, then one line per row."""
     yield _line(list(COLUMNS))
     for row in rows:
         block_m, block_n, warps, stages, parts = row.config
@@ -305,5 +293,5 @@ def table(rows: list[Resources]) -> Iterator[str]:
 
 
 def _line(cells: list[Any]) -> str:
-    """The first so many cells side by side."""
+    """The cells, aligned as their columns."""
     return " ".join(f"{cell!s:{form}}" for cell, form in zip(cells, COLUMNS.values(), strict=False)).rstrip()

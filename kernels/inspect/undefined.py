@@ -1,7 +1,7 @@
-"""Uniform registers that machine code reads before anything writes them: what a compiler's bug looks like.
+"""Uniform registers that machine code reads before any instruction writes them, which shows a compiler bug.
 
-ptxas 12.8, Triton 3.6's, takes descriptors of some matrix products from a register that nothing wrote. The product is
-then of whatever lies there; the interpreter, which has no registers, can't show it.
+ptxas 12.8, which Triton 3.6 uses, takes descriptors of some matrix products from a register that is never written. The
+operand is then arbitrary memory. The interpreter has no registers, so its tests don't catch this.
 """
 
 import re
@@ -13,9 +13,9 @@ _WIDE = re.compile(r"\.(?:WIDE|64)\b")
 
 
 def undefined(text: str) -> list[str]:
-    """Lines of one function of `cuobjdump -sass`, in order, each with a register that no line before it writes.
+    """Lines of one function of `cuobjdump -sass`, in order, that read a register which no earlier line writes.
 
-    Whatever is written by one way is taken as written by all: what is named here is wrong, not all that is wrong.
+    A register written on one branch counts as written on all, so there are no false positives but there may be misses.
     """
     written: set[int] = set()
     found = []
@@ -26,7 +26,7 @@ def undefined(text: str) -> list[str]:
         if missing := sorted(read - written):
             names = ", ".join(f"UR{register}" for register in missing)
             found.append(f"{address}: {opcode} {operands.strip()}: nothing wrote {names}")
-        written |= read  # said once
+        written |= read  # report each register once
         if target:
             first = int(target[1])
             written.update(range(first, first + (4 if ".128" in opcode else 2 if _WIDE.search(opcode) else 1)))
@@ -34,8 +34,9 @@ def undefined(text: str) -> list[str]:
 
 
 def _read(opcode: str, operands: str) -> set[int]:
+    """Numbers of the uniform registers that an instruction reads."""
     read: set[int] = set()
-    # HGMMA's descriptors of four registers are A's and B's: the second alone, where A is not in shared memory.
+    # A descriptor of HGMMA has four registers, for A and B. Only B's are read if A is in registers.
     hopper = opcode.startswith("HGMMA")
     both = hopper and not re.match(r"R\d+", operands.partition(",")[2].strip())
     for descriptor, number, wide in _REGISTER.findall(operands):

@@ -1,4 +1,4 @@
-"""Who makes which shard of a job: this process, one a device, ranks that share it, or the actors of a Ray cluster.
+"""Engines: they distribute the shards of a job to this process, a process per device, or actors of a Ray cluster.
 
-All of them call `Worker.run_shard` and nothing else, so the files are the same whoever made them.
+All of them only call `Worker.run_shard`, so the files are the same for every engine.
 """

@@ -1,4 +1,4 @@
-"""Actors of a Ray cluster, each with a model of its own; the folder of the job is one that all its machines see."""
+"""The engine that makes shards with actors of a Ray cluster. All machines must have access to the job's folder."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ from attnx.jobs.worker import ShardResult, Stages
 __all__ = ["Cluster", "run_on_cluster"]
 
 _AT_A_TIME = 2
-_PATIENCE = 60.0  # seconds until it is said that nothing happens
-_LEAST_VERSION = (2, 52)  # has token authentication
-_LONGEST_FOLDER = 26  # characters: Ray's sockets stand 81 below it, and their paths have at most 107
+_PATIENCE = 60.0  # seconds without an event before a message
+_LEAST_VERSION = (2, 52)  # the first version with token authentication
+_LONGEST_FOLDER = 26  # characters; Ray appends 81 for its sockets, whose paths have at most 107
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """address: of a running cluster; None: the one of RAY_ADDRESS, or a private one is started. actors: how many; one a
-    GPU unless given, or without GPUs one a machine. gpus: of each; one where the cluster has any, unless given. cpus:
-    of each, for its threads and for decoding; what a machine has, divided, unless given.
+    """A Ray cluster and its actors.
+
+    Args:
+        address: address of a running cluster; by default RAY_ADDRESS, else a private cluster is started.
+        actors: number of actors; by default one per GPU, or one per machine without GPUs.
+        cpus: CPUs per actor, for its threads and decoders; by default a machine's CPUs divided by its actors.
+        gpus: GPUs per actor; by default 1 if the cluster has GPUs, else 0.
     """
 
     address: str | None = None
@@ -41,7 +45,7 @@ class Cluster:
 
 
 class ShardActor:
-    """An actor: loads the job's model where it stands, then makes shards."""
+    """An actor that loads the job's model and then makes shards."""
 
     def __init__(self, out: str, options: RunOptions) -> None:
         import contextlib
@@ -54,22 +58,20 @@ class ShardActor:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         runtime = recipe_of(job.run["recipe"]).load(device)
         job.check_settings(runtime.settings)
-        self._open, self._said = contextlib.ExitStack(), list[str]()
-        self._worker = self._open.enter_context(runtime.worker(job, options, self._said.append, self._hangs))
+        self._open, self._messages = contextlib.ExitStack(), list[str]()
+        self._worker = self._open.enter_context(runtime.worker(job, options, self._messages.append, self._hangs))
 
     def _hangs(self, why: str, shard: int) -> None:
         os._exit(1)
 
     def ready(self) -> None:
-        """Comes back once the model is there."""
+        """Return when the model is loaded."""
 
     def run_shard(self, shard: int) -> tuple[ShardResult, dict[str, float], list[str]]:
-        """See `Worker.run_shard`; comes back once it is written, with where the actor's time went so far, and what it
-        has to say.
-        """
+        """The result of a shard after it is written, the actor's time per stage so far, and its new messages."""
         made = self._worker.run_shard(shard).result()
-        said, self._said[:] = self._said[:], []
-        return made, vars(self._worker.stages), said
+        messages, self._messages[:] = self._messages[:], []
+        return made, vars(self._worker.stages), messages
 
 
 def run_on_cluster(
@@ -79,15 +81,16 @@ def run_on_cluster(
     options: RunOptions,
     advance: Callable[[ShardResult], None],
 ) -> tuple[Stages, int]:
-    """Makes the shards with actors, and says where the time went, of all together, and how many they are.
+    """Make the shards with actors; return the total time per stage and the number of actors.
 
-    An actor that dies is replaced, and costs the shard that it was making. Actors for which there is no room yet are
-    given shards once an autoscaler has made it.
+    An actor that dies is replaced, and its shard is made again. Actors that wait for resources get shards when an
+    autoscaler has added machines.
 
     Raises:
-        ImportError: no ray.
-        RunError: see `Shards.failed`; ConnectionError: no cluster at the address.
-        ValueError: a cluster is to be started, and this ray has no authentication.
+        ImportError: ray is not installed.
+        RunError: see `Shards.failed`.
+        ConnectionError: there is no cluster at the address.
+        ValueError: a private cluster is needed, but this version of ray has no authentication.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     with _connected(address) if address else _private_cluster() as ray:
@@ -111,10 +114,10 @@ def _connected(address: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _private_cluster() -> Iterator[Any]:
-    """Ray, with a cluster of its own on this machine, which nobody else can use.
+    """Ray, with a private cluster on this machine.
 
-    Ray's default joins whatever cluster a file in a shared folder names. Its servers take commands from everyone who
-    reaches them, unless there is a token; they listen on loopback only where Ray believes that there is one machine.
+    By default, Ray joins the cluster that a file in a shared folder names. Without a token, its servers accept commands
+    from anyone on the network. They listen on loopback only if multi-machine clusters are disabled.
     """
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -127,14 +130,14 @@ def _private_cluster() -> Iterator[Any]:
     version = tuple(int(number) for number in re.findall(r"\d+", ray.__version__)[:2])
     if version < _LEAST_VERSION:
         raise ValueError(
-            f"engine ray: expected ray 2.52 or newer, whose clusters can be private; got {ray.__version__}. Upgrade "
-            "it, or give --address of a running cluster"
+            f"engine ray: expected ray 2.52 or newer, which supports private clusters; got {ray.__version__}. Upgrade "
+            "it, or set --address to a running cluster"
         )
     folders = (os.environ.get("RAY_TMPDIR"), tempfile.gettempdir())
     above = next((each for each in folders if each and len(each) <= _LONGEST_FOLDER), "/tmp")
     os.makedirs(above, mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="attnx-", dir=above, ignore_cleanup_errors=True) as folder:
-        # Ray opens the folder that it is given to everyone; it lies in one that is ours.
+        # Ray makes its folder accessible to all users, so it is inside a private folder.
         ray.init(
             address="local", include_dashboard=False, _temp_dir=f"{folder}/r", _node_ip_address="127.0.0.1",
             log_to_driver=False, logging_level=logging.WARNING,
@@ -147,17 +150,20 @@ def _private_cluster() -> Iterator[Any]:
 
 @dataclass(eq=False)
 class _Actor:
-    """A handle, the shards that it was told with what will come of each, and where its time went."""
+    """An actor.
+
+    ready: the reference of `ShardActor.ready`; None when it has returned. queue: its shards with their references.
+    """
 
     handle: Any
     ready: Any
-    theirs: deque[tuple[int, Any]] = field(default_factory=deque)
+    queue: deque[tuple[int, Any]] = field(default_factory=deque)
     stages: Stages = field(default_factory=Stages)
 
     @property
     def next(self) -> Any:
-        """What is heard of it next."""
-        return self.theirs[0][1] if self.theirs else self.ready
+        """The reference that completes next."""
+        return self.queue[0][1] if self.queue else self.ready
 
 
 def _run(
@@ -177,12 +183,12 @@ def _run(
         while not shards.finished:
             _hand_out(actors, shards)
             events = {actor.next: actor for actor in actors if actor.next is not None}
-            heard = ray.wait(list(events), num_returns=1, timeout=_PATIENCE)[0]
-            if not heard and (waiting := sum(actor.ready is not None for actor in actors)):
+            completed = ray.wait(list(events), num_returns=1, timeout=_PATIENCE)[0]
+            if not completed and (waiting := sum(actor.ready is not None for actor in actors)):
                 shards.say(
-                    f"{waiting} of {len(actors)} actors wait for room: each asks for {cpus} CPUs and {gpus:g} GPUs"
+                    f"{waiting} of {len(actors)} actors wait for resources: each needs {cpus} CPUs and {gpus:g} GPUs"
                 )
-            for event in heard:
+            for event in completed:
                 actor = events[event]
                 try:
                     answer = ray.get(event)
@@ -193,48 +199,48 @@ def _run(
                     ray.kill(actor.handle)
                     stages += actor.stages
                     actors[actors.index(actor)] = start()
-                    told = [shard for shard, _ in actor.theirs]
-                    shards.give_back(told[1:])
+                    queued = [shard for shard, _ in actor.queue]
+                    shards.give_back(queued[1:])
                     why = (why_of(cause).splitlines() or [""])[0]
                     died = not isinstance(error, ray.exceptions.RayTaskError)
-                    shards.failed(told[0] if told else None, why, error, died, by_the_model(cause))
+                    shards.failed(queued[0] if queued else None, why, error, died, by_the_model(cause))
                     continue
                 if event is actor.ready:
                     actor.ready = None
                     continue
-                actor.theirs.popleft()
-                made, seconds, said = answer
+                actor.queue.popleft()
+                made, seconds, messages = answer
                 actor.stages = Stages(**seconds)
-                for text in said:
-                    shards.say(text)
+                for message in messages:
+                    shards.say(message)
                 shards.done()
                 advance(ShardResult(*made))
         return sum((actor.stages for actor in actors), stages), len(actors)
     finally:
         for actor in actors:
             ray.kill(actor.handle)
-            # The others wait for it.
-            for shard, _ in list(actor.theirs)[:1]:
+            # Only the first shard in the queue was started.
+            for shard, _ in list(actor.queue)[:1]:
                 job.attempt(shard, died=False).withdraw()
 
 
 def _sizes(nodes: list[dict[str, Any]], cluster: Cluster) -> tuple[int, int, float]:
-    """How many actors, and the CPUs and GPUs of each, such that the machines that there are have room for one."""
-    there = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-    having = [node for node in there if node.get("GPU", 0) >= 1]
-    gpus = (1.0 if having else 0.0) if cluster.gpus is None else cluster.gpus
-    hosts = having if gpus and having else there
-    count = cluster.actors or (sum(int(node["GPU"] // gpus) for node in having) if gpus else len(hosts)) or 1
-    each = [node["GPU"] // gpus if gpus and having else -(-count // len(hosts)) for node in hosts]
-    room = [int(node["CPU"] // max(1, own)) for node, own in zip(hosts, each, strict=True)]
-    return count, cluster.cpus or max(1, min(room, default=1)), gpus
+    """The number of actors, and the CPUs and GPUs of each, so that every machine has room for its actors."""
+    alive = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    with_gpus = [node for node in alive if node.get("GPU", 0) >= 1]
+    gpus = (1.0 if with_gpus else 0.0) if cluster.gpus is None else cluster.gpus
+    hosts = with_gpus if gpus and with_gpus else alive
+    count = cluster.actors or (sum(int(node["GPU"] // gpus) for node in with_gpus) if gpus else len(hosts)) or 1
+    actors_of = [node["GPU"] // gpus if gpus and with_gpus else -(-count // len(hosts)) for node in hosts]
+    cpus_of = [int(node["CPU"] // max(1, actors)) for node, actors in zip(hosts, actors_of, strict=True)]
+    return count, cluster.cpus or max(1, min(cpus_of, default=1)), gpus
 
 
 def _hand_out(actors: list[_Actor], shards: Shards) -> None:
-    """To the one that has fewest first, of those that are there."""
-    there = [actor for actor in actors if actor.ready is None]
-    while there:
-        actor = min(there, key=lambda each: len(each.theirs))
-        if len(actor.theirs) == _AT_A_TIME or (shard := shards.take()) is None:
+    """Give shards to the actors that are ready, always to the one with the fewest."""
+    ready = [actor for actor in actors if actor.ready is None]
+    while ready:
+        actor = min(ready, key=lambda each: len(each.queue))
+        if len(actor.queue) == _AT_A_TIME or (shard := shards.take()) is None:
             return
-        actor.theirs.append((shard, actor.handle.run_shard.remote(shard)))
+        actor.queue.append((shard, actor.handle.run_shard.remote(shard)))

@@ -1,7 +1,8 @@
-"""One process a device, on this machine. `python -m attnx.jobs.engines.local` is such a process.
+"""The engine that makes shards with one process per device on this machine.
 
-It is told shards on its standard input, a number a line, and answers with lines of JSON; it makes them in order, and
-three of them are its at a time: one is written, one made, and of one the first pictures are decoded.
+`python -m attnx.jobs.engines.local` is such a process. It reads shard numbers from its standard input, one per line,
+and writes its answers as lines of JSON. It has three shards at a time: one is being written, one is being made, and
+the first pictures of one are being decoded.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = ["run_on_devices"]
 
 _AT_A_TIME = 3
 _END = "end"
-_GRACE = 5.0  # seconds, for processes to end by themselves
+_GRACE = 5.0  # seconds for processes to exit by themselves
 _Events: TypeAlias = "queue.Queue[tuple[_Process, dict[str, Any]]]"
 
 
@@ -45,12 +46,12 @@ def run_on_devices(
     options: RunOptions,
     advance: Callable[[ShardResult], None],
 ) -> Stages:
-    """Makes the shards with a process for each device, and says where the time went, of all together.
+    """Make the shards with a process per device, and return the total time per stage.
 
-    The cores are divided among them. A process that dies costs the shard that it was making, which is tried again.
+    The CPU cores are divided among the processes. If a process dies, its shard is tried again.
 
     Args:
-        devices: such as "cuda:0"; one may come more than once.
+        devices: such as "cuda:0"; a device may be repeated.
 
     Raises:
         RunError: see `Shards.failed`.
@@ -75,7 +76,7 @@ def run_on_devices(
             elif process in processes:
                 processes.remove(process)
                 stages += process.stages
-                processes += _after(process, answer, shards, len(processes))
+                processes += _replacement(process, answer, shards, len(processes))
         return sum((process.stages for process in processes), stages)
     finally:
         for process in processes:
@@ -86,18 +87,18 @@ def run_on_devices(
                 job.attempt(shard, died=False).withdraw()
 
 
-def _after(process: _Process, answer: dict[str, Any], shards: Shards, others: int) -> list[_Process]:
-    """What comes after a process that ended: another on its device, if that did not fail too often."""
+def _replacement(process: _Process, answer: dict[str, Any], shards: Shards, others: int) -> list[_Process]:
+    """A new process for the device of a process that ended; an empty list if the device failed too often."""
     why = answer.get("failed") or process.end()
     process.end()
     if "fatal" in answer:
-        # It has withdrawn the attempt that failed itself.
+        # The process has already withdrawn the attempt that failed.
         for shard in process.begun - {answer.get("shard")}:
             process.job.attempt(shard, died=False).withdraw()
         raise RunError(why) if answer["fatal"] is None else OSError(answer["fatal"], why)
     blamed = answer.get("shard", process.making)
-    shards.give_back([shard for shard in process.theirs if shard != blamed])
-    # Of a shard that is made in pieces it is known that it ends processes.
+    shards.give_back([shard for shard in process.queue if shard != blamed])
+    # A shard that is made in pieces is expected to end processes, so the device is not to blame.
     failures = process.failures + (blamed is None or not shards.in_pieces(blamed))
     if blamed is not None:
         shards.failed(
@@ -107,25 +108,31 @@ def _after(process: _Process, answer: dict[str, Any], shards: Shards, others: in
         return [process.again(failures)]
     if not others and not shards.finished:
         raise RunError(f"no device is left: {process.device} failed {shards.tries} times in a row; the last: {why}")
-    shards.say(f"{process.device} is left out after {shards.tries} failures in a row: {why}")
+    shards.say(f"{process.device} is not used any more after {shards.tries} failures in a row: {why}")
     return []
 
 
 def _hand_out(processes: list[_Process], shards: Shards) -> None:
-    """To the one that has fewest first."""
+    """Give shards to the processes, always to the one with the fewest."""
     while processes:
-        process = min(processes, key=lambda each: len(each.theirs))
-        if len(process.theirs) == _AT_A_TIME or (shard := shards.take()) is None:
+        process = min(processes, key=lambda each: len(each.queue))
+        if len(process.queue) == _AT_A_TIME or (shard := shards.take()) is None:
             return
-        process.tell(shard)
+        process.submit(shard)
 
 
 @dataclass(eq=False)
 class _Process:
-    """A process, the shards that it was told, which of them it began and is making, and where its time went.
+    """A process for a device.
 
-    ready: it has loaded the model; failures: how many processes before it, on its device, ended without a shard;
-    patience: seconds in which it may end by itself.
+    Attributes:
+        failures: number of earlier processes in a row that ended on this device without a shard.
+        ready: True when the model is loaded.
+        making: the shard that it is making.
+        begun: the shards that it has started and not written.
+        queue: the shards that were sent to it and not written.
+        stages: time of each stage.
+        patience: seconds in which it may exit by itself.
     """
 
     job: Job
@@ -137,7 +144,7 @@ class _Process:
     ready: bool = False
     making: int | None = None
     begun: set[int] = field(default_factory=set)
-    theirs: deque[int] = field(default_factory=deque)
+    queue: deque[int] = field(default_factory=deque)
     stages: Stages = field(default_factory=Stages)
     patience: float = 0.0
 
@@ -145,59 +152,59 @@ class _Process:
         lock = () if self.job.lock is None else (self.job.lock.descriptor,)
         arguments = [str(self.job.out.absolute()), self.device, json.dumps(asdict(self.options))]
         threads = {"OMP_NUM_THREADS": str(self.cores), "MKL_NUM_THREADS": str(self.cores)}
-        # With the lock, so that nobody else writes as long as one of them does.
+        # The process inherits the lock, so no other run can write before all processes have ended.
         self._process = subprocess.Popen(
             [sys.executable, "-m", __spec__.name, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=lock, env=os.environ | threads,
         )  # fmt: skip
-        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._read_answers, daemon=True).start()
 
-    def _listen(self) -> None:
+    def _read_answers(self) -> None:
         assert self._process.stdout is not None
         with self._process.stdout as answers:
             for line in answers:
-                # A line that it was killed in is none.
+                # A killed process may leave an incomplete line.
                 if line.endswith(b"\n"):
                     self.events.put((self, json.loads(line)))
         self.events.put((self, {}))
 
     def begin(self, shard: int | None) -> None:
-        """It makes a shard; None: it is ready for the first."""
+        """Record that it started a shard; None: it is ready for the first one."""
         self.ready, self.making = True, shard
         if shard is not None:
             self.begun.add(shard)
 
     def made(self, made: ShardResult, stages: Stages) -> None:
-        """It wrote a shard."""
-        self.theirs.remove(made.shard)
+        """Record that it wrote a shard."""
+        self.queue.remove(made.shard)
         self.begun.discard(made.shard)
         self.making = None if self.making == made.shard else self.making
         self.stages, self.failures = stages, 0
 
     def again(self, failures: int) -> _Process:
-        """Another one in its place."""
+        """A new process for the same device."""
         return _Process(self.job, self.device, self.options, self.cores, self.events, failures)
 
-    def tell(self, shard: int) -> None:
-        """One more shard."""
-        self.theirs.append(shard)
+    def submit(self, shard: int) -> None:
+        """Send a shard to the process."""
+        self.queue.append(shard)
         self._write(str(shard))
 
     def _write(self, line: str) -> None:
         assert self._process.stdin is not None
-        # Of a process that is gone we hear at the end of its answers.
+        # A process that ended is handled when its answers end.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(f"{line}\n".encode())
             self._process.stdin.flush()
 
     def dismiss(self) -> None:
-        """Lets it end by itself, and clean up, if it has nothing to do."""
-        if self.ready and not self.theirs:
+        """Let an idle process clean up and exit by itself."""
+        if self.ready and not self.queue:
             self._write(_END)
             self.patience = _GRACE
 
     def end(self) -> str:
-        """Ends it, and says how it ended if it had."""
+        """End the process, and return a description of how it ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(self.patience)
         if self._process.poll() is None:
@@ -207,16 +214,16 @@ class _Process:
 
 
 def main(out: str, device: str, options: str) -> None:
-    """The life of a process."""
-    # An interrupt is for the one that started us; so is what a scheduler sends to all processes.
+    """The main function of a process of this engine."""
+    # The parent handles signals, also those that a scheduler sends to all processes.
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     die_with(os.getppid())
-    # What else prints goes to the standard error.
+    # Other output goes to the standard error.
     answers = os.dup(1)
     os.dup2(2, 1)
-    told: queue.Queue[int | None] = queue.Queue()
-    threading.Thread(target=_listen, args=(told,), daemon=True).start()
+    requests: queue.Queue[int | None] = queue.Queue()
+    threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
 
     def answer(shard: int, future: Future[ShardResult]) -> None:
         error = future.exception()
@@ -240,33 +247,33 @@ def main(out: str, device: str, options: str) -> None:
         job.check_settings(runtime.settings)
         with runtime.worker(job, RunOptions(**json.loads(options)), say, hangs) as worker:
             following: int | None = None
-            # Of none: it is ready for the first.
+            # None: ready for the first shard.
             _answer(answers, begun=None)
             while True:
-                shard = told.get() if following is None else following
+                shard = requests.get() if following is None else following
                 if shard is None:
                     return
-                following = told.get_nowait() if not told.empty() else None
+                following = requests.get_nowait() if not requests.empty() else None
                 _answer(answers, begun=shard)
                 worker.run_shard(shard, following).add_done_callback(functools.partial(answer, shard))
     except Exception as error:
         _fail(answers, error, shard)
 
 
-def _listen(told: queue.Queue[int | None]) -> None:
+def _read_requests(requests: queue.Queue[int | None]) -> None:
     for line in sys.stdin:
-        told.put(None if line.strip() == _END else int(line))
-    # Whoever started us is gone.
+        requests.put(None if line.strip() == _END else int(line))
+    # The parent has ended.
     os._exit(1)
 
 
-def _answer(answers: int, **what: Any) -> None:
-    """One write of less than a pipe takes at once: two threads answer."""
-    os.write(answers, json.dumps(what).encode() + b"\n")
+def _answer(answers: int, **fields: Any) -> None:
+    """Write an answer. One short write to a pipe is atomic, so two threads can answer."""
+    os.write(answers, json.dumps(fields).encode() + b"\n")
 
 
 def _fail(answers: int, error: BaseException, shard: int | None, hangs: bool = False) -> None:
-    """Says why, of which shard, and ends the process at once: what is half-written is a temporary file."""
+    """Send an error and its shard, and exit at once. Unfinished files are temporary files."""
     fatal = {"fatal": getattr(error, "errno", None)} if is_fatal(error) else {}
     own = {} if shard is None else {"shard": shard, "hangs": hangs, "model": by_the_model(error)}
     _answer(answers, failed=why_of(error)[:500], **own, **fatal)

@@ -1,4 +1,4 @@
-"""Which shards are left, when those who make them may die."""
+"""The queue of shards of a run. It handles failures, and processes that die."""
 
 from __future__ import annotations
 
@@ -13,44 +13,48 @@ _FATAL = (
     errno.EPERM, errno.ENOTDIR,
 )  # fmt: skip
 _BY_THE_MODEL = "raised by the model"
-# Of processes with one shard, beyond its tries. To find one image among a thousand takes thirteen.
+# Processes that may die at one shard, beyond its tries. It takes 13 to find one image among a thousand.
 _DEATHS, _DEATHS_AT_FIRST = 100, 15
 
 
 class RunError(RuntimeError):
-    """The run ends: no other try, and no other shard, would do better."""
+    """An error that ends the run, because neither a retry nor another shard would succeed."""
 
 
 def is_fatal(error: BaseException | None) -> bool:
-    """True if no other try, and no other shard, would do better: files can't be written or read any more."""
+    """True if neither a retry nor another shard would succeed, for example because the disk is full."""
     return isinstance(error, RunError) or (isinstance(error, OSError) and error.errno in _FATAL)
 
 
 def by_the_model(error: BaseException) -> bool:
-    """True if the model raised it, see `blame_the_model`."""
+    """True if the model raised the error, see `blame_the_model`."""
     return _BY_THE_MODEL in getattr(error, "__notes__", ())
 
 
 def blame_the_model(error: BaseException) -> None:
-    """Notes in an exception that the model raised it."""
+    """Mark an exception as raised by the model."""
     error.add_note(_BY_THE_MODEL)
 
 
 def why_of(error: BaseException) -> str:
-    """An error in words."""
+    """The message of an error, with its type unless it is a RunError."""
     return str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
 
 
 class Shards:
     """The shards of a run.
 
-    One that fails `tries` times is set aside with the last reason, and the run goes on. If the model failed, or its
-    process died, it is made in pieces instead, by whoever takes it next: see `attnx.jobs.attempts`.
+    A shard that fails `tries` times is set aside with the last reason, and the run continues. If the model failed, or
+    its process died, the shard is made in pieces instead, see `attnx.jobs.attempts`.
 
-    any_done: whether some shards were made by earlier runs.
+    Args:
+        todo: numbers of the shards.
+        tries: failures of a shard before it is set aside or made in pieces.
+        say: called with messages.
+        any_done: True if earlier runs have made shards of this job.
 
     Raises:
-        ValueError: fewer than one try.
+        ValueError: `tries` is less than 1.
     """
 
     def __init__(self, todo: Sequence[int], tries: int, say: Callable[[str], None], any_done: bool = False) -> None:
@@ -65,21 +69,21 @@ class Shards:
         self.set_aside: dict[int, str] = {}
 
     def take(self) -> int | None:
-        """A shard to make; None if there is none at the moment."""
+        """The next shard; None if there is none at the moment."""
         return self._waiting.popleft() if self._waiting else None
 
     def give_back(self, shards: Sequence[int]) -> None:
-        """Shards that were taken and not begun."""
+        """Return shards that were taken but not started."""
         self._waiting.extendleft(reversed(shards))
 
     def done(self) -> None:
-        """A shard was written."""
+        """Record that a shard was written."""
         self._any_done = True
         self._in_a_row = 0
         self._left -= 1
 
     def in_pieces(self, shard: int) -> bool:
-        """True if a shard has failed so often that it is made in pieces."""
+        """True if a shard failed so often that it is made in pieces."""
         return self._failures[shard] >= self.tries
 
     def failed(
@@ -90,19 +94,23 @@ class Shards:
         died: bool = False,
         model: bool = False,
     ) -> None:
-        """A shard could not be made, or whoever makes them fails before it gets one.
+        """Record that a shard failed. shard: None if a process or an actor failed before it got a shard.
 
-        died: the process that made it did; model: it was the model that failed.
+        Args:
+            why: the error message.
+            cause: the exception.
+            died: True if the process of the shard died.
+            model: True if the model raised the error.
 
         Raises:
-            RunError: so many failures in a row that it can't be the shards.
+            RunError: too many failures in a row, so single shards are not the cause.
         """
         pieces = shard is not None and (died or model)
         if not pieces:
             self._in_a_row += 1
-        told = f"stopped after {self._in_a_row} failures in a row; the last, of shard {shard}: {why}"
+        message = f"stopped after {self._in_a_row} failures in a row; the last, of shard {shard}: {why}"
         if self._in_a_row >= self.tries * (4 if self._any_done else 1):
-            raise RunError(told) from cause
+            raise RunError(message) from cause
         if shard is None:
             self.say(f"tried again: {why}")
             return
@@ -111,7 +119,7 @@ class Shards:
         if self._failures[shard] < self.tries + more:
             how = "made in pieces" if pieces and self.in_pieces(shard) else "tried again"
             self.say(f"shard {shard} failed and is {how}: {why}")
-            # In pieces at once: others would only come between it and the image to blame.
+            # A shard in pieces is retried at once, to find the bad image without other work in between.
             (self._waiting.appendleft if pieces else self._waiting.append)(shard)
             return
         if died and not self._any_done:
@@ -122,5 +130,5 @@ class Shards:
 
     @property
     def finished(self) -> bool:
-        """Every shard is done or set aside."""
+        """True if every shard is done or set aside."""
         return self._left == 0

@@ -1,7 +1,7 @@
-"""Where images come from: a folder, a table of paths, tar shards, a data set on disk; all as entries that can be read.
+"""Sources of images: a folder, a table, tar shards, or a data set on disk.
 
-`open_source` says which it is; `entries()` lists what there is, one at a time and always in the same order; and
-`reader()` gives what turns an entry into bytes, in any process of any machine that sees the files.
+`open_source` opens a source. `entries()` iterates over its entries, always in the same order. `reader()` returns a
+function that reads an entry, in any process on any machine with access to the files.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from attnx.limits import CAPTION_BYTES
 if TYPE_CHECKING:
     from attnx.jobs.sources.skipped import Skipped
 
-__all__ = ["KINDS", "Entry", "Listing", "Reader", "Source", "open_source", "shown", "text_of", "wrong_caption"]
+__all__ = ["KINDS", "Entry", "Listing", "Reader", "Source", "open_source", "text_of", "wrong_caption"]
 
 KINDS = ("folder", "table", "tar", "dataset")
 
 
 class Entry(NamedTuple):
-    """One row of a job, before it is done.
+    """One row of a job's plan.
 
-    key: the row's name, once in a job. path: the file, relative to the source's root, or absolute. offset, size: of a
-    tar's member in bytes; of a data set, or of a table with pictures in it, offset is the row. text: the caption.
-    error: why there is nothing to read.
+    Attributes:
+        key: the row's name, unique in a job.
+        path: the file, absolute or relative to the source's root.
+        offset, size: position of a tar member in bytes. In a data set or a table of pictures, offset is the row.
+        text: the caption.
+        error: the reason if the row can't be read.
     """
 
     key: str
@@ -36,23 +39,23 @@ class Entry(NamedTuple):
     error: str | None = None
 
 
-# The file to open, or its content; the path names it in errors.
+# Returns the path, and the content if it is not the file at that path. Errors name the path.
 Reader: TypeAlias = Callable[[Entry], tuple[Path, IO[bytes] | None]]
 
 
 class Listing(Protocol):
-    """Something that lists its images."""
+    """A list of images."""
 
     def entries(self) -> Iterator[Entry]:
-        """All there is, in an order that does not change.
+        """All entries, always in the same order. A problem with one row becomes that entry's `error`.
 
         Raises:
-            ValueError, OSError: the source itself is none; what is wrong with one row is that entry's `error`.
+            ValueError, OSError: the source as a whole can't be read.
         """
 
 
 class Source(Listing, Protocol):
-    """And reads them. skipped: what the last listing left out."""
+    """A list of images that can be read. skipped: counts of the files that the last listing skipped."""
 
     kind: str
 
@@ -60,7 +63,7 @@ class Source(Listing, Protocol):
     def skipped(self) -> Skipped: ...
 
     def reader(self) -> Reader:
-        """Reads an entry; can be pickled."""
+        """A function that reads an entry; it can be pickled."""
 
 
 def open_source(
@@ -69,16 +72,16 @@ def open_source(
     """The source at a path.
 
     Args:
-        path: a folder of images or one image; a table (.parquet, .csv, .tsv, .jsonl) with the columns path (or image),
-            and if you like key and caption (or text); Parquet with pictures in it, as the Hugging Face hub has it; a
-            tar of samples, or a folder of them; a Hugging Face data set written by save_to_disk.
-        kind: "folder", "table", "tar" or "dataset", where the path doesn't tell.
-        root: what a table's paths are relative to; its own folder unless given.
-        split: of a data set that has several.
+        path: a folder of images or one image; a table (.parquet, .csv, .tsv, .jsonl) with the column path (or image),
+            and optionally key and caption (or text); Parquet with embedded pictures, as on the Hugging Face hub; a
+            tar of samples, or a folder of tars; a Hugging Face data set written by save_to_disk.
+        kind: "folder", "table", "tar" or "dataset"; by default inferred from the path.
+        root: folder for relative paths in a table; by default the table's folder.
+        split: split of a data set with several splits.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: options that this kind doesn't have; an unknown kind; a pipe, socket or device.
+        FileNotFoundError: the path does not exist.
+        ValueError: an option does not apply to this kind; the kind is unknown; the path is a pipe, socket or device.
     """
     from attnx.images import image_suffixes
     from attnx.jobs.sources.dataset import DataSet
@@ -105,12 +108,12 @@ def open_source(
             )
             kind = kinds.get(path.suffix.lower())
             if kind is None:
-                told = f"an image, a table ({' '.join(SUFFIXES)}) or a .tar; got {path}; --kind says what it is"
-                raise ValueError(f"source: expected {told}")
+                message = f"an image, a table ({' '.join(SUFFIXES)}) or a .tar; got {path}; set --kind for other names"
+                raise ValueError(f"source: expected {message}")
     if root is not None and kind != "table":
-        raise ValueError(f"root: it is for a table's paths; {path} is taken for a {kind}")
+        raise ValueError(f"root: only for tables; {path} is read as a {kind}")
     if split is not None and kind != "dataset":
-        raise ValueError(f"split: it is for a data set; {path} is taken for a {kind}")
+        raise ValueError(f"split: only for data sets; {path} is read as a {kind}")
     if kind == "table" and path.is_dir():
         raise ValueError(f"source: expected a table; got {path}, which is a folder")
     if kind == "table":
@@ -121,7 +124,7 @@ def open_source(
 
 
 def wrong_caption(caption: object) -> str | None:
-    """Why what a source has for a caption is none; None where all is well, and where there is no caption."""
+    """Error message if the caption is invalid, else None. A missing caption (None) is valid."""
     if isinstance(caption, str) and (size := len(caption.encode(errors="surrogatepass"))) > CAPTION_BYTES:
         return f"expected a caption of at most {CAPTION_BYTES:,} bytes; got {size:,}"
     if caption is None or (isinstance(caption, str) and caption == text_of(caption)):
@@ -131,11 +134,5 @@ def wrong_caption(caption: object) -> str | None:
 
 
 def text_of(value: object) -> str:
-    """Text that Parquet can hold: what is no valid Unicode is written out as escapes."""
+    """The value as a valid Unicode string, as Parquet requires. Invalid characters become escapes."""
     return str(value).encode(errors="backslashreplace").decode()
-
-
-def shown(value: object, length: int = 100) -> str:
-    """Text for a message: the first characters, in one line; those that can't be printed are escapes."""
-    start = str(value)[:length]
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in start)[:length]

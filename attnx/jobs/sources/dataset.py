@@ -1,4 +1,4 @@
-"""A Hugging Face data set that `save_to_disk` wrote; needs the package `datasets`."""
+"""A Hugging Face data set written by `save_to_disk`. Requires the package `datasets`."""
 
 import functools
 import io
@@ -14,7 +14,7 @@ from attnx.jobs.sources.table import CAPTION
 
 @dataclass(frozen=True)
 class DataSet:
-    """Keys are the column `key` or `id`; without one the row's number from 0."""
+    """A data set on disk. Keys are from the column `key` or `id`, else the row number from 0."""
 
     path: Path
     split: str | None
@@ -22,7 +22,7 @@ class DataSet:
     kind = "dataset"
 
     def entries(self) -> Iterator[Entry]:
-        """Rows in order; pictures are not touched."""
+        """All rows in order. Pictures are not read."""
         data, image, _ = _load(self.path, self.split)
         names = data.column_names
         key, text = (next((name for name in wanted if name in names), None) for wanted in (("key", "id"), CAPTION))
@@ -38,18 +38,18 @@ class DataSet:
             yield Entry(own, image, number, text=None if wrong else caption, error=error)
 
     def reader(self) -> "Rows":
-        """Single pictures, by their row."""
+        """A reader of single pictures by row number."""
         return Rows(self.path, self.split)
 
     @property
     def fingerprint(self) -> str:
-        """What `datasets` knows these rows by: it tells them from others that are saved at the same path."""
+        """The fingerprint of `datasets`. It changes if other rows are saved at the same path."""
         return _load(self.path, self.split).fingerprint
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Reads one row's picture."""
+    """Reads the picture of one row."""
 
     path: Path
     split: str | None
@@ -64,7 +64,7 @@ class Rows:
 
 
 class _Loaded(NamedTuple):
-    """A data set, its pictures not decoded, and the name of their column."""
+    """A data set with undecoded pictures, the name of their column, and the fingerprint."""
 
     rows: Any
     image: str
@@ -76,12 +76,14 @@ def _load(path: Path, split: str | None) -> _Loaded:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("source: a data set needs the package datasets: pip install 'attnx[datasets]'") from error
+        raise ValueError("source: data sets require the package datasets: pip install 'attnx[datasets]'") from error
     if any(not file.is_file() for file in path.rglob("*.arrow")):
-        raise ValueError(f"source: expected a data set of regular files; {path} has an .arrow that is none")
+        raise ValueError(
+            f"source: expected a data set of regular files; {path} has an .arrow that is not a regular file"
+        )
     try:
         data = datasets.load_from_disk(str(path))
-    # Of no rows it raises IndexError, of a broken file nearly anything.
+    # It raises IndexError if there are no rows, and nearly any exception for a broken file.
     except Exception as error:
         expected = "source: expected a data set with rows, as save_to_disk writes it"
         raise ValueError(f"{expected}; {path} can't be loaded: {type(error).__name__}: {error}") from error

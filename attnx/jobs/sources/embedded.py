@@ -1,4 +1,4 @@
-"""Parquet with the pictures in it, as the Hugging Face hub has it: a column of {bytes, path}, or of bytes."""
+"""Parquet files with embedded pictures, as on the Hugging Face hub: a column of {bytes, path}, or of bytes."""
 
 import functools
 import io
@@ -18,38 +18,40 @@ if TYPE_CHECKING:
 
 __all__ = ["Pictures", "footer_hash", "picture_column", "picture_entries"]
 
-# What a column of plain bytes is called; one of {bytes, path} may have any name.
+# Accepted names of a column of plain bytes. A column of {bytes, path} may have any name.
 BINARY_NAMES = ("image", "img", "picture", "photo", "bytes", "image_bytes", "jpg", "jpeg", "png", "webp")
-_BATCH = 16  # rows in memory, of a process that reads pictures
+_BATCH = 16  # rows in memory per process that reads pictures
 
 
 def picture_column(file: "pq.ParquetFile") -> str | None:
-    """The column whose values are pictures; None: there is none, or it holds nothing.
+    """The column of pictures. None if there is none, or if it has neither bytes nor paths.
 
     Raises:
-        ValueError: several, none of them called image.
+        ValueError: several columns have pictures, and none is called image.
     """
     schema = file.schema_arrow
-    found = [field.name for field in schema if _has_bytes(field.type)]
-    found = found or [name for name in BINARY_NAMES if name in schema.names and _is_binary(schema.field(name).type)]
-    if len(found) > 1 and "image" not in found:
-        raise ValueError(f"expected one column of pictures, or one of them called image; got {', '.join(found)}")
-    if not found:
+    columns = [field.name for field in schema if _has_bytes(field.type)]
+    columns = columns or [name for name in BINARY_NAMES if name in schema.names and _is_binary(schema.field(name).type)]
+    if len(columns) > 1 and "image" not in columns:
+        raise ValueError(f"expected one column of pictures, or one of them called image; got {', '.join(columns)}")
+    if not columns:
         return None
-    column = "image" if "image" in found else found[0]
+    column = "image" if "image" in columns else columns[0]
     return None if _no_bytes(file, column) and not has_path(schema.field(column).type) else column
 
 
 def picture_entries(file: "pq.ParquetFile", path: Path, column: str, captions: tuple[str, ...]) -> Iterator[Entry]:
-    """A row, an entry; no picture is read. Where no row has bytes, entries are of the files at their paths.
+    """One entry per row; pictures are not read. If no row has bytes, entries refer to the files at the paths.
 
-    Keys are the column `key`; without one the picture's path, with # and the row's number from 0 where there are
-    captions or a path comes twice; and where there is no path, the table's name, / and the number.
+    Keys are from the column `key`, else the picture's path. `#` and the row number from 0 are appended if there are
+    captions or duplicate paths. Without a path, the key is the table's name, `/` and the row number.
     """
     schema = file.schema_arrow
     paths = has_path(schema.field(column).type)
     others = [name for name in schema.names if name in (*captions, "key") and name != column]
-    numbered = bool(set(captions) & set(others)) or (paths and "key" not in others and _come_twice(file, column))
+    numbered = bool(set(captions) & set(others)) or (
+        paths and "key" not in others and _has_duplicate_paths(file, column)
+    )
     outside = _no_bytes(file, column)
     wanted = [*others, *([f"{column}.path"] if paths else [])]
     for number, row in enumerate(_rows(file, wanted)):
@@ -69,14 +71,14 @@ def picture_entries(file: "pq.ParquetFile", path: Path, column: str, captions: t
 
 
 def has_path(kind: "pa.DataType") -> bool:
-    """True for a struct with a path."""
+    """True if the type is a struct with a path."""
     import pyarrow as pa
 
     return pa.types.is_struct(kind) and any(part.name == "path" and is_text(part.type) for part in kind)
 
 
 def is_text(kind: "pa.DataType") -> bool:
-    """True if values of this type are texts."""
+    """True if the type is a string, or a dictionary of strings."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -85,7 +87,7 @@ def is_text(kind: "pa.DataType") -> bool:
 
 
 def footer_hash(path: Path) -> str:
-    """The SHA-256 of a Parquet file's footer, which has the places and sizes of all it holds."""
+    """The SHA-256 of a Parquet file's footer, which has the offsets and sizes of all column chunks."""
     import hashlib
 
     with open_regular(path) as file:
@@ -97,7 +99,7 @@ def footer_hash(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Reads one row's picture: its bytes, or where they are null the file at its path, below the root."""
+    """Reads the picture of one row: its bytes, or if they are null, the file at its path below the root."""
 
     table: Path
     root: Path
@@ -120,14 +122,14 @@ class Pictures:
 
 
 class _Cursor:
-    """A place in a table's pictures that moves forward; a few rows are in memory."""
+    """A forward reader of a table's pictures. Only a few rows are in memory."""
 
     def __init__(self, path: Path) -> None:
         import numpy as np
         import pyarrow.parquet as pq
 
         open_regular(path).close()
-        # Without the buffer size, a whole row group's pictures would be in memory.
+        # Without a buffer size, the pictures of a whole row group would be in memory.
         self._file = pq.ParquetFile(
             path, memory_map=True, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True
         )
@@ -142,7 +144,7 @@ class _Cursor:
         self._batch: Any = ()
 
     def read(self, row: int) -> tuple[bytes | None, str | None]:
-        """A row's bytes and path."""
+        """The bytes and the path of a row."""
         if not 0 <= row < self._starts[-1]:
             raise ValueError(f"the table has changed since the job was planned: it has no row {row}")
         with self._lock:
@@ -174,8 +176,8 @@ def _rows(file: "pq.ParquetFile", columns: list[str]) -> Iterator[dict[str, Any]
         yield from batch.to_pylist()
 
 
-def _come_twice(file: "pq.ParquetFile", column: str) -> bool:
-    """True if a path comes twice: eight bytes a row are in memory, and two paths of one hash count as the same."""
+def _has_duplicate_paths(file: "pq.ParquetFile", column: str) -> bool:
+    """True if two rows have the same path. Compares hashes: 8 bytes per row in memory, and a collision counts."""
     from array import array
 
     import numpy as np
@@ -196,7 +198,7 @@ def _is_binary(kind: "pa.DataType") -> bool:
 
 
 def _no_bytes(file: "pq.ParquetFile", column: str) -> bool:
-    """True if the file's statistics say that no row has any."""
+    """True if no row has bytes, according to the file's statistics."""
     import pyarrow as pa
 
     metadata = file.metadata

@@ -1,4 +1,4 @@
-"""Tells a source that has gone from rows that can't be read: a share that is unmounted costs no row its map."""
+"""Distinguishes an unreachable source from unreadable rows, so that an unmounted share does not cause row errors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _ERRORS = {
     errno.ENETDOWN, errno.ENETUNREACH, errno.ENFILE, errno.ENODEV, errno.ENOENT, errno.ENOTCONN, errno.ENOTDIR,
     errno.ENXIO, errno.EPERM, errno.EPIPE, errno.ESTALE, errno.ETIMEDOUT,
 }  # fmt: skip
-_PATIENCE = 60.0  # seconds: a share whose server is gone may answer nothing at all
+_PATIENCE = 60.0  # seconds; a share without its server may never respond
 _KNOWN = 16
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-    """True if an error, or what caused it, may be the fault of a disk, a network or permissions, and not of a row."""
+    """True if an error or its cause may come from a disk, a network or permissions instead of from a row."""
     for _ in range(8):
         if error is None:
             return False
@@ -35,11 +35,11 @@ def is_unreachable(error: BaseException | None) -> bool:
 
 
 class Reachable:
-    """A source that was there when this was made.
+    """Checks if a source is still reachable. It must be reachable when this object is created.
 
     Args:
-        path: of the source.
-        read: its reader.
+        path: path of the source.
+        read: reader of the source.
     """
 
     def __init__(self, path: Path, read: Reader) -> None:
@@ -48,7 +48,7 @@ class Reachable:
         self._known: dict[str, Entry] = {}
 
     def add(self, entry: Entry) -> None:
-        """A row that could be read; the latest of each folder is kept."""
+        """Record a row that could be read. The latest row of each folder is kept."""
         folder = os.path.dirname(entry.path or "")
         self._known.pop(folder, None)
         self._known[folder] = entry
@@ -56,31 +56,32 @@ class Reachable:
             del self._known[next(iter(self._known))]
 
     def why_not(self, failed: Iterable[Entry], others: Iterable[Entry]) -> str | None:
-        """Why the source can't be reached; None if it can.
+        """The reason if the source is unreachable, else None.
 
-        failed: rows that can't be reached. Of each one's folder, or else of the last folder, a row that could be read
-        before must still be readable.
-        others: rows of which one must be readable, where none is known that was.
+        Args:
+            failed: unreachable rows. For each of their folders, or else for the last folder, the recorded row must
+                still be readable.
+            others: if no row is recorded, one of these must be readable.
         """
         folders = {os.path.dirname(entry.path or "") for entry in failed} & set(self._known)
         known = [self._known[folder] for folder in folders or list(self._known)[-1:]]
-        found: list[str | None] = [f"it did not answer within {_PATIENCE:g} s"]
+        reason: list[str | None] = [f"it did not respond within {_PATIENCE:g} s"]
 
-        def look() -> None:
+        def check() -> None:
             try:
-                found[0] = self._look(known, others)
+                reason[0] = self._check(known, others)
             except Exception as error:
-                found[0] = f"{type(error).__name__}: {error}"
+                reason[0] = f"{type(error).__name__}: {error}"
 
-        thread = threading.Thread(target=look, daemon=True)
+        thread = threading.Thread(target=check, daemon=True)
         thread.start()
         thread.join(_PATIENCE)
-        return found[0]
+        return reason[0]
 
-    def _look(self, known: list[Entry], others: Iterable[Entry]) -> str | None:
+    def _check(self, known: list[Entry], others: Iterable[Entry]) -> str | None:
         device = _device(self.path)
         if device is None:
-            return "it is not there any more"
+            return "it no longer exists"
         if device != self._device:
             return "another device is mounted there"
         for entry in known:
@@ -89,14 +90,14 @@ class Reachable:
                 return f"a row that could be read a moment ago can't be read: {why}"
         if known:
             return None
-        told = None
+        message = None
         for entry in others:
             if entry.error is None and entry.path is not None:
                 why = self._why_not(entry)
                 if why is None:
                     return None
-                told = told or f"of some rows tried, none can be read; the first: {why}"
-        return told
+                message = message or f"several rows were tried and none can be read; the first error: {why}"
+        return message
 
     def _why_not(self, entry: Entry) -> str | None:
         try:

@@ -1,6 +1,6 @@
-"""A table of paths: Parquet, CSV, TSV or JSON lines; columns path (or image), and key and caption (or text) if any.
+"""A table of paths: Parquet, CSV, TSV or JSON lines with the column path (or image).
 
-Parquet may have the pictures themselves: see `embedded`.
+The columns key and caption (or text) are optional. Parquet files with embedded pictures: see `embedded`.
 """
 
 import contextlib
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnx.files import open_regular
-from attnx.jobs.sources import Entry, shown, text_of, wrong_caption
+from attnx.jobs.sources import Entry, text_of, wrong_caption
 from attnx.jobs.sources.embedded import Pictures, footer_hash, is_text, picture_column, picture_entries
 from attnx.jobs.sources.skipped import Skipped
 from attnx.limits import LINE_BYTES
+from attnx.messages import printable
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -29,10 +30,10 @@ _TRIED = 100
 
 @dataclass(frozen=True)
 class Table:
-    """Keys are the column `key`; without one the path, and of rows with a column of captions the path, # and the row's
-    number from 0.
+    """A table of paths or pictures.
 
-    A row that is none is an entry with its error. Of the first hundred paths at least one must exist.
+    Keys are from the column `key`, else the path. In a table with captions, `#` and the row number from 0 are appended
+    to the path. An invalid row becomes an entry with an error. At least one of the first 100 paths must exist.
     """
 
     path: Path
@@ -41,31 +42,31 @@ class Table:
     kind = "table"
 
     def entries(self) -> Iterator[Entry]:
-        """A row, an entry; empty lines are none."""
+        """One entry per row. Empty lines are skipped."""
         rows = self._rows()
         first = list(islice(rows, _TRIED))
         if not first:
             raise ValueError(f"source: expected at least one row; {self.path} has none")
         if all(entry.path is None for entry in first):
             raise ValueError(
-                f"source: expected rows with a path; {self.path}, of the first {len(first)}: {first[0].error}"
+                f"source: expected rows with a path; the first {len(first)} of {self.path} have none: {first[0].error}"
             )
         paths = [entry.path for entry in first if entry.path is not None and entry.offset is None]
         if paths and not any(_exists(self.root / path) for path in paths):
             raise FileNotFoundError(
                 f"source: none of the first {len(paths)} paths of {self.path} exists below {self.root}, such as "
-                f"{shown(paths[0])}; --root says where they are"
+                f"{printable(paths[0])}; set --root to their folder"
             )
         yield from first
         yield from rows
 
     def reader(self) -> Pictures:
-        """Paths below the root, and pictures in the table."""
+        """A reader of files below the root and of embedded pictures."""
         return Pictures(self.path, self.root)
 
     @property
     def fingerprint(self) -> str | None:
-        """Hash of the footer of a table with pictures in it; None for a table of paths."""
+        """Hash of the footer of a table with embedded pictures; None for a table of paths."""
         if self.path.suffix.lower() != ".parquet":
             return None
         with _opened(self.path) as file:
@@ -87,7 +88,7 @@ class Table:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    # A name that is too long for a file.
+    # The name is too long, or has a zero byte.
     except (OSError, ValueError):
         return False
 
@@ -95,21 +96,21 @@ def _exists(path: Path) -> bool:
 def _row_entry(row: Mapping[str, Any] | str, name: str, number: int) -> Entry:
     try:
         return _entry(row, name, number)
-    # To write out lists within lists takes more of the stack than to read them.
+    # Formatting nested lists takes more stack than parsing them.
     except RecursionError:
         return Entry(name, None, error=f"{name}: expected a row; got one nested too deep")
 
 
 def _entry(row: Mapping[str, Any] | str, name: str, number: int) -> Entry:
-    """Of a row, or of what is wrong with it."""
+    """The entry of a row. `row` is an error message if the row is invalid."""
     if isinstance(row, str):
         return Entry(name, None, error=f"{name}: {row}")
     path, text, key = _first(row, PATH), _first(row, CAPTION), row.get("key")
     key = None if key is None or key == "" else text_of(key)
     if not isinstance(path, str) or not path or "\0" in path:
-        told = f"{name}: expected a path in {' or '.join(PATH)}; got {text_of(json.dumps(row, default=str))[:80]}"
-        return Entry(key or name, None, error=told)
-    # Also where this row's caption is empty: others of its image may have one.
+        message = f"{name}: expected a path in {' or '.join(PATH)}; got {text_of(json.dumps(row, default=str))[:80]}"
+        return Entry(key or name, None, error=message)
+    # Numbered even if this row has no caption: other rows of the same image may have one.
     key = key or (f"{text_of(path)}#{number}" if set(CAPTION) & set(row) else text_of(path))
     wrong = wrong_caption(text)
     return Entry(key, path, text=text) if wrong is None else Entry(key, path, error=f"{name}: {wrong}")
@@ -120,7 +121,7 @@ def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def _lines(path: Path, newline: str) -> Iterator[str | None]:
-    """The lines of a text in UTF-8, with their ends; None for a line that is longer than the limit."""
+    """The lines of a UTF-8 text with their line ends; None for a line that is longer than the limit."""
     with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline=newline) as file:
         while line := file.readline(LINE_BYTES):
             if len(line) < LINE_BYTES or line.endswith(("\n", "\r")):
@@ -147,21 +148,21 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
         except RecursionError:
             yield name, f"{expected}; got lists or objects nested too deep"
             continue
-        yield name, row if isinstance(row, dict) else f"{expected}; got {shown(text_of(line.strip()), 80)}"
+        yield name, row if isinstance(row, dict) else f"{expected}; got {printable(text_of(line.strip()), 80)}"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError if a name comes twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """A JSON object as a dict. Raises ValueError if a name is repeated."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{shown(text_of(twice))} comes twice")
-    return found
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{printable(text_of(duplicate))} comes twice")
+    return row
 
 
 def _csv(path: Path, suffix: str) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    # A line that is too long is given as a field that is too long, which costs its row and no other.
+    # A line that is too long is replaced by a field that is too long. Only this row gets an error.
     too_long = "x" * (csv.field_size_limit() + 1) + "\n"
     lines = (too_long if line is None else line for line in _lines(path, ""))
     rows = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
@@ -196,16 +197,16 @@ def _opened(path: Path) -> "Iterator[pq.ParquetFile]":
             yield file
     except UnicodeDecodeError:
         raise
-    # Of a broken file pyarrow raises nearly anything.
+    # pyarrow raises nearly any exception for a broken file.
     except Exception as error:
         if str(error).startswith("source: "):
             raise
-        raise ValueError(f"source: expected a Parquet file; {path}: {shown(error, 200)}") from error
+        raise ValueError(f"source: expected a Parquet file; {path}: {printable(error, 200)}") from error
 
 
 def _parquet(path: Path, root: Path) -> Iterator[Entry]:
     with _opened(path) as file:
-        _check_twice(path, file.schema_arrow.names)
+        _check_unique(path, file.schema_arrow.names)
         pictures = _pictures(path, root, file)
         if pictures is not None:
             yield from picture_entries(file, path, pictures, CAPTION)
@@ -220,10 +221,10 @@ def _parquet(path: Path, root: Path) -> Iterator[Entry]:
 
 
 def _pictures(path: Path, root: Path, file: "pq.ParquetFile") -> str | None:
-    """The column of pictures; None: a table of paths, which it also is where it has pictures, and the paths exist.
+    """The column of pictures; None for a table of paths. If both exist, the paths are used if one of them exists.
 
     Raises:
-        ValueError: neither.
+        ValueError: the table has neither paths nor pictures.
     """
     texts = _text_columns(file)
     if texts:
@@ -232,17 +233,17 @@ def _pictures(path: Path, root: Path, file: "pq.ParquetFile") -> str | None:
         if any(_exists(root / text) for text in paths if "\0" not in text):
             return None
     try:
-        found = picture_column(file)
+        pictures = picture_column(file)
     except ValueError as error:
         if texts:
             return None
         raise ValueError(f"source: {path}: {error}") from error
-    if found is None and not texts:
-        columns = shown(", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow), 100)
+    if pictures is None and not texts:
+        columns = printable(", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow), 100)
         expected = f"a column {' or '.join(PATH)} of texts, or pictures as {{bytes, path}} or as bytes named image"
         advice = "rename or add a column"
         raise ValueError(f"source: expected {expected}; {path} has {columns or 'none'}; {advice}")
-    return found
+    return pictures
 
 
 def _text_columns(file: "pq.ParquetFile") -> list[str]:
@@ -251,12 +252,12 @@ def _text_columns(file: "pq.ParquetFile") -> list[str]:
 
 def _check(path: Path, columns: list[str]) -> None:
     if not set(columns) & set(PATH):
-        told = shown(", ".join(columns[:20])) or "none"
-        raise ValueError(f"source: expected a column {' or '.join(PATH)}; {path} has {told}")
-    _check_twice(path, columns)
+        names = printable(", ".join(columns[:20])) or "none"
+        raise ValueError(f"source: expected a column {' or '.join(PATH)}; {path} has {names}")
+    _check_unique(path, columns)
 
 
-def _check_twice(path: Path, columns: list[str]) -> None:
+def _check_unique(path: Path, columns: list[str]) -> None:
     twice = next((name for name in (*PATH, *CAPTION, "key") if columns.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"source: expected every column once; {path} has {twice} {columns.count(twice)} times")

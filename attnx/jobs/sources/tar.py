@@ -1,4 +1,4 @@
-"""webdataset's tar shards: members of one name are one sample; its picture, and its caption in .txt or .json."""
+"""Tar shards of webdataset. Members with the same stem are one sample: a picture and a caption in .txt or .json."""
 
 import io
 import json
@@ -12,10 +12,11 @@ from typing import IO, Any
 
 from attnx.files import open_regular
 from attnx.images import image_suffixes, is_unreadable_image
-from attnx.jobs.sources import Entry, shown, text_of, wrong_caption
+from attnx.jobs.sources import Entry, text_of, wrong_caption
 from attnx.jobs.sources.reachable import is_unreachable
 from attnx.jobs.sources.skipped import LINK, PART, UNREAD, Skipped
 from attnx.limits import CAPTION_BYTES, HEADER_BYTES, JSON_BYTES, PICTURE_BYTES
+from attnx.messages import printable
 
 _TEXT = (".txt", ".json", ".caption")
 _SHORT = tarfile.LENGTH_NAME - 20
@@ -23,11 +24,11 @@ _SHORT = tarfile.LENGTH_NAME - 20
 
 @dataclass(frozen=True)
 class Tars:
-    """Keys are the tar's name, / and the sample's: its members' path up to the first dot of the name.
+    """A tar or a folder of tars. Keys are the tar's name, `/` and the sample's path up to the first dot of its name.
 
-    Planning reads headers and captions, no picture; a job then reads each picture where it lies. A tar that ends early
-    gives the samples that are whole, and a row that says so. A picture that comes twice in a sample, whatever the case
-    of its suffix, is two entries of one key, which is no job; pictures that are left out are counted in `skipped`.
+    Planning reads headers and captions, but no pictures. A job reads each picture at its offset. A truncated tar gives
+    its complete samples and one row with an error. If a suffix is repeated in a sample (ignoring case), both pictures
+    become entries with the same key, which the manifest rejects. Skipped pictures are counted in `skipped`.
     """
 
     path: Path
@@ -35,7 +36,7 @@ class Tars:
     kind = "tar"
 
     def entries(self) -> Iterator[Entry]:
-        """Samples in the order of names of tars, and of places in them."""
+        """The samples, sorted by the tars' names, in the order of each tar."""
         tars = [self.path] if self.path.is_file() else tars_in(self.path)
         if not tars:
             raise ValueError(f"source: expected tar shards; {self.path} has none")
@@ -49,18 +50,18 @@ class Tars:
             yield from _samples(tar, tar.relative_to(root).as_posix(), self.skipped)
 
     def reader(self) -> "Members":
-        """Parts of the tars below the folder."""
+        """A reader of members of the tars."""
         return Members(self.root)
 
     @property
     def root(self) -> Path:
-        """What the tars' paths are relative to."""
+        """The folder that the tars' paths are relative to."""
         return self.path.parent if self.path.is_file() else self.path
 
 
 @dataclass(frozen=True)
 class Members:
-    """Reads one member, by its place."""
+    """Reads one member by its offset."""
 
     root: Path
 
@@ -77,22 +78,24 @@ class Members:
 
 
 def _check_header(block: bytes, entry: Entry) -> None:
-    """Raises ValueError if it is not that of the entry's picture: another tar has been put in its place."""
+    """Raise ValueError if the header does not match the entry's picture, because the tar was replaced."""
     sample = entry.key.removeprefix(f"{text_of(entry.path)}/")
     try:
         member = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
-        found = f"{text_of(_sample(member))} of {member.size:,} bytes"
+        actual = f"{text_of(_sample(member))} of {member.size:,} bytes"
     except tarfile.HeaderError:
-        member, found = None, "something else"
-    # Of a name that is no ASCII, or with its suffix too long for a header, every writer has its own short form there.
-    whole = sample.isascii() and len(sample) <= _SHORT
-    if member is None or member.size != entry.size or (whole and text_of(_sample(member)) != sample):
-        expected = f"{shown(sample)} of {entry.size:,} bytes"
-        raise ValueError(f"the tar has changed since the job was planned: expected {expected}; got {shown(found, 200)}")
+        member, actual = None, "something else"
+    # Writers shorten names differently if they are not ASCII or too long for a header.
+    is_full_name = sample.isascii() and len(sample) <= _SHORT
+    if member is None or member.size != entry.size or (is_full_name and text_of(_sample(member)) != sample):
+        expected = f"{printable(sample)} of {entry.size:,} bytes"
+        raise ValueError(
+            f"the tar has changed since the job was planned: expected {expected}; got {printable(actual, 200)}"
+        )
 
 
 def tars_in(folder: Path, alone: bool = False) -> list[Path]:
-    """The tars of a folder, by name; alone: none where images lie beside them."""
+    """The tars in a folder, sorted by name. With `alone`, an empty list if the folder also has images."""
     files = [path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file()]
     if alone and any(path.suffix.lower() in image_suffixes() for path in files):
         return []
@@ -100,30 +103,30 @@ def tars_in(folder: Path, alone: bool = False) -> list[Path]:
 
 
 def _samples(tar: Path, name: str, skipped: Skipped) -> Iterator[Entry]:
-    name, told = text_of(name), shown(tar, 200)
+    name, path = text_of(name), printable(tar, 200)
     read, broken = 0, list[Exception]()
     try:
         with open_regular(tar) as content:
             if content.read(2) == b"\x1f\x8b":
-                yield Entry(name, None, error=f"{told}: expected a tar without compression; got one of gzip")
+                yield Entry(name, None, error=f"{path}: expected a tar without compression; got gzip")
                 return
             size = content.seek(0, io.SEEK_END)
             for sample, members in groupby(_files(content, name, skipped, broken), _sample):
-                found = _entries(content, name, sample, list(members), size, skipped)
+                entries = _entries(content, name, sample, list(members), size, skipped)
                 read += 1
-                yield from found
+                yield from entries
     except OSError as error:
         broken.append(error)
     if broken and is_unreachable(broken[0]):
-        # No fault of the tar's, and so none that may stand in the plan.
+        # The tar itself may be fine, so the error must not become a part of the plan.
         raise broken[0]
     if broken:
-        why = shown(str(broken[0]) or type(broken[0]).__name__)
-        yield Entry(f"{name}/", None, error=f"{told}: the tar ends early or is broken, after {read} samples: {why}")
+        why = printable(str(broken[0]) or type(broken[0]).__name__)
+        yield Entry(f"{name}/", None, error=f"{path}: the tar ends early or is broken, after {read} samples: {why}")
 
 
 class _Broken(tarfile.HeaderError):
-    """A header that tarfile would believe."""
+    """An invalid header that tarfile would accept."""
 
 
 class _Member(tarfile.TarInfo):
@@ -131,14 +134,14 @@ class _Member(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: Any, encoding: str, errors: str) -> "_Member":
-        """Of a header; raises `_Broken` for a negative size, with which CPython before 3.11.14 never ends."""
+        """The member of a header. Raises `_Broken` for a negative size: CPython before 3.11.14 loops forever."""
         member = super().frombuf(buf, encoding, errors)
         if member.size < 0:
             raise _Broken(f"expected a size; got {member.size:,}")
         return member
 
     def _proc_pax(self, file: Any) -> Any:
-        # For records that are none, CPython before 3.11.10 takes time and memory that grow with their square.
+        # For invalid records, CPython before 3.11.10 takes quadratic time and memory.
         start = file.fileobj.tell()
         content = file.fileobj.read(self.size)
         place = 0
@@ -156,7 +159,7 @@ class _Member(tarfile.TarInfo):
 
 
 class _Headers:
-    """What tarfile reads of a tar: headers of one member after the other, up to the limit."""
+    """A file object for tarfile that limits the bytes of headers per member."""
 
     mode = "rb"
 
@@ -165,18 +168,18 @@ class _Headers:
         self.seek, self.tell = file.seek, file.tell
 
     def begin(self, offset: int) -> None:
-        """A member's headers begin here."""
+        """Reset the limit: the headers of a member start at `offset`."""
         self._end = offset + HEADER_BYTES
 
     def read(self, size: int) -> bytes:
-        """Raises `_Broken` for what lies beyond the limit."""
+        """Read `size` bytes. Raises `_Broken` beyond the limit."""
         if self._file.tell() + size > self._end:
             raise _Broken(f"expected headers of at most {HEADER_BYTES:,} bytes a member; got more")
         return self._file.read(size)
 
 
 def _members(content: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """All members; none is kept in memory. Raises what tarfile does."""
+    """All members, without keeping them in memory. Raises the exceptions of tarfile."""
     content.seek(0)
     headers = _Headers(content)
     with tarfile.open(fileobj=headers, mode="r:", tarinfo=_Member) as file:  # type: ignore[call-overload]
@@ -192,28 +195,29 @@ def _members(content: IO[bytes]) -> Iterator[tarfile.TarInfo]:
                 or file.offset <= last
                 or (number is not None and not re.fullmatch("[0-9]{1,20}", number))
             ):
-                raise _Broken(f"expected a size; got {shown(number or member.size)}")
+                raise _Broken(f"expected a size; got {printable(number or member.size)}")
             last = file.offset
-            # Global records, which tarfile copies to each member, say nothing of use here but this one.
+            # tarfile copies global records to each member; only hdrcharset is needed.
             file.pax_headers = {key: value for key, value in file.pax_headers.items() if key == "hdrcharset"}
             member.pax_headers = {}
             file.members.clear()
             yield member
-        # tarfile takes a header that is cut or broken, but for the first, for the end.
+        # tarfile treats a truncated or broken header, except the first, as the end of the tar.
         content.seek(last)
         if any(content.read(tarfile.BLOCKSIZE)):
             raise tarfile.ReadError("expected a header")
 
 
 def _files(content: IO[bytes], name: str, skipped: Skipped, broken: list[Exception]) -> Iterator[tarfile.TarInfo]:
-    """The members that are files and not hidden; counts the links to pictures. An error ends them, and is put in
-    `broken`: the sample before it is given.
+    """The members that are regular files and not hidden. Links to pictures are counted in `skipped`.
+
+    An error ends the iteration and is appended to `broken`, so that the last complete sample is still used.
     """
     members = _members(content)
     while True:
         try:
             member = next(members, None)
-        # Of broken headers tarfile raises nearly anything: ValueError, OverflowError, RecursionError, IndexError.
+        # For broken headers tarfile raises ValueError, OverflowError, RecursionError, IndexError and others.
         except Exception as error:
             broken.append(error)
             return
@@ -230,11 +234,11 @@ def _files(content: IO[bytes], name: str, skipped: Skipped, broken: list[Excepti
 def _entries(
     content: IO[bytes], name: str, sample: str, members: list[tarfile.TarInfo], size: int, skipped: Skipped
 ) -> list[Entry]:
-    """One, of a sample with a picture; several, of one key, if a picture comes twice; none without a picture."""
+    """The entry of a sample; none without a picture; several with the same key if a picture is repeated."""
     key, suffixes = f"{name}/{text_of(sample)}", image_suffixes()
     parts = [(member.name.removeprefix(sample).lower(), member) for member in members]
     images = [(part, member) for part, member in parts if part.endswith(suffixes)]
-    # x.jpg is sample x's picture, and x.depth.png another part of it.
+    # x.jpg is the picture of sample x; x.depth.png is an additional image.
     own = [(part, member) for part, member in images if part in suffixes]
     pictures = own or images
     for part, member in parts:
@@ -247,8 +251,8 @@ def _entries(
     if not pictures:
         return []
     if len(pictures) > 1:
-        told = shown(", ".join(_name(member) for _, member in pictures[:10]), 200)
-        return [Entry(key, None, error=f"{name}: expected one picture in this sample; got {told}")]
+        names = printable(", ".join(_name(member) for _, member in pictures[:10]), 200)
+        return [Entry(key, None, error=f"{name}: expected one picture in this sample; got {names}")]
     picture = pictures[0][1]
     read = [picture, *(member for part, member in parts if part in _TEXT)]
     if any(member.issparse() for member in read):
@@ -256,8 +260,8 @@ def _entries(
     if any(member.offset_data + member.size > size for member in members if not member.issparse()):
         return [Entry(key, None, error=f"{name}: the tar ends early, in this sample")]
     if picture.size > PICTURE_BYTES:
-        told = f"expected a picture of at most {PICTURE_BYTES:,} bytes; got one of {picture.size:,}"
-        return [Entry(key, None, error=f"{name}: {told}")]
+        message = f"expected a picture of at most {PICTURE_BYTES:,} bytes; got one of {picture.size:,}"
+        return [Entry(key, None, error=f"{name}: {message}")]
     try:
         text = _text(content, parts)
     except ValueError as error:
@@ -266,10 +270,10 @@ def _entries(
 
 
 def _text(content: IO[bytes], parts: list[tuple[str, tarfile.TarInfo]]) -> str | None:
-    """The sample's caption; of two members of one name, the first one's.
+    """The sample's caption. If a name is repeated, the first member is used.
 
     Raises:
-        ValueError: it is too long, or no UTF-8.
+        ValueError: the caption is too long, or not UTF-8.
     """
     for suffix in _TEXT:
         member = next((member for part, member in parts if part == suffix), None)
@@ -278,7 +282,7 @@ def _text(content: IO[bytes], parts: list[tuple[str, tarfile.TarInfo]]) -> str |
             if member.size > most:
                 raise ValueError(f"expected a {suffix} of at most {most:,} bytes; got one of {member.size:,}")
             content.seek(member.offset_data)
-            # What is no UTF-8 is refused with the caption that has it.
+            # Invalid UTF-8 is kept as surrogates, which `wrong_caption` rejects.
             text = _caption(content.read(member.size).decode(errors="surrogateescape"), suffix)
             if text is not None:
                 if wrong := wrong_caption(text):
@@ -294,8 +298,8 @@ def _caption(content: str, suffix: str) -> str | None:
         fields = json.loads(content)
     except (ValueError, RecursionError):
         return None
-    found = [fields.get(name) for name in ("caption", "text")] if isinstance(fields, dict) else []
-    return next((value for value in found if isinstance(value, str)), None)
+    values = [fields.get(name) for name in ("caption", "text")] if isinstance(fields, dict) else []
+    return next((value for value in values if isinstance(value, str)), None)
 
 
 def _name(member: tarfile.TarInfo) -> str:

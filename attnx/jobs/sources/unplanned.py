@@ -1,4 +1,4 @@
-"""Counts what is in a source and not in the job that was planned of it."""
+"""Counts rows that were added to a source after its job was planned."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["unplanned"]
 
 
 def unplanned(source: Source, job: Job) -> list[str]:
-    """A line that tells of rows that were added to a folder or a table since the job was planned; else none.
+    """A message if rows were added to a folder or a table since the job was planned, else an empty list.
 
-    Tars and data sets are skipped, because listing them is slow; so is a source that is gone.
+    Tars and data sets are not checked because listing them is slow. A missing source is not checked either.
     """
     if source.kind not in ("folder", "table"):
         return []
@@ -26,13 +26,13 @@ def unplanned(source: Source, job: Job) -> list[str]:
     count, example = 0, ""
     try:
         for entry in source.entries():
-            of = hash(entry.key)
-            at = int(np.searchsorted(known, of))
-            if at == len(known) or known[at] != of:
+            key_hash = hash(entry.key)
+            index = int(np.searchsorted(known, key_hash))
+            if index == len(known) or known[index] != key_hash:
                 count, example = count + 1, example or entry.key
     except (OSError, ValueError):
         return []
     if not count:
         return []
-    told = f"{count} rows of the source are not in the job, which was planned before they were there"
-    return [f"{told}, such as {example[:160]}; another --out takes them in"]
+    message = f"{count} rows were added to the source after the job was planned, and are not in it"
+    return [f"{message}, such as {example[:160]}; choose another --out to include them"]

@@ -12,7 +12,7 @@ _FLAGS = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint")  # t
 
 
 def switch_off(model: nn.Module) -> list[Callable[[], None]]:
-    """Switches gradient checkpointing off where a flag says that it is on; gives functions that switch it back on."""
+    """Switch gradient checkpointing off; returns functions that switch it back on."""
     undo: list[Callable[[], None]] = []
     for module in model.modules():
         for flag in _FLAGS:
@@ -23,7 +23,7 @@ def switch_off(model: nn.Module) -> list[Callable[[], None]]:
 
 
 def recomputes() -> bool:
-    """True in a backward pass: a module that runs in one repeats what it did before."""
+    """True in a backward pass, in which a module only runs to recompute its forward pass."""
     return torch._C._current_graph_task_id() != -1
 
 

@@ -1,8 +1,8 @@
-"""Hugging Face transformers: each configuration names the attention function that its modules look up.
+"""Adapter for Hugging Face transformers: each configuration names the attention function that its modules look up.
 
-Where it names "eager", a capture has it name `AS_EAGER`: SDPA with the masks and the arithmetic of eager attention. So
-masks stay what they were, and whoever runs the model in another thread meanwhile gets the same numbers. Only where
-transformers says that the model's attention is SDPA's; a function that a user has registered is left alone.
+During a capture, a configuration that names "eager" names `AS_EAGER` instead: SDPA with the masks and the arithmetic of
+eager attention. Masks do not change, and other threads that run the model get the same results. This is done only for
+models that transformers declares to support SDPA. Functions that a user registered are not replaced.
 """
 
 import sys
@@ -20,21 +20,21 @@ from attnx.trace.adapters.switches import Instead
 
 AS_EAGER = "attnx_as_eager"
 BEYOND_SDPA = ("softcap", "s_aux", "sinks")
-"""Keyword arguments of transformers' attention functions that SDPA has no counterpart for."""
+"""Keyword arguments of transformers' attention functions that SDPA does not support."""
 
-_BEYOND = ("softcap", "sinks")  # in the names of attributes
-_SUPPORT: dict[tuple[str, str], bool] = {}  # by source file and configuration
+_BEYOND = ("softcap", "sinks")  # parts of attribute names
+_SUPPORT: dict[tuple[str, str], bool] = {}  # {(source file, configuration): supports SDPA}
 
 
 def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
-    """Switches configurations from "eager" to SDPA where the outputs stay; gives functions that switch them back."""
+    """Switch configurations from "eager" to SDPA if outputs do not change; returns functions that switch them back."""
     if "transformers" not in sys.modules:
         return []
     undo: list[Callable[[], None]] = []
     for config, modules in configurations(model):
-        if config._attn_implementation_internal == "eager" and _why_eager(modules) is None:
+        if config._attn_implementation_internal == "eager" and _eager_reason(modules) is None:
             _register()
-            # The public setter would also set every configuration below this one.
+            # The public setter would also set the configurations inside this one.
             ours = config._attn_implementation_internal = Instead(AS_EAGER, "eager")
             undo.append(partial(_switch_back, config, ours))
     return undo
@@ -51,14 +51,15 @@ def as_eager(
     position_bias: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Output of transformers' eager attention, [B, M, H, Dv], by SDPA: every mask is added to the scores.
+    """Output of transformers' eager attention [B, M, H, Dv], computed by SDPA; all masks are added to the scores.
 
     Raises:
-        NotImplementedError: the module asks for what SDPA does not compute.
+        NotImplementedError: the module passes an argument that SDPA does not support.
     """
-    beyond = [name for name in BEYOND_SDPA if others.get(name) is not None]
-    if beyond:
-        raise NotImplementedError(f"{type(module).__name__} asks for {', '.join(beyond)}, which SDPA does not compute")
+    unsupported = [name for name in BEYOND_SDPA if others.get(name) is not None]
+    if unsupported:
+        names = ", ".join(unsupported)
+        raise NotImplementedError(f"{type(module).__name__} uses {names}, which SDPA does not compute")
     terms = [term[..., : key.shape[2]] for term in (attention_mask, position_bias) if term is not None]
     bias = None if not terms else as_bias(sum(terms[1:], start=terms[0]), query)
     grouped = query.shape[1] != key.shape[1]
@@ -67,7 +68,7 @@ def as_eager(
 
 
 def not_switched(model: nn.Module) -> dict[str, str]:
-    """{module name: why it keeps another attention function than SDPA}, of those whose configuration was left alone."""
+    """{module name: reason} of the modules whose configuration was not switched to SDPA."""
     if "transformers" not in sys.modules:
         return {}
     names = {id(module): name for name, module in model.named_modules()}
@@ -77,23 +78,24 @@ def not_switched(model: nn.Module) -> dict[str, str]:
         if kind == AS_EAGER:
             continue
         if kind == "eager":
-            why = _why_eager(modules)
-            if why and any(names_beyond_sdpa(inside) for module in modules for inside in module.modules()):
-                why += "; attnx.huggingface.use(model) makes it attend by attnx, which computes soft capping and sinks"
+            reason = _eager_reason(modules)
+            if reason and any(names_beyond_sdpa(inside) for module in modules for inside in module.modules()):
+                reason += "; attnx.huggingface.use(model) switches it to attnx, which computes soft capping and sinks"
         elif kind != "sdpa":
-            why = f"its attention function is {str(kind)!r}; model.set_attn_implementation('sdpa') makes it SDPA"
+            reason = (
+                f"its attention function is {str(kind)!r}; model.set_attn_implementation('sdpa') switches it to SDPA"
+            )
         else:
-            why = None
-        if why is not None:
-            reasons[names[id(modules[0])]] = why
+            reason = None
+        if reason is not None:
+            reasons[names[id(modules[0])]] = reason
     return reasons
 
 
 def unpacked(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-    """q [B, H, 1, D] and its mask, where transformers has packed grouped heads into the dimension of the queries.
+    """q [B, H, 1, D] and its mask, if transformers packed grouped heads into the query dimension; else None.
 
-    In a decode step with a mask its `pack_gqa` hands SDPA q [B, Hk, H / Hk, D]: rows that are heads. None where q is
-    not packed.
+    In a decode step with a mask, transformers' `pack_gqa` passes q [B, Hk, H / Hk, D] to SDPA, whose rows are heads.
     """
     groups = getattr(module, "num_key_value_groups", 1)
     if not isinstance(groups, int) or groups < 2 or q.shape[2] != groups or q.shape[1] != k.shape[1]:
@@ -107,15 +109,15 @@ def unpacked(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> tu
 
 
 def supports_sdpa(module: nn.Module) -> bool | None:
-    """True if transformers says that the module's model can attend by SDPA; None if it is of no model of theirs."""
+    """True if transformers declares that the module's model supports SDPA; None if it is not a transformers model."""
     if _is_pretrained(module):
         return bool(getattr(type(module), "_supports_sdpa", False))
     config = getattr(module, "config", None)
     return _source_supports_sdpa(type(module).__module__, type(config).__name__)
 
 
-def asks_beyond_sdpa(module: nn.Module) -> list[str]:
-    """Names of what the module asks of its attention function and SDPA can't give: soft capping, sinks."""
+def uses_beyond_sdpa(module: nn.Module) -> list[str]:
+    """Names of the module's attributes for soft capping or sinks, which SDPA does not support."""
     code = _code(module)
     if code is None or not names_beyond_sdpa(module):
         return []
@@ -124,50 +126,50 @@ def asks_beyond_sdpa(module: nn.Module) -> list[str]:
 
 
 def names_beyond_sdpa(module: nn.Module) -> bool:
-    """True if the module's code hands its attention function soft capping or sinks, be they None."""
+    """True if the module's code passes soft capping or sinks to its attention function, even as None."""
     code = _code(module)
     return code is not None and not _keywords(code).isdisjoint(BEYOND_SDPA)
 
 
-def asks_its_table(module: nn.Module) -> bool:
-    """True if the module's code looks its attention function up in transformers' table."""
+def looks_up_attention(module: nn.Module) -> bool:
+    """True if the module's code looks up its attention function in transformers' table."""
     code = _code(module)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def _code(module: nn.Module) -> CodeType | None:
-    """The code of the module's class's forward, whatever decorators are around it; None if it is no function."""
+    """Code of the forward of the module's class, without decorators; None if it is not a function."""
     forward = unwrap(getattr(type(module), "forward", nn.Module.forward))
     return forward.__code__ if isinstance(forward, FunctionType) else None
 
 
 def configurations(model: nn.Module) -> Iterator[tuple[Any, list[nn.Module]]]:
-    """Each configuration that names an attention function, and the modules that hold it, outermost first."""
+    """Each configuration that names an attention function, with the modules that hold it, outermost first."""
     holders: dict[int, tuple[Any, list[nn.Module]]] = {}
     for module in model.modules():
-        # Not by getattr: nn.Module's takes microseconds to find that there is none.
+        # vars() instead of getattr: a failed lookup by nn.Module.__getattr__ takes microseconds.
         config: Any = vars(module).get("config", getattr(type(module), "config", None))
         if getattr(config, "_attn_implementation_internal", None) is not None:
             holders.setdefault(id(config), (config, []))[1].append(module)
     yield from holders.values()
 
 
-def _why_eager(modules: list[nn.Module]) -> str | None:
-    """Reason that modules which share a configuration keep their own attention; None where SDPA computes the same."""
+def _eager_reason(modules: list[nn.Module]) -> str | None:
+    """Reason that modules with a common configuration keep their own attention; None if SDPA computes the same."""
     import transformers
 
     if "eager" in transformers.AttentionInterface():
-        return "its attention function is one that was registered as 'eager'"
+        return "its attention function was registered as 'eager'"
     if getattr(getattr(modules[0], "config", None), "output_attentions", False) is True:
-        return "its configuration asks for output_attentions"
+        return "its configuration sets output_attentions"
     owners = [module for module in modules if _is_pretrained(module)] or modules[:1]
     for owner in owners:
         if not supports_sdpa(owner):
             return f"transformers has no SDPA for {type(owner).__name__}: it computes its softmax itself"
     for module in modules:
-        asked = asks_beyond_sdpa(module)
-        if asked:
-            return f"{type(module).__name__} asks for {', '.join(asked)}, which SDPA does not compute"
+        used = uses_beyond_sdpa(module)
+        if used:
+            return f"{type(module).__name__} uses {', '.join(used)}, which SDPA does not compute"
     return None
 
 
@@ -177,7 +179,7 @@ def _is_pretrained(module: nn.Module) -> bool:
 
 
 def _register() -> None:
-    """Gives transformers `as_eager`, and eager attention's masks for it."""
+    """Register `as_eager` with transformers, with the masks of eager attention."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
@@ -187,13 +189,13 @@ def _register() -> None:
 
 
 def _switch_back(config: Any, ours: Instead) -> None:
-    """Undoes a switch, unless somebody has set another implementation since."""
+    """Undo a switch, unless another implementation was set since."""
     if config._attn_implementation_internal is ours:
         config._attn_implementation_internal = ours.before
 
 
 def _source_supports_sdpa(source: str, config: str) -> bool | None:
-    """Of a module that is no model itself: what the models of the same file, or package, and configuration say."""
+    """SDPA support of a module inside a model, from the models in the same file or package with its configuration."""
     transformers: Any = sys.modules.get("transformers.modeling_utils")
     if transformers is None or (source, config) in _SUPPORT:
         return _SUPPORT.get((source, config))
@@ -214,6 +216,6 @@ def _source_supports_sdpa(source: str, config: str) -> bool | None:
 
 @cache
 def _keywords(code: CodeType) -> frozenset[str]:
-    """Names of the keyword arguments in the calls that a function makes."""
+    """Names of the keyword arguments in the calls inside a function."""
     constants = [names for names in code.co_consts if isinstance(names, tuple)]
     return frozenset(name for names in constants for name in names if isinstance(name, str))

@@ -1,13 +1,13 @@
-"""Masks that are added to the scores, as SDPA wants them."""
+"""Additive masks in the form that SDPA expects."""
 
 import torch
 from torch import Tensor
 
 
 def as_bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """The additive mask in the dtype that SDPA computes in; its most negative numbers stay finite.
+    """The additive mask in the dtype that SDPA computes in, with its most negative numbers kept finite.
 
-    Autocast alone would make minus infinity of float32's lowest number, and a row of nothing else NaN.
+    Autocast would turn float32's lowest number into minus infinity, and a row of only such values into NaN.
     """
     device = q.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype

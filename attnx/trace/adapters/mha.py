@@ -1,4 +1,4 @@
-"""The functions that attention modules call, and `F.multi_head_attention_forward` with another attention inside."""
+"""The functions that attention modules call, and `F.multi_head_attention_forward` with another SDPA inside."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -11,7 +11,7 @@ from torch import Tensor
 
 SDPA = F.scaled_dot_product_attention
 MHA = F.multi_head_attention_forward
-_TAKES = signature(MHA)
+_SIGNATURE = signature(MHA)
 
 
 def multi_head_attention(
@@ -19,25 +19,26 @@ def multi_head_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The result of `F.multi_head_attention_forward` with `sdpa` as its attention.
 
-    Asked for its weights, the original function computes them: they are its own, with their graph.
+    With need_weights=True the original function computes the weights, with their graph.
 
     Args:
-        sdpa: is asked for the attention, in the place of `F.scaled_dot_product_attention`.
-        exact: the original function's output is given where it is run for the weights; else that of `sdpa`.
+        sdpa: replaces `F.scaled_dot_product_attention`.
+        exact: with need_weights=True, return the original function's output instead of that of `sdpa`.
+        args, kwargs: of `F.multi_head_attention_forward`.
     """
-    given = _TAKES.bind(*args, **kwargs).arguments
-    if not given.get("need_weights", True):
-        return _with(sdpa)(**given)
-    # With weights the mask counts and the hint does not: it would hide keys that add_bias_kv and add_zero_attn append.
-    out, _ = _with(sdpa)(**{**given, "need_weights": False, "is_causal": False})
-    # Nobody is to hear this attention a second time.
+    bound = _SIGNATURE.bind(*args, **kwargs).arguments
+    if not bound.get("need_weights", True):
+        return _clone_with(sdpa)(**bound)
+    # is_causal is a hint that need_weights=True ignores. Here it would mask keys of add_bias_kv and add_zero_attn.
+    out, _ = _clone_with(sdpa)(**{**bound, "need_weights": False, "is_causal": False})
+    # Function modes are disabled, so that the attention is not intercepted a second time.
     with torch._C.DisableTorchFunction():
         plain, weights = MHA(*args, **kwargs)
     return plain if exact else out, weights
 
 
-def _with(sdpa: Callable[..., Tensor]) -> FunctionType:
-    """The same code with other globals: it calls `sdpa`, and does not ask modes and subclasses a second time."""
+def _clone_with(sdpa: Callable[..., Tensor]) -> FunctionType:
+    """A clone of the function with other globals: it calls `sdpa` and skips function modes and subclasses."""
     names = {**MHA.__globals__, "scaled_dot_product_attention": sdpa, "has_torch_function": lambda tensors: False}
     clone = FunctionType(MHA.__code__, names, MHA.__name__, MHA.__defaults__, MHA.__closure__)
     clone.__kwdefaults__ = MHA.__kwdefaults__

@@ -8,7 +8,7 @@ _WRAPPERS = ("FSDPModule", "FullyShardedDataParallel")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """True if a module of the model must run to its end, so that its hooks free what they gathered."""
+    """True if the model is sharded: its modules must run to their end, so that hooks free the gathered weights."""
     if "torch.distributed.fsdp" not in sys.modules:
         return False
     return any(kind.__name__ in _WRAPPERS for module in model.modules() for kind in type(module).__mro__)

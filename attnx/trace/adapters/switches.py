@@ -1,4 +1,4 @@
-"""Flags that a capture switches on for its time. A copy of the module (copy.deepcopy, torch.save) has the old value."""
+"""Temporary values of flags during a capture; a copy of the module (copy.deepcopy, torch.save) gets the old value."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -8,25 +8,25 @@ from typing import Any
 from torch import nn
 
 DOES_NOTHING = (getattr, (nullcontext(), "__exit__"))
-"""A `__reduce__` value: the hook becomes, in a copy of its module, a function that takes anything and gives None."""
+"""A `__reduce__` value: in a copy of a module, its hook becomes a function of any arguments that returns None."""
 
 
 class On(int):
-    """True, in the place of False."""
+    """True in place of False."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return bool, (False,)
 
 
 class Off(int):
-    """False, in the place of True."""
+    """False in place of True."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return bool, (True,)
 
 
 class Instead(str):
-    """A name in the place of another one."""
+    """A name in place of another one, `before`."""
 
     before: str
 
@@ -40,7 +40,7 @@ class Instead(str):
 
 
 class Bound:
-    """A forward bound to one module, to be set in its `vars`. A copy of the module has its class's own forward."""
+    """A forward bound to one module and stored in its `vars`; a copy of the module has its class's own forward."""
 
     def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
         self.__func__ = function
@@ -50,20 +50,20 @@ class Bound:
         return self.__func__(self.__self__, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Asked before the copy has its attributes: its class's.
+        # Evaluated before the copy has its attributes, so this is the class's forward.
         return getattr, (self.__self__, "forward")
 
 
 def bind(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
-    """Runs the function as the module's forward; call what is returned to undo it."""
+    """Use the function as the module's forward; returns a function that undoes it."""
     bound = Bound(function, module)
-    # Not by setattr: nn.Module's takes longer than some layers.
+    # vars() instead of setattr: nn.Module.__setattr__ takes longer than some layers.
     vars(module)["forward"] = bound
     return partial(_unbind, module, bound)
 
 
 def own_forward_only(module: nn.Module) -> bool:
-    """True if the module runs its class's own forward: nobody has set another one on the instance."""
+    """True if the module runs its class's own forward, not one set on the instance."""
     forward = vars(module).get("forward")
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
 

@@ -1,4 +1,4 @@
-"""timm: every attention module reads its own `fused_attn` flag, set when the block was built."""
+"""Adapter for timm: each attention module reads its `fused_attn` flag, which is set when the block is built."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,11 +9,11 @@ from attnx.trace.adapters.switches import On
 
 
 def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
-    """Sets `fused_attn` where it is off; gives the functions that set it back."""
+    """Set `fused_attn` where it is False; returns functions that restore it."""
     undo: list[Callable[[], None]] = []
     for module in model.modules():
-        # Not by getattr: nn.Module's takes microseconds to find that there is none.
+        # vars() instead of getattr: a failed lookup by nn.Module.__getattr__ takes microseconds.
         if vars(module).get("fused_attn", getattr(type(module), "fused_attn", True)) is False:
-            setattr(module, "fused_attn", On(True))  # noqa: B010  (a plain flag, which nn.Module is not typed to have)
+            setattr(module, "fused_attn", On(True))  # noqa: B010  (nn.Module has no such typed attribute)
             undo.append(partial(setattr, module, "fused_attn", False))
     return undo

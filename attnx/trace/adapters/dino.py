@@ -1,0 +1,74 @@
+"""Adapter for DINO's own attention: forwards that call SDPA instead of computing the softmax themselves.
+
+The attention returns (output, probabilities), and the block discards the probabilities unless return_attention=True. So
+the bound block calls the bound attention without probabilities. See `rewriting` for how blocks are recognised.
+
+Reference:
+    https://github.com/facebookresearch/dino, vision_transformer.py
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as registry
+
+from attnx.trace.adapters.rewriting import (
+    VIT_NEEDS,
+    VIT_USES,
+    bind_rewritten,
+    drops,
+    makes_graph,
+    output,
+    probabilities_of,
+    project,
+    returns_pair,
+)
+
+_BLOCK = {"norm1", "attn", "drop_path", "norm2", "mlp"}
+
+
+def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
+    """Bind forwards that call SDPA to DINO's blocks; returns functions that undo it."""
+    return bind_rewritten(model, ("Attention", "Block"), _rewritten)
+
+
+@cache
+def _rewritten(name: str, forward: FunctionType) -> Callable[..., Any] | None:
+    """The forward to bind in place of a class's own; None if that is unknown."""
+    arguments = tuple(inspect.signature(forward).parameters)[1:]
+    uses = set(forward.__code__.co_names)
+    if name == "Attention" and arguments == ("x",) and VIT_NEEDS <= uses <= VIT_USES:
+        return _attention if returns_pair(forward) else None
+    if name == "Block" and arguments == ("x", "return_attention") and uses == _BLOCK:
+        return _block
+    return None
+
+
+def _attention(self: Any, x: Tensor, probabilities: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Output and probabilities of DINO's attention; with probabilities=False, (output, None)."""
+    if drops(self.attn_drop) or (probabilities and makes_graph(self, x)):
+        return type(self).forward(self, x)
+    q, k, v = project(self, x)
+    out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+    return output(self, out), probabilities_of(self, q, k) if probabilities else None
+
+
+def _block(self: Any, x: Tensor, return_attention: bool = False) -> Tensor:
+    """Output of DINO's block, computed without probabilities unless they are returned or a hook sees them."""
+    is_bound = getattr(vars(self.attn).get("forward"), "__func__", None) is _attention
+    if return_attention or not is_bound or _has_foreign_hooks(self.attn):
+        return type(self).forward(self, x, return_attention)
+    attended, _ = self.attn(self.norm1(x), probabilities=False)
+    x = x + self.drop_path(attended)
+    return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def _has_foreign_hooks(module: nn.Module) -> bool:
+    """True if hooks of other packages see the module's output; hooks of this package do not read it."""
+    hooks = (*module._forward_hooks.values(), *registry._global_forward_hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("attnx.") for hook in hooks)

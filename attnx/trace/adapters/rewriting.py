@@ -1,0 +1,77 @@
+"""Helpers for adapters that replace the forward of a known block by one that calls SDPA.
+
+A block is recognised by its class name, and by the arguments and the names that its `forward` uses; no foreign code is
+imported. A block whose forward uses more names, or fewer, is left as it is.
+"""
+
+import dis
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnx.trace.adapters.switches import bind, own_forward_only
+
+# Names that the forward of a vision transformer's attention uses.
+VIT_NEEDS = {"qkv", "num_heads", "scale", "softmax", "attn_drop", "proj", "proj_drop"}
+VIT_USES = VIT_NEEDS | {"permute", "reshape", "shape", "transpose"}
+
+Rewrite = Callable[[str, FunctionType], Callable[..., Any] | None]
+"""(class name, forward) -> the forward to bind in its place; None for an unknown block."""
+
+
+def bind_rewritten(model: nn.Module, names: tuple[str, ...], rewrite: Rewrite) -> list[Callable[[], None]]:
+    """Bind the rewritten forwards to the known blocks of a model; returns functions that undo it.
+
+    Args:
+        model: the model.
+        names: class names of the blocks.
+        rewrite: gives the forward to bind. timm's and transformers' classes of the same names are skipped.
+    """
+    undo: list[Callable[[], None]] = []
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__ not in names or not own_forward_only(module):
+            continue
+        forward = rewrite(kind.__name__, kind.forward) if isinstance(kind.forward, FunctionType) else None
+        if forward is not None and not kind.__module__.startswith(("transformers.", "timm.")):
+            undo.append(bind(module, forward))
+    return undo
+
+
+def returns_pair(function: FunctionType) -> bool:
+    """True if every return statement returns a pair: the output and the probabilities."""
+    steps = list(dis.get_instructions(function))
+    returned = [steps[i - 1] for i, step in enumerate(steps) if step.opname == "RETURN_VALUE"]
+    return bool(returned) and all((step.opname, step.arg) == ("BUILD_TUPLE", 2) for step in returned)
+
+
+def project(self: Any, x: Tensor) -> Any:
+    """q, k, v [B, H, N, D] of a block with a packed qkv projection."""
+    return self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def output(self: Any, out: Tensor) -> Tensor:
+    """The block's output projection of the attention output [B, H, N, D]."""
+    return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+@torch.no_grad()
+def probabilities_of(self: Any, q: Tensor, k: Tensor) -> Tensor:
+    """The attention probabilities [B, H, N, N], without a graph."""
+    return (q @ k.transpose(-1, -2) * self.scale).softmax(-1)
+
+
+def drops(dropout: Any) -> bool:
+    """True if a dropout module changes its input."""
+    return not isinstance(dropout, nn.Identity) and not (
+        isinstance(dropout, nn.Dropout) and (not dropout.training or dropout.p == 0)
+    )
+
+
+def makes_graph(module: nn.Module, *inputs: Tensor | None) -> bool:
+    """True if autograd records the module's output for these inputs."""
+    tensors = (*module.parameters(), *(t for t in inputs if t is not None))
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

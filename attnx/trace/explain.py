@@ -1,0 +1,91 @@
+"""Messages for layers that a capture did not intercept."""
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from attnx.trace.adapters import unfused_blocks
+from attnx.trace.layers import attention_layers, matches
+
+if TYPE_CHECKING:
+    from attnx.trace.interceptor import Interceptor
+
+_NEVER = "it never called F.scaled_dot_product_attention"
+_ADVICE = (
+    "attnx can't capture blocks that compute their softmax themselves: use the model's own maps "
+    "(output_attentions=True), or a version of it that calls F.scaled_dot_product_attention"
+)
+
+
+def missing_layers(interceptor: "Interceptor", missing: Sequence[str], intercepted: Sequence[str]) -> str:
+    """Error message for requested layers that were not intercepted.
+
+    Args:
+        interceptor: of the capture.
+        missing: the requested names or patterns.
+        intercepted: names of the layers that were intercepted.
+    """
+    unfused = unfused_blocks(interceptor.model)
+    reasons = "; ".join(f"{pattern}: {_reason(interceptor, pattern, unfused)}" for pattern in missing)
+    return f"not intercepted: {reasons}; intercepted: {', '.join(intercepted) or f'nothing; {_ADVICE}'}"
+
+
+def unintercepted_layers(interceptor: "Interceptor", intercepted: Collection[str]) -> str | None:
+    """Warning message for attention layers that were not intercepted; None if every layer was."""
+    names = dict.fromkeys([*attention_layers(interceptor.model), *interceptor.skipped])
+    missing = [name for name in names if name not in intercepted]
+    if not missing:
+        return None
+    unfused = unfused_blocks(interceptor.model)
+    reasons = {name: _reason(interceptor, name, unfused) for name in missing}
+    if set(reasons.values()) == {_NEVER}:
+        details = ", ".join(reasons)
+    else:
+        details = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return f"attnx: attention layers that were not intercepted: {details}"
+
+
+def nothing_captured(interceptor: "Interceptor") -> str:
+    """Error message for a model that ran without an attention call that could be captured."""
+    return f"nothing was captured: {type(interceptor.model).__name__} ran, but {_nothing_reason(interceptor)}"
+
+
+def _nothing_reason(interceptor: "Interceptor") -> str:
+    model, skipped = interceptor.model, interceptor.skipped
+    if skipped:
+        name, reason = next(iter(skipped.items()))
+        others = f" and {len(skipped) - 1} other layers" if len(skipped) > 1 else ""
+        return f"no map can be made of {name}{others}: {reason}; attnx supports no other dimensions yet"
+    if isinstance(model, fx.GraphModule) and "scaled_dot_product_attention" in model.code:
+        return (
+            "its graph calls attention by torch.ops.aten, which can't be intercepted: capture the model that the graph "
+            "was made from"
+        )
+    layers, unfused = attention_layers(model), unfused_blocks(model)
+    reasons = dict.fromkeys(_reason(interceptor, name, unfused) for name in layers)
+    details = "; ".join(reason for reason in reasons if reason != _NEVER)
+    return f"never called F.scaled_dot_product_attention; its attention modules: {', '.join(layers) or 'none'}; " + (
+        f"{details}; {_ADVICE}" if details else _ADVICE
+    )
+
+
+def _reason(interceptor: "Interceptor", pattern: str, unfused: dict[str, str]) -> str:
+    """Reason that a layer has no map in the trace.
+
+    Args:
+        interceptor: of the capture.
+        pattern: name or pattern of the layer.
+        unfused: {module name: reason}, as from `unfused_blocks`.
+    """
+    earlier = [call for name, call in interceptor.before.items() if matches(pattern, name)]
+    if earlier:
+        return (
+            f"it attended in call {max(earlier) + 1} of {interceptor.calls}, and not in the last; "
+            "calls='all' keeps the maps of every call"
+        )
+    for name, reason in interceptor.skipped.items():
+        if matches(pattern, name):
+            return reason
+    around = [name for name in unfused if not name or pattern == name or pattern.startswith(name + ".")]
+    return unfused[max(around, key=len)] if around else _NEVER

@@ -1,0 +1,98 @@
+"""Module hooks of an interceptor: they record which module is running in each thread."""
+
+import threading
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from attnx.trace.adapters.switches import DOES_NOTHING
+from attnx.trace.layout import grid_of
+
+if TYPE_CHECKING:
+    from attnx.trace.interceptor import Interceptor
+
+
+class Frame:
+    """A running module and the arguments of its call."""
+
+    __slots__ = ("args", "attended", "kwargs", "module", "name")
+
+    def __init__(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.name, self.module, self.args, self.kwargs, self.attended = name, module, args, kwargs, 0
+
+    def main_input(self) -> Tensor | None:
+        """The module's input tensor: its first argument, or its first keyword argument that is a 3-D float tensor."""
+        if self.args:
+            return self.args[0] if isinstance(self.args[0], Tensor) and self.args[0].is_floating_point() else None
+        tensors = (t for t in self.kwargs.values() if isinstance(t, Tensor) and t.is_floating_point())
+        return next((t for t in tensors if t.dim() == 3), None)
+
+
+class Hook:
+    """A hook of an interceptor. In a copy of its module it is replaced by a function that does nothing."""
+
+    __slots__ = ("interceptor", "name")
+
+    def __init__(self, interceptor: "Interceptor", name: str = "") -> None:
+        self.interceptor = interceptor
+        self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DOES_NOTHING
+
+
+class Enter(Hook):
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        interceptor = self.interceptor
+        if interceptor.thread not in (None, get_ident()):
+            return
+        if torch.compiler.is_compiling():
+            # Dynamo turns an exception into a graph break: the hooks then run uncompiled, with real tensors.
+            raise RuntimeError("attnx: a patched model can't be compiled with fullgraph=True")
+        if module is interceptor.model and interceptor.routes and kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: expected False inside a capture; read the maps from the trace")
+        local = interceptor.local
+        if local.frames and local.frames[0].module is module:
+            # The last call was ended by a KeyboardInterrupt: torch calls no hooks after one.
+            local.frames.clear()
+            interceptor.leave()
+        if not local.frames:
+            interceptor.enter(self.name, module)
+        local.frames.append(Frame(self.name, module, args, kwargs))
+
+
+class Leave(Hook):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        interceptor = self.interceptor
+        local = interceptor.local
+        if not local.frames:
+            return  # Enter raised
+        local.frames.pop()
+        if not local.frames:
+            interceptor.leave()
+
+
+class Done(Hook):
+    """Hook of the whole model: torch calls it only if the forward pass finished."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.interceptor.thread in (None, get_ident()):
+            self.interceptor.finished = True
+            self.interceptor.trace.fold()
+
+
+class NoteGrid(Hook):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        grid = grid_of(output)
+        if grid is not None and self.interceptor.thread in (None, get_ident()):
+            self.interceptor.trace.add_grid(self.name, grid)
+
+
+class ThreadState(threading.local):
+    """Running modules of this thread, outermost first, and a token that identifies the thread."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.token = object()
