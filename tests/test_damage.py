@@ -20,9 +20,9 @@ from small_job import draw, files, made_job, opened, tools
 from test_cli import fails, run
 
 import attnx
+from attnx.jobs.columns import MapRow
 from attnx.jobs.job import Job
 from attnx.jobs.recipe import RunOptions, Runtime
-from attnx.jobs.rows import Row
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.runfile import FORMAT, read_run, write_run
 from attnx.jobs.shards import DamagedError, Part
@@ -74,7 +74,7 @@ def resume(made: Runtime, out: Path, shard_size: int | None = None, **options: A
         return run_job(made, planned, HERE, **options)
 
 
-def told(row: Row) -> tuple[Any, ...]:
+def told(row: MapRow) -> tuple[Any, ...]:
     """A row, to be compared."""
     amap = None if row.map is None else (row.map.shape, row.map.tobytes())
     return row.key, amap, row.error, row.width, row.height, row.crop, row.text

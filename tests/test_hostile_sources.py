@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from attnx.jobs import masks
+from attnx.jobs.columns import MapRow
 from attnx.jobs.masks import read_labels
-from attnx.jobs.rows import Row
 from attnx.jobs.sources import Entry, open_source
 from attnx.jobs.sources.tar import Members
 from attnx.limits import CAPTION_BYTES, HEADER_BYTES, LINE_BYTES, PICTURE_BYTES
@@ -274,7 +274,7 @@ def test_parquet_that_is_broken(tmp_path: Path) -> None:
 
 
 def test_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = Row("a", None, 8, 6, None)
+    row = MapRow("a", width=8, height=6)
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ValueError, match="can't be read as an image"):
         read_labels(tmp_path / "pipe.png", row)

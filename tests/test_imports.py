@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
-    ("attnx.version", "attnx.limits", "attnx.messages", "attnx.files"),
+    ("attnx.version", "attnx.limits", "attnx.messages", "attnx.remote"),
+    ("attnx.files",),
     ("attnx.images", "attnx.supervisor"),
     ("attnx.kernels",),
     ("attnx.ops.reducers", "attnx.ops.scores"),

@@ -15,12 +15,12 @@ from small_job import draw, made_job, opened, recipe, tools
 from torch.utils.data import DataLoader
 
 import attnx
+from attnx.jobs.columns import MapRow
 from attnx.jobs.engines.in_process import run_here
 from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job
 from attnx.jobs.progress import progress_bar
 from attnx.jobs.recipe import RunOptions
-from attnx.jobs.rows import Row
 from attnx.jobs.run import run_job
 from attnx.jobs.shards import parts
 from attnx.jobs.tensors import tensors_of
@@ -38,7 +38,7 @@ def out(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_job(pictures, tmp_path_factory.mktemp("out"), 6)
 
 
-def equal(left: Row, right: Row) -> bool:
+def equal(left: MapRow, right: MapRow) -> bool:
     if left.map is None or right.map is None:
         return (left.key, left.map, left.error) == (right.key, right.map, right.error)
     return (left.key, left.crop) == (right.key, right.crop) and np.array_equal(left.map, right.map)

@@ -12,8 +12,8 @@ from test_cli import fails, run
 
 import attnx
 from attnx.demo.scenes import draw_scene
+from attnx.jobs.columns import MapRow
 from attnx.jobs.masks import jaccard, mask_of, points_at, score
-from attnx.jobs.rows import Row
 from attnx.jobs.summary import spatial, summarise
 
 SCENES = 24
@@ -75,8 +75,8 @@ def test_the_numbers_are_plain_arithmetic(out: Path) -> None:
 def test_maps_of_any_method_become_one_over_patches() -> None:
     maps = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 
-    def row(amap: np.ndarray | None, **more: object) -> Row:
-        return Row("a", amap, 1, 1, None, **more)
+    def row(amap: np.ndarray | None, **more: object) -> MapRow:
+        return MapRow("a", map=amap, width=1, height=1, **more)
 
     assert np.array_equal(spatial(row(maps[0])), maps[0])
     assert np.array_equal(spatial(row(maps)), maps.mean(0))

@@ -17,15 +17,15 @@ from PIL import Image
 from small_job import draw
 
 import attnx
+from attnx.jobs.columns import MapRow
 from attnx.jobs.decoding import Decode, Decoders, Picture
 from attnx.jobs.job import Job, open_job
-from attnx.jobs.packing import Format, Result, pack
+from attnx.jobs.packing import Format, pack
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.recipe import RunOptions
-from attnx.jobs.rows import Row
 from attnx.jobs.sources import Entry, open_source
 from attnx.jobs.sources.folder import Files
-from attnx.jobs.tasks import Found, ImageTask, WordTask
+from attnx.jobs.tasks import ImageTask, WordTask
 from attnx.jobs.worker import Worker
 
 PIXELS = Pixels("whole", (4, 6), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear")
@@ -35,7 +35,7 @@ def grey(images: torch.Tensor) -> torch.Tensor:
     return images.mean(1)
 
 
-def made(folder: Path, out: Path, extract: Callable = grey, workers: int = 0, **options: Any) -> list[Row]:
+def made(folder: Path, out: Path, extract: Callable = grey, workers: int = 0, **options: Any) -> list[MapRow]:
     decode = Decode(Files(folder), PIXELS, options.pop("max_pixels", None))
     timeout, size = options.pop("timeout", 60), options.pop("shard_size", None)
     with (
@@ -48,8 +48,8 @@ def made(folder: Path, out: Path, extract: Callable = grey, workers: int = 0, **
     return list(attnx.open(out))
 
 
-def same(left: list[Row], right: list[Row]) -> bool:
-    def bits(row: Row) -> tuple:
+def same(left: list[MapRow], right: list[MapRow]) -> bool:
+    def bits(row: MapRow) -> tuple:
         return row.key, None if row.map is None else row.map.tobytes(), row.width, row.height, row.crop, row.error
 
     return list(map(bits, left)) == list(map(bits, right))
@@ -260,12 +260,12 @@ def test_captions_of_one_image_are_halved_too(tmp_path: Path) -> None:
         def groups(self, entries: list[Entry]) -> list[list[Entry]]:
             return WordTask.groups(self, entries)  # type: ignore[arg-type]
 
-        def start(self, images: torch.Tensor, groups: list[list[Entry]]) -> Callable[[], list[Found]]:
+        def start(self, images: torch.Tensor, groups: list[list[Entry]]) -> Callable[[], list[MapRow]]:
             if sum(map(len, groups)) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             assert len(images) == len(groups)
             texts = [entry.text or "" for group in groups for entry in group]
-            return lambda: [Found(np.array([float(text[4:])])) for text in texts]
+            return lambda: [MapRow(text, map=np.array([float(text[4:])])) for text in texts]
 
     with (
         open_job(tmp_path / "out", open_source(table), {}, {}) as job,
@@ -413,7 +413,7 @@ def test_zero_and_negative_maps() -> None:
         assert np.isfinite(scale)
     stored, scale = pack(np.array([-3.0, 1.0], np.float32), "float16")
     assert (stored * scale).tolist() == [-3.0, 1.0]
-    rows = Format("uint8").table([Result("a", None, np.array([-1.0]), 1, 1, None, None)]).to_pylist()
+    rows = Format("uint8").table([MapRow("a", map=np.array([-1.0]), width=1, height=1)]).to_pylist()
     assert rows[0]["error"] == "uint8 can't store negative values: the smallest value of the map is -1"
     assert rows[0]["map"] is rows[0]["scale"] is rows[0]["shape"] is None
 

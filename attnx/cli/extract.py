@@ -34,7 +34,7 @@ from attnx.cli.job_options import (
 )
 from attnx.cli.options import (
     MODEL,
-    PATH,
+    SOURCE,
     BatchSize,
     Checkpoint,
     Discard,
@@ -64,8 +64,9 @@ def extract(
         Path,
         typer.Argument(
             help="A folder of images (read recursively), one image, a table (.parquet, .csv, .tsv, .jsonl) with the "
-            "columns path, key, caption, webdataset tars, or a data set written by save_to_disk.",
-            **PATH,
+            "columns path, key, caption, webdataset tars, or a data set written by save_to_disk. A URL such as "
+            "s3://bucket/folder is opened by fsspec.",
+            **SOURCE,
         ),
     ],
     model: Annotated[str | None, MODEL] = None,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, overload
 
 import typer
 
-from attnx.cli.options import PATH, devices_of, one_of
+from attnx.cli.options import SOURCE, devices_of, one_of
 from attnx.limits import ACTORS
+from attnx.remote import is_remote
 
 if TYPE_CHECKING:
     from attnx.jobs.engines.cluster import Cluster
@@ -21,7 +22,9 @@ ENGINES = ("local", "ranks", "ray")
 _LONGEST = 1_000_000  # seconds
 
 Kind = Annotated[str | None, typer.Option(help="Kind of the source: folder, table, tar or dataset.")]
-Root = Annotated[Path | None, typer.Option(help="Folder for relative paths in a table; default: the table's.", **PATH)]
+Root = Annotated[
+    Path | None, typer.Option(help="Folder for relative paths in a table; default: the table's.", **SOURCE)
+]
 Split = Annotated[str | None, typer.Option(help="Split of a data set with several splits.")]
 MapDtype = Annotated[str, typer.Option(help="Dtype of stored maps: float16, float32 or uint8, with a scale per map.")]
 MaxPixels = Annotated[
@@ -170,8 +173,10 @@ def absolute(path: Path) -> str: ...
 @overload
 def absolute(path: Path | None) -> str | None: ...
 def absolute(path: Path | None) -> str | None:
-    """The absolute path as text, which is valid in any process; None for None."""
-    return None if path is None else str(path.resolve() if ".." in path.parts else path.absolute())
+    """The absolute path or the URL as text, which is valid in any process; None for None."""
+    if path is None or is_remote(path):
+        return None if path is None else str(path)
+    return str(path.resolve() if ".." in path.parts else path.absolute())
 
 
 def allowed_errors(text: str, rows: int) -> int:

@@ -13,6 +13,7 @@ import typer
 
 from attnx.limits import IMAGE_SIDE
 from attnx.messages import say
+from attnx.remote import is_url, location
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +32,21 @@ def path_of(text: str) -> Path:
     return Path(text)
 
 
+def source_of(text: str) -> Path:
+    """The path or URL of a source. Raises BadParameter as `path_of`, or if fsspec can't open the URL."""
+    try:
+        return location(text) if is_url(text) else path_of(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("source: ")) from error
+
+
 MODEL = typer.Option(
     help="[bold]demo[/bold] (bundled), [bold]timm:NAME[/bold], or [bold]hf:NAME[/bold] (on the hub, or a folder "
     "written by save_pretrained)."
 )
 Model = Annotated[str, MODEL]
 PATH: dict[str, Any] = {"parser": path_of, "metavar": "PATH"}  # arguments of typer.Option and typer.Argument
+SOURCE: dict[str, Any] = {"parser": source_of, "metavar": "PATH"}
 Out = Annotated[Path, typer.Option(help="Folder for the results; created if missing.", **PATH)]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights to load (.safetensors or a torch file).", **PATH)]
 Pretrained = Annotated[bool, typer.Option(help="Download the model's weights; --no-pretrained: random weights.")]

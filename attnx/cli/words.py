@@ -35,6 +35,7 @@ from attnx.cli.job_options import (
 )
 from attnx.cli.options import (
     PATH,
+    SOURCE,
     Alpha,
     BatchSize,
     Checkpoint,
@@ -69,7 +70,7 @@ def words(
         typer.Option(
             help='For a batch job: JSON lines {"image": "photo.jpg", "caption": "a dog"}, or another source of images '
             "with captions, as for attnx extract.",
-            **PATH,
+            **SOURCE,
         ),
     ] = None,
     model: Annotated[

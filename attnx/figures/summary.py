@@ -20,8 +20,8 @@ from attnx.jobs.summary import LEVELS, Summary, spatial
 
 if TYPE_CHECKING:
     from attnx.figures.one_image import Style
+    from attnx.jobs.columns import MapRow
     from attnx.jobs.masks import Score
-    from attnx.jobs.rows import Row
 
 __all__ = ["draw_summary", "numbers", "table"]
 
@@ -88,7 +88,7 @@ class _Pictures:
             return Image.fromarray(grey).convert("RGB")
         return overlay(picture, amap, colormap=style.colormap, alpha=style.alpha, interpolation=style.interpolation)
 
-    def _picture(self, row: Row, place: int) -> Image.Image | None:
+    def _picture(self, row: MapRow, place: int) -> Image.Image | None:
         if self._job is None or self._read is None or row.crop is None or not row.width:
             return None
         most = self._maps.settings.get("max_pixels")

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from attnx.files import open_regular
+from attnx.jobs.columns import MapRow
 from attnx.jobs.reader import Maps
-from attnx.jobs.rows import Row
 from attnx.limits import PICTURE_PIXELS
 from attnx.methods import mass_mask
 
@@ -111,7 +111,7 @@ def mask_of(key: str, folder: str | Path) -> Path | None:
         return None
 
 
-def read_labels(path: Path, row: Row) -> np.ndarray:
+def read_labels(path: Path, row: MapRow) -> np.ndarray:
     """The labels of a mask, [height, width] int64.
 
     Raises:

@@ -1,37 +1,22 @@
-"""Storage of maps: a small dtype with one scale per map, and the columns of a shard."""
+"""Storage of maps: a small dtype with one scale per map."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attnx.jobs.columns import MapRow, schema
 from attnx.jobs.sources import text_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["DTYPES", "STORES", "Format", "Result", "pack"]
+__all__ = ["DTYPES", "STORES", "Format", "pack"]
 
 DTYPES = ("float16", "float32", "uint8")
 STORES = ("map", "rows", "full")
-
-
-class Result(NamedTuple):
-    """A row of a shard with a map or an error. tokens, word_of, score and cut are for captions."""
-
-    key: str
-    text: str | None
-    map: np.ndarray | None
-    width: int | None
-    height: int | None
-    crop: tuple[float, ...] | None
-    error: str | None
-    tokens: tuple[str, ...] | None = None
-    word_of: tuple[int | None, ...] | None = None
-    score: float | None = None
-    cut: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +25,7 @@ class Format:
 
     Args:
         dtype: dtype of the stored values: "float16", "float32" or "uint8".
-        captions: add the columns tokens, word_of, score and cut.
+        captions: add the columns of captions, see `attnx.jobs.columns`.
     """
 
     dtype: str = "float16"
@@ -48,41 +33,26 @@ class Format:
 
     def schema(self) -> pa.Schema:
         """The columns and their types."""
-        import pyarrow as pa
+        return schema(self.dtype, self.captions)
 
-        values = {"float16": pa.float16(), "float32": pa.float32(), "uint8": pa.uint8()}[self.dtype]
-        columns = {
-            "key": pa.string(), "text": pa.string(), "map": pa.list_(values), "shape": pa.list_(pa.int32()),
-            "scale": pa.float32(), "width": pa.int32(), "height": pa.int32(), "crop": pa.list_(pa.float32()),
-            "error": pa.string(),
-        }  # fmt: skip
-        if self.captions:
-            columns |= {
-                "tokens": pa.list_(pa.string()),
-                "word_of": pa.list_(pa.int32()),
-                "score": pa.float32(),
-                "cut": pa.int32(),
-            }
-        return pa.schema(columns.items())
-
-    def table(self, results: list[Result]) -> pa.Table:
+    def table(self, rows: list[MapRow]) -> pa.Table:
         """The rows as a table. A map that can't be stored becomes an error of its row."""
         import pyarrow as pa
 
         schema = self.schema()
         columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-        for result in results:
-            row: dict[str, Any] = {**result._asdict(), "shape": None, "scale": None}
-            if result.map is not None:
+        for row in rows:
+            values: dict[str, Any] = {**vars(row), "shape": None, "scale": None}
+            if row.map is not None:
                 try:
-                    stored, row["scale"] = pack(np.asarray(result.map, np.float32), self.dtype)
-                    row["map"], row["shape"] = stored.reshape(-1), stored.shape
+                    stored, values["scale"] = pack(np.asarray(row.map, np.float32), self.dtype)
+                    values["map"], values["shape"] = stored.reshape(-1), stored.shape
                 except ValueError as cause:
-                    row["map"], row["error"] = None, str(cause)
+                    values["map"], values["error"] = None, str(cause)
             # The error may have a file name with invalid Unicode.
-            row["error"] = None if row["error"] is None else text_of(row["error"])
-            for name, values in columns.items():
-                values.append(row[name])
+            values["error"] = None if values["error"] is None else text_of(values["error"])
+            for name, column in columns.items():
+                column.append(values[name])
         arrays = [pa.array(columns[field.name], field.type) for field in schema]
         return pa.Table.from_arrays(arrays, schema=schema)
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import torch
 
+from attnx.jobs.columns import MapRow
 from attnx.jobs.job import Job
-from attnx.jobs.rows import Row, rows_of, shards_in
+from attnx.jobs.rows import rows_of, shards_in
 from attnx.jobs.runfile import RUN
 from attnx.jobs.shards import Part
 
@@ -50,7 +51,7 @@ def open(folder: str | Path) -> Maps:
 class Maps:
     """The rows of a folder of shards: `maps[3]`, `maps[3:9]`, `maps["a.jpg"]`, `key in maps`, `len(maps)`, iteration.
 
-    Rows are `attnx.jobs.rows.Row`; maps are already multiplied by their scale. A row is read with its row group only.
+    Rows are `attnx.jobs.columns.MapRow`; maps are already multiplied by their scale. Reading a row reads its row group.
     The first look-up by key builds an index of 16 bytes per row. The object can be pickled, and used in the processes
     of a torch DataLoader.
 
@@ -82,10 +83,10 @@ class Maps:
         return f"<{len(self)} maps of {self.settings.get('model')} in {self.folder}>"
 
     @overload
-    def __getitem__(self, at: int | str) -> Row: ...
+    def __getitem__(self, at: int | str) -> MapRow: ...
     @overload
-    def __getitem__(self, at: slice) -> list[Row]: ...
-    def __getitem__(self, at: int | str | slice) -> Row | list[Row]:
+    def __getitem__(self, at: slice) -> list[MapRow]: ...
+    def __getitem__(self, at: int | str | slice) -> MapRow | list[MapRow]:
         """A row by index or key, or a list of rows by slice. Raises IndexError or KeyError if there is none."""
         if isinstance(at, slice):
             return [self[place] for place in range(*at.indices(len(self)))]
@@ -96,7 +97,7 @@ class Maps:
             raise IndexError(f"index {at}: expected one of {len(self)} rows")
         return self._row(*self._located(place))
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[MapRow]:
         return (row for group in self.groups() for row in group)
 
     def __contains__(self, key: object) -> bool:
@@ -117,7 +118,7 @@ class Maps:
                 for batch in self._file(number).batches(["key", "error"]):
                     yield from ((row["key"], row["error"]) for row in batch.to_pylist() if row["error"] is not None)
 
-    def groups(self, errors_only: bool = False) -> Iterator[list[Row]]:
+    def groups(self, errors_only: bool = False) -> Iterator[list[MapRow]]:
         """All rows in groups of a few hundred. With `errors_only`, maps are not read."""
         for number, shard in enumerate(self._shards):
             file = self._file(number)
@@ -164,7 +165,7 @@ class Maps:
         shard = int(np.searchsorted(self._firsts, place, side="right")) - 1
         return shard, place - int(self._firsts[shard])
 
-    def _row(self, shard: int, row: int) -> Row:
+    def _row(self, shard: int, row: int) -> MapRow:
         file = self._file(shard)
         group, first = 0, 0
         while row >= first + (count := file.rows_of(group)):

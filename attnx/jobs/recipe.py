@@ -19,15 +19,14 @@ from attnx.jobs.memory import default_workers
 from attnx.jobs.packing import Format
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources import Source, open_source
-from attnx.jobs.sources.dataset import DataSet
 from attnx.jobs.sources.reachable import Reachable
-from attnx.jobs.sources.table import Table
 from attnx.jobs.tasks import Extract, Find, ImageTask, Task, WordTask
 from attnx.jobs.worker import Worker
 from attnx.limits import WORKERS
 from attnx.models.loaded import Loaded
 from attnx.models.loading import load_model, load_word_model
 from attnx.models.registry import IMAGE_MODELS
+from attnx.remote import location
 from attnx.version import VERSION
 
 __all__ = ["ExtractRecipe", "Recipe", "RunOptions", "Runtime", "WordsRecipe", "recipe_of"]
@@ -94,13 +93,11 @@ class Recipe(ABC):
 
     def open_source(self) -> Source:
         """The source of the job."""
-        root = None if self.root is None else Path(self.root)
-        return open_source(Path(self.source), self.kind, root, self.split)
+        return open_source(self.source, self.kind, self.root, self.split)
 
     def describe_source(self) -> dict[str, Any]:
         """The source's kind, path and fingerprint, for JSON."""
-        source = self.open_source()
-        fingerprint = source.fingerprint if isinstance(source, DataSet | Table) else None
+        fingerprint = self.open_source().fingerprint
         rows = {} if fingerprint is None else {"fingerprint": fingerprint}
         return {"kind": self.kind, "path": self.source, "root": self.root, "split": self.split, **rows}
 
@@ -272,7 +269,7 @@ class Runtime:
             Worker(
                 job, decoders, self.pixels, self.task, self.device, options.batch_size, self.tensors, self.fill, say,
                 tries=options.tries, shard_timeout=options.shard_timeout, hang=hang,
-                source=Reachable(Path(self.recipe.source), read),
+                source=Reachable(location(self.recipe.source), read),
             ) as worker,
         ):  # fmt: skip
             yield worker

@@ -3,52 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from attnx.jobs.columns import MapRow
 from attnx.jobs.shards import DamagedError, parts, strays
 from attnx.jobs.tensors import read_tensor, tensors_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Row", "rows_of", "shards_in"]
+__all__ = ["rows_of", "shards_in"]
 
 
-@dataclass(frozen=True, eq=False)
-class Row:
-    """The result of one image or pair.
-
-    Attributes:
-        key: the row's key.
-        map: float32 map multiplied by its scale; None if there is an error.
-        width, height: size of the upright picture in pixels; None if it could not be read.
-        error: the error message; None if there is a map.
-        text: the caption; None without one.
-        tokens: the word pieces of the caption, one per map.
-        word_of: the word number of each token; None for [CLS] and [SEP].
-        score: the matching logit.
-        cut: number of words at the end that exceed the model's length.
-        crop: the part of the picture that the map covers, (left, top, right, bottom) in pixels.
-    """
-
-    key: str
-    map: np.ndarray | None
-    width: int | None
-    height: int | None
-    error: str | None
-    text: str | None = None
-    tokens: tuple[str, ...] | None = None
-    word_of: tuple[int | None, ...] | None = None
-    score: float | None = None
-    cut: int | None = None
-    crop: tuple[float, ...] | None = None
-
-
-def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[Row]:
+def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[MapRow]:
     """The rows of a record batch of a shard."""
     names = batch.schema.names
     if "map" in names:
@@ -65,7 +35,7 @@ def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[Row]:
         if amap is not None and scale is not None:
             amap = amap.astype(np.float32) * np.float32(scale)
         lists = {name: tuple(row[name]) for name in ("tokens", "word_of", "crop") if row.get(name) is not None}
-        yield Row(map=amap, **{**row, **lists})
+        yield MapRow(map=amap, **{**row, **lists})
 
 
 def shards_in(out: Path, shards: int | None = None) -> list[Path]:

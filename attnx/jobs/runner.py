@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from attnx.jobs.attempts import Attempt
+from attnx.jobs.columns import MapRow
 from attnx.jobs.decoding import Picture
 from attnx.jobs.engines.queue import RunError, blame_the_model, is_fatal, why_of
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources import Entry
-from attnx.jobs.tasks import Found, Task
+from attnx.jobs.tasks import Task
 from attnx.jobs.watch import Hang, Watch
 from attnx.supervisor import progressed
 
@@ -90,12 +91,12 @@ class Runner:
     def __exit__(self, *error: object) -> None:
         self._watch.__exit__(*error)
 
-    def start(self, batch: Batch, images: Images) -> list[Callable[[], list[Found]]]:
+    def start(self, batch: Batch, images: Images) -> list[Callable[[], list[MapRow]]]:
         """Start the model on the readable pictures, in several parts if memory is short.
 
         Each returned function waits for a part and returns its results.
         """
-        waits: list[Callable[[], list[Found]]] = []
+        waits: list[Callable[[], list[MapRow]]] = []
         waiting = [(group, picture.pixels) for group, picture in batch if picture.pixels is not None]
         while waiting:
             part, full = waiting[: self.most], False
@@ -119,7 +120,7 @@ class Runner:
                 torch.cuda.empty_cache()
         return waits
 
-    def start_pieces(self, batch: Batch, images: Images) -> list[Callable[[], list[Found]]]:
+    def start_pieces(self, batch: Batch, images: Images) -> list[Callable[[], list[MapRow]]]:
         """Like `start`, but waits for the results. A piece that fails is halved until one image is left.
 
         The failure becomes the error of that image.
@@ -127,7 +128,7 @@ class Runner:
         Raises:
             RunError: the model fails for every image.
         """
-        found: list[Found] = []
+        found: list[MapRow] = []
         waiting = [(0, len(batch))]
         attempt = images.attempt
         while waiting:
@@ -157,7 +158,7 @@ class Runner:
             self.why = why
             self.check(_ALONE, attempt)
             group, picture = batch[first]
-            found += [Found(error=why)] * len(group) if picture.pixels is not None else []
+            found += [MapRow(entry.key, error=why) for entry in group] if picture.pixels is not None else []
         return [lambda: found]
 
     def check(self, most: int, attempt: Attempt) -> None:
@@ -172,7 +173,7 @@ class Runner:
             attempt.acquit()
             raise RunError(f"the model fails for every image; the last error: {self.why}")
 
-    def _run_piece(self, batch: Batch, first: int, last: int, images: Images) -> list[Found]:
+    def _run_piece(self, batch: Batch, first: int, last: int, images: Images) -> list[MapRow]:
         """The results for a piece of a batch.
 
         The images keep their positions in the batch, and copies of them replace the other images. The batch keeps its

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from attnx.jobs.columns import MapRow
 from attnx.jobs.reader import Maps
-from attnx.jobs.rows import Row
 from attnx.methods import entropy, entropy_levels
 
 __all__ = ["LEVELS", "Summary", "spatial", "summarise"]
@@ -88,7 +88,7 @@ def summarise(maps: Maps) -> Summary:
     return Summary(rows, maps.planned, errors, _rate(maps), places[order], values[order], levels, mean)
 
 
-def spatial(row: Row, whole: bool = False) -> np.ndarray | None:
+def spatial(row: MapRow, whole: bool = False) -> np.ndarray | None:
     """The mean [h, w] over the layers, heads or words of a row's map; None if the map is not over patches.
 
     whole: True if maps are over all pairs of tokens.

@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
+from attnx.jobs.columns import MapRow
 from attnx.jobs.packing import Format
 from attnx.jobs.sources import Entry
 
@@ -19,21 +20,10 @@ if TYPE_CHECKING:
     from attnx.extract.word_maps import CaptionMaps
     from attnx.models.tokenizer import Tokenizer
 
-__all__ = ["Extract", "Find", "Found", "ImageTask", "Task", "WordTask"]
+__all__ = ["Extract", "Find", "ImageTask", "Task", "WordTask"]
 
 Extract: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 Find: TypeAlias = "Callable[[torch.Tensor, list[list[str]]], Sequence[CaptionMaps]]"
-
-
-class Found(NamedTuple):
-    """The result of an entry: a float32 map of any shape or an error. The other fields are for captions."""
-
-    map: np.ndarray | None = None
-    error: str | None = None
-    tokens: tuple[str, ...] | None = None
-    word_of: tuple[int | None, ...] | None = None
-    score: float | None = None
-    cut: int | None = None
 
 
 class Task(Protocol):
@@ -46,8 +36,9 @@ class Task(Protocol):
     def groups(self, entries: list[Entry]) -> list[list[Entry]]:
         """The entries in order, grouped by image."""
 
-    def start(self, images: torch.Tensor, groups: list[list[Entry]]) -> Callable[[], list[Found]]:
-        """Start with images [I, 3, h, w], one per group. The returned function waits, and returns results in order.
+    def start(self, images: torch.Tensor, groups: list[list[Entry]]) -> Callable[[], list[MapRow]]:
+        """Start with images [I, 3, h, w], one per group. The returned function waits, and returns the rows of all
+        entries in order, without what the worker adds: the caption and the picture's size.
 
         Raises:
             torch.OutOfMemoryError: the batch is too large.
@@ -65,13 +56,13 @@ class ImageTask:
         """Groups of one entry each."""
         return [[entry] for entry in entries]
 
-    def start(self, images: torch.Tensor, groups: list[list[Entry]]) -> Callable[[], list[Found]]:
+    def start(self, images: torch.Tensor, groups: list[list[Entry]]) -> Callable[[], list[MapRow]]:
         """Start the extraction and the copy to the CPU. Images beyond the groups are padding."""
         maps = self.extract(images)
         if maps.shape[:1] != (len(images),) or not maps.is_floating_point():
             raise ValueError(f"extract: expected a float tensor [{len(images)}, ...]; got {list(maps.shape)}")
         wait = _fetch(maps)
-        return lambda: [Found(amap) for amap in wait()[: len(groups)]]
+        return lambda: [MapRow(group[0].key, map=amap) for group, amap in zip(groups, wait(), strict=False)]
 
 
 @dataclass(frozen=True)
@@ -96,7 +87,7 @@ class WordTask:
 
         return [[entry for _, entry in run] for _, run in itertools.groupby(enumerate(entries), image)]
 
-    def start(self, images: torch.Tensor, groups: list[list[Entry]]) -> Callable[[], list[Found]]:
+    def start(self, images: torch.Tensor, groups: list[list[Entry]]) -> Callable[[], list[MapRow]]:
         """Start the computation. Invalid captions become error rows."""
         errors = [[self._error(entry.text) for entry in group] for group in groups]
         texts = [
@@ -112,9 +103,11 @@ class WordTask:
                 results = self.find(images[valid], [texts[i] for i in valid])
         waits = iter([(result, _fetch(result.maps)) for result in results])
 
-        def wait() -> list[Found]:
+        def wait() -> list[MapRow]:
+            pairs = [pair for group, own in zip(groups, errors, strict=True) for pair in zip(group, own, strict=True)]
             return [
-                Found(error=error) if error is not None else _found(*next(waits)) for own in errors for error in own
+                MapRow(entry.key, error=error) if error is not None else _row(entry, *next(waits))
+                for entry, error in pairs
             ]
 
         return wait
@@ -131,9 +124,11 @@ class WordTask:
         return None
 
 
-def _found(result: CaptionMaps, wait: Callable[[], np.ndarray]) -> Found:
+def _row(entry: Entry, result: CaptionMaps, wait: Callable[[], np.ndarray]) -> MapRow:
     caption = result.caption
-    return Found(wait(), None, result.tokens, caption.word_of, result.score, caption.cut)
+    return MapRow(
+        entry.key, map=wait(), tokens=result.tokens, word_of=caption.word_of, score=result.score, cut=caption.cut
+    )
 
 
 def _fetch(maps: torch.Tensor) -> Callable[[], np.ndarray]:

@@ -7,22 +7,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from attnx.jobs.attempts import Attempt
+from attnx.jobs.columns import MapRow
 from attnx.jobs.decoding import Decoders, Picture
 from attnx.jobs.engines.queue import RunError, is_fatal
 from attnx.jobs.job import Job
-from attnx.jobs.packing import Result
 from attnx.jobs.pixels import Pixels
 from attnx.jobs.runner import Batch, Images, Runner, Stages, on_cpu
 from attnx.jobs.shards import read_part, write_part
 from attnx.jobs.sources import Entry
 from attnx.jobs.sources.reachable import Reachable
-from attnx.jobs.tasks import Found, Task
+from attnx.jobs.tasks import Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -198,23 +198,22 @@ class Worker:
         self.stages.decoding += picture.seconds
         return picture
 
-    def _pack(self, batch: Batch, waits: list[Callable[[], list[Found]]], images: Images) -> pa.Table:
+    def _pack(self, batch: Batch, waits: list[Callable[[], list[MapRow]]], images: Images) -> pa.Table:
         with self._runner.model(images):
-            found = itertools.chain.from_iterable([wait() for wait in waits])
+            made = itertools.chain.from_iterable([wait() for wait in waits])
         start = time.perf_counter()
-        results = []
+        rows = []
         for group, picture in batch:
             for entry in group:
                 error = entry.error or picture.error
-                own = next(found) if picture.pixels is not None else Found()
-                size = picture.width, picture.height, picture.crop
-                results.append(
-                    Result(
-                        entry.key, entry.text, None if error else own.map, *size, error or own.error, own.tokens,
-                        own.word_of, own.score, own.cut,
+                row = next(made) if picture.pixels is not None else MapRow(entry.key)
+                rows.append(
+                    replace(
+                        row, text=entry.text, map=None if error else row.map, width=picture.width,
+                        height=picture.height, crop=picture.crop, error=error or row.error,
                     )
                 )  # fmt: skip
-        packed = self.task.format.table(results)
+        packed = self.task.format.table(rows)
         self.stages.pack += time.perf_counter() - start
         return packed
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from attnx.limits import CAPTION_BYTES
+from attnx.remote import is_remote, location
 
 if TYPE_CHECKING:
     from attnx.jobs.sources.skipped import Skipped
@@ -55,9 +56,18 @@ class Listing(Protocol):
 
 
 class Source(Listing, Protocol):
-    """A list of images that can be read. skipped: counts of the files that the last listing skipped."""
+    """A list of images that can be read.
+
+    Attributes:
+        kind: one of KINDS.
+        skipped: counts of the files that the last listing skipped.
+        fingerprint: changes when the rows do; None for a source that has none. It is stored in run.json.
+    """
 
     kind: str
+
+    @property
+    def fingerprint(self) -> str | None: ...
 
     @property
     def skipped(self) -> Skipped: ...
@@ -72,9 +82,10 @@ def open_source(
     """The source at a path.
 
     Args:
-        path: a folder of images or one image; a table (.parquet, .csv, .tsv, .jsonl) with the column path (or image),
-            and optionally key and caption (or text); Parquet with embedded pictures, as on the Hugging Face hub; a
-            tar of samples, or a folder of tars; a Hugging Face data set written by save_to_disk.
+        path: path, or URL for fsspec such as s3://bucket/folder, of a folder of images or one image; a table
+            (.parquet, .csv, .tsv, .jsonl) with the column path (or image), and optionally key and caption (or text);
+            Parquet with embedded pictures, as on the Hugging Face hub; a tar of samples, or a folder of tars; a
+            Hugging Face data set written by save_to_disk.
         kind: "folder", "table", "tar" or "dataset"; by default inferred from the path.
         root: folder for relative paths in a table; by default the table's folder.
         split: split of a data set with several splits.
@@ -89,12 +100,14 @@ def open_source(
     from attnx.jobs.sources.table import SUFFIXES, Table
     from attnx.jobs.sources.tar import Tars, tars_in
 
-    path = Path(path)
+    path = location(path)
     if kind is not None and kind not in KINDS:
         raise ValueError(f"source: expected one of {', '.join(KINDS)}; got {kind!r}")
     if not path.exists():
         expected = "an image, or a folder, table, tar or data set of images"
         raise FileNotFoundError(f"source: expected {expected}; got {path}, which does not exist")
+    if kind == "dataset" and is_remote(path):
+        raise ValueError(f"source: expected a data set in a folder of this machine; got {path}")
     if not path.is_dir() and not path.is_file():
         raise ValueError(f"source: expected a regular file or a folder; got {path}, which is a pipe, socket or device")
     if kind is None:
@@ -117,7 +130,7 @@ def open_source(
     if kind == "table" and path.is_dir():
         raise ValueError(f"source: expected a table; got {path}, which is a folder")
     if kind == "table":
-        return Table(path, path.parent if root is None else Path(root))
+        return Table(path, path.parent if root is None else location(root))
     if kind == "tar":
         return Tars(path)
     return DataSet(path, split) if kind == "dataset" else Folder(path)

@@ -42,7 +42,7 @@ class DataSet:
         return Rows(self.path, self.split)
 
     @property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str | None:
         """The fingerprint of `datasets`. It changes if other rows are saved at the same path."""
         return _load(self.path, self.split).fingerprint
 

@@ -10,7 +10,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from attnx.files import open_regular
 from attnx.jobs.sources import Entry, text_of, wrong_caption
+from attnx.jobs.sources.remote import whole_file
 from attnx.limits import PICTURE_BYTES
+from attnx.remote import is_remote, joined
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -107,9 +109,9 @@ class Pictures:
     def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
         assert entry.path is not None
         if entry.offset is None:
-            return self.root / entry.path, None
+            return whole_file(joined(self.root, entry.path))
         stat = self.table.stat()
-        content, path = _cursor(self.table, (stat.st_size, stat.st_mtime_ns)).read(entry.offset)
+        content, path = _cursor(self.table, (stat.st_size, stat.st_mtime)).read(entry.offset)
         if content is not None and len(content) > PICTURE_BYTES:
             raise ValueError(
                 f"expected a picture of at most {PICTURE_BYTES:,} bytes; row {entry.offset} has {len(content):,}"
@@ -118,7 +120,7 @@ class Pictures:
             return self.table / str(entry.offset), io.BytesIO(content)
         if not path:
             raise ValueError(f"expected a picture in row {entry.offset}; got none")
-        return self.root / path, None
+        return whole_file(joined(self.root, path))
 
 
 class _Cursor:
@@ -128,11 +130,14 @@ class _Cursor:
         import numpy as np
         import pyarrow.parquet as pq
 
-        open_regular(path).close()
+        content = open_regular(path)
+        if not is_remote(path):
+            content.close()
         # Without a buffer size, the pictures of a whole row group would be in memory.
         self._file = pq.ParquetFile(
-            path, memory_map=True, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True
-        )
+            content if is_remote(path) else path,
+            memory_map=not is_remote(path), buffer_size=2**20, pre_buffer=False, page_checksum_verification=True,
+        )  # fmt: skip
         column = picture_column(self._file)
         if column is None:
             raise ValueError(f"the table has changed since the job was planned: {path} has no column of pictures")
@@ -164,7 +169,7 @@ class _Cursor:
 
 
 @functools.lru_cache(maxsize=1)
-def _cursor(path: Path, stamp: tuple[int, int]) -> _Cursor:
+def _cursor(path: Path, stamp: tuple[int, float]) -> _Cursor:
     return _Cursor(path)
 
 

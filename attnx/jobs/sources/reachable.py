@@ -113,5 +113,6 @@ class Reachable:
 def _device(path: Path) -> int | None:
     try:
         return path.stat().st_dev
-    except OSError:
+    # Remote file systems raise exceptions of their own.
+    except Exception:
         return None

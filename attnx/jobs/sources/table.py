@@ -19,6 +19,7 @@ from attnx.jobs.sources.embedded import Pictures, footer_hash, is_text, picture_
 from attnx.jobs.sources.skipped import Skipped
 from attnx.limits import LINE_BYTES
 from attnx.messages import printable
+from attnx.remote import is_remote, joined
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -52,7 +53,7 @@ class Table:
                 f"source: expected rows with a path; the first {len(first)} of {self.path} have none: {first[0].error}"
             )
         paths = [entry.path for entry in first if entry.path is not None and entry.offset is None]
-        if paths and not any(_exists(self.root / path) for path in paths):
+        if paths and not any(_exists(joined(self.root, path)) for path in paths):
             raise FileNotFoundError(
                 f"source: none of the first {len(paths)} paths of {self.path} exists below {self.root}, such as "
                 f"{printable(paths[0])}; set --root to their folder"
@@ -192,9 +193,11 @@ def _opened(path: Path) -> "Iterator[pq.ParquetFile]":
     import pyarrow.parquet as pq
 
     try:
-        open_regular(path).close()
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            yield file
+        with open_regular(path) as content:
+            # pyarrow opens local files itself, so that a process can fork while they are open.
+            source = content if is_remote(path) else path
+            with pq.ParquetFile(source, page_checksum_verification=True) as file:
+                yield file
     except UnicodeDecodeError:
         raise
     # pyarrow raises nearly any exception for a broken file.
@@ -230,7 +233,7 @@ def _pictures(path: Path, root: Path, file: "pq.ParquetFile") -> str | None:
     if texts:
         rows = next(file.iter_batches(_TRIED, columns=texts), None)
         paths = [value for row in ([] if rows is None else rows.to_pylist()) for value in row.values() if value]
-        if any(_exists(root / text) for text in paths if "\0" not in text):
+        if any(_exists(joined(root, text)) for text in paths if "\0" not in text):
             return None
     try:
         pictures = picture_column(file)

@@ -17,6 +17,7 @@ from attnx.jobs.sources.reachable import is_unreachable
 from attnx.jobs.sources.skipped import LINK, PART, UNREAD, Skipped
 from attnx.limits import CAPTION_BYTES, HEADER_BYTES, JSON_BYTES, PICTURE_BYTES
 from attnx.messages import printable
+from attnx.remote import is_remote, read_range
 
 _TEXT = (".txt", ".json", ".caption")
 _SHORT = tarfile.LENGTH_NAME - 20
@@ -54,6 +55,10 @@ class Tars:
         return Members(self.root)
 
     @property
+    def fingerprint(self) -> None:
+        """Tars have none; every member is checked when it is read."""
+
+    @property
     def root(self) -> Path:
         """The folder that the tars' paths are relative to."""
         return self.path.parent if self.path.is_file() else self.path
@@ -71,10 +76,15 @@ class Members:
         assert entry.size is not None
         if not 0 <= entry.size <= PICTURE_BYTES:
             raise ValueError(f"expected a picture of at most {PICTURE_BYTES:,} bytes; got one of {entry.size:,}")
-        with open_regular(self.root / entry.path) as file:
-            file.seek(entry.offset - tarfile.BLOCKSIZE)
-            _check_header(file.read(tarfile.BLOCKSIZE), entry)
-            return self.root / entry.path / entry.key.rpartition("/")[2], io.BytesIO(file.read(entry.size))
+        path, start = self.root / entry.path, entry.offset - tarfile.BLOCKSIZE
+        if is_remote(path):
+            content = read_range(path, start, tarfile.BLOCKSIZE + entry.size)
+        else:
+            with open_regular(path) as file:
+                file.seek(start)
+                content = file.read(tarfile.BLOCKSIZE + entry.size)
+        _check_header(content[: tarfile.BLOCKSIZE], entry)
+        return path / entry.key.rpartition("/")[2], io.BytesIO(content[tarfile.BLOCKSIZE :])
 
 
 def _check_header(block: bytes, entry: Entry) -> None:

@@ -1,0 +1,53 @@
+"""Images at URLs: a listing of a remote folder, and whole files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from attnx.images import image_suffixes, is_unreadable_image
+from attnx.jobs.sources.skipped import UNREAD, Skipped
+from attnx.limits import PICTURE_BYTES
+from attnx.remote import is_remote, read_range, size_of, walk
+
+__all__ = ["images_below", "whole_file"]
+
+_OF_A_JOB = ("manifest.parquet", "run.json")
+
+
+def images_below(folder: Path, skipped: Skipped) -> Iterator[str]:
+    """The names of the images below a remote folder, relative to it, as `attnx.images.walk_images` lists local ones.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    names = walk(folder)
+    own = set(names)
+    jobs = {str(PurePosixPath(name).parent) for name in names if name.endswith(_OF_A_JOB[0])}
+    jobs = {job for job in jobs if all((f"{job}/{name}" if job != "." else name) in own for name in _OF_A_JOB)}
+    listed = 0
+    for name in names:
+        parts = PurePosixPath(name).parts
+        parents = {str(parent) for parent in PurePosixPath(name).parents}
+        if any(part.startswith(".") for part in parts) or parents & jobs:
+            continue
+        if name.lower().endswith(image_suffixes()):
+            listed += 1
+            yield name
+        elif is_unreadable_image(name):
+            skipped.add(UNREAD, name)
+    if not listed:
+        suffixes = " ".join(image_suffixes())
+        raise ValueError(f"source: expected an image or a folder with images ({suffixes}), got {folder}, without any")
+
+
+def whole_file(path: Path) -> tuple[Path, IO[bytes] | None]:
+    """The path, and the content of a remote file; None for a local one, which the decoder opens itself."""
+    if not is_remote(path):
+        return path, None
+    size = size_of(path)
+    if size > PICTURE_BYTES:
+        raise ValueError(f"expected a picture of at most {PICTURE_BYTES:,} bytes; got one of {size:,}")
+    return path, io.BytesIO(read_range(path, 0, None))
