@@ -2,9 +2,10 @@
 
 from attnx import demo as _demo  # noqa: F401  (registers the bundled models)
 from attnx import huggingface
+from attnx.extract.captions import CaptionMaps, WordMaps
 from attnx.extract.class_maps import class_maps
 from attnx.extract.extractor import Extractor
-from attnx.extract.word_maps import CaptionMaps, WordMaps, gradcam, word_maps
+from attnx.extract.word_maps import gradcam, word_maps
 from attnx.jobs.reader import open
 from attnx.methods import (
     cls_map,

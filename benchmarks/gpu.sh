@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything a CUDA machine can say, in less than ten minutes and a few files: the op's tests, the benchmarks (those of
-# words beside the original where ALBEF names a checkout of it), the batch job, the sweep. attnx itself needn't be installed.
-# A step that fails or takes too long does not stop the next; the exit code is that of the last one that failed.
-# STEPS="tests:130 words:85" takes these alone, each for so many seconds. QUICK=1 tries the script itself, without a
-# GPU: tiny shapes on the CPU, few tests, no timings worth it.
+# Run the op's tests, the benchmarks, the batch job and the sweep on a CUDA machine, in less than ten minutes.
+# If ALBEF names a checkout of the original code, the word maps are compared with it. attnx need not be installed.
+# A step that fails or exceeds its limit does not stop the next. The exit code is that of the last step that failed.
+# STEPS="tests:130 words:85" runs only these steps, each with its limit in seconds.
+# QUICK=1 checks this script without a GPU: tiny shapes on the CPU, few tests, no meaningful timings.
 set -u
 cd "$(dirname "$0")/.."
 QUICK=${QUICK:-}
@@ -18,7 +18,7 @@ status=0
 step() { # name, seconds, command...
     local name=$1 seconds=$2 code
     shift 2
-    # Ctrl-C first: what is measured by then is saved.
+    # SIGINT comes first, so that results so far are stored.
     timeout --signal=INT --kill-after=10 "$seconds" "$@" >"$OUT/$name.log" 2>&1
     code=$?
     echo "== $name: exit $code after ${SECONDS} s"
@@ -28,7 +28,7 @@ step() { # name, seconds, command...
 
 {
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit --format=csv,noheader ||
-        echo "nvidia-smi can't be run"
+        echo "nvidia-smi failed"
     "$PYTHON" -c "import torch; print(torch.__version__, torch.cuda.get_device_name())" 2>/dev/null || echo "no CUDA device"
 } 2>&1 | tee "$OUT/gpu.txt"
 if [[ -z $QUICK ]] && grep -q "no CUDA device" "$OUT/gpu.txt"; then
@@ -43,7 +43,7 @@ if [[ -n $QUICK ]]; then
     step sweep 130 "$PYTHON" -m benchmarks.suites.sweep --compile-only --quick --out "$OUT"
     exit "$status"
 fi
-# Most of the tests' time is compilation: where pytest-xdist is there, in parallel.
+# Most of the tests' time is compilation, so they run in parallel if pytest-xdist is installed.
 parallel=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 12")
 tests=(tests/test_{ops,ops_contract,vecmat,keep,gradient,gradient_map,gradient_kernel,capture,widths,worker,maps}.py)
 for timed in ${STEPS:-tests:130 benchmarks:230 words:75 jobs:75 sweep:75}; do

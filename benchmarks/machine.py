@@ -1,16 +1,19 @@
 """The environment of a result: hardware, versions, commit and date, without paths and host names."""
 
 import datetime
+import json
 import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from attnx.files import replacing
 from benchmarks import mkl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,26 +95,33 @@ def commit() -> str | None:
     return head + "-dirty" * bool(changes)
 
 
-def write_atomically(path: Path, text: str) -> None:
+class ResultFile:
+    """NAME.json, stored as NAME-part.json (-part-2 and so on if that exists) until it is complete."""
+
+    def __init__(self, folder: Path, name: str, quick: bool) -> None:
+        self.path = folder / f"{name}{'-quick' if quick else ''}.json"
+        parts = [self.path.with_name(f"{self.path.stem}-part{end}.json") for end in ("", *range(-2, -100, -1))]
+        self.part = next(part for part in parts if not part.exists())
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Store an incomplete result."""
+        write(self.part, json.dumps(content, indent=1))
+
+    def finish(self) -> Path:
+        """Rename the file to NAME.json."""
+        return self.part.replace(self.path)
+
+
+def write(path: Path, text: str) -> None:
     """Write the text so that an interrupted write leaves the earlier file intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(text + "\n")
-    os.replace(part, path)
-
-
-def part_of(path: Path) -> Path:
-    """NAME-part.json for an incomplete NAME.json; -part-2 and so on if that exists, so that no result is lost."""
-    first = path.with_name(f"{path.stem}-part{path.suffix}")
-    names = [first, *(path.with_name(f"{first.stem}-{i}{path.suffix}") for i in range(2, 100))]
-    return next(name for name in names if not name.exists())
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n")
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
     return found

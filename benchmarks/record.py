@@ -14,13 +14,20 @@ from typing import Any, NamedTuple
 class Record:
     """Appends lines to a file, or writes nothing if `path` is None."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, test: str | None = None) -> None:
+        self.path, self.test = path, test
 
     def add(self, **line: Any) -> None:
         if self.path is not None:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def measured(self, name: str, found: dict[str, Any] | str, **about: Any) -> None:
+        """Add a row, or under `name` the reason why there is none."""
+        if isinstance(found, str):
+            self.add(not_run=name, reason=found, test=self.test)
+        else:
+            self.add(row=_short({**about, **found}), test=self.test)
 
 
 class Found(NamedTuple):
@@ -31,32 +38,33 @@ class Found(NamedTuple):
     failed: dict[str, str]
     cut: list[str]
 
+    def add(self, other: "Found", suite: str) -> None:
+        """Add the findings of a suite."""
+        self.rows.extend(other.rows)
+        self.not_run.update(other.not_run)
+        self.failed.update({f"{suite}: {test}": reason for test, reason in other.failed.items()})
+        self.cut.extend(f"{suite}: {test}" for test in other.cut)
+
 
 def read(path: Path) -> Found:
     """The findings in a record. An incomplete last line is ignored."""
     found = Found([], {}, {}, [])
     planned: list[str] = []
     ended: set[str] = set()
-    for line in _lines(path):
+    text = path.read_text() if path.is_file() else ""
+    for line in map(json.loads, text[: text.rfind("\n") + 1].splitlines()):
         planned += line.get("planned", [])
         ended |= {line[key] for key in ("test", "failed") if key in line}
         if "row" in line:
             found.rows.append(line["row"])
-        elif "not_run" in line:
-            found.not_run[line["not_run"]] = line["reason"]
-        elif "failed" in line:
-            found.failed[line["failed"]] = line["reason"]
+        for kind in ("not_run", "failed"):
+            if kind in line:
+                getattr(found, kind)[line[kind]] = line["reason"]
     found.cut.extend(test for test in planned if test not in ended)
     return found
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.is_file() else []
-    whole = []
-    for i, line in enumerate(lines):
-        try:
-            whole.append(json.loads(line))
-        except ValueError:
-            if i < len(lines) - 1:
-                raise
-    return whole
+def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -14,14 +14,13 @@ A result is stored as NAME-part until the run is complete. It keeps that name if
 """
 
 import argparse
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,12 +28,11 @@ from typing import Any
 import torch
 
 from benchmarks import mkl, record
-from benchmarks.machine import ROOT, environment, file_stem, part_of, write_atomically
+from benchmarks.machine import ROOT, ResultFile, environment, file_stem
 from benchmarks.report import page, stored, targets
 from benchmarks.suites import growth, memory
 
 SUITES = {"op": 0.6, "models": 1.0}  # {suite: share of the remaining time}
-GRACE = 15  # seconds from an interrupt to a kill
 
 
 def run(out: Path, device: str, quick: bool = False, limit: float | None = None) -> bool:
@@ -50,35 +48,28 @@ def run(out: Path, device: str, quick: bool = False, limit: float | None = None)
         KeyboardInterrupt: after the results so far are stored.
     """
     start = time.monotonic()
-    result: dict[str, Any] = {**environment(device), "quick": quick}
+    about: dict[str, Any] = {**environment(device), "quick": quick}
     found = record.Found([], {}, {}, [])
-    whole = out / f"{file_stem(device)}{'-quick' if quick else ''}.json"
-    part = part_of(whole)
+    file = ResultFile(out, file_stem(device), quick)
+    done = False
     try:
         for suite, share in SUITES.items():
             left = None if limit is None else share * (limit - (time.monotonic() - start))
             run_suite(suite, device, quick, left, found)
-            _store(part, result, found, done=False)
+            file.save({**about, "done": False, **found._asdict()})
         if device == "cpu":
             add_memory(found, quick)
             if not quick and memory.MEASURABLE:
-                result["growth"] = list(growth.measure())
-    except KeyboardInterrupt:
-        _store(part, result, found, done=False)
-        raise
-    _store(part, result, found, done=True)
+                about["growth"] = list(growth.measure())
+        done = True
+    finally:
+        file.save({**about, "done": done, **found._asdict()})
     passed = not found.failed and not found.cut
-    path = part.replace(whole) if passed else part
-    rows = stored.Run(path.name, result, [stored.read_row(row) for row in found.rows])
+    path = file.finish() if passed else file.part
+    rows = stored.Run(path.name, about, [stored.read_row(row) for row in found.rows])
     for suite in SUITES:
         print("\n".join(page.all_rows(rows.groups(suite))), end="\n\n")
-    for name, reason in {
-        **found.not_run,
-        **{f"FAILED {name}": reason for name, reason in found.failed.items()},
-    }.items():
-        print(f"{name}: {reason}")
-    if found.cut:
-        print(f"CUT: {'; '.join(found.cut)}")
+    print("\n".join(page.left_out(found._asdict())))
     print(f"\n{path.name}: {len(found.rows)} rows")
     return passed
 
@@ -92,14 +83,14 @@ def run_suite(suite: str, device: str, quick: bool, limit: float | None, into: r
         command += ["--benchmark-columns=median,iqr,rounds", "--benchmark-warmup=off", *(["--quick"] if quick else [])]
         print(f"== {suite}", flush=True)
         try:
-            code, in_time = _run_until(command, limit)
+            code = _run_until(command, limit)
         finally:
             found = record.read(lines)
-            _merge(into, found, suite)
-    if not in_time and not any(found):
+            into.add(found, suite)
+    if code is None and not any(found):
         into.cut.append(f"{suite}: all tests: stopped after {limit:.0f} s")
     # Exit code 1 means failed tests, which are in the record. If none are, pytest itself failed.
-    if in_time and (code not in (0, 1) or (code == 1 and not found.failed)):
+    if code not in (None, 0, 1) or (code == 1 and not found.failed):
         into.failed[f"{suite}: {suite} suite"] = f"pytest exited with {code}"
 
 
@@ -127,44 +118,18 @@ def add_memory(found: record.Found, quick: bool) -> None:
             found.failed[f"models: memory of {contestant} on {model}"] = f"exited with {error.returncode}"
 
 
-def _merge(into: record.Found, found: record.Found, suite: str) -> None:
-    into.rows.extend(found.rows)
-    into.not_run.update(found.not_run)
-    into.failed.update({f"{suite}: {name}": reason for name, reason in found.failed.items()})
-    into.cut.extend(f"{suite}: {name}" for name in found.cut)
-
-
-def _store(path: Path, result: dict[str, Any], found: record.Found, done: bool) -> None:
-    write_atomically(path, json.dumps({**result, "done": done, **found._asdict()}, indent=1))
-
-
-def _run_until(command: list[str], limit: float | None) -> tuple[int, bool]:
-    """The exit code of a command, and False if it was interrupted at the limit (in seconds)."""
+def _run_until(command: list[str], limit: float | None) -> int | None:
+    """The exit code of a command; None if it was killed at the limit (in seconds)."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=env) as process:
-        try:
-            return process.wait(None if limit is None else max(0.0, limit)), True
-        except subprocess.TimeoutExpired:
-            return _end(process, 0), False
-        except KeyboardInterrupt:
-            # Ctrl-C also reaches the child. A signal to this process alone does not, so it is passed on after a second.
-            _end(process, 1)
-            raise
+    with suppress(subprocess.TimeoutExpired):
+        return subprocess.run(command, cwd=ROOT, env=env, timeout=limit and max(0.0, limit)).returncode
+    return None
 
 
-def _end(process: subprocess.Popen, patience: float) -> int:
-    """Interrupt a process after `patience` seconds, kill it after `GRACE` more, and return its exit code."""
-    # `timeout` signals the command and then its group; the second signal must not end the wait.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        for seconds, then in ((patience, lambda: process.send_signal(signal.SIGINT)), (GRACE, process.kill)):
-            try:
-                return process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                then()
-        return process.wait()
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _interrupt_once(*_: Any) -> None:
+    """A handler of SIGINT: only the first interrupts, because `timeout` sends two and the result must be stored."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -178,11 +143,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device")
+    before = signal.signal(signal.SIGINT, _interrupt_once)
     try:
         with mkl.as_on_intel() if options.mkl_as_on_intel else nullcontext():
             return 0 if run(options.out, options.device, options.quick, options.limit) else 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

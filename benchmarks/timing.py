@@ -40,14 +40,13 @@ class Clock:
 CLOCK = Clock()
 
 
-def wall_timer(call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]]) -> Seconds:
-    """A function that runs `call` on the next input set and returns its seconds."""
+def wall_timer(call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]], grad: bool = False) -> Seconds:
+    """A function that runs `call` on the next input set and returns its seconds. grad: not in inference mode."""
     turn = itertools.cycle(sets)
-    synchronize = torch.cuda.synchronize if sets[0][0].is_cuda else lambda: None
 
     def once() -> float:
         args = next(turn)
-        with torch.inference_mode():
+        with torch.inference_mode(not grad):
             synchronize()
             start = time.perf_counter()
             result = call(*args)  # noqa: F841  do not time the deallocation
@@ -55,6 +54,12 @@ def wall_timer(call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]]) -> 
             return time.perf_counter() - start
 
     return once
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if this process uses one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def graph_timer(
@@ -117,29 +122,35 @@ def _between_events(run: Callable[[], Any]) -> float:
 
 
 def race(
-    benchmark: Any, contestant: Seconds, floor: Seconds, seconds: float = 6.0, quick: bool = False
+    contestant: Seconds, floor: Seconds, seconds: float = 6.0, quick: bool = False, benchmark: Any = None
 ) -> dict[str, float]:
     """Times of the contestant and the floor, which run alternately 5 (slow ones 3) to 30 times within `seconds`.
 
-    pytest-benchmark counts the contestant's rounds. All times are milliseconds per call.
+    `benchmark`, the fixture of pytest-benchmark, shows the contestant's rounds. All times are milliseconds per call.
     """
     pair = _warm_up(contestant, floor, 0.0 if quick else 0.2)
     rounds = 2 if quick else max(5 if pair < 0.5 or seconds > 5 else 3, min(30, int(seconds / pair)))
     floors: list[float] = []
+    times: list[float] = []
 
-    def target() -> None:
-        CLOCK.now += contestant()
+    def run_floor() -> None:
+        floors.append(1e3 * floor())
 
-    benchmark.pedantic(target, setup=lambda: floors.append(floor()), rounds=rounds)
-    stats = benchmark.stats.stats
-    times = {f"{name}_ms": 1e3 * getattr(stats, name) for name in ("median", "min", "max", "iqr")}
+    def run_contestant() -> None:
+        times.append(1e3 * contestant())
+        CLOCK.now += times[-1] / 1e3
+
+    if benchmark is not None:
+        benchmark.pedantic(run_contestant, setup=run_floor, rounds=rounds)
+    else:
+        for _ in range(rounds):
+            run_floor()
+            run_contestant()
     return {
-        **times,
-        "rounds": rounds,
-        "floor_ms": 1e3 * median(floors),
-        "floor_iqr_ms": 1e3 * _quartile_range(floors),
-        "ratio_to_floor": stats.median / median(floors),
-    }
+        "median_ms": median(times), "min_ms": min(times), "max_ms": max(times), "iqr_ms": _quartile_range(times),
+        "rounds": len(times), "floor_ms": median(floors), "floor_iqr_ms": _quartile_range(floors),
+        "ratio_to_floor": median(times) / median(floors),
+    }  # fmt: skip
 
 
 def try_to(measure: Callable[[], dict[str, Any]], foreign: bool = False) -> dict[str, Any] | str:
@@ -150,16 +161,17 @@ def try_to(measure: Callable[[], dict[str, Any]], foreign: bool = False) -> dict
     try:
         return measure()
     except torch.OutOfMemoryError as error:
-        return f"out of memory: {_first_line(error)}"
+        return f"out of memory: {first_line(error)}"
     except NotRun as error:
         return str(error)
     except Exception as error:
         if not foreign:
             raise
-        return f"{type(error).__name__}: {_first_line(error)}"
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of the message, at most 300 characters."""
     return (str(error).strip().splitlines() or [""])[0][:300]
 
 
@@ -179,16 +191,3 @@ def _warm_up(contestant: Seconds, floor: Seconds, seconds: float) -> float:
         if now - start >= seconds and (i > 1 or seconds == 0 or now - start > 2):
             return now - before
     raise AssertionError("unreachable")
-
-
-def cuda_peak_mb(call: Callable[..., Any], args: tuple[Tensor, ...]) -> float | None:
-    """Peak megabytes (10^6 bytes) of one call above what was allocated before; None on a CPU."""
-    if not args[0].is_cuda:
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with torch.inference_mode():
-        result = call(*args)  # noqa: F841  keep until the peak is read
-        torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6

@@ -1,4 +1,4 @@
-"""What every kernel is given about its tensors: pointers, strides, and the constants that follow from them."""
+"""Arguments that the kernels share: pointers, strides, and the constants derived from them."""
 
 from typing import Any
 
@@ -8,13 +8,22 @@ from torch import Tensor
 from attnx.kernels.configs import split_d
 from attnx.kernels.primitives import MEAN
 
-_TILE = 512  # rows and columns of a tile together, at most
+_TILE = 512  # upper bound on rows plus columns of a tile
 
 
 def shared_args(
     q: Tensor, k: Tensor, bias: Tensor | None, rows: Tensor | None, scale: float, is_causal: bool
 ) -> dict[str, Any]:
-    """What every kernel is given about q [B,H,M,D], k [B,Hk,N,D], bias (expanded to [B,H,M,N]) and rows [R]."""
+    """Arguments of every kernel for queries, keys, bias and rows.
+
+    Args:
+        q: [B, H, M, D].
+        k: [B, Hk, N, D].
+        bias: expanded to [B, H, M, N]; additive, or boolean (True: attend).
+        rows: [R] int64, indices of the query rows to compute; None: all.
+        scale: factor of the scores.
+        is_causal: query m attends to keys 0..m.
+    """
     block_d, rest_d = split_d(q.shape[3])
     return dict(
         q_ptr=q,
@@ -35,34 +44,40 @@ def shared_args(
         HAS_ROWS=rows is not None,
         BIAS=0 if bias is None else 2 if bias.dtype == torch.bool else 1,
         CAUSAL=is_causal,
-        # A scale that is 0 in fp32 would make NaN of minus infinity.
+        # A scale that underflows to 0 in fp32 would turn -inf scores into NaN.
         FOLD_SCALE=bias is None and scale >= 2**-126,
-        INT64_OFFSETS=_is_far(q) or _is_far(k),
+        INT64_OFFSETS=_needs_int64_offsets(q) or _needs_int64_offsets(k),
         PRECISION=precision(q.dtype),
     )
 
 
 def value_args(q: Tensor, v: Tensor | None, out: Tensor | None) -> dict[str, Any]:
-    """The values and the output (its last dim contiguous), or q in their place where neither is asked for."""
+    """Arguments for the values v [B, Hk, N, Dv] and the output out [B, H, M, Dv], whose last dim is contiguous.
+
+    If either is None, q is a placeholder for both pointers, and HAS_V is False.
+    """
     if v is None or out is None:
         strides = {f"stride_v{x}": 0 for x in "bhnd"} | {f"stride_o{x}": 0 for x in "bhm"}
         return dict(v_ptr=q, out_ptr=q, **strides, DV=16, BLOCK_DV=16, REST_DV=0, HAS_V=False)
     strides = named_strides(out, "ob oh om _")
     del strides["stride__"]
-    return dict(**_of_values(v), out_ptr=out, **strides, HAS_V=True)
+    return dict(**_value_tile_args(v), out_ptr=out, **strides, HAS_V=True)
 
 
 def gradient_args(grad: Tensor, v: Tensor) -> dict[str, Any]:
-    """Arguments for the output gradient [B,H,M,Dv] and the values. Merge after `shared_args`: may set INT64_OFFSETS."""
-    far = {"INT64_OFFSETS": True} if _is_far(grad) else {}
-    return {**_of_values(v), "do_ptr": grad, **named_strides(grad, "dob doh dom dod"), **far}
+    """Arguments for the output gradient [B, H, M, Dv] and the values [B, Hk, N, Dv].
+
+    Merge after `shared_args`, because INT64_OFFSETS may be set.
+    """
+    int64_offsets = {"INT64_OFFSETS": True} if _needs_int64_offsets(grad) else {}
+    return {**_value_tile_args(v), "do_ptr": grad, **named_strides(grad, "dob doh dom dod"), **int64_offsets}
 
 
-def _of_values(v: Tensor) -> dict[str, Any]:
+def _value_tile_args(v: Tensor) -> dict[str, Any]:
     block_dv, rest_dv = split_d(v.shape[3])
-    far = {"INT64_OFFSETS": True} if _is_far(v) else {}
+    int64_offsets = {"INT64_OFFSETS": True} if _needs_int64_offsets(v) else {}
     strides = named_strides(v, "vb vh vn vd")
-    return dict(v_ptr=v, **strides, DV=v.shape[3], BLOCK_DV=block_dv, REST_DV=rest_dv, **far)
+    return dict(v_ptr=v, **strides, DV=v.shape[3], BLOCK_DV=block_dv, REST_DV=rest_dv, **int64_offsets)
 
 
 def named_strides(tensor: Tensor, letters: str) -> dict[str, int]:
@@ -71,21 +86,27 @@ def named_strides(tensor: Tensor, letters: str) -> dict[str, int]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """fp32 products are exact unless the user allowed tf32 for torch's own, by either of its two settings."""
+    """Triton's input_precision for products of this dtype: "ieee" or "tf32".
+
+    fp32 products use tf32 only if the user allowed it for torch's matmul, by either of its two settings.
+    """
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
-    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
-    if newer != "none":
-        return "tf32" if newer == "tf32" else "ieee"
+    fp32_precision = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    if fp32_precision != "none":
+        return "tf32" if fp32_precision == "tf32" else "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _is_far(tensor: Tensor) -> bool:
-    """Whether offsets within a tile of rows may pass 2^31."""
+def _needs_int64_offsets(tensor: Tensor) -> bool:
+    """True if offsets within a tile may reach 2^31."""
     return max(tensor.stride(2), tensor.stride(3)) * _TILE >= 2**31
 
 
 def split_args(count: int, splits: int, heads: int) -> dict[str, Any]:
-    """How `count` heads are split over programs; a mean over all of them is divided where it is stored."""
-    whole = splits == 1 and heads == MEAN.value
-    return dict(splits=splits, heads_each=-(-count // splits), map_share=1.0 / count if whole else 1.0)
+    """Arguments for `count` heads split over `splits` programs.
+
+    map_share is the factor of the stored map: 1 / count for a mean over all heads in one program, else 1.
+    """
+    is_mean = splits == 1 and heads == MEAN.value
+    return dict(splits=splits, heads_each=-(-count // splits), map_share=1.0 / count if is_mean else 1.0)

@@ -1,4 +1,7 @@
-"""The map weighted by its own gradient, or chosen rows of it: tile by tile, without P, dP or atomics."""
+"""Head-reduced map weighted by its own gradient, or selected rows of it.
+
+Each tile is written once, without atomics, and P and dP are not stored.
+"""
 
 from typing import Any
 
@@ -38,9 +41,9 @@ def gradient_kernel(
     FOLD_SCALE: tl.constexpr, INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One [BLOCK_M, BLOCK_N] tile of a map [M, N]: P = exp(s - lse) times do v^T, head after head, stored once.
+    """Compute one tile [BLOCK_M, BLOCK_N] of a map [M, N]: P = exp(s - lse) times dP = do v^T, fused over the heads.
 
-    Without a bias nothing is masked: what lies outside the map is computed and not stored.
+    Without a bias, rows and columns outside the map are computed unmasked and not stored.
     """
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -65,21 +68,28 @@ def gradient_kernel(
     lse_tile = lse_ptr + b * H * M + first_m
     bias_rows = pos_m.to(tl.int64) * stride_bm
 
+    # [BLOCK_M, BLOCK_N]
     fused = fused_start(BLOCK_M, BLOCK_N, HEADS, not CLAMP)
-    # Two products need the registers that hoisted addresses would take.
+    # With two products, hoisting addresses out of the loop would exceed the registers.
     for head in tl.range(first_head, last_head + 1, disable_licm=True):
         h = to_int64(head)
+        # [BLOCK_M, BLOCK_D], [BLOCK_N, BLOCK_D]; and a second tile of REST_D columns each
         q = head_tiles(q_batch + h * stride_qh, offs_q, stride_qd, D, BLOCK_D, REST_D)
         k = head_tiles(k_batch + h // GROUP * stride_kh, offs_k, stride_kd, D, BLOCK_D, REST_D)
+        # [BLOCK_M, BLOCK_N]
         s = masked_scores(
             products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
             bias_ptr + b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + offs_n, mask_n,
             stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE, False,
         )  # fmt: skip
+        # [BLOCK_M]
         lse = lse_to_log2(tl.load(lse_tile + h * M + offs_m, mask=mask_m, other=0.0))
+        # [BLOCK_M, BLOCK_N]
         p = tl.exp2(s * score_unit(scale_log2, FOLD_SCALE) - lse[:, None])
+        # [BLOCK_M, BLOCK_DV], [BLOCK_N, BLOCK_DV]; and a second tile of REST_DV columns each
         do = head_tiles(do_batch + h * stride_doh, offs_do, stride_dod, DV, BLOCK_DV, REST_DV)
         v = head_tiles(v_batch + h // GROUP * stride_vh, offs_v, stride_vd, DV, BLOCK_DV, REST_DV)
+        # [BLOCK_M, BLOCK_N]
         dp = products(do, v, BLOCK_M, BLOCK_N, REST_DV, PRECISION)
         if CLAMP:
             dp = tl.maximum(dp, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -99,9 +109,9 @@ def gradient_launch(
     splits: int,
     config: Config,
 ) -> Launch:
-    """Writes the maps [B * splits, M, N] fp32, each of some of the heads; lse: [B,H,M] fp32 of the same rows.
+    """Launch that writes maps [B * splits, M, N] fp32, each fused over its share of the heads.
 
-    grad: [B,H,all queries,Dv], of which rows are taken as of q.
+    grad: [B, H, M, Dv], for all queries; rows are selected as for q. lse: [B, H, R] fp32, of the selected rows.
     """
     q = shared["q_ptr"]
     args = {

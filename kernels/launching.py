@@ -1,7 +1,7 @@
-"""Launches a kernel, and remembers by its arguments what was compiled for it.
+"""Kernel launches with a cache of compiled kernels.
 
-Triton itself binds, specialises and looks up some forty arguments at every launch; on a GPU's host that takes longer
-than a small kernel runs.
+Triton binds, specialises and looks up about forty arguments at each launch. On the host this takes longer than a small
+kernel runs on the GPU. The cache skips these steps for arguments that were seen before.
 """
 
 from typing import Any
@@ -10,28 +10,29 @@ import torch
 from torch import Tensor
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}
-_ROOM = 4096  # launches that differ, before all are forgotten
+_CACHE_SIZE = 4096  # entries; a full cache is emptied
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], options: dict[str, Any]) -> None:
-    """Launches it on the current device.
+    """Launch a kernel on the current device.
 
     Args:
         kernel: a `triton.jit` function.
-        args: all its arguments by name, those that are known at compile time too.
-        options: Triton's: num_warps and so on.
+        grid: number of programs along each axis.
+        args: all arguments by name, including the compile-time constants.
+        options: Triton's launch options, such as num_warps.
     """
     if not next(v for v in args.values() if isinstance(v, Tensor)).is_cuda:  # Triton's interpreter
         kernel[grid](**args, **options)
         return
-    # What Triton specialises on follows from this: an integer is its own, of a pointer alignment counts.
-    special = tuple(
+    # Triton specialises on dtype and alignment of a pointer, and on the value of an integer.
+    specialisation = tuple(
         (value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else value for value in args.values()
     )
-    key = (id(kernel), torch.cuda.current_device(), *options.values(), *special)
+    key = (id(kernel), torch.cuda.current_device(), *options.values(), *specialisation)
     compiled = _COMPILED.get(key)
     if compiled is None:
-        if len(_COMPILED) >= _ROOM:
+        if len(_COMPILED) >= _CACHE_SIZE:
             _COMPILED.clear()
         _COMPILED[key] = kernel[grid](**args, **options)
     else:

@@ -1,4 +1,4 @@
-"""The head-reduced map, or chosen rows of it, from q, k and lse: tile by tile, without atomics."""
+"""Head-reduced map, or selected rows of it, from q, k and lse. Each tile is written once, without atomics."""
 
 from typing import Any
 
@@ -37,10 +37,10 @@ def map_kernel(
     INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """PARTS tiles [BLOCK_M, BLOCK_N] side by side of a map [M, N]: P = exp(s - lse), head after head, stored once.
+    """Compute PARTS adjacent tiles [BLOCK_M, BLOCK_N] of a map [M, N]: P = exp(s - lse), fused over the heads.
 
-    Without a bias nothing is masked: what lies outside the map is computed and not stored. The log-sum-exps of the next
-    head are on their way while one is at work: loaded where they are used, they were what every turn waited for.
+    Without a bias, rows and columns outside the map are computed unmasked and not stored. The lse of the next head is
+    prefetched, because each iteration would otherwise wait for its load.
     """
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -60,29 +60,35 @@ def map_kernel(
     lse_tile = lse_ptr + b * H * M + first_m
     bias_rows = pos_m.to(tl.int64) * stride_bm
 
+    # PARTS tiles [BLOCK_M, BLOCK_N]
     fused = ()
     for _ in tl.static_range(PARTS):
         fused = fused + (fused_start(BLOCK_M, BLOCK_N, HEADS),)
-    ahead = tl.load(lse_tile + to_int64(first_head) * M + offs_m, mask=mask_m, other=0.0)
-    # A bias needs the registers that hoisted addresses would take.
+    # [BLOCK_M]
+    next_lse = tl.load(lse_tile + to_int64(first_head) * M + offs_m, mask=mask_m, other=0.0)
+    # With a bias, hoisting addresses out of the loop would exceed the registers.
     for head in tl.range(first_head, last_head + 1, disable_licm=BIAS != NO_BIAS):
         h = to_int64(head)
-        lse = lse_to_log2(ahead)
-        ahead = tl.load(lse_tile + to_int64(tl.minimum(head + 1, last_head)) * M + offs_m, mask=mask_m, other=0.0)
+        lse = lse_to_log2(next_lse)
+        # [BLOCK_M]
+        next_lse = tl.load(lse_tile + to_int64(tl.minimum(head + 1, last_head)) * M + offs_m, mask=mask_m, other=0.0)
+        # ([BLOCK_M, BLOCK_D],) or ([BLOCK_M, BLOCK_D], [BLOCK_M, REST_D])
         q = head_tiles(q_batch + h * stride_qh, offs_q, stride_qd, D, BLOCK_D, REST_D)
-        old = fused
+        previous = fused
         fused = ()
         for part in tl.static_range(PARTS):
             columns = offs_n + part * BLOCK_N
             offs_k = row_offsets(tl.minimum(columns, N - 1 - first_n), stride_kn, INT64_OFFSETS)
+            # ([BLOCK_N, BLOCK_D],) or ([BLOCK_N, BLOCK_D], [BLOCK_N, REST_D])
             k = head_tiles(k_batch + h // GROUP * stride_kh, offs_k, stride_kd, D, BLOCK_D, REST_D)
+            # [BLOCK_M, BLOCK_N]
             s = masked_scores(
                 products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
                 bias_ptr + b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + columns,
                 columns < N - first_n, stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE, False,
             )  # fmt: skip
             p = tl.exp2(s * score_unit(scale_log2, FOLD_SCALE) - lse[:, None])
-            fused = fused + (fuse_heads(old[part], p, HEADS),)
+            fused = fused + (fuse_heads(previous[part], p, HEADS),)
     map_tile = map_ptr + to_int64(plane) * M * N + to_int64(first_m) * N + first_n
     for part in tl.static_range(PARTS):
         columns = offs_n + part * BLOCK_N
@@ -90,7 +96,10 @@ def map_kernel(
 
 
 def map_launch(shared: dict[str, Any], lse: Tensor, maps: Tensor, heads: int, splits: int, config: Config) -> Launch:
-    """Writes the maps [B * splits, M, N] fp32, each of some of the heads; lse: [B,H,M] fp32 of the same rows."""
+    """Launch that writes maps [B * splits, M, N] fp32, each fused over its share of the heads.
+
+    lse: [B, H, M] fp32 of the same rows.
+    """
     q = shared["q_ptr"]
     args = {**shared, "lse_ptr": lse, "map_ptr": maps, "HEADS": heads, **split_args(q.shape[1], splits, heads)}
     args["PARTS"] = config.parts
@@ -100,11 +109,12 @@ def map_launch(shared: dict[str, Any], lse: Tensor, maps: Tensor, heads: int, sp
 
 @triton.jit
 def fuse_kernel(maps_ptr, map_ptr, size, splits, share, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """One map [size] of each `splits` maps of some heads, in their order: the same bits every time."""
+    """Fuse every `splits` partial maps [size] into one map, in a fixed order, so that results are deterministic."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     plane = to_int64(tl.program_id(1))
     mask = offs < size
     first = maps_ptr + plane * splits * size + offs
+    # [BLOCK]
     fused = tl.load(first, mask=mask, other=0.0)
     for split in range(1, splits):
         fused = fuse_heads(fused, tl.load(first + to_int64(split) * size, mask=mask, other=0.0), HEADS)
@@ -112,7 +122,7 @@ def fuse_kernel(maps_ptr, map_ptr, size, splits, share, HEADS: tl.constexpr, BLO
 
 
 def fuse_launch(maps: Tensor, amap: Tensor, count: int, splits: int, heads: int) -> Launch:
-    """Writes the map [B, M, N] fp32 of `count` heads from maps [B * splits, M, N] of some of them each."""
+    """Launch that writes the map [B, M, N] fp32 of `count` heads from partial maps [B * splits, M, N]."""
     size = amap.numel() // amap.shape[0]
     args = dict(
         maps_ptr=maps,

@@ -1,4 +1,4 @@
-"""Output and head-reduced map of short rows, in one launch and without recomputing a weight."""
+"""Output and head-reduced map of short rows in one launch. Each weight is computed once."""
 
 from typing import Any
 
@@ -35,18 +35,23 @@ def weigh_values(
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Stores share * p @ V; p has the row's tiles and its tail."""
+    """Store share * (p @ V) of one head.
+
+    p: PARTS tiles [BLOCK_M, BLOCK_N] and, if TAIL > 0, a tile [BLOCK_M, TAIL]. share: [BLOCK_M].
+    """
+    # [BLOCK_M, BLOCK_DV]
     out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for part in tl.static_range(PARTS + (TAIL > 0)):
         offs_n = tl.arange(0, BLOCK_N if part < PARTS else TAIL)
         v_tile = v_head + to_int64(part * BLOCK_N) * stride_vn
         offs_v = row_offsets(offs_n, stride_vn, INT64_OFFSETS)
+        # [BLOCK_N or TAIL, BLOCK_DV]
         if part == PARTS + (TAIL > 0) - 1:
             v = load_masked(v_tile, offs_v, offs_n < N - part * BLOCK_N, stride_vd, 0, BLOCK_DV, DV)
         else:
             v = load_tile(v_tile, offs_v, stride_vd, 0, BLOCK_DV, DV)
         if PARTS == 1 and part == 1:
-            # Not into `out`: a product that feeds a product would again give every warp whole rows.
+            # A separate accumulator, because a product that feeds a product makes Triton assign whole rows to warps.
             tail = dot(p[part], v, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), PRECISION)
         else:
             out = dot(p[part], v, out, PRECISION)
@@ -72,10 +77,10 @@ def one_pass_kernel(
     INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr, TAIL: tl.constexpr, DELAY_PV: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows, one head after another; a whole row of keys is on chip: PARTS tiles of BLOCK_N, and a TAIL.
+    """Compute BLOCK_M rows, one head after another. Whole rows of keys are on chip: PARTS tiles of BLOCK_N and a TAIL.
 
-    With DELAY_PV the values are weighed one head later, at the start of the next turn. In one turn the compiler sees a
-    product that feeds a product, and gives every warp whole rows: half the warps would repeat the others' work.
+    With DELAY_PV, P V of a head is computed in the next iteration. If both products are in the same iteration, the
+    first feeds the second, and Triton assigns whole rows to warps, so that half of the warps duplicate work.
     """
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -91,24 +96,27 @@ def one_pass_kernel(
     bias_rows = pos_m.to(tl.int64) * stride_bm
     out_batch = out_ptr + b * stride_ob + to_int64(first_m) * stride_om
 
+    # Tiles [BLOCK_M, BLOCK_N or TAIL] of the map and of the weights
     fused = ()
     p = ()
     for part in tl.static_range(PARTS + (TAIL > 0)):
         fused = fused + (fused_start(BLOCK_M, BLOCK_N if part < PARTS else TAIL, HEADS),)
         p = p + (tl.zeros([BLOCK_M, BLOCK_N if part < PARTS else TAIL], v_ptr.dtype.element_ty),)
+    # [BLOCK_M]
     share = tl.zeros([BLOCK_M], tl.float32)
 
-    for turn in tl.range(first_head, last_head + 1 + DELAY_PV, disable_licm=True):
+    for step in tl.range(first_head, last_head + 1 + DELAY_PV, disable_licm=True):
         if DELAY_PV:
-            before = to_int64(tl.maximum(turn - 1, first_head))
+            h_prev = to_int64(tl.maximum(step - 1, first_head))
             weigh_values(
-                p, v_ptr + b * stride_vb + before // GROUP * stride_vh, out_batch + before * stride_oh, share,
-                offs_m, offs_m < tl.where(turn > first_head, M - first_m, 0), N, stride_vn, stride_vd, stride_om,
+                p, v_ptr + b * stride_vb + h_prev // GROUP * stride_vh, out_batch + h_prev * stride_oh, share,
+                offs_m, offs_m < tl.where(step > first_head, M - first_m, 0), N, stride_vn, stride_vd, stride_om,
                 DV, BLOCK_DV, INT64_OFFSETS, PRECISION, BLOCK_M, BLOCK_N, PARTS, TAIL,
             )  # fmt: skip
-        # The turn after the last head repeats it: a maximum or minimum does not change, a sum counts it as nothing.
-        h = to_int64(tl.minimum(turn, last_head))
+        # The extra iteration of DELAY_PV repeats the last head. MAX and MIN do not change, and sums get a share of 0.
+        h = to_int64(tl.minimum(step, last_head))
         q_head = q_ptr + b * stride_qb + h * stride_qh + q_tile
+        # ([BLOCK_M, BLOCK_D],)
         q = head_tiles(q_head, offs_q, stride_qd, D, BLOCK_D, REST_D)
         k_head = k_ptr + b * stride_kb + h // GROUP * stride_kh
         s = ()
@@ -121,7 +129,9 @@ def one_pass_kernel(
                 rows = tl.minimum(offs_n, N - 1 - part * BLOCK_N)
             offs_k = row_offsets(rows, stride_kn, INT64_OFFSETS)
             k_tile = k_head + to_int64(part * BLOCK_N) * stride_kn
+            # ([BLOCK_N or TAIL, BLOCK_D],)
             k = head_tiles(k_tile, offs_k, stride_kd, D, BLOCK_D, REST_D)
+            # [BLOCK_M, BLOCK_N or TAIL]
             tile = masked_scores(
                 products(q, k, BLOCK_M, BLOCK_N if part < PARTS else TAIL, REST_D, PRECISION),
                 bias_ptr + b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, part * BLOCK_N + offs_n, mask_n,
@@ -131,21 +141,22 @@ def one_pass_kernel(
             s = s + (tile,)
 
         m = finite_max(m) * score_unit(scale_log2, FOLD_SCALE)
+        # [BLOCK_M]
         l = tl.zeros([BLOCK_M], tl.float32)
         weights = ()
         for part in tl.static_range(PARTS + (TAIL > 0)):
             weight = tl.exp2(s[part] * score_unit(scale_log2, FOLD_SCALE) - m[:, None])
             l += tl.sum(weight, 1)
             weights = weights + (weight,)
-        # A row without keys: l is 0, and so are all its weights.
+        # For a row without keys, l and all weights are 0.
         share = 1.0 / tl.where(l == 0.0, 1.0, l)
         if DELAY_PV and HEADS != MAX and HEADS != MIN:
-            share = tl.where(turn > last_head, 0.0, share)
-        old = fused
+            share = tl.where(step > last_head, 0.0, share)
+        previous = fused
         fused = ()
         p = ()
         for part in tl.static_range(PARTS + (TAIL > 0)):
-            fused = fused + (fuse_heads(old[part], weights[part] * share[:, None], HEADS),)
+            fused = fused + (fuse_heads(previous[part], weights[part] * share[:, None], HEADS),)
             p = p + (weights[part].to(v_ptr.dtype.element_ty),)
         if HAS_V and not DELAY_PV:
             weigh_values(
@@ -168,16 +179,19 @@ def one_pass_launch(
     splits: int,
     short: ShortRows,
 ) -> Launch:
-    """Writes out [B,H,M,Dv] (if values are given) and the maps [B * splits, M, N] fp32, each of some of the heads."""
+    """Launch that writes out [B, H, M, Dv] (if values are given) and maps [B * splits, M, N] fp32.
+
+    Each map is fused over its share of the heads.
+    """
     q = shared["q_ptr"]
-    # Four warps have rows of their own without it, and a single head would pay for two.
-    lag = short.lag and values["HAS_V"] and not (heads == EACH.value and short.config.num_warps == 4)
-    given = {name: value for name, value in {**shared, **values}.items() if name != "REST_DV"}
+    # With four warps each has its own rows anyway, and with heads="each" the extra iteration would double the work.
+    delay_pv = short.delay_pv and values["HAS_V"] and not (heads == EACH.value and short.config.num_warps == 4)
+    inputs = {name: value for name, value in {**shared, **values}.items() if name != "REST_DV"}
     args = {
-        **given,
+        **inputs,
         **dict(map_ptr=maps, HEADS=heads, **split_args(q.shape[1], splits, heads)),
         **dict(BLOCK_D=short.padded, REST_D=0, BLOCK_DV=short.padded),
-        **dict(PARTS=short.parts, TAIL=short.tail, DELAY_PV=lag),
+        **dict(PARTS=short.parts, TAIL=short.tail, DELAY_PV=delay_pv),
     }
     grid = (triton.cdiv(shared["M"], short.config.block_m) * q.shape[0] * splits,)
     return Launch(one_pass_kernel, grid, args, short.config)

@@ -1,4 +1,4 @@
-"""What every kernel is made of: tile loads, the one place where scores are computed, and head fusion."""
+"""Device functions that the kernels share: tile loads, scores with bias and masks, and head fusion."""
 
 import os
 
@@ -9,16 +9,16 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 MASK_THRESHOLD: tl.constexpr = tl.constexpr(-5.0e4)  # attnx.reducers.MASK_THRESHOLD
 
-# Triton's interpreter multiplies the bit patterns of bfloat16; widened to fp32 first, the products are the same.
+# Triton's interpreter multiplies the bit patterns of bfloat16. Converting to fp32 first gives the correct products.
 WIDEN: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# How heads are fused: the values of attnx.reducers.Heads.
+# Head reductions, with the values of attnx.reducers.Heads.
 MEAN: tl.constexpr = tl.constexpr(0)
 MAX: tl.constexpr = tl.constexpr(1)
 MIN: tl.constexpr = tl.constexpr(2)
 EACH: tl.constexpr = tl.constexpr(3)
 
-# What is added to the scores.
+# Kinds of bias.
 NO_BIAS: tl.constexpr = tl.constexpr(0)
 ADDITIVE: tl.constexpr = tl.constexpr(1)
 BOOLEAN: tl.constexpr = tl.constexpr(2)
@@ -26,16 +26,16 @@ BOOLEAN: tl.constexpr = tl.constexpr(2)
 
 @triton.jit
 def to_int64(index):
-    """int64 of a loop's index: it is multiplied by strides, and the product may pass 2^31."""
+    """The index as int64, for products with strides that may reach 2^31."""
     return tl.cast(index, tl.int64)
 
 
 @triton.jit
 def query_offsets(rows_ptr, first, offs, M, stride, HAS_ROWS: tl.constexpr, INT64_OFFSETS: tl.constexpr):
-    """(which query each row of the tile is, offset of the tile, offsets of its rows within it).
+    """(index of the query of each row [R], offset of the tile, offsets of its rows within the tile [R]).
 
-    A row after the last one becomes the last one: what it gives is never stored, so no load of it needs a mask.
-    Offsets within a tile are 32 bits wide unless INT64_OFFSETS: every 64-bit one takes a register more.
+    Rows beyond the last one are clamped to it. Their results are not stored, so loads need no mask. Offsets within a
+    tile are 32-bit unless INT64_OFFSETS, because each 64-bit offset needs two registers.
     """
     if HAS_ROWS:
         pos = tl.load(rows_ptr + first + offs, mask=first + offs < M, other=0).to(tl.int64)
@@ -47,7 +47,7 @@ def query_offsets(rows_ptr, first, offs, M, stride, HAS_ROWS: tl.constexpr, INT6
 
 @triton.jit
 def row_offsets(rows, stride, INT64_OFFSETS: tl.constexpr):
-    """Offsets of a tile's rows within the tile."""
+    """Offsets of the rows of a tile within the tile, [R]."""
     if INT64_OFFSETS:
         return rows.to(tl.int64) * stride
     else:
@@ -56,7 +56,7 @@ def row_offsets(rows, stride, INT64_OFFSETS: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, offs_r, stride_d, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """[R, WIDTH]: columns START.. of rows at the offsets; columns from D on are zero."""
+    """[R, WIDTH]: columns START..START + WIDTH of the rows at offsets offs_r; columns from D on are 0."""
     offs_d = START + tl.arange(0, WIDTH)
     ptrs = ptr + offs_r[:, None] + offs_d.to(offs_r.dtype)[None, :] * stride_d
     if START + WIDTH <= D:
@@ -66,7 +66,7 @@ def load_tile(ptr, offs_r, stride_d, START: tl.constexpr, WIDTH: tl.constexpr, D
 
 @triton.jit
 def load_masked(ptr, offs_r, mask_r, stride_d, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """`load_tile` with rows outside the mask zero: a value of weight 0 must not be infinite."""
+    """`load_tile` with 0 for rows outside the mask, because weight 0 times an infinite value would be NaN."""
     offs_d = START + tl.arange(0, WIDTH)
     ptrs = ptr + offs_r[:, None] + offs_d.to(offs_r.dtype)[None, :] * stride_d
     if START + WIDTH <= D:
@@ -85,7 +85,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def head_tiles(ptr, offs_r, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr):
-    """The rows of one head: (tile,) of the first BLOCK_D columns, and a second tile of the REST_D after them."""
+    """Rows of one head: ([R, BLOCK_D],), or ([R, BLOCK_D], [R, REST_D]) if REST_D > 0."""
     first = load_tile(ptr, offs_r, stride_d, 0, BLOCK_D, D)
     if REST_D > 0:
         return (first, load_tile(ptr, offs_r, stride_d, BLOCK_D, REST_D, D))
@@ -95,7 +95,7 @@ def head_tiles(ptr, offs_r, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, RE
 
 @triton.jit
 def products(q, k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_D: tl.constexpr, PRECISION: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] fp32: q k^T of `head_tiles`."""
+    """[BLOCK_M, BLOCK_N] fp32: q k^T, for q and k from `head_tiles`."""
     s = dot(q[0], tl.trans(k[0]), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
     if REST_D > 0:
         s = dot(q[1], tl.trans(k[1]), s, PRECISION)
@@ -118,18 +118,22 @@ def masked_scores(
     FOLD_SCALE: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """The products as scores times log2(e), minus infinity where a key may not be attended.
+    """Scores times log2(e), [BLOCK_M, BLOCK_N]; -inf where a key is masked.
 
-    With FOLD_SCALE (no bias, scale > 0) the scores stay unscaled: exp2(s * scale_log2 - shift) is one FFMA and one
-    EX2, and the maximum of scaled scores is the scaled maximum. `score_unit` gives the factor that is left.
+    With FOLD_SCALE (no bias, scale > 0) the scores stay unscaled, because exp2(s * scale_log2 - shift) is one FFMA and
+    one EX2, and the maximum of the scaled scores is the scaled maximum. `score_unit` returns the remaining factor.
 
     Args:
-        rows: offsets of the bias's rows; pos_m: which query each row is; offs_n: which key each column.
-        EDGE: some columns are no keys (mask_n).
+        s: [BLOCK_M, BLOCK_N] products from `products`.
+        rows: [BLOCK_M] offsets of the bias rows.
+        pos_m: [BLOCK_M] index of the query of each row.
+        offs_n: [BLOCK_N] index of the key of each column.
+        EDGE: columns outside mask_n are masked.
     """
     if not FOLD_SCALE:
         s = s * scale_log2
     if BIAS != NO_BIAS:
+        # [BLOCK_M, BLOCK_N]
         ptrs = bias_ptr + rows[:, None] + offs_n[None, :].to(tl.int64) * stride_bn
         bias = tl.load(ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0)
         if BIAS == ADDITIVE:
@@ -146,7 +150,7 @@ def masked_scores(
 
 @triton.jit
 def score_unit(scale_log2, FOLD_SCALE: tl.constexpr):
-    """What scores of `masked_scores` are multiplied by to be in units of log 2."""
+    """Factor that turns the result of `masked_scores` into scores times log2(e)."""
     if FOLD_SCALE:
         return scale_log2
     return 1.0
@@ -154,22 +158,22 @@ def score_unit(scale_log2, FOLD_SCALE: tl.constexpr):
 
 @triton.jit
 def finite_max(m):
-    """The row maximum, 0 for a row of minus infinities: exp2(s - m) is then 0 and not NaN."""
+    """The row maxima, with 0 in place of -inf, so that exp2(s - m) is 0 and not NaN for fully masked rows."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def lse_to_log2(lse):
-    """What is subtracted from scores in units of log 2, of rows with these log-sum-exps (natural).
+    """Log-sum-exps (natural) times log2(e), to be subtracted from scores in the same units.
 
-    Plus infinity for a row without keys: its weights are 0, and not exp(NaN).
+    +inf for rows without keys (lse -inf), so that their weights are 0 and not NaN.
     """
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
 
 @triton.jit
 def fused_start(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr, SIGNED: tl.constexpr = False):
-    """The tile that fuse_heads starts from. Unless SIGNED nothing is ever negative, so 0 starts a maximum too."""
+    """Initial tile for `fuse_heads`. Unless SIGNED, weights are not negative, so 0 is a valid start for MAX."""
     if HEADS == MIN:
         return tl.full([BLOCK_M, BLOCK_N], float("inf"), tl.float32)
     if SIGNED and HEADS == MAX:
@@ -179,7 +183,7 @@ def fused_start(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexp
 
 @triton.jit
 def fuse_heads(fused, p, HEADS: tl.constexpr):
-    """One more head into the fused tile (a sum for the mean). A NaN stays, as in torch."""
+    """The fused tile with one more head (a sum for MEAN). NaN propagates, as in torch."""
     if HEADS == MAX:
         return tl.maximum(fused, p, propagate_nan=tl.PropagateNan.ALL)
     if HEADS == MIN:
@@ -189,6 +193,6 @@ def fuse_heads(fused, p, HEADS: tl.constexpr):
 
 @triton.jit
 def store_tile(ptr, tile, offs_m, offs_n, mask_m, mask_n, stride_m):
-    """Stores at a tile's origin; the offsets are the tile's own, and the last dim is contiguous."""
+    """Store a tile at ptr, the address of its origin. Offsets are relative to it, and the last dim is contiguous."""
     ptrs = ptr + offs_m[:, None] * stride_m + offs_n[None, :]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])

@@ -1,4 +1,4 @@
-"""Where the tests run: on the GPU if there is one, else on CPU tensors with Triton's interpreter."""
+"""Fixtures and markers. Tests run on the GPU if there is one, else on CPU tensors with Triton's interpreter."""
 
 import os
 import signal
@@ -6,22 +6,22 @@ import signal
 import pytest
 import torch
 
-# A shell's background job is born with SIGINT ignored; tests send it to see what an interrupt does.
+# A shell starts background jobs with SIGINT ignored; some tests send SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
-    # Triton reads it when it is imported, which no test module does before this file.
+    # Triton reads this when it is imported; no test module is imported before this file.
     os.environ["TRITON_INTERPRET"] = "1"
-    # Beside other workers a second thread waits more than it works.
+    # With other workers on the machine, a second thread mostly waits.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
-INTERPRETED = ("triton", "addresses_beyond", "kernels_that_run")  # in the names of tests that run kernels
-
-
 def interpreter_works():
-    """Triton 3.6's interpreter can't loop to a run-time bound with numpy 2.5; compiled kernels are not concerned."""
+    """True unless Triton's interpreter fails with this numpy.
+
+    Triton 3.6's interpreter can't loop to a run-time bound with numpy 2.5. Compiled kernels are not affected.
+    """
     import attnx
 
     q = torch.ones(1, 1, 1, 16)
@@ -34,14 +34,14 @@ def interpreter_works():
 
 @pytest.fixture
 def device(request):
-    """The GPU if there is one, but for tests of the backend that is for CPUs."""
+    """The GPU if there is one. Tests of the native backend run on the CPU."""
     native = hasattr(request.node, "callspec") and request.node.callspec.params.get("backend") == "native"
     return torch.device("cuda" if HAS_CUDA and not native else "cpu")
 
 
 @pytest.fixture
 def poisoned():
-    """Memory that torch.empty gives out is NaN, so that an element nobody wrote is seen."""
+    """torch.empty fills memory with NaN, so that an element that is not written is detected."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -49,8 +49,11 @@ def poisoned():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Without CUDA `gpu` tests are skipped; with it `-m gpu` also takes every test that runs on `device`."""
-    interpreted = [item for item in items if any(word in item.name for word in INTERPRETED)]
+    """Without CUDA, skip `gpu` tests; with CUDA, mark every test that uses `device` as `gpu`.
+
+    `triton_kernels` tests are skipped where the interpreter does not work.
+    """
+    interpreted = [item for item in items if item.get_closest_marker("triton_kernels")]
     broken = not HAS_CUDA and interpreted and not interpreter_works()
     for item in items:
         if broken and item in interpreted:

@@ -1,4 +1,4 @@
-"""Parametrizations that the tests of the op share: every backend, and both lengths of rows."""
+"""Parametrizations shared by the tests of the op: every backend, and short and long rows."""
 
 import pytest
 import torch
@@ -8,18 +8,25 @@ TAKES = {
     "native": (torch.bfloat16, torch.float32),
     "triton": (torch.float16, torch.bfloat16, torch.float32),
 }
-SHORT, LONG = 20, 300  # keys: Triton's one-pass kernel takes the first, its forward and map kernels the second
+# Numbers of keys: Triton's one-pass kernel takes the first, its forward and map kernels the second.
+SHORT, LONG = 20, 300
 
-on_all = pytest.mark.parametrize("backend", TAKES)
+
+def marks_of(backend):
+    """The marks of a test of the backend."""
+    return [pytest.mark.triton_kernels] if backend == "triton" else []
+
+
+on_all = pytest.mark.parametrize("backend", [pytest.param(name, marks=marks_of(name)) for name in TAKES])
 of_both_lengths = pytest.mark.parametrize("N", [SHORT, LONG])
 
 
 def pairs(cases):
-    """Every case on every backend that takes its dtype."""
+    """Every case on every backend that supports its dtype."""
     return pytest.mark.parametrize(
         ("case", "backend"),
         [
-            pytest.param(case, backend, id=f"{backend}-{case}")
+            pytest.param(case, backend, id=f"{backend}-{case}", marks=marks_of(backend))
             for case in cases
             for backend, dtypes in TAKES.items()
             if case.dtype in dtypes

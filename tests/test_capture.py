@@ -312,6 +312,7 @@ def test_modes(vit: tuple[nn.Module, Tensor], mode: str) -> None:
     assert heard.dtype == plain.dtype
     loose = 2e-2 if plain.dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(heard, plain, rtol=loose, atol=loose)
+    assert trace
     assert all(m.dtype == torch.float32 and not m.requires_grad for m in trace.values())
     if mode == "grad":
         heard.sum().backward()

@@ -187,6 +187,7 @@ def damages(finished: dict[str, Finished], folder: Path, count: int, seed: int) 
         shutil.rmtree(out)
 
 
+@pytest.mark.long
 def test_no_damage_of_forty_goes_unseen(finished: dict[str, Finished], tmp_path: Path) -> None:
     damages(finished, tmp_path, 40, seed=1)
 

@@ -69,6 +69,7 @@ def test_gradient_beside_the_lse_is_sdpas(case, device):
     check(case, "eager", random_inputs(case, device=device), case.dtype, attnx.attention_lse)
 
 
+@pytest.mark.triton_kernels
 @pytest.mark.parametrize("case", [CASES[i] for i in (1, 2, 6, 8, -4, -3)], ids=str)
 def test_gradient_after_the_triton_forward(case, device):
     check(case, "triton", random_inputs(case, device=device), case.dtype)

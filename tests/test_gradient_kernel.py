@@ -27,6 +27,7 @@ CASES = (
 )
 
 
+@pytest.mark.triton_kernels
 @pytest.mark.parametrize("clamp", [True, False])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_triton_gives_autograds(case, clamp, device, poisoned):
@@ -42,6 +43,7 @@ def test_triton_gives_autograds(case, clamp, device, poisoned):
         assert_gradient_map(given, grad, q, k, v, **call)
 
 
+@pytest.mark.triton_kernels
 def test_triton_sees_what_is_not_finite(device):
     case = Case(N=300)
     q, k, v, _ = random_inputs(case, device=device)

@@ -13,10 +13,10 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from attnx.jobs.pixels import _processor
 from attnx.models.albef import AlbefConfig
 from attnx.models.albef_checkpoint import load_albef
 from attnx.models.checkpoint import load_checkpoint, read_weights
+from attnx.models.huggingface import image_processor
 from attnx.models.loading import load_model
 from attnx.models.tokenizer import Tokenizer
 
@@ -193,7 +193,7 @@ def test_a_known_type_with_code_of_its_own_is_transformers_own(tmp_path: Path) -
 def test_a_processor_that_cannot_be_loaded(tmp_path: Path) -> None:
     path = folder(tmp_path) / "preprocessor_config.json"
     path.write_text(json.dumps({"image_processor_type": "Evil", "auto_map": OWN_CODE}))
-    for load in (load_model, lambda name: _processor(name.removeprefix("hf:"))):
+    for load in (load_model, lambda name: image_processor(name.removeprefix("hf:"))):
         refused(lambda load=load: load(f"hf:{tmp_path}"), "has code of its own (auto_map in preprocessor_config.json)")
     assert not (tmp_path / "mark").exists()
     for content in ("{", json.dumps({"image_processor_type": "Unknown"})):

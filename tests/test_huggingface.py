@@ -105,6 +105,7 @@ def test_a_capture_hears_what_sdpa_can_not_run(name: str) -> None:
                 torch.testing.assert_close(kept.row_sums(), trace[0].sum(-1), rtol=1e-4, atol=1e-5)
     with attnx.capture(model, grad=True) as weighted:
         weighted.backward(model(**given).logits.sum())
+    assert weighted
     assert all(torch.isfinite(amap).all() and amap.sum() > 0 for amap in weighted.values())
 
 

@@ -111,7 +111,7 @@ def test_16_bit_grey_keeps_its_gradient(tmp_path, name, dtype, mode):
 @pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i4"])
 @pytest.mark.parametrize("strip", [1, 1000, 64 * 7, 2**20])
 def test_16_bit_grey_is_the_same_in_any_strips(tmp_path, dtype, strip, monkeypatch):
-    monkeypatch.setattr("attnx.images._STRIP", strip)
+    monkeypatch.setattr("attnx.images.reading._STRIP_PIXELS", strip)
     grey = np.random.default_rng(0).permutation(65536).astype(dtype).reshape(1024, 64)
     Image.fromarray(grey).save(tmp_path / "x.tif")
     expected = ((grey.astype(np.int64) + 128) // 257).astype(np.uint8)

@@ -48,6 +48,7 @@ def on(monkeypatch, processors):
     monkeypatch.setattr(backend, "target", lambda device: real(device)._replace(processors=processors))
 
 
+@pytest.mark.triton_kernels
 @pytest.mark.parametrize("n", [20, 300])
 @pytest.mark.parametrize("heads", ["mean", "max", "min"])
 @pytest.mark.parametrize("count", [4, 5, 7])
@@ -66,6 +67,7 @@ def test_triton_splits_heads_where_processors_would_be_idle(n, heads, count, lau
     torch.testing.assert_close(amap, whole)
 
 
+@pytest.mark.triton_kernels
 @pytest.mark.parametrize(
     ("n", "parts", "tail"),
     [(20, 1, 0), (70, 1, 16), (90, 1, 32), (128, 2, 0), (200, 3, 16), (256, 1, 0), (257, 1, 16), (280, 1, 32)],
@@ -103,6 +105,7 @@ def test_launches_are_remembered_by_what_they_were_compiled_for(device):
             testing.assert_attention(out, amap, q, k, v, heads=heads)
 
 
+@pytest.mark.triton_kernels
 @pytest.mark.parametrize("n", [20, 300])
 def test_triton_offsets_beyond_32_bits(n, launched, device):
     """Tokens so far apart that offsets within a tile pass 2^31: only the pages that are used exist."""
@@ -112,7 +115,9 @@ def test_triton_offsets_beyond_32_bits(n, launched, device):
     k_far = torch.empty(n * far, dtype=k.dtype, device=device).as_strided(k.shape, (0, 16, far, 1))
     k_far.copy_(k)
     out, amap = attnx.attention(q, k_far, v, backend="triton")
-    assert all(launch.args["INT64_OFFSETS"] for launch in launched if "INT64_OFFSETS" in launch.args)
+    offsets = [launch.args["INT64_OFFSETS"] for launch in launched if "INT64_OFFSETS" in launch.args]
+    assert offsets
+    assert all(offsets)
     testing.assert_attention(out, amap, q, k, v)
 
 
@@ -146,6 +151,7 @@ def test_configurations_do_not_look_at_the_length(target):
         assert one_pass_config(d, itemsize, LONGER_ROW + 1, target, bias) is None
 
 
+@pytest.mark.triton_kernels
 def test_triton_makes_each_head_without_partial_maps(launched, device):
     inputs = testing.random_inputs(testing.Case(B=1, H=4, M=5, N=6), device=device)
     attnx.attention(*inputs[:3], heads="each", backend="triton")

@@ -21,13 +21,11 @@ CASES = [
     *(("bfloat16", target, 64) for target in ("sm_86", "sm_89", "gfx942")),
     *(("float32", target, 64) for target in ("sm_80", "sm_90", "gfx942")),
 ]
-QUICK = {("float32", "sm_80", 64)}
 
 
 def case(dtype, target, head_dim):
     """A pytest parameter; gfx942 is slow, since LLVM takes minutes."""
-    quick = (dtype, target, head_dim) in QUICK
-    marks = pytest.mark.slow if target == "gfx942" else () if quick else pytest.mark.long
+    marks = pytest.mark.slow if target == "gfx942" else pytest.mark.long
     return pytest.param(dtype, target, head_dim, marks=marks)
 
 
@@ -62,6 +60,27 @@ def compiled(dtype, target, head_dim):
     return {row["kernel"]: row for row in json.loads(done.stdout) if row["head_dim"] == head_dim}
 
 
+ONE_KERNEL = """
+import json, torch
+from attnx.kernels.inspect import offline
+from attnx.kernels.configs import Target
+target = Target("cuda", 80)
+launch = dict(offline.launches(16, torch.bfloat16, target))["map_row"]
+print(json.dumps(offline.resources("map_row", launch, target)._asdict()))
+"""
+
+
+def test_one_kernel_compiles_and_is_inspected():
+    """The quick one of these tests; the others compile all kernels of a target."""
+    done = python(ONE_KERNEL)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert (row["error"], row["undefined"], row["spills"]) == ("", "", 0)
+    assert row["matrix"] == "HMMA"
+    assert row["exp_count"] > 0
+    assert 0 < row["shared"] <= row["limit"]
+
+
 @pytest.mark.parametrize(("dtype", "target", "head_dim"), PARAMETERS)
 def test_nothing_spills_and_nothing_is_lost(dtype, target, head_dim):
     rows = compiled(dtype, target, head_dim)
@@ -78,6 +97,7 @@ def test_nothing_spills_and_nothing_is_lost(dtype, target, head_dim):
 def test_shared_memory_suffices(dtype, target, head_dim):
     rows = compiled(dtype, target, head_dim)
     assert {kernel: row["shared"] for kernel, row in rows.items() if row["shared"] > row["limit"] > 0} == {}
+    assert rows
     assert all(row["limit"] for row in rows.values())
 
 
@@ -202,6 +222,7 @@ def test_values_of_another_width_than_the_keys_on_hopper():
     assert json.loads(done.stdout) == []
 
 
+@pytest.mark.long
 def test_offsets_of_64_bits_compile():
     done = python(INT64_OFFSETS)
     assert done.returncode == 0, done.stderr

@@ -100,7 +100,7 @@ def test_a_row_of_numbers_is_no_picture(call):
 def test_attention_maps_are_not_taken_for_pictures_in_silence(call, shape):
     maps = torch.randn(shape).softmax(-1)
     for given in (maps, maps.half(), maps.numpy()):
-        with pytest.warns(UserWarning, match=r"like attention maps \[N, N\] and not like pictures \[h, w\]") as told:
+        with pytest.warns(UserWarning, match=r"like attention maps \[N, N\] instead of maps over patches") as told:
             call(given)
         message = str(told[0].message)
         assert "layout.patches(trace[layer][:, 0])" in message

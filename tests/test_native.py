@@ -136,6 +136,7 @@ def test_sanitizers_find_nothing(level):
     assert run.stdout.startswith("clean")
 
 
+@pytest.mark.long
 def test_a_sanitizer_would_find_something(tmp_path, monkeypatch):
     """The same build with an index that is one too large: what the test above would say."""
     library = sanitizer()
@@ -409,6 +410,7 @@ def test_bf16_is_multiplied_in_pairs_where_the_processor_does():
     assert torch.equal(out.isinf(), want.isinf())
 
 
+@pytest.mark.long
 def test_it_is_compiled_once_and_then_found(tmp_path):
     assert in_a_new_cache(tmp_path, CALL.format(", backend='native'")).stdout.strip() == "tensor(4.)"
     (made,) = (tmp_path / "cache").iterdir()
@@ -429,6 +431,7 @@ def test_a_cache_that_was_filled_needs_no_compiler_and_is_repaired(tmp_path):
     assert in_a_new_cache(tmp_path, call, PATH="").stdout.strip() == "tensor(4.)"
 
 
+@pytest.mark.long
 def test_a_compiler_may_have_arguments_and_the_cache_a_relative_path(tmp_path):
     call = CALL.format(", backend='native'")
     run = in_a_new_cache(

@@ -166,6 +166,7 @@ def distant(device):
     return torch.frombuffer(memory, dtype=torch.float16)
 
 
+@pytest.mark.triton_kernels
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["items", "heads", "tokens"])
 @of_both_lengths
 def test_addresses_beyond_31_bits(N, dim, device):

@@ -50,6 +50,7 @@ def on_cpu(monkeypatch):
     return names
 
 
+@pytest.mark.triton_kernels
 @pytest.mark.parametrize(
     ("N", "call", "options", "kernels"),
     [
@@ -343,6 +344,7 @@ def test_gradient_inside_autocast(backend, device):
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.triton_kernels
 def test_triton_takes_a_scale_that_fp32_has_not(device):
     q, k, v, _ = testing.random_inputs(testing.Case(N=20), device=device)
     out, amap = attnx.attention(q, k, v, scale=1e-46, backend="triton")

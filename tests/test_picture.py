@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import colormaps
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from attnx.figures import picture, sheets
 
@@ -199,7 +199,7 @@ def test_contact_sheet_keeps_every_pixel(size):
     images = [noise(size[1], size[0]) for _ in range(5)]
     for titles in (None, ["one", "two", "three", "four", "five"]):
         got = cells(sheets.contact_sheet(images, titles, columns=3), 3, 2, size)
-        assert all(same(a, b) for a, b in zip(got, images, strict=False))
+        assert all(same(a, b) for a, b in zip(got[:5], images, strict=True))
         assert blank(got[5])
 
 
@@ -246,12 +246,30 @@ def test_titles_are_drawn_above_and_cut_to_fit():
     assert abs((short.min() + short.max()) / 2 - 249) <= 2
 
 
-def test_shortened_titles_keep_both_ends():
-    shorten = sheets._shorten
-    assert shorten("blocks.11.attn", lambda text: len(text) <= 14) == "blocks.11.attn"
-    assert shorten("model.layers.11.attn", lambda text: len(text) <= 12) == "model.….attn"
-    assert shorten("two\n  lines", lambda text: True) == "two lines"
-    assert shorten("anything", lambda text: False) == "…"
+@pytest.fixture
+def drawn(monkeypatch):
+    """The texts that are drawn, in order."""
+    texts, draw = [], ImageDraw.ImageDraw.text
+
+    def text(self, at, content, *args, **options):
+        texts.append(content)
+        return draw(self, at, content, *args, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    return texts
+
+
+def test_shortened_titles_keep_both_ends(drawn):
+    titles = ["attn", "model.encoder.layers.11.self_attention", "two\n  lines", "a" * 300 + "b" * 300]
+    sheets.contact_sheet([Image.new("RGB", (90, 30))] * 4, titles, columns=4)
+    assert drawn[::2] == ["attn", "two lines"]
+    for short, title in zip(drawn[1::2], titles[1::2], strict=True):
+        start, end = short.split("…")
+        assert start
+        assert end
+        assert title.startswith(start)
+        assert title.endswith(end)
+        assert abs(len(start) - len(end)) <= 1
 
 
 def test_heads_grid_is_one_overlay_a_head():
@@ -291,11 +309,20 @@ def test_layers_figure_without_rollout_and_with_style():
 
 
 @pytest.mark.parametrize(
-    ("count", "least", "columns"),
-    [(1, 1, 1), (3, 1, 3), (6, 1, 3), (12, 1, 4), (12, 4, 4), (6, 4, 6), (11, 4, 4)],
+    ("heads", "columns"),
+    [(1, 1), (3, 3), (6, 3), (12, 4)],
 )
-def test_automatic_columns(count, least, columns):
-    assert sheets._columns(count, least) == columns
+def test_automatic_columns_of_heads(heads, columns):
+    image, maps = noise(40, 72), rng.random((heads, 3, 5))
+    chosen = sheets.heads_grid(image, maps, tile=None)
+    assert same(chosen, sheets.heads_grid(image, maps, tile=None, columns=columns))
+
+
+@pytest.mark.parametrize(("layers", "columns"), [(12, 4), (6, 6), (11, 4)])
+def test_automatic_columns_of_layers(layers, columns):
+    image, maps, names = noise(40, 72), rng.random((layers, 3, 5)), [""] * layers
+    chosen = sheets.layers_figure(image, names, maps, maps[0], tile=None)
+    assert same(chosen, sheets.layers_figure(image, names, maps, maps[0], tile=None, columns=columns))
 
 
 def test_contour_follows_the_border():
@@ -519,16 +546,14 @@ def test_what_is_no_size(size):
         picture.heat(scores(3, 3), size)
 
 
-def test_a_long_title_is_measured_a_few_times():
-    from attnx.figures.sheets import _shorten
+def test_a_long_title_is_measured_a_few_times(drawn, monkeypatch):
+    measured, getlength = [], ImageFont.FreeTypeFont.getlength
 
-    asked = []
+    def spy(self, text, *args, **options):
+        measured.append(text)
+        return getlength(self, text, *args, **options)
 
-    def fits(text):
-        asked.append(text)
-        return len(text) <= 11
-
-    assert _shorten("a" * 3000 + "b" * 3000, fits) == "aaaaa…bbbbb"
-    assert len(asked) < 20
-    assert _shorten("short", fits) == "short"
-    assert _shorten("long", lambda text: False) == "…"
+    monkeypatch.setattr(ImageFont.FreeTypeFont, "getlength", spy)
+    sheets.contact_sheet([noise(20, 90)], ["a" * 3000 + "b" * 3000], columns=1)
+    assert re.fullmatch("a+…b+", drawn[0])
+    assert len(measured) < 20

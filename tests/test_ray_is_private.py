@@ -72,6 +72,7 @@ def no_ray_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+@pytest.mark.long
 def test_a_cluster_of_our_own_is_nobody_elses(tmp_path: Path) -> None:
     """And no file in a folder that others write to says which cluster is joined."""
     above = Path(f"/tmp/attnx-test-{os.getpid()}")  # short: Ray's sockets stand below it
@@ -107,7 +108,9 @@ def test_a_cluster_of_our_own_is_nobody_elses(tmp_path: Path) -> None:
     assert all(given.items() <= expected.items() for _, _, given in processes)
     assert not dashboard
     # Ray starts its server even so, without what a browser would see.
-    assert all("--disable-frontend" in command for command, *_ in processes if "dashboard/dashboard.py" in command)
+    dashboards = [command for command, *_ in processes if "dashboard/dashboard.py" in command]
+    assert dashboards
+    assert all("--disable-frontend" in command for command in dashboards)
     (own,) = (folder for folder in folders if Path(folder).name.startswith("attnx-"))
     assert folders[own] == 0o700
     assert Path(own) in Path(session).parents

@@ -82,7 +82,7 @@ def folder(tmp_path: Path, synthetic: dict[str, Any]) -> Path:
 
 def test_stored_numbers_and_missed_goals_are_on_the_page(tmp_path: Path) -> None:
     results = ROOT / "benchmarks" / "results"
-    page = report.write(results, tmp_path).read_text()
+    page = report.write_report(results, tmp_path).read_text()
     for run in stored.load(results).runs:
         assert f"(results/{run.file})" in page
         row = next(row for row in run.rows if row.contestant == "attnx")
@@ -96,7 +96,7 @@ def test_stored_numbers_and_missed_goals_are_on_the_page(tmp_path: Path) -> None
 
 
 def test_page_says_what_was_measured_where_and_what_was_not(folder: Path, tmp_path: Path) -> None:
-    page = report.write(folder, tmp_path / "out").read_text()
+    page = report.write_report(folder, tmp_path / "out").read_text()
     assert page.index("## NVIDIA H200 (synthetic)") < page.index("## A processor, 16 threads")
     assert "Unseen" not in page
     assert "132 multiprocessors, 150 GB, L2 63 MB; driver 0, at most 1 MHz, 1 W" in page
@@ -112,7 +112,7 @@ def test_page_says_what_was_measured_where_and_what_was_not(folder: Path, tmp_pa
 
 def test_page_and_plots_are_the_same_bytes_again(folder: Path, tmp_path: Path) -> None:
     def written(name: str) -> dict[str, bytes]:
-        report.write(folder, tmp_path / name)
+        report.write_report(folder, tmp_path / name)
         return {p.name: p.read_bytes() for p in sorted((tmp_path / name).rglob("*")) if p.is_file()}
 
     stale = tmp_path / "one" / "plots" / "gone.svg"
@@ -187,8 +187,8 @@ def test_sweeps_show_the_default_beside_the_best(folder: Path) -> None:
     timed = [rows[0] | dict(ms=0.2), rows[1] | dict(ms=0.1)]
     (folder / "sweep-b.json").write_text(json.dumps({**about, "compiled_only": False, "rows": timed}))
     page = report.page(stored.load(folder), {})
-    assert "| map, N 1370, D 64 | 128x128 8 3 | 0 | 168 | 100 | 2 |" in page
-    assert "| map, N 1370, D 64 | 128x128 8 3 | 0.200 | 64x128 4 3 | 0.100 | 2.00x | 2 of 2 |" in page
+    assert "| map, N 1370, D 64 | 128x128 8 3 | 0 | 168 | 100 | 0 of 2 |" in page
+    assert "| map, N 1370, D 64 | 128x128 8 3 | 0 | 168 | 100 | 0.200 | 64x128 4 3 | 0.100 | 2.00x | 2 of 2 |" in page
 
 
 def test_configurations() -> None:
@@ -225,7 +225,7 @@ def test_growth_is_fitted_and_told(tmp_path: Path, folder: Path) -> None:
     ]
     path = folder / "a-processor.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "growth": rows}))
-    page = report.write(folder, tmp_path / "out").read_text()
+    page = report.write_report(folder, tmp_path / "out").read_text()
     assert "| 197 tokens | 577 tokens | 1,025 tokens | 4,097 tokens | powers |" in page
     assert "1.00, 1.00 |" in page
     assert "2.50, 2.00 |" in page
@@ -248,7 +248,7 @@ def test_targets_on_a_cpu(tmp_path: Path, folder: Path) -> None:
         for name, x, peak, needed in (("plain", 1, 100, 60), ("extractor", 0.95, 125, 78), ("cls", 0.99, 101, 60))
     ]
     path.write_text(json.dumps(content))
-    page = report.write(folder, tmp_path / "out").read_text()
+    page = report.write_report(folder, tmp_path / "out").read_text()
     assert "## Targets on a CPU: A processor" in page
     assert f"| rollout / plain forward | {shape} | ≤ 1.00 | 0.95 | **met** |" in page
     assert f"| CLS map / plain forward | {shape} | ≤ 0.97 | 0.99 | **missed** |" in page
@@ -273,7 +273,7 @@ def test_word_maps_are_held_against_their_goals(tmp_path):
         hardware="Chip", device="cpu", threads=2, versions={"torch": "3"}, commit="abc", date="2026-01-01", layer=8
     )
     (tmp_path / "words-chip.json").write_text(json.dumps({**about, "quick": False, "rows": rows}))
-    text = report.write(tmp_path, tmp_path / "out").read_text()
+    text = report.write_report(tmp_path, tmp_path / "out").read_text()
     assert "## Words to patches: Chip, 2 threads" in text
     line = next(line for line in text.splitlines() if line.startswith("| 256 px, batch 1 | 0.98"))
     assert line.split(" | ")[1:] == ["0.98", "≤ 1: **met**", "1.80x", "≥ 2: **missed**", "0.04", "< 0.5: **met** |"]

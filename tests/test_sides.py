@@ -151,8 +151,9 @@ def test_self_and_cross_attention_of_one_length() -> None:
             x = self.own(x, x, x, need_weights=False)[0]
             return self.other(x, y, y, need_weights=False)[0]
 
-    with torch.no_grad(), attnx.capture(Crossing().eval(), layout=TokenLayout(0, (2, 3))) as both:
-        both._model(torch.randn(1, 6, 48), torch.randn(1, 6, 48))
+    model = Crossing().eval()
+    with torch.no_grad(), attnx.capture(model, layout=TokenLayout(0, (2, 3))) as both:
+        model(torch.randn(1, 6, 48), torch.randn(1, 6, 48))
     with pytest.raises(ValueError, match="choose some of one kind"):
         attnx.rollout(both)
 

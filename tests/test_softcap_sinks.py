@@ -61,7 +61,9 @@ def test_softcap(case, backend, sinks, device):
     check(case, backend, dict(softcap=1.5, sinks=sinks_of(case, device) if sinks else None), device)
 
 
-@pytest.mark.parametrize("backend", ["eager", "auto", "native", "triton"])
+@pytest.mark.parametrize(
+    "backend", ["eager", "auto", "native", pytest.param("triton", marks=pytest.mark.triton_kernels)]
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sinks(case, backend, device):
     if backend in ("native", "triton") and case.dtype in (torch.float64, torch.float16):

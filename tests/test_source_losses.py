@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from attnx import images
 from attnx.cli.main import app
 from attnx.images import find_images, read_image
+from attnx.images.formats import installed_formats
 from attnx.jobs.manifest import write_manifest
 from attnx.jobs.sources import Source, open_source
 from attnx.jobs.sources.table import Table
@@ -103,7 +103,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(phone: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
     monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
     monkeypatch.setattr(Image, "ID", list(Image.ID))
-    images._formats.cache_clear()
+    installed_formats.cache_clear()
     try:
         names = [path.relative_to(phone).as_posix() for path in find_images(phone)]
         assert names == ["a.png", "b.heic", "x/C.HEIC"]
@@ -112,7 +112,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(phone: Path, monkeypatch: p
         (line,) = source.skipped.lines()
         assert line.endswith("can't read: .dng 1, such as raw.DNG; convert them")
     finally:
-        images._formats.cache_clear()
+        installed_formats.cache_clear()
 
 
 def test_a_tar_says_what_it_leaves_out(tmp_path: Path) -> None:

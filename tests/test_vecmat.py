@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -86,13 +87,19 @@ def test_what_the_vendor_serves_on_a_gpu_is_exact(kernel, dtype, M, D, layout, i
 
     case = Case(B=1, H=2, M=M, N=M, D=D, dtype=dtype, layout=layout)
     q, k, v, _ = random_inputs(case, device=device)
-    try:
-        with sdpa_kernel(getattr(SDPBackend, kernel)):
-            served = vendor.output_and_lse(Scores(q, k, None, is_causal, D**-0.5), v)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    if served is None:
-        pytest.skip(f"{kernel} is not served here")
+    with sdpa_kernel(getattr(SDPBackend, kernel)):
+        try:
+            F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            pytest.skip(f"torch has no {kernel} kernel for these inputs on this GPU")
+        served = vendor.output_and_lse(Scores(q, k, None, is_causal, D**-0.5), v)
+    if kernel == "EFFICIENT_ATTENTION":
+        assert served is None
+        return
+    if not (8, 0) <= torch.cuda.get_device_capability(device) < (10, 0) or torch.version.hip is not None:
+        pytest.skip("the vendor's log-sum-exp is used on Ampere, Ada and Hopper only")
     out, lse = served
     assert_attention_lse(out, lse, q, k, v, None, is_causal)
     assert out.transpose(1, 2).is_contiguous()
@@ -170,7 +177,8 @@ def test_same_bits_every_time(backend, N, given, device):
     q, k, v, bias = random_inputs(case, device=device)
     r = random_vector(case, device=device)
     first, second = (attnx.attention_lse(q, k, v, bias=bias, backend=backend) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
     lse = first[1] if given else None
     one, two = (attnx.vecmat(r, q, k, bias=bias, lse=lse, backend=backend) for _ in range(2))
     assert torch.equal(one, two)

@@ -194,6 +194,7 @@ def test_what_is_wrong_with_a_pair_is_its_row(photos: Path, weights: Path, tmp_p
         (9, "gone.png", "No such file"), (12, "valid Unicode", "ud800"), (14, "first word", "==="),
     ]  # fmt: skip
     for i, *parts in wanted:
+        assert parts
         assert all(part in told[i] for part in parts), told[i]
     assert rows[5].key == "line 6"
     assert rows[10].text == long

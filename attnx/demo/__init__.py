@@ -1,6 +1,6 @@
 """The bundled demo: a small vision transformer and a small ALBEF, trained on drawn scenes.
 
-Importing it registers both as the model "demo"; they are built when they are asked for.
+Importing this package registers both as the model "demo". They are built when they are loaded.
 """
 
 from __future__ import annotations

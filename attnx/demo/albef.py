@@ -70,7 +70,7 @@ def demo_albef_config() -> AlbefConfig:
 
 
 def demo_albef(pretrained: bool = True) -> Albef:
-    """Build the pair in eval mode, with its tokenizer; its images are float32 [I, 3, 96, 96], see ``prepare``.
+    """The demo ALBEF in eval mode, with its tokenizer. Images are float32 [I, 3, 96, 96], see ``prepare``.
 
     pretrained: load the bundled weights; otherwise the weights are random (torch's global generator).
     """
@@ -80,10 +80,10 @@ def demo_albef(pretrained: bool = True) -> Albef:
 def load_demo_albef(
     checkpoint: str | Path | None = None, image_size: int | tuple[int, int] | None = None, pretrained: bool = True
 ) -> Loaded:
-    """The pair, and how its images are prepared.
+    """The demo ALBEF with the preprocessing of its images.
 
-    checkpoint: a file of weights of its sizes; the bundled ones unless given.
-    image_size: (height, width) in pixels, or one number for a square; multiples of the patch.
+    checkpoint: a file of weights for its sizes; None: the bundled weights.
+    image_size: (height, width) in pixels, or one number for a square; multiples of the patch size.
     """
     from attnx.models.albef_checkpoint import load_albef
 
@@ -93,7 +93,7 @@ def load_demo_albef(
 
 
 def prepare(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Pictures of the pair's size, uint8 [H, W, 3] each, as its input: float32 [I, 3, H, W]."""
+    """Normalised input [I, 3, H, W] float32 of the demo ALBEF, from pictures uint8 [H, W, 3]."""
     import torch
 
     images = torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2) / 255.0

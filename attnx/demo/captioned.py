@@ -1,4 +1,4 @@
-"""Drawn scenes with captions: two coloured shapes, what they are to each other, and grey shapes around them."""
+"""Drawn scenes with captions: two coloured shapes, their spatial relation, and grey shapes around them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from attnx.demo.scenes import COLORS, REACH, SHAPES, between, draw_grey, ground, paint, pixels, tinted
 
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
-"""Each beside its opposite: the opposite of number r is r ^ 1."""
+"""The opposite of relation r is r ^ 1."""
 
 Facts = tuple[int, int, int, int, int]
 """Colour and shape of the first object, relation, colour and shape of the second: indices."""
@@ -18,18 +18,18 @@ Box = tuple[int, int, int, int]
 _SIDE = (23.0, 31.0)
 _GREY_SIDE = (10.0, 18.0)
 _GREY_COUNT = (1, 3)
-# Across the relation's axis the objects lie at most this share of their distance along it apart.
+# Largest distance of the objects across the relation's axis, as a share of their distance along it.
 _SLANT = 0.5
 
 
 @dataclass(frozen=True)
 class CaptionedScene:
-    """A drawn picture, a true caption, and where the objects are that it names.
+    """A drawn picture, a true caption, and the boxes of the objects in the caption.
 
     image: uint8 array [H, W, 3], RGB.
     phrases: the caption's two noun phrases, in order, each with the box (x0, y0, x1, y1) of its object: half-open, in
     pixels.
-    facts: what the caption says, as indices; see ``describe``.
+    facts: content of the caption as indices; see ``describe``.
     """
 
     image: np.ndarray
@@ -44,7 +44,7 @@ def name(color: int, shape: int) -> str:
 
 
 def describe(facts: Facts) -> str:
-    """The caption that says these facts: "a red circle left of a blue square"."""
+    """The caption of these facts: "a red circle left of a blue square"."""
     first, second = name(*facts[:2]), name(*facts[3:])
     return f"a {first} {RELATIONS[facts[2]]} a {second}"
 
@@ -85,9 +85,9 @@ def draw_pair(seed: int, size: int = 96, shown: tuple[bool, bool] = (True, True)
 def _places(
     rng: np.random.Generator, relation: int, sides: tuple[float, float], size: int
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Centres (x, y) of two objects that are in this relation, apart from each other, and whole."""
+    """Centres (x, y) of two objects in this relation that do not overlap and lie inside the picture."""
     axis, sign = relation // 2, 1 if relation % 2 == 0 else -1
-    # Two pixels of ground stay around each.
+    # At least two pixels of background around each object.
     margins = [REACH * side + size / 48.0 for side in sides]
     while True:
         first, second = ([between(rng, m, size - m) for _ in range(2)] for m in margins)

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from attnx.demo.captioned import CaptionedScene, draw_pair
-from attnx.extract.word_maps import WordMaps, gradcam, word_maps
+from attnx.extract.captions import WordMaps
+from attnx.extract.word_maps import gradcam, word_maps
 from attnx.methods import pointing_game
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ HEADS = ("mean", "max", "min")
 
 @dataclass(frozen=True)
 class Pointing:
-    """Captioned scenes, the maps of their noun phrases by method, and how often one peaks inside its object's box.
+    """Captioned scenes, maps of their noun phrases by method, and the shares of maps that peak inside the object's box.
 
     maps: [scenes, 2, h, w] each, in the order of the scenes' phrases.
     shares: of all phrases, by method; "random" are maps of noise, "area" is the boxes' mean share of the picture.
-    layer: the text layer that the demo looks at.
+    layer: the text layer of the demo's maps.
     """
 
     scenes: tuple[CaptionedScene, ...]
@@ -70,7 +71,7 @@ def point_at_phrases(scenes: int, seed: int, model: Albef | None = None) -> Poin
 
 
 def words_sheet(pointing: Pointing, scenes: int) -> Image.Image:
-    """A scene a row: the picture over its caption, and for each of its noun phrases Grad-CAM and attention over it."""
+    """One scene per row: the captioned picture, and Grad-CAM and attention overlays of each noun phrase."""
     from attnx.figures.picture import overlay
     from attnx.figures.sheets import captioned, contact_sheet
 

@@ -43,15 +43,15 @@ class Verdict:
 
 
 def run_demo(out: str | Path, scenes: int = 48, seed: int = FIRST_SEED, progress: Progress | None = None) -> Verdict:
-    """Draws scenes, extracts their maps, plays the pointing game; then that of words, on as many captioned scenes.
+    """Draw scenes, extract their maps, and run the pointing game, also for words on as many captioned scenes.
 
     Writes into `out` scenes/*.png, the shards rollout/ and cls/, results.json, contact_sheet.png and words.png; and the
     captioned scenes, captioned/*.png with their pairs.jsonl.
 
     Args:
         out: a folder; an earlier demo's results in it are replaced.
-        scenes: how many, at least 1.
-        seed: of the first scene; scene i has seed + i.
+        scenes: number of scenes, at least 1.
+        seed: seed of the first scene; scene i has seed + i.
         progress: gives a context manager of a progress function for a number of images.
     """
     if scenes < 1:
@@ -80,7 +80,7 @@ def run_demo(out: str | Path, scenes: int = 48, seed: int = FIRST_SEED, progress
 
 
 def _write_pictures(folder: Path, images: list[np.ndarray]) -> list[str]:
-    """Their names, in place of an earlier demo's."""
+    """Write the pictures to the folder and return their names. Pictures of an earlier run are removed."""
     from attnx.figures.picture import save
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,20 +100,20 @@ def _write(path: Path, text: str) -> None:
 
 
 def _extract(folder: Path, out: Path, method: str, progress: Progress | None) -> Tensor:
-    """[scenes, h, w] maps, by way of the shards that are written to `out`."""
+    """Maps [scenes, h, w] of a job that writes its shards to `out`."""
     recipe = ExtractRecipe(
         source=str(folder.absolute()), kind="folder", root=None, split=None, model="demo", pretrained=True,
         checkpoint=None, image_size=None, seed=0, method=method, heads="mean", dtype="float32", map_dtype="float16",
         max_pixels=2**20, pixels=None, layers=None, keep="auto", compile=False, store="map", rolling={},
     )  # fmt: skip
-    tools, source = recipe.load(torch.device("cpu")), recipe.open_source()
+    runtime, source = recipe.load(torch.device("cpu")), recipe.open_source()
     described = recipe.describe_source()
     forget_job(out, described)
     with (
-        open_job(out, source, described, tools.settings, recipe.to_json(), row_bytes=tools.row_bytes) as job,
+        open_job(out, source, described, runtime.settings, recipe.to_json(), row_bytes=runtime.row_bytes) as job,
         progress(job.rows) if progress else nullcontext(None) as report,
     ):
-        run_job(tools, job, RunOptions(workers=0), progress=report)
+        run_job(runtime, job, RunOptions(workers=0), progress=report)
     return torch.from_numpy(np.stack([row.map for row in Maps(out) if row.map is not None])).float()
 
 
@@ -128,7 +128,7 @@ def _write_results(out: Path, verdict: Verdict, drawn: list[Scene], hits: dict[s
 
 
 def _sheet(drawn: list[Scene], maps: dict[str, Tensor]) -> Image.Image:
-    """Scene, rollout and CLS map side by side, two scenes a row."""
+    """A sheet of scenes with their rollout and CLS map, two scenes per row."""
     from attnx.figures.picture import overlay
     from attnx.figures.sheets import contact_sheet
 

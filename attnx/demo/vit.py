@@ -1,4 +1,4 @@
-"""The demo network: a small vision transformer that names the coloured shape of a scene."""
+"""The demo network: a small vision transformer that classifies the coloured shape of a scene."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = Path(__file__).with_name("weights.safetensors")
 
 
 def load_demo_vit(pretrained: bool = True, image_size: tuple[int, int] | None = None) -> Loaded:
-    """The network, and how its images are prepared. image_size: (height, width); 96 x 96 unless given."""
+    """The network with the preprocessing of its images. image_size: (height, width); None: 96 x 96."""
     from attnx.models.timm import with_timm_config
 
     return with_timm_config("demo", demo_model(pretrained=pretrained), image_size)

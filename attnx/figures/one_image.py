@@ -1,4 +1,4 @@
-"""The pictures of one image: the work behind `attnx show`."""
+"""Pictures of one image for `attnx show`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Style:
-    """How pictures look: a matplotlib colour map, its opacity, bilinear or nearest, the mass that masks keep."""
+    """Options of the pictures.
+
+    Attributes:
+        colormap: a name in `matplotlib.colormaps`.
+        alpha: opacity of the colours, 0 to 1.
+        interpolation: "bilinear" or "nearest".
+        keep: share of each map's mass inside its mask, see `attnx.mass_mask`.
+    """
 
     colormap: str = "turbo"
     alpha: float = 0.5
@@ -41,9 +48,9 @@ def draw(
     style: Style,
     device: torch.device,
 ) -> dict[Path, str]:
-    """Writes overlay.png, heads.png, masks.png and layers.png to `out`; gives what each shows.
+    """Write overlay.png, heads.png, masks.png and layers.png to `out`; {path: description} of the written files.
 
-    A model without a class token has no map of it: then overlay.png, of rollout, is all there is, and that is said.
+    For a model without a class token, only overlay.png of the rollout is written, and its description says so.
     """
     out.mkdir(parents=True, exist_ok=True)
     images = loaded.prepare(picture)[None].to(device)
@@ -86,7 +93,7 @@ def draw(
 
 
 def _class_token(loaded: "Loaded", images: Tensor, layers: Layers, heads: str) -> tuple[Any, Tensor]:
-    """The class token's maps in every layer (LayerMaps), and by head [H, h, w] in the last one captured."""
+    """The class token's maps in all layers (`LayerMaps`), and in each head of the last one, [H, h, w]."""
     with torch.inference_mode(), capture(loaded.model, layers=layers, heads="each", rows=[0]) as trace:
         loaded.model(images, **loaded.model_kwargs)
     with torch.inference_mode():

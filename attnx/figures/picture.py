@@ -1,8 +1,8 @@
 """Pictures of maps over images: heat maps, overlays, mask contours. `sheets` composes them.
 
 A map is a torch tensor (any device, any real dtype) or a numpy array. An image is a `PIL.Image` or a uint8
-array [H, W, 3], of any size. Every picture is an RGB `PIL.Image`. A wrong argument (shape, dtype, range, an
-unknown name, nothing in it, NaN or inf) raises `ValueError`: its name, what was expected, what came.
+array [H, W, 3], of any size. Every picture is an RGB `PIL.Image`. Invalid arguments (shape, dtype, range,
+unknown name, empty, NaN or inf) raise `ValueError` with the argument's name, the expected and the actual value.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def heat(
     """[H, W] float32 in 0..1: a map at the size of its image.
 
     Args:
-        amap: [h, w] real; NaN or inf raises `ValueError` with how many.
+        amap: [h, w] real; NaN or inf raises `ValueError` with their number.
         size: the image itself (recommended), or (height, width) in pixels. PIL's `image.size` is (width, height).
         interpolation: "bilinear" | "nearest", as `F.interpolate` with `align_corners=False`.
-        normalize: "minmax" stretches the resized map to 0..1, a constant one to zeros; "max" divides it by
-            its maximum, what is negative gives 0; None takes it as it is, which must be in 0..1.
+        normalize: "minmax" stretches the resized map to 0..1, and a constant map becomes zeros; "max" divides it by
+            its maximum and sets negative values to 0; None leaves it unchanged, and it must be in 0..1.
 
     Warns:
-        UserWarning: the map is wider than high and `size`, given in numbers, higher than wide; or the reverse.
+        UserWarning: `size` is a pair of numbers in landscape format and the map in portrait format, or the reverse.
     """
     check(normalize in ("minmax", "max", None), "normalize", "minmax, max or None", repr(normalize))
     array = float_array(amap, "amap", 2)
@@ -46,7 +46,7 @@ def heat(
         check(low > -1e-5 and high < 1 + 1e-5, "amap", "0..1 with normalize=None", f"{low:.4g}..{high:.4g}")
         return resized.clip(0, 1)
     low = low if normalize == "minmax" else np.float32(0)
-    # A constant map is resized with rounding noise; stretched, that noise would fill the picture.
+    # Resizing a constant map gives rounding noise, which stretching would amplify.
     if high - low <= 8 * np.finfo(np.float32).eps * np.abs(resized).max():
         return np.zeros_like(resized)
     return ((resized - low) / (high - low)).clip(0, 1)
@@ -60,7 +60,7 @@ def overlay(
     Args:
         amap, interpolation: see `heat`, which stretches the map to the whole range of colours.
         colormap: a name in `matplotlib.colormaps`.
-        alpha: 0, the image alone, to 1, the colours alone.
+        alpha: 0 (only the image) to 1 (only the colours).
     """
     from matplotlib import colormaps
 
@@ -74,12 +74,12 @@ def overlay(
 def mask_contour(
     image: Picture, mask: Map, *, color: str | tuple[int, int, int] = "#ff2d55", alpha: float = 0.5
 ) -> Image.Image:
-    """The image with a mask tinted and a line along the mask's border, at the image's own size.
+    """The image with a tinted mask and its contour, at the image's own size.
 
     Args:
-        mask: [h, w] bool, upsampled nearest. An empty one gives the image, a full one has no border.
+        mask: [h, w] bool, upsampled nearest. An empty mask gives the image, and a full one has no contour.
         color: a name or "#rrggbb", or (r, g, b) in 0..255.
-        alpha: 0, the line alone, to 1, a solid mask.
+        alpha: 0 (only the contour) to 1 (a solid mask).
     """
     check(0 <= alpha <= 1, "alpha", "0..1", alpha)
     image = rgb_image(image)
@@ -96,14 +96,15 @@ def mask_contour(
 
 
 def save(image: Image.Image, path: str | os.PathLike[str]) -> None:
-    """A PNG under its final name (.png), whole or not at all; a file that stood there is replaced.
+    """Write a PNG atomically. An existing file is replaced.
 
     Raises:
-        OSError: a missing or read-only folder, a full disk, ...; names the path.
+        ValueError: the name does not end in .png.
+        OSError: the folder is missing or read-only, or the disk is full; the error has the path.
     """
     path = Path(path)
     check(path.suffix.lower() == ".png", "path", "a name that ends in .png", repr(str(path)))
-    # Not by tempfile, whose files only their owner may read.
+    # tempfile would create a file that only its owner can read.
     unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with unfinished.open("xb") as file:
@@ -129,7 +130,7 @@ def float_array(value: Map, name: str, ndim: int, kinds: str = "fiub") -> np.nda
     expected = f"{'bool' if kinds == 'b' else 'real'} {'[h, w]' if ndim == 2 else '[maps, h, w]'}, not empty"
     fits = array.ndim == ndim and array.size > 0 and array.dtype.kind in kinds
     check(fits, name, expected, f"{array.dtype} {list(array.shape)}")
-    # A copy, because torch warns of memory that is read-only.
+    # A copy, because torch warns about read-only memory.
     array = np.array(array, dtype=np.float32, order="C")
     bad = array.size - np.isfinite(array).sum()
     check(bad == 0, name, "finite values", f"{bad} of {array.size} NaN or inf")
@@ -137,7 +138,7 @@ def float_array(value: Map, name: str, ndim: int, kinds: str = "fiub") -> np.nda
 
 
 def _target(size: tuple[int, int] | Picture, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(H, W) of a size, or of the image that was given for it."""
+    """(H, W) of `size`, a pair of numbers or an image."""
     if isinstance(size, Image.Image) or (isinstance(size, np.ndarray) and size.ndim != 1):
         image = size if isinstance(size, Image.Image) else rgb_image(size)
         return image.height, image.width

@@ -26,13 +26,13 @@ def heads_grid(
     columns: int | None = None,
     tile: int | None = 256,
 ) -> Image.Image:
-    """A grid of overlays, one a head, "head 0" first; each has its own colour scale.
+    """A grid of overlays, one per head, each with its own colour scale. "head 0" is first.
 
     Args:
         maps: [H, h, w]. With `colormap="viridis", alpha=1` the pictures are those of DINO's script.
         interpolation, colormap, alpha: see `overlay`.
-        columns: pictures in a row; None chooses.
-        tile: pixels of a picture's longer side; None keeps the image's size.
+        columns: pictures per row; None: chosen from their number.
+        tile: pixels of a picture's longer side; None: the image's size.
     """
     draw = partial(overlay, rgb_image(image, tile), interpolation=interpolation, colormap=colormap, alpha=alpha)
     heads = float_array(maps, "maps", 3)
@@ -56,8 +56,8 @@ def layers_figure(
 
     Args:
         names: L titles.
-        maps: [L, h, w], as a rule each layer's CLS map; each has its own colour scale.
-        rollout: [h, w]; None leaves it out.
+        maps: [L, h, w], for example the CLS map of each layer; each has its own colour scale.
+        rollout: [h, w]; None: no rollout.
         interpolation, colormap, alpha, columns, tile: see `overlay` and `heads_grid`.
     """
     layers = float_array(maps, "maps", 3)
@@ -66,7 +66,7 @@ def layers_figure(
     if rollout is not None:
         summary["rollout"] = float_array(rollout, "rollout", 2)
     draw = partial(overlay, rgb_image(image, tile), interpolation=interpolation, colormap=colormap, alpha=alpha)
-    # The layers choose the columns, so that where they fill their rows the summary has its own.
+    # If the layers fill whole rows, the summary gets a row of its own.
     chosen = _columns(len(layers), len(summary)) if columns is None else columns
     return contact_sheet([*map(draw, [*layers, *summary.values()])], [*names, *summary], columns=chosen)
 
@@ -78,9 +78,9 @@ def contact_sheet(
 
     Args:
         images: at least one.
-        titles: one an image, or None. One that is too wide loses its middle to an ellipsis.
-        columns: pictures in a row.
-        tile: pixels of every picture's longer side; None keeps their sizes.
+        titles: one per image, or None. An ellipsis replaces the middle of a title that is too wide.
+        columns: pictures per row.
+        tile: pixels of the longer side of each picture; None: their own sizes.
     """
     check(columns > 0, "columns", "at least 1", columns)
     check(len(images) > 0, "images", "at least one", "none")
@@ -107,7 +107,7 @@ def contact_sheet(
 
 
 def captioned(image: Picture, text: str) -> Image.Image:
-    """The image with a text under it, on white: the characters as they are, in as many lines as they need.
+    """The image with a text on white below it, wrapped into lines.
 
     Args:
         text: newlines and other control characters count as spaces.
@@ -116,22 +116,22 @@ def captioned(image: Picture, text: str) -> Image.Image:
     margin = min(max(image.width // 60, 14), 28)
     font, step = ImageFont.load_default(size=margin), math.ceil(1.4 * margin)
     lines = _wrapped(text, lambda line: font.getlength(line) <= image.width - 2 * margin)
-    whole = Image.new("RGB", (image.width, image.height + step * len(lines) + margin), "white")
-    whole.paste(image)
-    draw = ImageDraw.Draw(whole)
+    result = Image.new("RGB", (image.width, image.height + step * len(lines) + margin), "white")
+    result.paste(image)
+    draw = ImageDraw.Draw(result)
     for number, line in enumerate(lines):
         draw.text((margin, image.height + step * number), line, fill="#282828", font=font)
-    return whole
+    return result
 
 
 def _columns(count: int, least: int = 1) -> int:
-    """The fewest columns, from the square root and `least` on, that fill every row; if none do, those."""
+    """The smallest number of columns from max(sqrt(count), least) to twice that that fills all rows; else the first."""
     root = max(math.ceil(math.sqrt(count)), least)
     return next((columns for columns in range(root, 2 * root + 1) if count % columns == 0), root)
 
 
 def _wrapped(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """Lines of whole words that fit; a word that doesn't is broken anywhere."""
+    """The text in lines that fit. A word that is too long for a line is broken at any character."""
     lines = [""]
     for word in "".join(c if c.isprintable() else " " for c in text).split():
         longer = f"{lines[-1]} {word}".lstrip()
@@ -152,7 +152,7 @@ def _shorten(title: str, fits: Callable[[str], bool]) -> str:
         return title
 
     def keep(count: int) -> str:
-        # The middle goes, because the names of neighbouring layers differ near their end.
+        # The middle is cut, because the names of neighbouring layers differ near their end.
         return f"{title[: (count + 1) // 2].rstrip()}…{title[len(title) - count // 2 :].lstrip()}"
 
     too_many = bisect_left(range(len(title)), True, key=lambda count: not fits(keep(count)))

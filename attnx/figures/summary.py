@@ -1,4 +1,4 @@
-"""The pictures and numbers of a job's summary: the work behind `attnx summary`."""
+"""Pictures and numbers of a job's summary, for `attnx summary`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ _TILE = 192
 
 
 def draw_summary(maps: Maps, found: Summary, out: Path, style: Style, examples: int) -> dict[Path, str]:
-    """Writes levels.png, focus.png and mean.png to `out`; gives what each shows. None without maps over patches."""
+    """Write levels.png, focus.png and mean.png to `out`; {path: description} of the written files.
+
+    Nothing is written if the job has no maps over patches.
+    """
     if found.mean is None or not len(found.places):
         return {}
     out.mkdir(parents=True, exist_ok=True)
@@ -49,7 +52,7 @@ def draw_summary(maps: Maps, found: Summary, out: Path, style: Style, examples: 
 
 
 def _sheet(rows: list[tuple[str, np.ndarray]], pictures: _Pictures, found: Summary) -> Image.Image:
-    """A line of pictures for each of some places, under their entropies."""
+    """A sheet with a row of pictures for each (name, places) of `rows`, titled with their entropies."""
     columns = max(len(places) for _, places in rows)
     tiles, titles = [], []
     for name, places in rows:
@@ -64,7 +67,7 @@ def _sheet(rows: list[tuple[str, np.ndarray]], pictures: _Pictures, found: Summa
 
 
 class _Pictures:
-    """Rows to pictures: the map over the part of the image that it is of, or alone where that can't be read."""
+    """Pictures of a job's rows: the map over its crop of the image, or the map alone if the image can't be read."""
 
     def __init__(self, maps: Maps, style: Style) -> None:
         self._maps, self._style = maps, style
@@ -77,7 +80,7 @@ class _Pictures:
                 self._job = None
 
     def __call__(self, place: int) -> Image.Image:
-        """Of the row at a place."""
+        """The picture of the row at index `place`."""
         row = self._maps[place]
         amap = spatial(row)
         assert amap is not None
@@ -107,9 +110,9 @@ def numbers(maps: Maps, found: Summary, scored: Score | None) -> dict[str, Any]:
     keys = [maps[int(place)].key for place in found.focused(5)]
     least = [maps[int(place)].key for place in found.focused(5, least=True)]
     levels = [
-        {"level": level, "images": len(of), "entropy": [float(of.min()), float(of.max())]}
+        {"level": level, "images": len(values), "entropy": [float(values.min()), float(values.max())]}
         for level in range(LEVELS)
-        if len(of := found.entropies[found.levels == level])
+        if len(values := found.entropies[found.levels == level])
     ]
     score = (
         {}
@@ -142,13 +145,14 @@ def table(report: dict[str, Any]) -> str:
         if report[f"{name}_focused"]:
             lines.append(f"{name} focused: {', '.join(key[:60] for key in report[f'{name}_focused'])}")
     if "masks" in report:
-        of = report["masks"]
-        head, alone = of["heads"][0]
+        masks = report["masks"]
+        head, best = masks["heads"][0]
         lines.append(
-            f"{of['images']} masks with {of['objects']} objects: Jaccard {of['jaccard']:.3f} (best head of each), "
-            f"{alone:.3f} (head {head}, the best alone); pointing game {of['pointing']:.1%}"
+            f"{masks['images']} masks with {masks['objects']} objects: "
+            f"Jaccard {masks['jaccard']:.3f} (best head of each), "
+            f"{best:.3f} (head {head}, the best alone); pointing game {masks['pointing']:.1%}"
         )
-        lines += [f"  {count} x {why}" for why, count in of["left"].items()]
+        lines += [f"  {count} x {why}" for why, count in masks["left"].items()]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The pictures and arrays of one image and its caption: the work behind `attnx words`."""
+"""Pictures and arrays of one image and its caption, for `attnx words`."""
 
 import os
 import re
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from attnx.extract.word_maps import CaptionMaps
+    from attnx.extract.captions import CaptionMaps
     from attnx.jobs.recipe import Runtime
 
 _TILE = 256
 
 
 def draw_words(picture: "Image", found: "CaptionMaps", out: Path, style: Style) -> dict[Path, str]:
-    """Writes a picture for every word, words.png with all of them and words.npz to `out`; gives what each shows."""
+    """Write a picture of each word, words.png and words.npz to `out`; {path: description} of the written files."""
     out.mkdir(parents=True, exist_ok=True)
     written: dict[Path, str] = {}
     digits = max(2, len(str(len(found.words) - 1)))
@@ -42,13 +42,13 @@ def draw_words(picture: "Image", found: "CaptionMaps", out: Path, style: Style) 
 
 
 def draw_pairs(out: Path, runtime: "Runtime", style: Style) -> None:
-    """Writes the sheet of every pair that a job has maps of: `out`/pictures/000007.png is of row 7.
+    """Write the sheet of each pair of a finished job to `out`/pictures. The file of row 7 is 000007.png.
 
-    A picture that is there is left: several runs may share the job.
+    Existing pictures are kept, because several runs may share the job.
     """
     import torch
 
-    from attnx.extract.word_maps import CaptionMaps
+    from attnx.extract.captions import CaptionMaps
     from attnx.jobs.job import Job
     from attnx.jobs.reader import Maps
 
@@ -71,14 +71,14 @@ def draw_pairs(out: Path, runtime: "Runtime", style: Style) -> None:
 
 
 def words_sheet(picture: "Image", found: "CaptionMaps", style: Style) -> "Image":
-    """The picture, every word's map over it, each with its own colour scale, and the caption under them."""
+    """The picture, an overlay of each word's map with its own colour scale, and the caption below them."""
     from PIL import Image, ImageOps
 
     small = ImageOps.contain(picture, (_TILE, _TILE), Image.Resampling.LANCZOS)
     tiles = [small, *(_over(small, amap, style) for amap in found.word_maps)]
     columns = min(6, len(tiles))
-    under = found.caption.text if found.score is None else f"{found.caption.text} (match {found.score:+.2f})"
-    return captioned(contact_sheet(tiles, ["", *found.words], columns=columns), under)
+    text = found.caption.text if found.score is None else f"{found.caption.text} (match {found.score:+.2f})"
+    return captioned(contact_sheet(tiles, ["", *found.words], columns=columns), text)
 
 
 def _over(picture: "Image", amap: "Tensor", style: Style) -> "Image":
@@ -86,7 +86,7 @@ def _over(picture: "Image", amap: "Tensor", style: Style) -> "Image":
 
 
 def _safe(word: str) -> str:
-    """A word as a part of a file's name, on any system."""
+    """The word as part of a file name that is valid on all systems."""
     return re.sub(r"[^\w]+", "_", word, flags=re.ASCII).strip("_")[:40] or "word"
 
 

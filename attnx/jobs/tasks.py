@@ -17,7 +17,7 @@ from attnx.jobs.packing import Format
 from attnx.jobs.sources import Entry
 
 if TYPE_CHECKING:
-    from attnx.extract.word_maps import CaptionMaps
+    from attnx.extract.captions import CaptionMaps
     from attnx.models.tokenizer import Tokenizer
 
 __all__ = ["Extract", "Find", "ImageTask", "Task", "WordTask"]

@@ -1,6 +1,7 @@
 """Methods on maps: rollout, relevance, CLS maps, layer-wise maps, masks, entropy. Pure functions of traces or maps."""
 
-from attnx.methods.maps import LayerMaps, cls_map, entropy, entropy_levels, layer_maps, mass_mask, pointing_game
+from attnx.methods.maps import LayerMaps, cls_map, layer_maps
+from attnx.methods.metrics import entropy, entropy_levels, mass_mask, pointing_game
 from attnx.methods.relevance import relevance
 from attnx.methods.rollout import gradient_rollout, rollout
 

@@ -31,7 +31,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class AlbefConfig:
-    """Sizes of an ALBEF; those of the published checkpoints unless given. `image_size`: (height, width) in pixels."""
+    """Sizes of an ALBEF. Defaults are those of published checkpoints. `image_size`: (height, width) in pixels."""
 
     image_size: tuple[int, int] = (256, 256)
     patch_size: int = 16
@@ -74,7 +74,7 @@ class CrossAttention(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """`CrossAttention`, its projection and the residual: `crossattention` in the checkpoints."""
+    """`CrossAttention` with its projection and residual; named `crossattention` in checkpoints."""
 
     def __init__(self, config: AlbefConfig, bert: BertConfig) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class CrossLayer(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """A BERT layer; from `fusion_layer` on with cross-attention between self-attention and MLP."""
+    """A BERT layer, with cross-attention between self-attention and MLP from layer `fusion_layer` on."""
 
     def __init__(self, config: AlbefConfig, bert: BertConfig, fuses: bool) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Embeddings and layers under the checkpoints' names."""
+    """Embeddings and layers, named as in the checkpoints."""
 
     def __init__(self, config: AlbefConfig) -> None:
         super().__init__()
@@ -131,9 +131,7 @@ class TextEncoder(nn.Module):
 
 
 class Albef(nn.Module):
-    """Vision and text encoder, whose upper text layers attend to the image; matching head and projections.
-
-    It has no dropout.
+    """ALBEF without dropout: vision encoder, text encoder with cross-attention, matching head and projections.
 
     Args:
         config: sizes of the model.
@@ -195,8 +193,8 @@ class Albef(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:
         """[I, 3, height, width] -> [I, 1 + patches, C] after the last norm, class token first.
 
-        Position embeddings of another grid than the model's own are interpolated, bicubic, as the original does when it
-        loads a checkpoint.
+        For a grid that differs from the model's, position embeddings are interpolated (bicubic), as the original does
+        when it loads a checkpoint.
         """
         grid, vision = self.grid(images), self.visual_encoder
         x = vision.patch_embed(images).flatten(1, 2)
@@ -237,7 +235,7 @@ class Albef(nn.Module):
         owner: Tensor | None = None,
         layers: range | None = None,
     ) -> Tensor:
-        """Image-text matching: [P, 2] logits of (no match, match) for every caption and its image.
+        """Image-text matching logits, [P, 2], of (no match, match) for each caption and its image.
 
         Raises:
             ValueError: the checkpoint had no matching head.
@@ -249,7 +247,7 @@ class Albef(nn.Module):
 
 
 def interpolate_positions(positions: Tensor, own: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Position embeddings [1, 1 + own patches, C] for another grid: bicubic, the class token's unchanged."""
+    """Position embeddings [1, 1 + patches, C], with the patches interpolated from grid `own` to `grid` (bicubic)."""
     if own == grid:
         return positions
     cls, patches = positions[:, :1], positions[:, 1:]

@@ -37,16 +37,17 @@ def load_albef(
     """An ALBEF in eval mode, on the CPU, with its tokenizer and the preparation of its images.
 
     Args:
-        checkpoint: of pretraining, retrieval, RefCOCO, VQA or visual entailment, as published, or a state dict of
-            `Albef` (.safetensors too); read with weights_only=True. None: random weights.
-        vocab: bert-base-uncased's vocab.txt, or the pieces themselves; None: from the Hugging Face hub.
-        image_size: (height, width) in pixels, or one number for a square; multiples of the patch; the checkpoint's own
-            unless given. Position embeddings are interpolated once, here.
-        config: sizes, where they are not those of the published checkpoints.
+        checkpoint: a published checkpoint (pretraining, retrieval, RefCOCO, VQA or visual entailment), or a state dict
+            of `Albef`, which may be a .safetensors file. Torch files are read with weights_only=True. None: random
+            weights.
+        vocab: bert-base-uncased's vocab.txt, or its pieces; None: from the Hugging Face hub.
+        image_size: (height, width) in pixels, or one number for a square; multiples of the patch size. None: the
+            checkpoint's own size. Position embeddings are interpolated once, at loading.
+        config: sizes of the model; None: those of the published checkpoints.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the checkpoint is of another model: names the keys; or an invalid image size.
+        ValueError: the checkpoint doesn't fit the model (the message lists the keys), or the image size is invalid.
         ConnectionError: the vocabulary could not be downloaded.
     """
     config = config or AlbefConfig()
@@ -71,7 +72,7 @@ def load_albef(
 
 
 def _own_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the names of `Albef`, without ignored ones; pretraining wraps BERT in a language model."""
+    """The weights, named as in `Albef`, without ignored ones. Pretraining wraps BERT in a language model."""
     renamed = {key.replace("text_encoder.bert.", "text_encoder.", 1): value for key, value in weights.items()}
     return {
         key: value

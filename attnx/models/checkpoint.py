@@ -62,7 +62,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 
 def misfit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """Keys of weights that don't fit a model's own: missing, unexpected, of another shape."""
+    """Error message that lists missing keys, unexpected keys and wrong shapes; "" if the weights fit."""
     wrong = {
         "missing": [k for k in own if k not in weights],
         "unexpected": [k for k in weights if k not in own],
@@ -76,10 +76,10 @@ def misfit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
 
 
 def check_values(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> None:
-    """Checks the values of weights that fit a model's own by key and shape.
+    """Check the dtypes and values of weights whose keys and shapes fit the model.
 
     Raises:
-        ValueError: weights of another kind of dtype than the model's, or not finite where the model's are.
+        ValueError: the kind of dtype differs from the model's, or values are not finite where the model's are.
     """
     for key, value in weights.items():
         mine, where = own[key], f"checkpoint {printable(path, None)}: {printable(key)}"
@@ -96,7 +96,7 @@ def check_values(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], path:
 
 
 def first_line(error: Exception, most: int = 150) -> str:
-    """The first line of an error, cut."""
+    """The first line of an error message, at most `most` characters."""
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0], most)
 
 
@@ -133,7 +133,7 @@ def _read(path: Path) -> Any:
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint, its keys without wrappers' prefixes."""
+    """The state dict inside a checkpoint, without the key prefixes of wrappers."""
     where = f"checkpoint {printable(path, None)}"
     for _ in range(CHECKPOINT_DEPTH + 1):
         inner = (
@@ -150,16 +150,16 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{where}: expected a state dict of tensors; got {type(content).__name__}")
     weights = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     for key, value in weights.items():
-        traits = _unusual(value)
-        if traits:
-            raise ValueError(f"{where}: {printable(key)}: expected an ordinary tensor with data; got {traits}")
+        problem = _unusual(value)
+        if problem:
+            raise ValueError(f"{where}: {printable(key)}: expected an ordinary tensor with data; got {problem}")
     for wrapper in _WRAPPERS:
         weights = {k.removeprefix(wrapper): v for k, v in weights.items()}
     return weights
 
 
 def _unusual(value: Tensor) -> str:
-    """A tensor's unusual traits, in words; empty if it has none."""
+    """Description of a property that makes the tensor unusable; "" for an ordinary tensor."""
     if type(value) not in (Tensor, nn.Parameter):
         return f"a {type(value).__name__}"
     if value.is_nested:
@@ -176,7 +176,7 @@ def _unusual(value: Tensor) -> str:
 
 
 def _timm_filter(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's own conversions of foreign ViT checkpoints, and its interpolation of position embeddings."""
+    """The weights after timm's conversion of other ViT formats and its interpolation of position embeddings."""
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
     if not isinstance(model, VisionTransformer):

@@ -1,4 +1,4 @@
-"""Models of Hugging Face transformers: "hf:NAME" "hf:FOLDER", or a model type. No code of theirs runs."""
+"""Models of Hugging Face transformers: "hf:NAME", "hf:FOLDER" or "hf:TYPE". Code from repositories never runs."""
 
 import copy
 import inspect
@@ -20,13 +20,13 @@ _KERNEL_QUANTIZATION = ("eetq", "fbgemm_fp8", "fp8", "gguf", "metal", "mxfp4", "
 
 
 def load_huggingface(name: str, pretrained: bool, image_size: tuple[int, int] | None) -> Loaded:
-    """The model, of a vision-language one its vision part; errors as of `load_model`."""
+    """The model, or the vision part of a vision-language model; errors as in `load_model`."""
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     local = Path(name).is_dir()
     is_type = not local and name in CONFIG_MAPPING
-    # None: "sdpa", or "eager" where transformers has no SDPA for a submodel; whatever a config.json asks for.
+    # None: "sdpa", or "eager" if a submodel has no SDPA. It overrides the setting of config.json.
     options: dict[str, Any] = {"trust_remote_code": False, "attn_implementation": None}
     try:
         config = CONFIG_MAPPING[name]() if is_type else AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -60,14 +60,14 @@ def load_huggingface(name: str, pretrained: bool, image_size: tuple[int, int] | 
         own = height_and_width(getattr(config, "image_size", None)) or (224, 224)
     except ValueError as error:
         raise ValueError(f"model: hf:{printable(name, 150)}'s configuration: {error}") from error
-    takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    kwargs = {"interpolate_pos_encoding": True} if takes and image_size not in (None, own) else {}
-    how = (*IMAGENET, "bicubic") if is_type else _preparation(name)
-    return Loaded(f"hf:{name}", model, image_size or own, *how, kwargs)
+    interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    kwargs = {"interpolate_pos_encoding": True} if interpolates and image_size not in (None, own) else {}
+    preparation = (*IMAGENET, "bicubic") if is_type else _preparation(name)
+    return Loaded(f"hf:{name}", model, image_size or own, *preparation, kwargs)
 
 
 class _UnfitError(ValueError):
-    """A config.json that attnx refuses."""
+    """config.json is refused."""
 
 
 def _check_config(config: Any) -> None:
@@ -95,7 +95,7 @@ def _check_config(config: Any) -> None:
         with torch.device("meta"):
             model = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False, attn_implementation=None)
     except Exception as error:
-        # Some can't be built without memory. Those that claim too much for torch can't be built at all.
+        # Some models can't be built on the meta device. An overflow means that the sizes are too large for torch.
         if "overflow" in str(error).lower():
             raise _UnfitError(f"its parameters have no size that torch can count: {first_line(error)}") from error
         return
@@ -106,15 +106,15 @@ def _check_config(config: Any) -> None:
 
 
 def _asks_for_code(error: Exception) -> bool:
-    """True for the error that transformers raises where it would have to run a model's own code."""
+    """True for the error of transformers about a model that needs trust_remote_code."""
     return isinstance(error, ValueError) and "trust_remote_code=True" in str(error)
 
 
 def image_processor(name: str) -> Any:
-    """A Hugging Face model's image processor, of transformers' own classes.
+    """The image processor of a Hugging Face model. Its class must be part of transformers.
 
     Raises:
-        ValueError: it has code of its own, or can't be loaded.
+        ValueError: the processor has its own code, or can't be loaded.
     """
     from transformers import AutoImageProcessor
 
@@ -131,7 +131,7 @@ def image_processor(name: str) -> Any:
 
 
 def _preparation(name: str) -> tuple[Sequence[float], Sequence[float], str]:
-    """The model's own mean, std and interpolation; ImageNet's, with a warning, where it ships no image processor."""
+    """Mean, std and interpolation of the model's image processor; ImageNet's, with a warning, if it has none."""
     from PIL.Image import Resampling
     from transformers.utils import cached_file
 

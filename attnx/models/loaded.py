@@ -1,4 +1,4 @@
-"""A loaded model, and how its images are prepared."""
+"""A loaded model and the preprocessing of its images."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,9 +20,14 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode, and how its images are prepared. size: (height, width) in pixels.
+    """A model in eval mode and the preprocessing of its images.
 
-    crop_pct, crop_mode: of timm's own evaluation transform; `prepare` takes the whole image.
+    Attributes:
+        size: (height, width) of the input in pixels.
+        mean, std: 3 values each, for pixels in 0..1.
+        interpolation: as in `attnx.images.to_tensor`.
+        model_kwargs: further arguments of the model's forward.
+        crop_pct, crop_mode: settings of timm's evaluation transform. `prepare` does not crop.
     """
 
     name: str
@@ -40,7 +45,7 @@ class Loaded:
         return to_tensor(image, self.size, self.mean, self.std, self.interpolation)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights: of names, dtypes, shapes and bytes, in the order of names."""
+        """SHA-256 of the names, dtypes, shapes and bytes of the weights, sorted by name."""
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
@@ -49,10 +54,10 @@ class Loaded:
 
 
 def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """(height, width) of an image size: of one number, a square; None of None.
+    """An image size as (height, width). One number gives a square, and None gives None.
 
     Raises:
-        ValueError: it is neither a positive int nor a pair of them.
+        ValueError: the size is neither a positive int nor a pair of positive ints.
     """
     if size is None:
         return None
@@ -64,7 +69,7 @@ def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | No
 
 
 def no_download(name: str, error: Exception) -> ConnectionError:
-    """The error to raise where weights of `name` could not be downloaded; it says what to pass instead."""
+    """The error for weights of `name` that could not be downloaded. Its message lists alternatives."""
     return ConnectionError(
         f"the weights of {name} could not be downloaded ({first_line(error)}); pass --checkpoint FILE with weights "
         "you have, --no-pretrained for random ones, or --model demo"

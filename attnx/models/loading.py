@@ -1,4 +1,4 @@
-"""Models by name, with their own weights, a checkpoint file's, or random ones.
+"""Load models by name, with their own weights, those of a checkpoint file, or random weights.
 
 `load_model`: "timm:NAME", "hf:NAME or folder", or a name of `registry.IMAGE_MODELS`. `load_word_model`: "albef", or a
 name of `registry.WORD_MODELS`.
@@ -31,17 +31,17 @@ def load_model(
     """The model called `name`, on the CPU, in eval mode.
 
     Args:
-        name: "timm:NAME", "hf:NAME" (of the hub, a local folder, or with pretrained=False a model type such as
-            dinov2_with_registers in its default size), or "demo".
-        pretrained: download the model's own weights; False: random ones.
+        name: "timm:NAME", "hf:NAME", or "demo". For "hf:", NAME is a model of the hub, a local folder, or, with
+            pretrained=False, a model type such as dinov2_with_registers in its default size.
+        pretrained: download the model's own weights; False: random weights.
         checkpoint: a file of weights (.safetensors, or a torch file, read with weights_only=True) to load instead.
-        image_size: (height, width) in pixels, or one number for a square; the model's own unless given. Position
+        image_size: (height, width) in pixels, or one number for a square; None: the model's own size. Position
             embeddings are interpolated.
 
     Raises:
-        ValueError: an unknown name, a checkpoint that doesn't fit (says which keys), an invalid image size.
+        ValueError: an unknown name, an invalid image size, or a checkpoint that doesn't fit (the message lists keys).
         FileNotFoundError: no such checkpoint.
-        ConnectionError: the weights could not be downloaded; says what to pass instead.
+        ConnectionError: the weights could not be downloaded; the message lists alternatives.
     """
     path = None if checkpoint is None else weights_file(checkpoint)
     size = height_and_width(image_size)
@@ -78,19 +78,19 @@ def load_word_model(
     image_size: int | tuple[int, int] | None = None,
     preset: str | None = None,
 ) -> Loaded:
-    """The model of images and captions called `name`, an `Albef`, on the CPU, in eval mode.
+    """The `Albef` called `name`, on the CPU, in eval mode.
 
     Args:
         name: "albef" in the published sizes, or "demo".
-        pretrained: its own weights; False: random ones.
+        pretrained: use the model's own weights; False: random weights.
         checkpoint: a file of weights. ALBEF's own can't be downloaded by attnx.
-        vocab: bert-base-uncased's vocab.txt; the hub's unless given.
-        image_size: (height, width) in pixels, or one number for a square; the model's own unless given (480 with
-            preset "vl-dino").
+        vocab: bert-base-uncased's vocab.txt; None: from the Hugging Face hub.
+        image_size: (height, width) in pixels, or one number for a square; None: the model's own size, or 480 with
+            preset "vl-dino".
         preset: "vl-dino": images are normalised with ImageNet's mean and std.
 
     Raises:
-        ValueError: an unknown name, no weights, a checkpoint that doesn't fit.
+        ValueError: an unknown name, no weights, or a checkpoint that doesn't fit.
         FileNotFoundError: no such file.
     """
     if preset and image_size is None:
@@ -129,7 +129,7 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def _check_size(name: str, model: nn.Module, size: tuple[int, int]) -> None:
-    """Raise ValueError if the size is not a multiple of the patch size: part of the image would have no map."""
+    """Raise ValueError if the size is not a multiple of the patch size, because part of the image would have no map."""
     for patch in patch_convolutions(model)[:1]:
         if any(pixels % p for pixels, p in zip(size, patch.stride, strict=True)):
             fits = "x".join(str(max(p, round(s / p) * p)) for s, p in zip(size, patch.stride, strict=True))

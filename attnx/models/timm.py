@@ -11,7 +11,7 @@ from attnx.models.loaded import Loaded, no_download
 
 
 def load_timm(name: str, pretrained: bool, image_size: tuple[int, int] | None) -> Loaded:
-    """The model `timm.create_model(name)` builds; errors as of `load_model`."""
+    """The model of `timm.create_model(name)`; errors as in `load_model`."""
     import timm
 
     base = name.partition(".")[0]
@@ -33,7 +33,7 @@ def load_timm(name: str, pretrained: bool, image_size: tuple[int, int] | None) -
 
 
 def with_timm_config(name: str, model: nn.Module, image_size: tuple[int, int] | None) -> Loaded:
-    """A timm model, with the preparation that its pretrained_cfg names."""
+    """A timm model with the preprocessing of its pretrained_cfg."""
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(model)

@@ -20,14 +20,14 @@ HUB = "google-bert/bert-base-uncased"
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption as the model reads it.
+    """A tokenised caption.
 
     Attributes:
-        text: after `pre_caption`.
-        ids, tokens: of its word pieces, [CLS] first and [SEP] last.
-        words: of `text`, in order.
-        word_of: for each token the index of its word; None for [CLS] and [SEP].
-        cut: number of words cut at the end.
+        text: the caption after `pre_caption`.
+        ids, tokens: ids and texts of the T word pieces, [CLS] first and [SEP] last.
+        words: the W words of `text`, in order.
+        word_of: index of the word of each token; None for [CLS] and [SEP].
+        cut: number of words that were cut at the end.
     """
 
     text: str
@@ -39,7 +39,7 @@ class Caption:
 
 
 def pre_caption(caption: str, max_words: int | None = None) -> str:
-    """ALBEF's caption rules: lower case, no punctuation, hyphens and slashes as spaces, at most so many words.
+    """ALBEF's caption rules: lower case, no punctuation, hyphens and slashes as spaces, at most `max_words` words.
 
     Reference:
         https://github.com/salesforce/ALBEF/blob/main/dataset/utils.py
@@ -54,14 +54,14 @@ class Tokenizer:
     """BERT's word pieces, lower case.
 
     Args:
-        vocab: a file of one piece a line (vocab.txt), the pieces themselves, or None for bert-base-uncased's of the
+        vocab: a file with one piece per line (vocab.txt), or the pieces; None: those of bert-base-uncased from the
             Hugging Face hub.
-        max_tokens: the most that the model has positions for, [CLS] and [SEP] included.
+        max_tokens: number of positions of the model, including [CLS] and [SEP].
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no vocabulary of BERT's: [CLS], [SEP], [PAD], [UNK] or [MASK] is missing.
-        ConnectionError: the hub's could not be downloaded; says what to pass instead.
+        ValueError: [CLS], [SEP], [PAD], [UNK] or [MASK] is missing from the vocabulary.
+        ConnectionError: the vocabulary could not be downloaded; the message lists alternatives.
     """
 
     def __init__(self, vocab: str | Path | Sequence[str] | None = None, max_tokens: int = 512) -> None:
@@ -85,22 +85,22 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def id_of(self, piece: str) -> int:
-        """The number of a piece, such as [MASK]'s."""
+        """The id of a piece, such as [MASK]."""
         return int(self._tokenizer.token_to_id(piece))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the pieces and their numbers, and of the most tokens."""
+        """SHA-256 of the pieces, their ids and `max_tokens`."""
         pieces = sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
         return hashlib.sha256(repr((pieces, self.max_tokens)).encode()).hexdigest()
 
     def __call__(self, caption: str) -> Caption:
-        """The caption's pieces; words at the end that have no room are cut, with a warning.
+        """The tokenised caption. Words at the end that exceed `max_tokens` are cut, with a warning.
 
         Raises:
-            ValueError: no text, no valid Unicode, nothing left by `pre_caption`, or a first word that is too long.
+            ValueError: not a str, invalid Unicode, empty after `pre_caption`, or the first word is too long.
 
         Warns:
-            UserWarning: the caption was cut; or words are not in the vocabulary, which the warning names.
+            UserWarning: the caption was cut, or words are not in the vocabulary (the warning lists them).
         """
         if not isinstance(caption, str):
             raise ValueError(f"caption: expected text; got {type(caption).__name__}")
@@ -114,8 +114,8 @@ class Tokenizer:
         words = max((w for w in word_of if w is not None), default=-1) + 1
         kept = words
         if len(encoded.ids) > self.max_tokens:
-            room = self.max_tokens - 1
-            kept = next(w for w in word_of[room:] if w is not None)
+            end = self.max_tokens - 1
+            kept = next(w for w in word_of[end:] if w is not None)
             if kept == 0:
                 raise ValueError(
                     f"caption: expected a first word of at most {self.max_tokens - 2} pieces; got {text[:40]!r}..."
@@ -134,7 +134,7 @@ class Tokenizer:
             if w is not None:
                 start, end = encoded.offsets[i]
                 spans[w] = min(spans[w][0], start), max(spans[w][1], end)
-        read = Caption(
+        result = Caption(
             text=text[: spans[-1][1]] if kept < words else text,
             ids=tuple(encoded.ids[i] for i in chosen),
             tokens=tuple(encoded.tokens[i] for i in chosen),
@@ -142,10 +142,10 @@ class Tokenizer:
             word_of=tuple(word_of[i] for i in chosen),
             cut=words - kept,
         )
-        message = _unknown(read)
+        message = _unknown(result)
         if message:
             warnings.warn(message, stacklevel=2)
-        return read
+        return result
 
 
 def _read(path: Path) -> list[str]:
@@ -163,29 +163,33 @@ def _read(path: Path) -> list[str]:
 
 
 def _words(encoded: "Encoding") -> list[int | None]:
-    """For each token the index of its word; what whitespace does not separate is one word."""
+    """Index of the word of each token; None for [CLS] and [SEP]. Words are separated by whitespace."""
     last, word, end = len(encoded.ids) - 1, -1, -1
-    found: list[int | None] = []
+    indices: list[int | None] = []
     for i, (start, stop) in enumerate(encoded.offsets):
         if i in (0, last):
-            found.append(None)
+            indices.append(None)
             continue
         word += start != end
         end = stop
-        found.append(word)
-    return found
+        indices.append(word)
+    return indices
 
 
-def _unknown(read: Caption, most: int = 10) -> str:
-    """Warning text for the words that are not in the vocabulary; empty where all are."""
-    unknown = [w for token, w in zip(read.tokens, read.word_of, strict=True) if token == "[UNK]" and w is not None]
+def _unknown(caption: Caption, most: int = 10) -> str:
+    """Warning text that lists the words that are not in the vocabulary; "" if there are none."""
+    unknown = [
+        w for token, w in zip(caption.tokens, caption.word_of, strict=True) if token == "[UNK]" and w is not None
+    ]
     if not unknown:
         return ""
-    # Each once; what could move the cursor of a terminal is escaped.
-    names = list(dict.fromkeys(word if word.isprintable() else repr(word) for word in (read.words[w] for w in unknown)))
+    # Each word once. Control characters are escaped for the terminal.
+    names = list(
+        dict.fromkeys(word if word.isprintable() else repr(word) for word in (caption.words[w] for w in unknown))
+    )
     more = f" and {len(names) - most} more" if len(names) > most else ""
     message = f"caption: not in the vocabulary, read as [UNK]: {', '.join(names[:most])}{more}"
-    alone = len(unknown) == sum(w is not None for w in read.word_of)
+    alone = len(unknown) == sum(w is not None for w in caption.word_of)
     return f"{message}; the vocabulary has none of the words, so the maps are meaningless" if alone else message
 
 

@@ -22,12 +22,12 @@ def budget(exact: Tensor, reference: Tensor, dtype: torch.dtype, exponent: float
 
     Args:
         exact: the oracle's result, float64.
-        reference: torch's, see `torch_reference`.
-        dtype: of the result under test: q's for an output or a gradient, float32 for a map.
-        exponent: multiplies the second term. 1 for outputs; for a map the size of its scores, see `score_size`:
-            a weight is ``exp(score - lse)``, and what fp32 rounds away from a score of 10 is ten times eps of the
-            weight. Torch's softmax subtracts the maximum, exactly, whereas a kernel that recomputes weights
-            subtracts a rounded log-sum-exp. So torch's own error does not cover this.
+        reference: torch's result, see `torch_reference`.
+        dtype: dtype of the tested result: q's for an output or a gradient, float32 for a map.
+        exponent: factor of the second term: 1 for outputs, `score_size` for maps. A weight is ``exp(score - lse)``,
+            so rounding a score of 10 to fp32 changes the weight by up to 10 eps, relative to it. Torch's error does
+            not cover this, because its softmax subtracts the exact maximum, and kernels that recompute weights
+            subtract a rounded log-sum-exp.
     """
     finite = exact.isfinite() & reference.isfinite()
     error, size = _largest((reference.double() - exact)[finite]), _largest(exact[finite])
@@ -54,11 +54,11 @@ def score_size(
 def assert_within_budget(
     ours: Tensor, exact: Tensor, reference: Tensor, name: str = "result", exponent: float = 1.0
 ) -> None:
-    """Raise AssertionError unless ours has the oracle's shape, NaNs and infinities, and an error within `budget`."""
+    """Raise AssertionError unless `ours` has the oracle's shape, NaNs and infinities, and an error within `budget`."""
     assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)}, expected {list(exact.shape)}"
     finite = exact.isfinite()
-    strange = torch.where(finite, ~ours.isfinite(), (ours != exact) & ~(ours.isnan() & exact.isnan()))
-    assert not strange.any(), f"{name}: {int(strange.sum())} of {strange.numel()} values finite or not as the oracle's"
+    wrong = torch.where(finite, ~ours.isfinite(), (ours != exact) & ~(ours.isnan() & exact.isnan()))
+    assert not wrong.any(), f"{name}: {int(wrong.sum())} of {wrong.numel()} values finite or not as the oracle's"
     error, allowed = _largest((ours.double() - exact)[finite]), budget(exact, reference, ours.dtype, exponent)
     assert error <= allowed, f"{name}: largest error {error:.3g} is above the budget of {allowed:.3g}"
 

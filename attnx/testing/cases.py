@@ -1,4 +1,4 @@
-"""The table of shapes that every backend is tested with, and random inputs of every case."""
+"""The table of test cases for all backends, and random inputs for each case."""
 
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -18,11 +18,11 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: sizes, what is asked for, and how the inputs lie in memory.
+    """A test case: sizes, options, and the memory layout of the inputs.
 
-    ``bias`` (additive) and ``mask`` (boolean, True = attend) spell their shape: "B1MN" is [B, 1, M, N], "MN" is [M, N].
-    The first and last row of a mask with rows attend to nothing; so does row 1 of a bias with rows, by minus infinity.
-    ``layout`` is one of LAYOUTS; every layout but "contiguous" lies in memory among NaNs or among the other inputs.
+    ``bias`` (additive) and ``mask`` (boolean, True = attend) are shapes: "B1MN" is [B, 1, M, N], "MN" is [M, N].
+    If a mask has rows, its first and last row are False everywhere. If a bias has rows, its row 1 is -inf everywhere.
+    ``layout`` is one of LAYOUTS. In every layout but "contiguous", the inputs are surrounded by NaNs or by each other.
     """
 
     B: int = 2
@@ -42,14 +42,14 @@ class Case:
     layout: str = "contiguous"
 
     def __str__(self) -> str:
-        """The test's name: the sizes, and every field that is not the default."""
+        """The name of the test: the sizes, and the fields that differ from their defaults."""
         sizes = f"{self.B}x{self.H}x{self.M}x{self.N}x{self.D}"
         rest = [(f.name, getattr(self, f.name)) for f in fields(self)[5:] if getattr(self, f.name) != f.default]
         return "-".join([sizes, *(f"{name}={str(value).removeprefix('torch.')}" for name, value in rest)])
 
     @property
     def options(self) -> dict[str, object]:
-        """The keyword arguments of `attnx.attention` beside the tensors."""
+        """Keyword arguments of `attnx.attention`, without tensors."""
         return {"is_causal": self.is_causal, "scale": self.scale, "heads": self.heads, "rows": self.rows}
 
 
@@ -62,7 +62,7 @@ LAYOUTS = (
 
 
 def random_inputs(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Inputs:
-    """Normal q, k, v and bias of a case; the same on every device."""
+    """Normally distributed q, k, v and bias of a case, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     B, H, M, N, D = case.B, case.H, case.M, case.N, case.D
     kv_heads = H if case.Hk is None else case.Hk
@@ -93,7 +93,7 @@ def random_inputs(case: Case, seed: int = 0, device: torch.device | str = "cpu")
 
 
 def random_vector(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """[B, M] float32 in 0..1, as rollout's vectors are; zero in every fifth row, and in the second item's first."""
+    """[B, M] float32 in 0..1, like the vectors of rollout. Every fifth entry is 0, and the first one of item 1."""
     r = torch.rand(case.B, case.M, generator=torch.Generator().manual_seed(seed))
     r[:, 4::5] = 0
     r[1:2, :1] = 0
@@ -101,7 +101,7 @@ def random_vector(case: Case, seed: int = 0, device: torch.device | str = "cpu")
 
 
 def random_gradient(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """[B, H, M, Dv] normal, of the case's dtype: a gradient of the output. Its rows are strided as the output's are."""
+    """A normally distributed output gradient, [B, H, M, Dv] in the case's dtype, with the strides of the output."""
     shape = (case.B, case.M, case.H, case.D if case.Dv is None else case.Dv)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1 + seed), dtype=torch.float64)
     return noise.to(device, case.dtype).transpose(1, 2)
@@ -116,13 +116,13 @@ def _among_nans(t: Tensor) -> Tensor:
 
 _FP16, _BF16, _FP64 = torch.float16, torch.bfloat16, torch.float64
 
-# Short rows take 20 keys, long ones 300: above SHORT_ROW, and no multiple of a block.
+# Short rows have 20 keys. Long rows have 300, which is more than SHORT_ROW and not a multiple of a block.
 TABLE: tuple[Case, ...] = (
     *(Case(heads=heads) for heads in ("mean", "max", "min", "each")),
     *(Case(heads=heads, M=24, N=300, dtype=_BF16) for heads in ("mean", "max", "min", "each")),
     Case(heads="each", dtype=_FP64, mask="B1MN"),
     Case(N=300, dtype=_FP64, Hk=1, is_causal=True),
-    # head dims: powers of two, and those padded to the next
+    # head dims: powers of two, and others, which are padded
     *(
         Case(B=1, H=2, M=17, N=33, D=D, dtype=dtype)
         for D, dtype in (
@@ -160,7 +160,7 @@ TABLE: tuple[Case, ...] = (
     Case(H=6, Hk=3, mask="BHMN", dtype=_BF16),
     Case(H=4, Hk=1, N=300, bias="1HMN", dtype=_FP16),
     Case(H=4, Hk=2, N=300, heads="each", is_causal=True),
-    # one of anything; block edges
+    # sizes of 1; block edges
     Case(M=1, dtype=_FP16),
     Case(M=1, N=300),
     Case(N=1),
@@ -168,12 +168,12 @@ TABLE: tuple[Case, ...] = (
     Case(B=1, H=1, M=20, N=20),
     *(Case(B=1, H=2, M=M, N=N, dtype=_FP16) for M, N in ((32, 16), (33, 17), (16, 128), (17, 129), (31, 256))),
     *(Case(B=1, H=2, M=M, N=N, dtype=_BF16) for M, N in ((16, 257), (17, 384), (128, 385), (129, 257))),
-    # memory
+    # memory layouts
     *(Case(layout=layout) for layout in LAYOUTS[1:]),
     Case(layout="packed", B=1, H=2, M=300, N=300, D=24, dtype=_BF16),
     Case(layout="strided", N=300, D=24, H=4, Hk=2, dtype=_FP16),
     Case(layout="expanded", N=300, heads="max", bias="1HMN"),
-    # chosen rows: one, repeated and unsorted, all of them
+    # selected rows: one, repeated and unsorted, none, all
     *(Case(rows=rows, dtype=_BF16) for rows in ((7,), (19, 3, 3, 0), ())),
     Case(rows=(), dtype=_FP64),
     *(Case(rows=rows, N=300) for rows in ((19,), (5, 0, 5), tuple(range(20)))),
@@ -182,7 +182,7 @@ TABLE: tuple[Case, ...] = (
     Case(rows=(19, 1, 0), N=300, bias="BHMN", H=4, Hk=2, layout="strided"),
     Case(rows=(19, 1, 0), mask="B11N", heads="min", layout="packed"),
     Case(rows=(3, 1), dtype=_FP64, bias="BHMN"),
-    # scales, and scores that are far apart
+    # scales, including large ones that spread the scores
     *(Case(scale=scale) for scale in (0.0, -0.5, 4.0)),
     Case(scale=4.0, N=300, dtype=_BF16),
     Case(scale=-2.0, N=300, bias="MN"),

@@ -24,9 +24,9 @@ def oracle(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and map in float64, by plain softmax; arguments as in `attnx.attention`.
+    """Output and map in float64 by plain softmax; arguments as in `attnx.attention`.
 
-    A row without keys is zero in both; a NaN or an infinity among the scores makes its row NaN.
+    Rows without keys are zero in both. A NaN or +inf among the scores makes its row NaN.
     """
     p = _softmax(biased_scores(q, k, bias, is_causal, scale, softcap=softcap), _hidden(q, k, bias, is_causal), sinks)
     return p @ _per_query_head(v.double(), q), fuse_heads(_chosen(p, rows), Reduction.parse(heads))
@@ -41,7 +41,7 @@ def oracle_lse(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """[B, H, M] float64 natural log-sum-exp of the scores; minus infinity, or the sink, for a row without keys."""
+    """[B, H, M] float64 natural log-sum-exp of the scores; -inf, or the sink, for rows without keys."""
     return lse_of(biased_scores(q, k, bias, is_causal, scale, softcap=softcap), sinks)
 
 
@@ -76,7 +76,7 @@ def oracle_gradient_map(
 ) -> Tensor:
     """The gradient-weighted map by autograd through an eager softmax; arguments as in `attnx.ops.gradient_map`.
 
-    dtype: of the computation: float64 for the oracle, q's dtype for torch's reference.
+    dtype: dtype of the computation; float64 for the oracle, at least float32 for torch's reference.
     """
     p = _softmax(biased_scores(q, k, bias, is_causal, scale, dtype, softcap), _hidden(q, k, bias, is_causal), sinks)
     p = p.detach().requires_grad_()
@@ -100,11 +100,12 @@ def torch_reference(
 ) -> tuple[Tensor, Tensor]:
     """Torch's reference for the error budget: the output of SDPA and the map of an eager softmax.
 
-    The output is `F.scaled_dot_product_attention` in q's dtype; gradients flow through it. SDPA has neither softcap nor
-    sinks: with them it is the eager map of every head, rounded to q's dtype, times v. The map is fp32 whatever the
-    inputs are, since products of half-precision numbers are exact in fp32 and are summed there. So its reference is the
-    eager map of the same inputs widened to fp32, which is far stricter than that of scores rounded to bfloat16: a
-    backend that rounds its weights before it fuses the heads fails.
+    The output is `F.scaled_dot_product_attention` in q's dtype, and is differentiable. SDPA has neither softcap nor
+    sinks. With them, the output is the eager map of each head, rounded to q's dtype, times v.
+
+    The map is the eager map of the inputs converted to fp32, because kernels sum products of half-precision numbers in
+    fp32. This is much stricter than a reference with scores in bfloat16. A backend that rounds weights before it fuses
+    the heads fails.
     """
     hidden = _hidden(q, k, bias, is_causal)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -133,7 +134,7 @@ def biased_scores(
     dtype: torch.dtype = torch.float64,
     softcap: float | None = None,
 ) -> Tensor:
-    """[B, H, M, N]; minus infinity where a key may not be attended."""
+    """Scores [B, H, M, N]; -inf where a key is masked."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     s = q.to(dtype) @ _per_query_head(k.to(dtype), q).transpose(-1, -2) * scale
     if softcap is not None:
@@ -153,12 +154,12 @@ def lse_of(s: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def _beside_sinks(s: Tensor, sinks: Tensor | None) -> Tensor:
-    """[B, H, M, N + 1]: the scores and each head's sink, as one more key; the scores alone without sinks."""
+    """[B, H, M, N + 1]: the scores with each head's sink as an additional key; [B, H, M, N] without sinks."""
     return s if sinks is None else torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], -1)
 
 
 def _hidden(q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
-    """[B, H, M, N]: True where a key may not be attended: above the diagonal, False in a mask, -inf in a bias."""
+    """[B, H, M, N]: True where a key is masked by the diagonal, a boolean mask, or -inf in a bias."""
     hidden = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
     if bias is not None:
         hidden = hidden | (~bias if bias.dtype == torch.bool else bias.double() < MASK_THRESHOLD)

@@ -104,20 +104,6 @@ def flex_vecmat(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
     return Answer(_tokens(out), vector=log.exp().mean(1))
 
 
-def sdpa_cudnn(quick: bool) -> Attention:
-    """The floor with cuDNN's kernel."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    if not torch.cuda.is_available():
-        raise NotRun("cuDNN needs a CUDA device")
-
-    def call(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return sdpa(q, k, v, r)
-
-    return call
-
-
 def compiled(call: Attention) -> Callable[[bool], Attention]:
     """A factory of `call` with `torch.compile` for one shape; if quick, it is traced without code generation.
 
@@ -141,7 +127,6 @@ ATTENTION: dict[str, Callable[[bool], Attention]] = {
     "vecmat": lambda quick: vecmat,
     "hf_eager": lambda quick: hf_eager,
     "timm_eager": lambda quick: timm_eager,
-    "sdpa_cudnn": sdpa_cudnn,
     "compiled_eager": compiled(hf_eager),
     "flex_map": compiled(flex_map),
     "flex_vecmat": compiled(flex_vecmat),

@@ -11,10 +11,11 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -140,27 +141,20 @@ def _old_names() -> Iterator[None]:
         "find_pruneable_heads_and_indices": _unused,
         "prune_linear_layer": _unused,
     }
-    before = {name: sys.modules.get(name) for name in modules}
-    added = [name for name in names if not hasattr(utils, name)]
-    had_cfg = hasattr(vision, "_cfg")
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
     for name, content in modules.items():
         sys.modules[name] = types.ModuleType(name)
         vars(sys.modules[name]).update(content)
-    for name in added:
-        setattr(utils, name, names[name])
-    if not had_cfg:
-        vision._cfg = dict  # type: ignore[attr-defined]
     try:
-        yield
+        with ExitStack() as stack:
+            for module, added in ((utils, names), (vision, {"_cfg": dict})):
+                for name in added.keys() - vars(module).keys():
+                    stack.enter_context(mock.patch.object(module, name, added[name], create=True))
+            yield
     finally:
-        for name, module in before.items():
+        for name in modules:
             del sys.modules[name]
-            if module is not None:
-                sys.modules[name] = module
-        for name in added:
-            delattr(utils, name)
-        if not had_cfg:
-            del vision._cfg  # type: ignore[attr-defined]
+        sys.modules.update(before)
 
 
 def _module(path: Path) -> Any:

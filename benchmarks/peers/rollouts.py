@@ -35,28 +35,14 @@ def capture(model: nn.Module) -> Rollout:
     return call
 
 
-def extractor(model: nn.Module) -> Rollout:
-    """attnx: `attnx.Extractor`, which keeps maps or q and k, whichever is smaller."""
-    extract = attnx.Extractor(model, "rollout", keep="auto")
-    return lambda images: extract(images).flatten(1)
+def extractor(method: str, **options: Any) -> Callable[[nn.Module], Rollout]:
+    """A contestant: `attnx.Extractor` with these options."""
 
+    def prepare(model: nn.Module) -> Rollout:
+        extract = attnx.Extractor(model, method, **options)
+        return lambda images: extract(images).flatten(1)
 
-def extractor_qk(model: nn.Module) -> Rollout:
-    """attnx: `attnx.Extractor` in memory linear in the tokens: it keeps q and k of every layer, and no map."""
-    extract = attnx.Extractor(model, "rollout", keep="qk")
-    return lambda images: extract(images).flatten(1)
-
-
-def extractor_graph(model: nn.Module) -> Rollout:
-    """attnx: `attnx.Extractor` recorded as a CUDA graph, for single images."""
-    extract = attnx.Extractor(model, "rollout", compile=True)
-    return lambda images: extract(images).flatten(1)
-
-
-def cls(model: nn.Module) -> Rollout:
-    """attnx: the class token's map of the last layer, by `attnx.Extractor`, which stops there. No rollout."""
-    extract = attnx.Extractor(model, "cls")
-    return lambda images: extract(images).flatten(1)
+    return prepare
 
 
 def hooks(model: nn.Module) -> Rollout:
@@ -97,10 +83,10 @@ def output_attentions(model: nn.Module) -> Rollout:
 CONTESTANTS: dict[str, Callable[[nn.Module], Rollout]] = {
     "plain": plain,
     "attnx": capture,
-    "extractor": extractor,
-    "extractor_qk": extractor_qk,
-    "extractor_graph": extractor_graph,
-    "cls": cls,
+    "extractor": extractor("rollout", keep="auto"),  # keeps maps or q and k, whichever is smaller
+    "extractor_qk": extractor("rollout", keep="qk"),  # memory linear in the tokens
+    "extractor_graph": extractor("rollout", compile=True),  # a CUDA graph, for single images
+    "cls": extractor("cls"),  # the class token's map of the last layer
     "hooks": hooks,
     "output_attentions": output_attentions,
 }

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT, write_atomically
+from benchmarks.machine import ROOT, write
 from benchmarks.report import plots
 from benchmarks.report.jobs import jobs_section
 from benchmarks.report.stored import Row, Run, Stored, load
@@ -46,11 +46,9 @@ def target_section(runs: list[Run]) -> Iterator[str]:
     """The GPU targets against every run on a GPU; without such a run, all are listed as not measured."""
     yield "## Targets on a GPU\n"
     on_gpus: list[Run | None] = [run for run in runs if run.cuda] or [None]
-    if on_gpus == [None]:
-        yield "No stored result comes from a GPU.\n"
     for run in on_gpus:
-        if run is not None:
-            yield f"{run.about['hardware']} ([`{run.file}`](results/{run.file})); b: batch.\n"
+        where = f"{run.about['hardware']} ([`{run.file}`](results/{run.file})); b: batch." if run else ""
+        yield f"{where or 'No stored result comes from a GPU.'}\n"
         yield from table(("", "tokens", "goal", "measured", ""), verdicts(run), "lrrll")
         yield ""
 
@@ -83,7 +81,7 @@ def run_section(run: Run, files: list[str]) -> Iterator[str]:
     if run.about.get("growth"):
         yield "### Growth with the number of tokens\n"
         yield from _growth_table(run)
-    yield from _left_out(run.about)
+    yield from left_out(run.about)
 
 
 def _origin(run: Run) -> Iterator[str]:
@@ -144,18 +142,14 @@ def _growth_table(run: Run) -> Iterator[str]:
     yield ""
 
 
-def _left_out(about: dict[str, Any]) -> Iterator[str]:
+def left_out(about: dict[str, Any]) -> Iterator[str]:
     """Lists of what was not run, failed, or was cut at the time limit."""
-    failed = about.get("failed") or {}
-    found = {
-        "Not run": about.get("not_run", {}),
-        "Failed": failed if isinstance(failed, dict) else dict.fromkeys(failed, ""),
-        "Cut at the time limit": dict.fromkeys(about.get("cut", []), ""),
-    }
-    for title, names in found.items():
+    for title, kind in (("Not run", "not_run"), ("Failed", "failed"), ("Cut at the time limit", "cut")):
+        names = about.get(kind)
         if names:
             yield f"{title}:\n"
-            yield from (f"- {name}{': ' if reason else ''}{_escaped(reason)}" for name, reason in names.items())
+            reasons = names if isinstance(names, dict) else dict.fromkeys(names, "")
+            yield from (f"- {name}{': ' if reason else ''}{_escaped(reason)}" for name, reason in reasons.items())
             yield ""
 
 
@@ -174,7 +168,7 @@ def _error(row: Row) -> str:
     return ", ".join(f"{error:.0e}" for error in errors)
 
 
-def write(results: Path, out: Path) -> Path:
+def write_report(results: Path, out: Path) -> Path:
     """Write README.md and plots/ into `out`, remove plots without a result, and return the page's path."""
     stored = load(results)
     files: dict[str, list[str]] = {}
@@ -187,7 +181,7 @@ def write(results: Path, out: Path) -> Path:
     for path in (out / "plots").glob("*.svg"):
         if path.name not in keep:
             path.unlink()
-    write_atomically(out / "README.md", page(stored, files))
+    write(out / "README.md", page(stored, files))
     return out / "README.md"
 
 
@@ -197,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     options = parser.parse_args(argv)
-    print(write(options.results, options.out))
+    print(write_report(options.results, options.out))
     return 0
 
 

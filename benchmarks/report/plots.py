@@ -1,6 +1,5 @@
 """Plots of stored results as SVG. The same results and matplotlib version give the same bytes."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ COLORS = {
     "hf_eager": "#d1495b", "hooks": "#d1495b", "timm_eager": "#edae49", "compiled_eager": "#8d5a97",
     "flex_map": "#8c6d46", "flex_vecmat": "#8c8c8c", "sdpa_cudnn": "#999999",
 }  # fmt: skip
-LINE = 0.052  # height of a line of text, as a share of the axis
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "attnx", "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
@@ -28,17 +26,16 @@ def op_plot(run: Run, path: Path) -> bool:
     if not lines:
         return False
     figure, axes = _figure(7.2, 4.2)
-    axes.axhline(1, color="#333333", linewidth=1)
+    axes.axhline(1, color="#333333", linewidth=1, label="SDPA")
     ratios = [ratio for points in lines.values() for _, ratio in points]
     bottom, top = 0.87 * min(1.0, *ratios), 1.15 * max(ratios)
-    ends = _draw(axes, lines)
+    _draw(axes, lines)
     axes.set_ylim(bottom, top)
     steps = [step for step in (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if bottom <= step <= top]
     axes.set_yticks(steps, [f"{step:g}x" for step in steps])
     axes.set_ylabel("time / SDPA without a map")
     axes.set_title(f"One attention call, {run.about['hardware']}", loc="left", color="#222222")
-    longest = max(tokens for points in lines.values() for tokens, _ in points)
-    _label_ends(axes, [*ends, ("SDPA", (longest, 1.0), "#333333")])
+    _legend(axes)
     _save(figure, path)
     return True
 
@@ -48,14 +45,14 @@ def growth_plot(run: Run, path: Path) -> bool:
     contestants = by_contestant(run.about.get("growth", ()))
     if not contestants:
         return False
-    figure, pair = _figure(9.6, 4.0, columns=2)
+    figure, pair = _figure(11.0, 4.0, columns=2)
     for axes, field, unit in zip(pair, ("ms", "mb"), ("milliseconds", "peak megabytes above the model"), strict=True):
         lines = {name: [(p.tokens, getattr(p, field)) for p in points] for name, points in contestants.items()}
-        ends = _draw(axes, lines)
+        _draw(axes, lines, {name: f"{name}: N^{power(points):.1f}" for name, points in lines.items()})
         axes.set_ylabel(unit)
-        _label_ends(axes, [(f"{name}: N^{power(lines[name]):.1f}", end, color) for name, end, color in ends])
+        _legend(axes)
     pair[0].set_title(f"Rollout of a ViT-Ti/16, one image, {run.about['hardware']}", loc="left", color="#222222")
-    figure.subplots_adjust(wspace=0.75)
+    figure.subplots_adjust(wspace=1.0)
     _save(figure, path)
     return True
 
@@ -77,34 +74,23 @@ def _ratios(run: Run) -> Lines:
     return lines
 
 
-def _draw(axes: Any, lines: Lines) -> list[tuple[str, tuple[int, float], str]]:
-    """Draw the lines on logarithmic axes and return the name, last point and color of each."""
+def _draw(axes: Any, lines: Lines, labels: dict[str, str] | None = None) -> None:
+    """Draw the lines on logarithmic axes. labels: {name: text of the legend}, by default the name."""
     for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), color=_color(name), marker="o", markersize=4, linewidth=1.8)
+        style = dict(color=COLORS.get(name, "#666666"), marker="o", markersize=4, linewidth=1.8)
+        axes.plot(*zip(*points, strict=True), label=(labels or {}).get(name, name), **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = sorted({tokens for points in lines.values() for tokens, _ in points})
     axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
     axes.minorticks_off()
     axes.set_xlabel("tokens")
-    return [(name, points[-1], _color(name)) for name, points in lines.items()]
 
 
-def _color(name: str) -> str:
-    return COLORS.get(name, "#666666")
-
-
-def _label_ends(axes: Any, ends: list[tuple[str, tuple[int, float], str]]) -> None:
-    """Write names beside the last points. Names at the right edge are moved apart so that they do not overlap."""
-    right = max(tokens for _, (tokens, _), _ in ends)
-    low, high = axes.get_ylim()
-    taken = -1.0
-    for name, (tokens, ratio), color in sorted(ends, key=lambda end: end[1][1]):
-        if tokens < right:
-            axes.annotate(name, (tokens, ratio), (6, 0), textcoords="offset points", va="center", color=color)
-            continue
-        taken = max(math.log(ratio / low) / math.log(high / low), taken + LINE)
-        axes.annotate(name, (1.02, taken), xycoords="axes fraction", va="center", color=color, annotation_clip=False)
+def _legend(axes: Any) -> None:
+    """A legend beside the plot, in the order of the lines' last points."""
+    lines = sorted(axes.get_lines(), key=lambda line: line.get_ydata()[-1], reverse=True)
+    axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_LATER = ("kernel", "errors", "tokens", "needed_mb")  # fields that older files lack
-
 
 @dataclass(frozen=True)
 class Row:
@@ -114,6 +112,5 @@ def load(folder: Path) -> Stored:
 
 
 def read_row(content: dict[str, Any]) -> Row:
-    """The Row of a stored row."""
-    names = Row.__dataclass_fields__
-    return Row(**{name: content.get(name) if name in _LATER else content[name] for name in names})
+    """The Row of a stored row. Fields that older files lack are None."""
+    return Row(**{name: content[name] for name in Row.__dataclass_fields__ if name in content})

@@ -20,11 +20,8 @@ def sweep_section(sweeps: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield f"[`{file}`](results/{file}): {sweep['target']}, commit {str(sweep['commit'])[:12]}.\n"
         if sweep["compiled_only"]:
             yield "Compiled only: bytes spilled per thread, registers, bytes of shared memory.\n"
-            columns = ("", "default", "spills", "registers", "shared", "candidates")
-            yield from table(columns, [_compiled(name, list(rows)) for name, rows in groups], "ll")
-        else:
-            timed = ("", "default", "ms", "best", "ms", "default / best", "ran")
-            yield from table(timed, [_timed(name, list(rows)) for name, rows in groups], "llrl")
+        head = ("", "default", "spills", "registers", "shared", "ms", "best", "ms", "default / best", "ran")
+        yield from table(head, [_line(name, list(rows)) for name, rows in groups], "llrrrrl")
         yield ""
 
 
@@ -33,26 +30,16 @@ def _problem(row: dict[str, Any]) -> str:
     return f"{row['kernel']}, {batch}N {row['N']}, D {row['D']}"
 
 
-def _timed(name: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
+def _line(name: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
     ran = sorted((row for row in rows if "ms" in row), key=lambda row: row["ms"])
-    default, best = _default(rows), ran[0] if ran else {}
-    gain = default["ms"] / best["ms"] if "ms" in default and best else None
-    cells = [cell for row in (default, best) for cell in (_config(row), _time(row))]
-    return name, *cells, number(gain, "x"), f"{len(ran)} of {len(rows)}"
-
-
-def _compiled(name: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
-    default = _default(rows)
-    cells = [str(default.get(key, "")) for key in ("spills", "registers", "shared")]
-    return name, _config(default), *cells, str(len(rows))
-
-
-def _default(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return next((row for row in rows if row["default"]), {})
-
-
-def _config(row: dict[str, Any]) -> str:
-    return configuration(row["config"]) if row else "none"
+    default: dict[str, Any] = next((row for row in rows if row["default"]), {})
+    compiled = (str(default.get(key, "")) for key in ("spills", "registers", "shared"))
+    config, time = (configuration(default["config"]), _time(default)) if default else ("none", "")
+    if not ran:
+        return name, config, *compiled, time, "", "", "", f"0 of {len(rows)}"
+    gain = default["ms"] / ran[0]["ms"] if "ms" in default else None
+    best = configuration(ran[0]["config"]), _time(ran[0]), number(gain, "x")
+    return name, config, *compiled, time, *best, f"{len(ran)} of {len(rows)}"
 
 
 def _time(row: dict[str, Any]) -> str:

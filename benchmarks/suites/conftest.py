@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    _record(session.config).add(planned=[item.name for item in session.items])
+    Record(session.config.getoption("--record")).add(planned=[item.name for item in session.items])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -31,7 +31,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
     report = yield
     if report.failed:
         reason = call.excinfo.exconly().splitlines()[0] if call.excinfo else report.longreprtext
-        _record(item.config).add(failed=item.name, reason=reason[:500])
+        Record(item.config.getoption("--record")).add(failed=item.name, reason=reason[:500])
     return report
 
 
@@ -46,29 +46,8 @@ def quick(pytestconfig: pytest.Config) -> bool:
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest) -> "Recorder":
-    return Recorder(_record(request.config), request.node.name)
-
-
-class Recorder:
-    """Records the row of one test, or the reason why there is none."""
-
-    def __init__(self, record: Record, test: str) -> None:
-        self.record, self.test = record, test
-
-    def row(self, **row: Any) -> None:
-        self.record.add(row=_short(row), test=self.test)
-
-    def not_run(self, name: str, reason: str) -> None:
-        """Record the reason and skip the test."""
-        self.record.add(not_run=name, reason=reason, test=self.test)
-        pytest.skip(f"{name}: {reason}")
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _short(item) for key, item in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+def record(request: pytest.FixtureRequest) -> Record:
+    return Record(request.config.getoption("--record"), request.node.name)
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +58,3 @@ def _free_device_memory(device: str) -> Iterator[None]:
             sys.__dict__.pop(name, None)
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _record(config: pytest.Config) -> Record:
-    return Record(config.getoption("--record"))

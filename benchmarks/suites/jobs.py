@@ -2,24 +2,22 @@
 
     python -m benchmarks.suites.jobs --photos DIR               2,000 JPEGs, copies of those in DIR
     python -m benchmarks.suites.jobs --device cuda              generated JPEGs of 640 x 480
-    python -m benchmarks.suites.jobs --many 10000000            without a model and decoders
+    python -m benchmarks.suites.jobs --engines 2                one process, then two: local, ranks, Ray
+    python -m benchmarks.suites.jobs --many 10000000            without a model and decoders, see `many`
     python -m benchmarks.suites.jobs --quick                    a tiny model, 64 pictures, 20,000 rows
 
 `decode` is the decoding processes alone, `model` the extractor alone on decoded pixels. Both run before and after
 `pipeline`, the job of `attnx extract`, and their means count. The median of seven rounds is stored. The pipeline can't
 be faster than the slower of the two. If they share the cores of a CPU, `shared` is the rate if their times add up.
-
-The job of many rows has a real manifest, queues, packing, Parquet and fsync; pixels and maps are constant. Resident
-memory and the rate are stored after every tenth of the rows.
 """
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +25,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-import attnx
 from attnx.cli.options import rollout_options
 from attnx.images import find_images
-from attnx.jobs.decoding import Decode, Decoders, Picture, start_server
+from attnx.jobs.decoding import Decode, Decoders, start_server
 from attnx.jobs.job import open_job
 from attnx.jobs.memory import usable_cores
-from attnx.jobs.pixels import Pixels
 from attnx.jobs.recipe import ExtractRecipe, RunOptions, Runtime
 from attnx.jobs.run import run_job
 from attnx.jobs.sources import Entry
-from attnx.jobs.tasks import ImageTask
-from attnx.jobs.worker import Worker
 from attnx.limits import PICTURE_PIXELS
-from benchmarks.machine import ROOT, environment, file_stem, write_atomically
+from benchmarks.machine import ROOT, ResultFile, environment, file_stem
+from benchmarks.suites.many import many
 
 MODEL = "timm:vit_small_patch16_224"
 
@@ -136,98 +131,38 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Numbers:
-    """A source of `count` entries without files."""
+def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Seconds of the same `attnx extract` on CPUs by one process and by every engine with N processes.
 
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def entries(self) -> Iterator[Entry]:
-        """Entries with names like those of a large data set."""
-        for i in range(self._count):
-            name = f"train/{i // 1000:06d}/{i:09d}.jpg"
-            yield Entry(name, name)
-
-
-class NoDecoders(Decoders):
-    """A source of one decoded image."""
-
-    def __init__(self) -> None:
-        self.workers = 0
-        self._future: Future[Picture] = Future()
-        self._future.set_result(Picture(np.zeros((3, 2, 2), np.uint8), 640, 480, (0.0, 0.0, 640.0, 480.0)))
-
-    def submit(self, entry: Entry) -> Future[Picture]:
-        """The same image for every entry."""
-        return self._future
-
-
-def many(count: int, out: Path) -> dict[str, Any]:
-    """Times of a job of `count` rows without a model: planning, writing, resuming, reading."""
-    pixels = Pixels("whole", (2, 2), (0.0,) * 3, (1.0,) * 3, "bilinear")
-    maps = torch.rand(256, 14, 14, generator=torch.Generator().manual_seed(0))
-    task = ImageTask(lambda images: maps[: len(images)])
-    source, marks = Numbers(count), []
-    start = time.perf_counter()
-    with open_job(out, source, {}, {"model": "none"}) as job:
-        planned, resident = time.perf_counter() - start, _resident()
-        worker = Worker(job, NoDecoders(), pixels, task, None, 256)
-        with worker:
-            begin = last = time.perf_counter()
-            for shard in range(job.shards):
-                made = worker.run_shard(shard, shard + 1 if shard + 1 < job.shards else None)
-                if (shard + 1) % max(1, job.shards // 10) == 0:
-                    made.result()
-                    now = time.perf_counter()
-                    rows = (shard + 1) * job.shard_size
-                    since = rows - (marks[-1]["rows"] if marks else 0)
-                    marks.append({"rows": rows, "us_per_row": 1e6 * (now - last) / since, "resident_mb": _resident()})
-                    last = now
-        seconds = time.perf_counter() - begin
-    size = sum(path.stat().st_size for path in out.glob("part-*.parquet"))
-    return {
-        "rows": count, "shards": job.shards, "plan_s": planned, "resident_after_plan_mb": resident, "make_s": seconds,
-        "marks": marks, **_read_again(out, source, count), "bytes_per_row": size / count,
-        "manifest_bytes_per_row": (out / "manifest.parquet").stat().st_size / count,
-    }  # fmt: skip
-
-
-def _read_again(out: Path, source: Numbers, count: int) -> dict[str, Any]:
-    """Times of resuming a finished job and of reading its rows."""
-
-    def errors() -> int:
-        with open_job(out, source, {}, {"model": "none"}) as job:
-            return sum(map(job.errors, range(job.shards)))
-
-    def resume() -> None:
-        with open_job(out, source, {}, {"model": "none"}) as job:
-            assert len(job.done()) == job.shards
-
-    _, resumed = _timed(resume)
-    failed, counted = _timed(errors)
-    opened, opening = _timed(lambda: attnx.open(out))
-    key, by_place = _timed(lambda: opened[count // 2].key)
-    same, first_key = _timed(lambda: opened[key].key)
-    places = np.random.default_rng(0).integers(0, count, 200)
-    _, random = _timed(lambda: [opened[int(i)] for i in places])
-    assert (len(opened), failed, same) == (count, 0, key)
-    return {
-        "resume_s": resumed, "count_errors_s": counted, "open_s": opening, "row_by_place_s": by_place,
-        "first_key_s": first_key, "random_row_ms": 1e3 * random / len(places),
-    }  # fmt: skip
-
-
-def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    """The result of a call and its seconds."""
-    start = time.perf_counter()
-    result = call()
-    return result, time.perf_counter() - start
-
-
-def _resident() -> float:
-    """Resident megabytes of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 1e6
+    They include the start of the processes. `same_as_local` is True if the shards equal those of the local engine.
+    """
+    world = options.engines
+    count = 64 if options.quick else options.images
+    draw(folder / "images", count, options.photos)
+    model = ["demo"] if options.quick else [options.model, "--no-pretrained"]
+    shared = ["--max-pixels", str(PICTURE_PIXELS), "--shard-size", "16" if options.quick else "64"]
+    command = [sys.executable, "-m", "attnx", "extract", str(folder / "images"), "--model", *model, *shared]
+    own_cores = max(1, usable_cores() // world)
+    rank = ["--device", "cpu", "--engine", "ranks", "--world", str(world), "--workers", str(own_cores)]
+    runs = {
+        "here": [["--device", "cpu"]],
+        "local": [["--device", ",".join(["cpu"] * world)]],
+        "ranks": [[*rank, "--rank", str(i)] for i in range(world)],
+        "ray": [["--device", "cpu", "--engine", "ray", "--actors", str(world)]],
+    }
+    found: dict[str, Any] = {}
+    wrote: dict[str, list[bytes]] = {}
+    for name, processes in runs.items():
+        out = folder / name
+        env = {**os.environ, **({"OMP_NUM_THREADS": str(own_cores)} if name == "ranks" else {})}
+        start = time.perf_counter()
+        started = [subprocess.Popen([*command, "--out", str(out), *args], env=env) for args in processes]
+        assert [process.wait() for process in started] == [0] * len(started), f"{name}: attnx extract failed"
+        seconds = time.perf_counter() - start
+        found[name] = {"seconds": seconds, "images_per_s": count / seconds}
+        wrote[name] = [path.read_bytes() for path in sorted(out.glob("part-*.parquet"))]
+    same = {name: shards == wrote["local"] for name, shards in wrote.items()}
+    return {"images": count, "model": model[0], "processes": world, "engines": found, "same_as_local": same}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -240,7 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--workers", type=int, help="number of decoding processes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--many", type=int, help="only a job of this many rows")
+    parser.add_argument("--engines", type=int, metavar="N", help="one process, then N: local, ranks, Ray; on the CPU")
+    parser.add_argument("--many", type=int, metavar="ROWS", help="only a job of this many rows")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true")
@@ -249,12 +185,14 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if options.many is not None:
             told, name = many(options.many, Path(folder) / "out"), "jobs-many"
+        elif options.engines is not None:
+            told, name = engines(options, Path(folder)), "jobs-engines"
         else:
             told, name = measure(options, Path(folder)), "jobs"
-    path = options.out / f"{name}-{file_stem(options.device)}{'-quick' if options.quick else ''}.json"
-    write_atomically(path, json.dumps({**about, **told}, indent=1))
+    file = ResultFile(options.out, f"{name}-{file_stem(options.device)}", options.quick)
+    file.save({**about, **told})
     print(json.dumps(told, indent=1))
-    print(path.name)
+    print(file.finish().name)
     return 0
 
 

@@ -19,8 +19,7 @@ import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
@@ -28,8 +27,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import ROOT
 from benchmarks.peers import networks as models
 from benchmarks.peers import rollouts
+from benchmarks.timing import wall_timer
 
 MEASURABLE = Path("/proc/self/clear_refs").exists()
 # glibc raises this threshold to the size of freed blocks, unless it is set.
@@ -46,7 +47,8 @@ def measure(contestant: str, model: str, batch: int, device: str, runs: int) -> 
         rollout = call(images)
     tokens = 0 if rollout is None else rollout.shape[1] + 1
     del rollout
-    seconds = [_seconds(call, images) for _ in range(runs)]
+    once = wall_timer(call, [(images,)])
+    seconds = [once() for _ in range(runs)]
     return dict(
         contestant=contestant, model=model, batch=len(images), tokens=tokens, device=device,
         peak_mb=round(peak[0] / 1e6, 1), seconds=median(seconds) if seconds else None,
@@ -56,15 +58,20 @@ def measure(contestant: str, model: str, batch: int, device: str, runs: int) -> 
 def in_own_process(
     contestant: str, model: str, batch: int, device: str, runs: int = 0, needed: bool = False
 ) -> dict[str, Any]:
-    """`measure` in a fresh Python; if `needed`, malloc returns freed memory at once.
+    """`measure` in a process of its own, see `run_module`."""
+    options = ["--model", model, "--batch", str(batch), "--device", device, "--runs", str(runs)]
+    return run_module("benchmarks.suites.memory", [contestant, *options], needed)
+
+
+def run_module(module: str, args: list[str], needed: bool = False) -> dict[str, Any]:
+    """The JSON that a module prints in its last line; if `needed`, its malloc returns freed memory at once.
 
     Raises:
         subprocess.CalledProcessError: it failed; its output is on stderr.
     """
-    command = [sys.executable, "-m", "benchmarks.suites.memory", contestant, "--model", model]
-    command += ["--batch", str(batch), "--device", device, "--runs", str(runs)]
-    root, env = Path(__file__).resolve().parents[2], {**os.environ, **(GIVES_BACK if needed else {})}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root, env=env)
+    env = {**os.environ, **(GIVES_BACK if needed else {})}
+    command = [sys.executable, "-m", module, *args]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=env)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -89,18 +96,18 @@ def peak_of(device: str) -> Iterator[list[float]]:
     peak[0] = _status("VmHWM") - start
 
 
+def cuda_peak_mb(call: Callable[..., Any], args: tuple[torch.Tensor, ...]) -> float | None:
+    """Peak megabytes (10^6 bytes) of one call above what was allocated before; None on a CPU."""
+    if not args[0].is_cuda:
+        return None
+    with torch.inference_mode(), peak_of("cuda") as peak:
+        result = call(*args)  # noqa: F841  keep until the peak is read
+    return peak[0] / 1e6
+
+
 def _prepare(contestant: str, model: str, batch: int, device: str) -> tuple[rollouts.Rollout, torch.Tensor]:
     images = models.images(model, device, batch)
     return rollouts.CONTESTANTS[contestant](models.build(model).to(device)), images
-
-
-def _seconds(call: rollouts.Rollout, images: torch.Tensor) -> float:
-    start = time.perf_counter()
-    with torch.inference_mode():
-        call(images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _status(field: str) -> int:
@@ -119,11 +126,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=0, help="number of further runs to time; 0: memory only")
     parser.add_argument("--needed", action="store_true", help="malloc returns freed memory at once (CPU, glibc)")
     options = parser.parse_args(argv)
-    if options.needed and (options.device != "cpu" or not GIVES_BACK):
-        parser.error("--needed: expected a CPU and glibc")
-    if options.contestant not in models.SPECS[options.model].contestants:
-        known = ", ".join(models.SPECS[options.model].contestants)
-        parser.error(f"contestant: expected one of {known} for {options.model}; got {options.contestant}")
     call = (options.contestant, options.model, options.batch, options.device, options.runs)
     print(json.dumps(in_own_process(*call, needed=True) if options.needed else measure(*call)))
     return 0

@@ -85,7 +85,7 @@ def default(problem: Problem, target: Target) -> Candidate | None:
     kernel, n, d = problem
     if kernel == "one_pass":
         short = one_pass_config(d, itemsize, n, target)
-        return short and Candidate(*short.config[:4], short.parts, short.tail, int(short.lag))
+        return short and Candidate(*short.config[:4], short.parts, short.tail, int(short.delay_pv))
     if kernel == "forward":
         return Candidate(*forward_config(d, itemsize, n, BATCH[n] * HEADS, target))
     return Candidate(*(map_config if kernel == "map" else vecmat_config)(d, itemsize, n, target))

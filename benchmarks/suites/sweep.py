@@ -11,7 +11,6 @@ time limit are recorded as such.
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import time
@@ -25,9 +24,10 @@ from torch import Tensor
 
 from attnx.kernels.configs import Target
 from attnx.kernels.inspect import offline
-from benchmarks.machine import ROOT, environment, file_stem, part_of, write_atomically
+from benchmarks.machine import ROOT, ResultFile, environment, file_stem
 from benchmarks.report.sweeps import sweep_section
 from benchmarks.suites.problems import PROBLEMS, Candidate, Problem, build, candidates, default
+from benchmarks.timing import first_line
 
 SPILLS = 64  # bytes per thread
 ENOUGH = 60  # seconds: with less left, no further head dim is started
@@ -41,7 +41,7 @@ def compile_one(problem: Problem, candidate: Candidate, target: Target) -> dict[
     except FileNotFoundError:  # it compiles, but cuobjdump is missing
         return {}
     except Exception as error:  # the compiler's errors have no common base class
-        return {"error": _first_line(error)}
+        return {"error": _message(error)}
     result: dict[str, Any] = {"registers": found.registers, "spills": found.spills, "shared": found.shared}
     if found.shared > offline.SHARED_LIMIT.get(target.arch, 227 << 10):
         result["error"] = f"asks for {found.shared} bytes of shared memory"
@@ -54,7 +54,7 @@ def compile_all(target: Target, problems: tuple[Problem, ...], jobs: int) -> lis
     tasks = [(_problem(row), Candidate(*row["config"]), target) for row in rows]
     found = offline.in_processes(compile_one, tasks, jobs)
     return [
-        row | ({"error": _first_line(result)} if isinstance(result, BaseException) else result)
+        row | ({"error": _message(result)} if isinstance(result, BaseException) else result)
         for row, result in zip(rows, found, strict=True)
     ]
 
@@ -75,7 +75,7 @@ def time_all(rows: list[dict[str, Any]], target: Target, end: float) -> None:
             reference, base = first.setdefault(problem, (results, ms))
             _compare(results, reference)
         except Exception as error:  # a candidate that fails is recorded
-            row["error"] = _first_line(error)
+            row["error"] = _message(error)
             continue
         row["ms"], row["ratio"] = round(ms, 5), round(ms / base, 3)
 
@@ -101,17 +101,15 @@ def _problem(row: dict[str, Any]) -> Problem:
     return Problem(*(row[name] for name in Problem._fields))
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+def _message(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"[:200]
 
 
 def sweep(problems: tuple[Problem, ...], target: Target, options: argparse.Namespace) -> dict[str, Any]:
     """Compile and, on a GPU, time one head dim after the other. The content of the stored file."""
     start = time.monotonic()
     stem = f"sm_{target.arch}-triton{triton.__version__}" if options.compile_only else file_stem("cuda")
-    whole = options.out / f"sweep-{stem}{'-quick' if options.quick else ''}.json"
-    part = part_of(whole)
+    file = ResultFile(options.out, f"sweep-{stem}", options.quick)
     about = environment("cpu" if options.compile_only else "cuda")
     about |= {"target": f"sm_{target.arch}", "compiled_only": options.compile_only, "quick": options.quick}
     rows: list[dict[str, Any]] = []
@@ -126,9 +124,9 @@ def sweep(problems: tuple[Problem, ...], target: Target, options: argparse.Names
             if not options.compile_only:
                 time_all(found, target, start + options.limit * (i + 2) / (len(dims) + 1))
             rows += found
-        write_atomically(part, json.dumps({**about, "rows": rows}, indent=1))
+        file.save({**about, "rows": rows})
     if not any(row.get("error") == NO_TIME for row in rows):
-        part.replace(whole)
+        file.finish()
     return {**about, "rows": rows}
 
 

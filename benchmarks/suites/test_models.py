@@ -12,7 +12,8 @@ from benchmarks import exact
 from benchmarks.peers import networks as models
 from benchmarks.peers import rollouts
 from benchmarks.peers.op import NotRun
-from benchmarks.timing import CLOCK, cuda_peak_mb, race, try_to, wall_timer
+from benchmarks.suites import memory
+from benchmarks.timing import CLOCK, race, try_to, wall_timer
 
 AGREEMENT = 1e-4  # maximum error in fp32, as a share of the exact rollout's largest entry
 FP32_BYTES = 4 << 30  # on a GPU, models with more attention weights are checked only in the timed dtype
@@ -83,10 +84,7 @@ _case = lru_cache(maxsize=1)(Case)
 @pytest.mark.timeout(1200)
 def test_rollout(benchmark: Any, run: models.Run, name: str, device: str, quick: bool, record: Any) -> None:
     found = try_to(lambda: _measure(benchmark, run, name, device, quick))
-    if isinstance(found, str):
-        record.not_run(f"{name}, {run}", found)
-    else:
-        record.row(suite="models", shape=str(run), contestant=name, **found)
+    record.measured(f"{name}, {run}", found, suite="models", shape=str(run), contestant=name)
 
 
 def _measure(benchmark: Any, run: models.Run, name: str, device: str, quick: bool) -> dict[str, Any]:
@@ -97,8 +95,8 @@ def _measure(benchmark: Any, run: models.Run, name: str, device: str, quick: boo
     error = None if name == "plain" else _checked_error(case, name, device)
     call = case.call(name, case.dtype)
     floor = wall_timer(case.call("plain", case.dtype), [(images,)])
-    peak = cuda_peak_mb(call, (images,))
-    times = race(benchmark, wall_timer(call, [(images,)]), floor, 8.0 if device == "cpu" else 2.0, quick)
+    peak = memory.cuda_peak_mb(call, (images,))
+    times = race(wall_timer(call, [(images,)]), floor, 8.0 if device == "cpu" else 2.0, quick, benchmark)
     dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[case.dtype]
     return dict(dtype=dtype, timing="wall", **times, peak_mb=peak, max_error=error, tokens=case.tokens)
 

@@ -13,7 +13,8 @@ from attnx import testing
 from benchmarks import exact
 from benchmarks.machine import l2_bytes
 from benchmarks.peers import op as peers
-from benchmarks.timing import CLOCK, Seconds, cuda_peak_mb, graph_timer, race, try_to, wall_timer
+from benchmarks.suites import memory
+from benchmarks.timing import CLOCK, Seconds, graph_timer, race, try_to, wall_timer
 
 WHOLE = 1 << 26  # attention weights; of larger shapes only `ROWS` rows are checked
 ROWS = 64
@@ -37,7 +38,7 @@ def _vit(batch: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Shape:
 
 PLAIN = ("sdpa", "attnx", "attnx_row", "vecmat", "hf_eager", "timm_eager")
 FEW = ("sdpa", "attnx", "attnx_eager", "hf_eager")
-OTHERS = ("sdpa_cudnn", "flex_map", "flex_vecmat")  # their errors are recorded as "not run"
+OTHERS = ("flex_map", "flex_vecmat")  # their errors are recorded as "not run"
 MAIN = tuple(_vit(*size) for size in ((64, 197), (16, 577), (4, 1370), (1, 4097), (1, 16385), (64, 257)))
 SMALL = tuple(_vit(1, n) for n in (197, 577, 1370))
 LARGE = tuple(_vit(*size) for size in ((256, 197), (64, 577), (16, 1370), (4, 4097)))
@@ -61,7 +62,6 @@ PLANS: dict[str, list[tuple[Shape, tuple[str, ...]]]] = {
         *((shape, PLAIN) for shape in MAIN),
         *((shape, ("compiled_eager",)) for shape in MAIN[:4]),
         *((shape, PLAIN) for shape in SMALL),
-        *((shape, OTHERS[:1]) for shape in MAIN),
         *((shape, PLAIN[:-1]) for shape in (*LARGE, *HALF)),
         (MAIN[4], ("flex_vecmat",)),
         (MAIN[1], ("flex_map", "flex_vecmat")),
@@ -139,26 +139,19 @@ _case = lru_cache(maxsize=1)(Case)
 
 @pytest.mark.benchmark(group="op", timer=CLOCK)
 def test_attention(benchmark: Any, shape: Shape, name: str, device: str, quick: bool, record: Any) -> None:
-    try:
-        call = peers.ATTENTION[name](quick)
-    except peers.NotRun as reason:
-        record.not_run(name, str(reason))
-    found = try_to(lambda: _measure(benchmark, shape, name, call, device, quick), name in OTHERS)
-    if isinstance(found, str):
-        record.not_run(f"{name}, {shape} {SHORT[shape.dtype]}", found)
-    else:
-        record.row(suite="op", shape=str(shape), dtype=SHORT[shape.dtype], contestant=name, **found)
+    found = try_to(lambda: _measure(benchmark, shape, name, device, quick), name in OTHERS)
+    dtype = SHORT[shape.dtype]
+    record.measured(f"{name}, {shape} {dtype}", found, suite="op", shape=str(shape), dtype=dtype, contestant=name)
 
 
-def _measure(
-    benchmark: Any, shape: Shape, name: str, call: peers.Attention, device: str, quick: bool
-) -> dict[str, Any]:
+def _measure(benchmark: Any, shape: Shape, name: str, device: str, quick: bool) -> dict[str, Any]:
+    call = peers.ATTENTION[name](quick)
     case = _case(shape, device, quick)
     with torch.inference_mode():
         errors = case.check(name, call(*case.sets[0]))
     contestant, how = _timer(call, case.sets)
-    times = race(benchmark, contestant, case.floor(how), 5.0 if device == "cpu" else 1.5, quick)
-    peak = cuda_peak_mb(call, case.sets[0])
+    times = race(contestant, case.floor(how), 5.0 if device == "cpu" else 1.5, quick, benchmark)
+    peak = memory.cuda_peak_mb(call, case.sets[0])
     kernel = sdpa_kernel_name(*case.sets[0][:3]) if name == "sdpa" else None
     about = dict(max_error=max(errors.values()), errors=errors, checked_rows=len(case.rows), kernel=kernel)
     return dict(timing=how, **times, peak_mb=peak, **about)

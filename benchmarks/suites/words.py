@@ -14,16 +14,12 @@ timed. Contestant and floor run alternately. On a CPU each measurement has its o
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +29,10 @@ import attnx
 from attnx.models.albef import Albef, AlbefConfig
 from attnx.models.tokenizer import Caption
 from benchmarks import mkl
-from benchmarks.machine import ROOT, environment, file_stem, part_of, write_atomically
+from benchmarks.machine import ROOT, ResultFile, environment, file_stem
 from benchmarks.peers.original import Original, load_original
 from benchmarks.suites import memory
+from benchmarks.timing import race, wall_timer
 
 LAYER = 8
 AGREEMENT = 1e-4
@@ -96,10 +93,6 @@ class Case:
         self.ids = self.ids.to(device)
         self.mask = self.ids != 0
 
-    def call(self, name: str) -> Callable[[], Any]:
-        """The contestant of this name. The original returns maps [B, T, h, w], attnx a list of [T, h, w]."""
-        return getattr(self, name)
-
     @torch.inference_mode()
     def forward(self) -> Tensor:
         image = self.model.encode_image(self.images)
@@ -131,8 +124,8 @@ class Case:
 
     def error(self, name: str) -> float:
         """The largest difference of attnx from the original, as a share of the original's largest entry."""
-        exact = self.call(f"original_{'words' if name == 'word_maps' else name}")()
-        ours = self.call(name)()
+        exact = getattr(self, f"original_{'words' if name == 'word_maps' else name}")()
+        ours = getattr(self, name)()
         wrong = [(one - exact[i, : len(one)]).abs().max() for i, one in enumerate(ours)]
         return float(torch.stack(wrong).max() / exact.max())
 
@@ -146,34 +139,19 @@ def timed(name: str, run: Run, checkout: Path | None, quick: bool, device: str =
     error = case.error(name) if name in OURS and checkout is not None else None
     if error is not None and error > AGREEMENT:
         raise AssertionError(f"{name}, {run}: off by {error:.1e} of the largest entry")
-    call, floor = case.call(name), case.call("forward")
-    pair = _seconds(call) + _seconds(floor)
-    rounds = 2 if quick else max(3, min(15, int(12 / pair)))
-    times = [(_seconds(floor), _seconds(call)) for _ in range(rounds)]
-    floors, mine = (sorted(column) for column in zip(*times, strict=True))
-    return dict(
-        contestant=name, batch=run.batch, pixels=run.pixels, rounds=rounds, median_ms=1e3 * median(mine),
-        floor_ms=1e3 * median(floors), ratio_to_floor=median(mine) / median(floors),
-        iqr_ms=1e3 * (mine[-1 - rounds // 4] - mine[rounds // 4]), pairs_per_s=run.batch / median(mine),
-        error=error,
-    )  # fmt: skip
+    call, floor = (wall_timer(getattr(case, which), [()], grad=True) for which in (name, "forward"))
+    times = race(call, floor, 12.0, quick)
+    rate = 1e3 * run.batch / times["median_ms"]
+    return dict(contestant=name, batch=run.batch, pixels=run.pixels, **times, pairs_per_s=rate, error=error)
 
 
 def peak(name: str, run: Run, checkout: Path | None, quick: bool, device: str = "cpu") -> dict[str, Any]:
     """Megabytes (10^6 bytes) of the first run above the loaded model."""
-    Case(Run(2, 32), checkout, quick=True, device=device).call(name)()
+    getattr(Case(Run(2, 32), checkout, quick=True, device=device), name)()
     case = _case(run, checkout if device == "cuda" or name in ORIGINAL else None, quick, device)
     with memory.peak_of(device) as most:
-        result = case.call(name)()  # noqa: F841  keep until the peak is read
+        result = getattr(case, name)()  # noqa: F841  keep until the peak is read
     return dict(peak_mb=round(most[0] / 1e6, 1))
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def measure(checkout: Path | None, quick: bool, device: str, only: str | None) -> Iterator[dict[str, Any]]:
@@ -188,31 +166,12 @@ def measure(checkout: Path | None, quick: bool, device: str, only: str | None) -
                 continue
             options = ["--device", device, *(["--original", str(checkout.resolve())] if checkout else [])]
             options += ["--quick"] if quick else []
-            row = _in_own_process("timed", name, run, options)
-            row |= _in_own_process("peak", name, run, options)
-            if memory.GIVES_BACK and device == "cpu":
-                row["needed_mb"] = _in_own_process("peak", name, run, options, memory.GIVES_BACK)["peak_mb"]
+            module, one = "benchmarks.suites.words", [name, str(run.batch), str(run.pixels), *options]
+            row = memory.run_module(module, ["--one", "timed", *one])
+            row |= memory.run_module(module, ["--one", "peak", *one])
+            if memory.GIVES_BACK:
+                row["needed_mb"] = memory.run_module(module, ["--one", "peak", *one], needed=True)["peak_mb"]
             yield row
-
-
-def _in_own_process(
-    what: str, name: str, run: Run, options: list[str], env: dict[str, str] | None = None
-) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.suites.words",
-        "--one",
-        what,
-        name,
-        str(run.batch),
-        str(run.pixels),
-        *options,
-    ]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env={**os.environ, **(env or {})}
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -234,14 +193,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with mkl.as_on_intel() if options.mkl_as_on_intel else nullcontext():
         about = {**environment(options.device), "quick": options.quick, "layer": LAYER}
-        path = options.out / f"words-{file_stem(options.device)}{'-quick' if options.quick else ''}.json"
-        part, rows = part_of(path), []
+        file, rows = ResultFile(options.out, f"words-{file_stem(options.device)}", options.quick), []
         for row in measure(options.original, options.quick, options.device, options.only):
             rows.append(row)
             times = f"{row['median_ms']:9.1f} ms {row['ratio_to_floor']:6.2f} x {row['peak_mb']:8.1f} MB"
             print(f"{row['contestant']:18}{times}", flush=True)
-            write_atomically(part, json.dumps({**about, "rows": rows}, indent=1))
-    print(part.replace(path).name)
+            file.save({**about, "rows": rows})
+    print(file.finish().name)
     return 0
 
 

@@ -1,9 +1,9 @@
-// Exact attention with its head-reduced map, for CPUs; `attnx/backends/native.py` calls it.
+// Exact attention with its head-reduced map, for CPUs. `attnx/ops/backends/native.py` calls it.
 //
-// A block of query rows at a time, and one head after another: the scores of all its keys, softmax, into the block's
-// map, times V. What a block needs stays in cache. Scores stand transposed, [keys][rows], a vector being W rows of one
-// key: so a row's maximum and sum need nothing from other lanes. K and V are copied, an item ahead, to rows that follow
-// one another: those of a packed qkv lie in pages of their own, and no hardware foresees them.
+// Each thread processes a block of query rows, one head after another: scores of all keys, softmax, map, P V. The data
+// of a block stays in cache. Scores are stored transposed, [keys][rows], and a vector holds W rows of one key, so row
+// maxima and sums need no reduction across lanes. K and V are copied to contiguous rows, one batch item ahead, because
+// the rows of a packed qkv are in separate pages, which hardware prefetchers don't follow.
 #include <algorithm>
 #include <atomic>
 #include <functional>
@@ -16,9 +16,9 @@
 
 namespace attnx {
 
-constexpr int BLOCK_COST = 3;  // of a block beside its rows, as if they were so many more
+constexpr int BLOCK_COST = 3;  // fixed cost of a block, in rows
 
-// All that a call wants of one block of rows.
+// Computes the outputs of a call for one block of rows.
 template <class T>
 static void attend(const Call& c, const Block& block, const Packed& kv, const Scratch& scratch) {
     float shift[ROWS], total[ROWS], factor[ROWS], fused[ROWS];
@@ -44,7 +44,7 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
             weigh_by_gradient<T>(c, block, kv, h, scratch);
         }
         for (int i = 0; i < ROWS; i++) {
-            // Only a bias leaves a row without keys; scores that are all -inf make it NaN, as softmax does.
+            // Only a bias can mask all keys of a row. Else, if all scores are -inf, the result is NaN as in softmax.
             factor[i] = c.bias_kind && total[i] == 0 ? 0 : 1 / total[i];
             if (!c.lse) fused[i] = factor[i];
             if (c.lse_out && i < block.count)
@@ -58,7 +58,7 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
         if (c.heads == EACH)
             store_map(c, block, scratch.s, fused, c.map + ((block.b * c.H + h) * c.R + block.first) * c.N);
         else if (c.heads == MEAN && h + 1 < c.H)
-            continue;  // the next head's scores see to it
+            continue;  // `scores` of the next head adds these weights to the map
         else if (h == 0)
             fuse<MEAN, true>(block, scratch.s, fused, scratch.map);
         else if (c.heads == MEAN)
@@ -74,7 +74,7 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
     }
 }
 
-// passed[b, first..last-1] of vecmat: the keys' weights in all rows and heads, each row's times its r.
+// vecmat: writes passed[b, first..last-1], the sum of r[row] * P[row, key] over rows, averaged over heads.
 template <class T>
 static void pass_on(const Call& c, int64_t b, int64_t first, int64_t last, const Packed& kv, const Scratch& scratch) {
     float* sums = scratch.s + (last - first) * ROWS;
@@ -90,7 +90,7 @@ static void pass_on(const Call& c, int64_t b, int64_t first, int64_t last, const
         }
         if (!any) continue;
         for (int64_t h = 0; h < c.H; h++) {
-            // Beyond the block's limit a row passes nothing on; but all of a row is NaN if anything is.
+            // Weights beyond the block's limit are 0, unless the row is NaN: then all of its weights are NaN.
             const float* lse = c.lse + (b * c.H + h) * c.M;
             for (int i = 0; i < block.count; i++)
                 if (r[i] != 0 && (r[i] != r[i] || lse[block.row[i]] != lse[block.row[i]]))
@@ -110,7 +110,7 @@ static void pass_on(const Call& c, int64_t b, int64_t first, int64_t last, const
                 for (int i = 0; i < block.width; i += W) {
                     const vec factor = load(weight + i);
                     const vec p = load(scratch.s + j * block.width + i) * factor;
-                    sum += factor == 0.0f ? vec{} : p;  // zero times NaN is NaN
+                    sum += factor == 0.0f ? vec{} : p;  // not p * 0, which may be NaN
                 }
                 store(sums + j * W, load(sums + j * W) + sum);
             }
@@ -119,7 +119,7 @@ static void pass_on(const Call& c, int64_t b, int64_t first, int64_t last, const
     for (int64_t j = 0; j < last - first; j++) c.passed[b * c.N + first + j] = sum_of(load(sums + j * W)) / float(c.H);
 }
 
-// How long c.threads take for blocks of so many rows, if each takes the next block when it is done with one; in rows.
+// Estimated time, in rows, of c.threads threads for blocks of `rows` rows, if each thread takes the next free block.
 static int64_t duration(const Call& c, int64_t rows) {
     std::priority_queue<int64_t, std::vector<int64_t>, std::greater<int64_t>> done;
     for (int64_t i = 0; i < c.threads; i++) done.push(0);
@@ -134,7 +134,7 @@ static int64_t duration(const Call& c, int64_t rows) {
     return last;
 }
 
-// Rows of a block: as many as can be, but where blocks are few, so many that no thread is long alone with the last one.
+// Rows per block: ROWS, or if there are few blocks, the number with the shortest estimated time.
 static int64_t best_rows(const Call& c) {
     int64_t best = ROWS;
     if (c.threads == 1 || c.B * c.R >= 4 * ROWS * c.threads) return best;
@@ -146,21 +146,21 @@ static int64_t best_rows(const Call& c) {
     return best;
 }
 
-// Where K and V of one item after another are copied to, and how far that is. An item is due in its turn.
+// Progress of one slot for copies of K and V. Batch item b uses slot b % slots in turn b / slots.
 struct alignas(64) Slot {
-    std::atomic<int64_t> packed{0}, done{0};  // heads that were copied and pieces that are done, of all turns
-    std::atomic<int64_t> nonfinite{-1};         // the last turn with a value that is not finite
+    std::atomic<int64_t> packed{0}, done{0};  // copied heads and finished pieces, over all turns
+    std::atomic<int64_t> nonfinite{-1};         // the last turn with a value that is infinite or NaN
 };
 
-// The work in pieces: of one item after another, first the heads of K and V, which are copied, then blocks of rows (of
-// vecmat: parts of the keys). Threads take them in this order, so that what a piece waits for is being done: copies for
-// those of all heads, and the first of a slot's next item for the blocks of the last. A row's result doesn't depend on
-// how rows are cut.
+// The work of a call, in pieces. The pieces of a batch item are the copies of K and V, one per head, then blocks of rows
+// (for vecmat, ranges of keys). Blocks wait for the copies of all heads, and copies wait for the blocks of the previous
+// item in the same slot. Threads take pieces in order, so the pieces that a thread waits for are in progress already.
+// Results do not depend on the division into blocks.
 struct Work {
     const Call& c;
-    int64_t rows;     // of a block, see `best_rows`
-    int64_t pieces;   // of an item, beside its copies
-    int64_t threads;  // that there is work for
+    int64_t rows;     // rows per block, see `best_rows`
+    int64_t pieces;   // pieces per batch item, without the copies
+    int64_t threads;  // threads in use
     Packed kv;
     std::vector<Slot> slots;
     std::atomic<int64_t> next{0}, thread{0};
@@ -169,7 +169,7 @@ struct Work {
         : c(c), rows(c.passed ? ROWS : best_rows(c)),
           pieces(c.passed ? (c.N + PASSED_KEYS - 1) / PASSED_KEYS : (c.R + rows - 1) / rows),
           threads(std::min(c.threads, c.B * std::max(pieces, c.Hk))),
-          // Those that are worked on, and one to be copied to meanwhile: few, to be in cache still when they are read.
+          // Slots for the items in progress and for the next copy. Few slots, so that copies are in cache when read.
           kv(c, std::min(c.B, 2 + threads / std::max<int64_t>(pieces, 1))), slots(kv.slots) {}
 
     int64_t scratch_floats() const { return kv.size + threads * Scratch(c).size; }
@@ -196,13 +196,13 @@ struct Work {
         }
     }
 
-    // One piece of an item whose keys and values are there; nonfinite: not all of those are finite.
+    // Runs one piece of a batch item after its copies. nonfinite: a value is infinite or NaN.
     template <class T>
     void piece_of(int64_t b, int64_t at, bool nonfinite, const Scratch& scratch) {
         if (c.passed) {
             pass_on<T>(c, b, at * PASSED_KEYS, std::min(c.N, (at + 1) * PASSED_KEYS), kv, scratch);
         } else {
-            // Zero times a value that is not finite is NaN, so that keys which a row doesn't see matter.
+            // 0 times an infinite or NaN value is NaN, so masked keys must be included.
             attend<T>(c, Block(c, b, at * rows, std::min(rows, c.R - at * rows), nonfinite), kv, scratch);
         }
     }
@@ -213,7 +213,7 @@ struct Work {
     }
 };
 
-// GOMP_parallel of an OpenMP runtime: calls a function in so many threads, this one included.
+// GOMP_parallel of an OpenMP runtime: calls a function in the given number of threads, including this one.
 typedef void Parallel(void (*)(void*), void*, unsigned, unsigned);
 
 static void in_threads(Work& work, Parallel* parallel) {
@@ -225,7 +225,7 @@ static void in_threads(Work& work, Parallel* parallel) {
     try {
         for (unsigned i = 1; i < threads; i++) others.emplace_back(Work::enter, &work);
     } catch (const std::system_error&) {
-        // No more threads to be had: those that there are do all of the work.
+        // No more threads can be started. The existing ones do all of the work.
     }
     Work::enter(&work);
     for (auto& other : others) other.join();
@@ -235,17 +235,17 @@ static void in_threads(Work& work, Parallel* parallel) {
 
 extern "C" {
 
-// Size of Call, so that its twin in Python can be compared.
+// Size of Call in bytes. native.py compares it with its own structure.
 int64_t attnx_call_size() { return sizeof(attnx::Call); }
 
-// Floats in a vector.
+// Floats per vector.
 int64_t attnx_width() { return attnx::W; }
 
-// What a call needs of scratch.
+// Number of floats of scratch memory that a call needs.
 int64_t attnx_scratch_floats(const attnx::Call* call) { return attnx::Work(*call).scratch_floats(); }
 
-// With `parallel` of the OpenMP runtime that torch uses: its threads are there already, and a second pool beside them
-// would fight for the cores. Null where there is none: then threads of our own.
+// Runs a call. `parallel` is GOMP_parallel of torch's OpenMP runtime, whose threads are reused, because a second pool
+// would compete for the cores. If it is null, new threads are started.
 void attnx_run(const attnx::Call* call, attnx::Parallel* parallel) {
     attnx::Work work(*call);
     attnx::in_threads(work, parallel);

@@ -1,11 +1,11 @@
-"""Compiles the CPU kernel when it is first wanted, for this processor, and keeps it, as Triton does its kernels.
+"""Compile the CPU kernel for this processor at first use, and cache the shared library, as Triton does.
 
-Compiled at first use rather than at install: a wheel stays pure Python, `pip install` needs no compiler, every machine
-of a cluster gets its own instruction set out of one cache, and nothing depends on torch's ABI, since the kernel knows
-nothing of torch. It takes five seconds, once.
+The kernel is compiled at first use instead of at installation. So the wheel is pure Python, `pip install` needs no
+compiler, and the machines of a cluster share a cache with a library for each instruction set. The kernel does not use
+torch, so it doesn't depend on its ABI. Compilation takes about five seconds.
 
-A file of the cache is named cpu-LEVEL-IDENTITY-COMPILER-SHA256.so: what it was made of, the compiler's version, and the
-digest of its bytes, which is checked before it is loaded.
+Libraries are named cpu-LEVEL-IDENTITY-COMPILER-SHA256.so. IDENTITY is a digest of sources and flags, COMPILER of the
+compiler's version, and SHA256 of the file's bytes, which is checked before loading.
 """
 
 import errno
@@ -40,23 +40,24 @@ INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma"),
     "DEFAULT": (),
 }
-FALLBACK = {"AVX512BF16": "AVX512"}  # what serves where the compiler is too old for a level
-_TIMEOUT = 300  # seconds that a compilation may take
+FALLBACK = {"AVX512BF16": "AVX512"}  # used if the compiler is too old for a level
+_TIMEOUT = 300  # seconds for a compilation
 _VERSION_TIMEOUT = 10
-_ABANDONED = 600  # seconds after which nobody compiles in a folder any more
-_ROOM = 2**21  # bytes; a kernel takes a tenth of it
+_ABANDONED = 600  # seconds after which a temporary folder counts as abandoned
+_MIN_FREE = 2**21  # bytes of free disk space; a library has a tenth of it
 
 
 class CacheError(ImportError):
-    """The cache can't be used, or not what is in it; a kernel compiled elsewhere may work."""
+    """The cache, or a file in it, can't be used. A kernel compiled in another folder may work."""
 
 
 @cache
 def instructions() -> str:
-    """The key of INSTRUCTIONS that this processor can run; torch's own choice, so ATEN_CPU_CAPABILITY lowers it.
+    """The key of INSTRUCTIONS for this processor.
 
-    AVX512BF16 only where there is no AMX: what has both multiplies bf16 in its matrix unit, and nobody has measured
-    there whether its vectors of them are faster than floats.
+    It follows torch's choice, so the environment variable ATEN_CPU_CAPABILITY can lower it. AVX512BF16 is used only on
+    processors without AMX: with AMX, bf16 products run in the matrix unit, and whether AVX512_BF16 is faster than fp32
+    there has not been measured.
     """
     known = torch.backends.cpu.get_cpu_capability()
     if known not in INSTRUCTIONS or platform.machine().lower() not in ("x86_64", "amd64"):
@@ -65,12 +66,12 @@ def instructions() -> str:
 
 
 def has(feature: str, unknown: bool) -> bool:
-    """Whether the processor has it, as torch says; `unknown` where this torch can't tell."""
+    """True if torch reports the CPU feature; `unknown` if this version of torch can't tell."""
     return bool(getattr(torch.cpu, f"_is_{feature}_supported", lambda: unknown)())
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $ATTNX_CACHE_DIR, else attnx in $XDG_CACHE_HOME (if absolute) or ~/.cache."""
+    """Folder of compiled kernels: $ATTNX_CACHE_DIR, else attnx in $XDG_CACHE_HOME (if absolute) or ~/.cache."""
     chosen = os.environ.get("ATTNX_CACHE_DIR")
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = Path(chosen) if chosen else (home if home.is_absolute() else Path("~/.cache")) / "attnx"
@@ -78,18 +79,18 @@ def cache_folder() -> Path:
 
 
 def compiled(level: str, extra: tuple[str, ...] = (), folder: Path | None = None) -> Path:
-    """The path of the shared library; it appears whole or not at all, whoever else compiles it.
+    """Path of the shared library, which is compiled if it is not in the cache. Its file is replaced atomically.
 
-    Where there is no compiler, one of any compiler is taken: a cache that was filled on one machine serves others.
+    Without a compiler on this machine, a library of any compiler is used, so a cache filled elsewhere works.
 
     Args:
         level: a key of INSTRUCTIONS.
         extra: further flags, such as a sanitizer's.
-        folder: where it is looked for and put, in place of the cache.
+        folder: used instead of the cache folder.
 
     Raises:
-        CacheError: the folder can't be written, or another user could have put or changed what is in it.
-        ImportError: no compiler, or it failed; says what is missing.
+        CacheError: the folder can't be written, or other users can write to it or to a library in it.
+        ImportError: there is no compiler, or compilation failed.
     """
     flags = (*FLAGS, *INSTRUCTIONS[level], *extra)
     sources = Path(__file__).parent
@@ -100,13 +101,13 @@ def compiled(level: str, extra: tuple[str, ...] = (), folder: Path | None = None
     try:
         folder = (folder or cache_folder()).resolve()
         return _found(folder, name) or _compile(flags, sources / SOURCES[0], folder, name)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         reason = f"the CPU kernel can't be compiled into its cache or taken from it: {_line(str(error), 200)}"
         raise CacheError(f"{reason}; set ATTNX_CACHE_DIR") from error
 
 
 def _found(folder: Path, name: str) -> Path | None:
-    """The first whole file of that name and this compiler; damaged ones are removed."""
+    """The first undamaged library with this name and compiler, or None. Damaged files are removed."""
     if not folder.exists():
         return None
     _check_private(folder.stat(), folder)
@@ -124,7 +125,11 @@ def _found(folder: Path, name: str) -> Path | None:
 
 
 def _digest(path: Path) -> str:
-    """The SHA-256 of a file that nobody else can have put there; empty if it has just been removed."""
+    """SHA-256 of a file that only this user or root can write; "" if the file doesn't exist.
+
+    Raises:
+        PermissionError: other users can write to the file, or it is not a regular file.
+    """
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
@@ -139,7 +144,7 @@ def _digest(path: Path) -> str:
 
 
 def _check_private(status: os.stat_result, path: Path) -> None:
-    """Code is loaded from there: nobody else may have put it, or be able to change it."""
+    """Raise PermissionError if another user owns or can write to a path from which code is loaded."""
     if not hasattr(os, "geteuid"):
         return
     if status.st_uid not in (os.geteuid(), 0):
@@ -153,24 +158,24 @@ def _compile(flags: tuple[str, ...], source: Path, folder: Path, name: str) -> P
     _make_private(folder)
     _check_private(folder.stat(), folder)
     usage = shutil.disk_usage(folder)
-    if usage.total and usage.free < _ROOM:
+    if usage.total and usage.free < _MIN_FREE:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-    with _room(folder) as room:
-        made = room / f"{name}.so"
-        run = _run(compiler, (*flags, str(source), "-o", str(made)), _TIMEOUT)
-        if run.returncode or not made.exists():
+    with _temporary_folder(folder) as temporary:
+        library = temporary / f"{name}.so"
+        run = _run(compiler, (*flags, str(source), "-o", str(library)), _TIMEOUT)
+        if run.returncode or not library.exists():
             lines = run.stderr.strip().splitlines() or [f"it ended with status {run.returncode}"]
             reason = next((line for line in lines if "error" in line), lines[-1])
             raise ImportError(_line(f"{_named(compiler)} can't compile the CPU kernel: {reason}"))
-        made.chmod(0o755)  # whatever the umask is
-        with made.open("rb") as written:
+        library.chmod(0o755)  # independent of the umask
+        with library.open("rb") as written:
             os.fsync(written.fileno())
             digest = hashlib.file_digest(written, "sha256").hexdigest()
-        return made.replace(folder / f"{name}-{_version(compiler)}-{digest}.so")
+        return library.replace(folder / f"{name}-{_version(compiler)}-{digest}.so")
 
 
 def _make_private(folder: Path) -> None:
-    """Makes the folder and the parents that are missing, for this user alone, whatever the umask is."""
+    """Create the folder and its missing parents with mode 0o700, independent of the umask."""
     if not folder.exists():
         _make_private(folder.parent)
         with suppress(FileExistsError):
@@ -179,26 +184,30 @@ def _make_private(folder: Path) -> None:
 
 
 @contextmanager
-def _room(folder: Path) -> Iterator[Path]:
-    """A folder inside `folder` to compile in. Those that killed compilations left are removed first.
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside `folder` for a compilation. Folders of killed compilations are removed first.
 
-    Every compilation holds a shared lock on `folder`: who gets it exclusively knows that no other is under way.
+    Each compilation holds a shared lock on `folder`, so an exclusive lock shows that no other one is running.
     """
     with _locks(folder) as lock:
         alone = lock("LOCK_EX", "LOCK_NB")
-        for left in folder.glob("tmp*"):
+        for leftover in folder.glob("tmp*"):
             with suppress(FileNotFoundError):
-                old = time.time() - left.stat().st_mtime > _ABANDONED  # without a lock, or of an earlier version
-                if old or (alone and left.name.startswith("tmp-")):
-                    shutil.rmtree(left, ignore_errors=True)
+                # The age decides if there are no locks, or for folders of earlier versions.
+                old = time.time() - leftover.stat().st_mtime > _ABANDONED
+                if old or (alone and leftover.name.startswith("tmp-")):
+                    shutil.rmtree(leftover, ignore_errors=True)
         lock("LOCK_SH")
-        with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder, ignore_cleanup_errors=True) as room:
-            yield Path(room)
+        with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder, ignore_cleanup_errors=True) as temporary:
+            yield Path(temporary)
 
 
 @contextmanager
 def _locks(folder: Path) -> Iterator[Callable[..., bool]]:
-    """Locks the folder, by names of fcntl's constants, and says whether it could: some file systems have no locks."""
+    """A function that locks the folder with fcntl's constants of the given names.
+
+    It returns False if that fails, because some file systems have no locks.
+    """
     if fcntl is None:
         yield lambda *_: False
         return
@@ -234,9 +243,9 @@ def _compiler() -> tuple[str, ...]:
 
 @cache
 def _version(compiler: tuple[str, ...]) -> str:
-    """Eight digits that stand for the first line of what the compiler says of its version."""
-    said = _run(compiler, ("--version",), _VERSION_TIMEOUT).stdout.partition("\n")[0]
-    return hashlib.sha256(said.encode()).hexdigest()[:8]
+    """Eight hexadecimal digits of the digest of the first line of `COMPILER --version`."""
+    version = _run(compiler, ("--version",), _VERSION_TIMEOUT).stdout.partition("\n")[0]
+    return hashlib.sha256(version.encode()).hexdigest()[:8]
 
 
 def _run(compiler: tuple[str, ...], arguments: tuple[str, ...], timeout: float) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-// What a call is about, what of K and V is copied, and a block of its rows.
+// The arguments of a call, the packed copies of K and V, and a block of query rows.
 #pragma once
 
 #include <cmath>
@@ -8,13 +8,13 @@
 
 namespace attnx {
 
-constexpr int ROWS = 64;                         // of a block at most
-constexpr int VECS = REGISTERS == 32 ? 4 : 2;    // vectors of rows in a register tile at most
-constexpr int TILE = REGISTERS == 32 ? 24 : 12;  // accumulators of a register tile of scores
-constexpr int KEYS = REGISTERS == 32 ? 12 : 6;   // keys of one at most
-constexpr int OUT_ROWS = REGISTERS == 32 ? 8 : 4;  // rows of one of the output, which is two vectors wide
-constexpr int CHUNK = 64;                        // keys between two visits of the output's accumulators
-constexpr int PASSED_KEYS = 192;                 // of one piece of vecmat's work
+constexpr int ROWS = 64;                         // most rows of a block
+constexpr int VECS = REGISTERS == 32 ? 4 : 2;    // most vectors of rows in a register tile
+constexpr int TILE = REGISTERS == 32 ? 24 : 12;  // accumulators in a register tile of scores
+constexpr int KEYS = REGISTERS == 32 ? 12 : 6;   // most keys in a register tile of scores
+constexpr int OUT_ROWS = REGISTERS == 32 ? 8 : 4;  // rows of a register tile of the output, two vectors wide
+constexpr int CHUNK = 64;                        // keys that are weighted per update of the output
+constexpr int PASSED_KEYS = 192;                 // keys per work item of vecmat
 constexpr double LOG2E = 1.44269504088896341;
 constexpr float MASK_THRESHOLD = -5e4f;  // as attnx.reducers.MASK_THRESHOLD
 constexpr float LARGEST = std::numeric_limits<float>::max();
@@ -23,17 +23,18 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 enum Reduction : int64_t { MEAN, MAX, MIN, EACH };
 enum BiasKind : int64_t { NO_BIAS, FLOAT, BOOL };
 
-// What a call is about; `native.py` fills the same structure. Strides count elements. Null pointers are not wanted.
+// The arguments of a call. `native.py` fills the same structure. Strides count elements. A null pointer stands for an
+// absent input, or for an output that is not computed.
 struct Call {
     const void *q, *k, *v;           // [B, H, M, D], [B, Hk, N, D], [B, Hk, N, Dv], the last stride 1
     const void* bias;                // [B, H, M, N], any strides
-    const int64_t* rows;             // [R] query rows, or null: all M
-    const float* lse;                // [B, H, M] given: weights are exp(score - lse)
-    const float* r;                  // [B, M] of vecmat
-    const void* grad;                // [B, H, M, Dv] of the output: the map is of P times its gradient; last stride 1
-    void* out;                       // [B, H, M, Dv], rows before heads
-    float *map, *lse_out, *passed;   // [B, R, N] or [B, H, R, N]; [B, H, M]; [B, N]
-    float* scratch;                  // as many as `attnx_scratch_floats` says
+    const int64_t* rows;             // [R] indices of query rows; null: all M rows
+    const float* lse;                // [B, H, M]; if given, weights are exp(score - lse)
+    const float* r;                  // [B, M], the vector of vecmat
+    const void* grad;                // [B, H, M, Dv] output gradient, last stride 1; if given, the map is of P * dP
+    void* out;                       // [B, H, M, Dv], stored as [B, M, H, Dv]
+    float *map, *lse_out, *passed;   // [B, R, N] or [B, H, R, N]; [B, H, M]; [B, N], the result of vecmat
+    float* scratch;                  // [attnx_scratch_floats(call)]
     int64_t B, H, Hk, M, N, D, Dv, R;
     int64_t q_stride[3], k_stride[3], v_stride[3], bias_stride[4], grad_stride[3];
     int64_t half, heads, bias_kind, causal, threads, clamp;
@@ -42,7 +43,7 @@ struct Call {
 
 static int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// The words of n elements.
+// Number of 32-bit words that hold n elements.
 static int64_t in_words(const Call& c, int64_t n) { return c.half ? (n + PAIR - 1) / PAIR : n; }
 
 static int64_t key_stride(const Call& c) { return round_up(in_words(c, c.D), 16); }
@@ -50,13 +51,14 @@ static int64_t value_stride(const Call& c) {
     return !c.v ? 0 : c.grad ? round_up(in_words(c, c.Dv), 16) : round_up(c.Dv, 2 * W);
 }
 
-// K and V of as many items as there are slots, in words: [slot][Hk][N][key_stride], and [slot][Hk][N][value_stride]; of
-// V, a word of two is of two keys, and there are half as many rows. Where V meets a gradient it lies as K does.
+// Copies of K and V of `slots` batch items, in words: K [slots][Hk][N][key_stride] and V [slots][Hk][N][value_stride].
+// If words hold two bf16 elements, a word of V holds the values of two keys, and V has N / 2 rows (rounded up). With an
+// output gradient, V has the layout of K.
 struct Packed {
     float *k = nullptr, *v = nullptr;
-    int64_t slots, size;             // and the words of all
-    int64_t keys_size, values_size;  // words of a head
-    int64_t Hk, group;               // heads of keys, and of queries for each
+    int64_t slots, size;             // batch items; words in total
+    int64_t keys_size, values_size;  // words per head
+    int64_t Hk, group;               // key heads; query heads per key head
 
     Packed(const Call& c, int64_t slots)
         : slots(slots), keys_size(c.N * key_stride(c)), values_size((c.grad ? c.N : in_words(c, c.N)) * value_stride(c)), Hk(c.Hk),
@@ -65,12 +67,14 @@ struct Packed {
         if (c.scratch) k = c.scratch, v = c.scratch + slots * Hk * keys_size;
     }
 
-    // An item's keys and values for a head of queries.
+    // Keys [N][key_stride] and values [N][value_stride] of batch item b for query head h.
     float* keys(int64_t b, int64_t h) const { return k + (b % slots * Hk + h / group) * keys_size; }
     float* values(int64_t b, int64_t h) const { return v + (b % slots * Hk + h / group) * values_size; }
 };
 
-// The parts of one thread's scratch.
+// The scratch memory of one thread:
+//   s [N][ROWS] scores, for vecmat [PASSED_KEYS][ROWS] and its sums [PASSED_KEYS][W]; map [N][ROWS];
+//   qt [words of D][ROWS]; gt [words of Dv][ROWS]; o [ROWS][value_stride]; pairs [CHUNK / 2][ROWS]; bias [KEYS][ROWS].
 struct Scratch {
     float *s, *map, *qt, *gt, *o, *pairs, *bias;
     int64_t size;
@@ -93,7 +97,7 @@ struct Scratch {
     }
 };
 
-// [n] elements at p as words; the rest of the stride is zero.
+// Copies n elements at p to `stride` words at `to`; the remaining words become zero.
 template <class T>
 static void copy_row(const T* p, int64_t n, float* to, int64_t stride) {
     constexpr int E = IN_WORD<T>;
@@ -104,7 +108,8 @@ static void copy_row(const T* p, int64_t n, float* to, int64_t stride) {
     while (to < end) *to++ = 0;
 }
 
-// Two rows of [n] elements as one of words; the rest of the stride is zero, and so is a second row that is null.
+// Interleaves two rows of n elements into n words at `to`. The remaining words up to `stride` become zero. A null second
+// row counts as zeros.
 static inline void join_rows(const bf16* first, const bf16* second, int64_t n, float* to, int64_t stride) {
     int64_t d = 0;
     for (; d + W <= n; d += W) store(to + d, joined(load(first + d), second ? load(second + d) : vec{}));
@@ -112,7 +117,7 @@ static inline void join_rows(const bf16* first, const bf16* second, int64_t n, f
     for (; d < stride; d++) to[d] = 0;
 }
 
-// K and V of one head of one item. Whether all values are finite, if that matters.
+// Copies K and V of one key head of a batch item. For causal calls, returns true if all values are finite.
 template <class T>
 static bool pack(const Call& c, const Packed& to, int64_t b, int64_t head) {
     constexpr int E = IN_WORD<T>;
@@ -133,20 +138,20 @@ static bool pack(const Call& c, const Packed& to, int64_t b, int64_t head) {
         for (int64_t d = 0; c.causal && d < value_stride(c); d += W) {
             const vec value = load(values + d);
             if (E == 2) nonfinite += (vec)((uvec)value << 16) * 0.0f;
-            nonfinite += value * 0.0f;  // of two bf16 the second one, since it has the exponent
+            nonfinite += value * 0.0f;  // for two bf16, this is the second, in the high bits
         }
         values += value_stride(c);
     }
-    return sum_of(nonfinite) == 0;  // NaN of an infinity or a NaN
+    return sum_of(nonfinite) == 0;  // an infinity or NaN times 0 is NaN
 }
 
-// One block of query rows: which they are, and what is known of them.
+// A block of query rows of one batch item.
 struct Block {
-    int64_t b, first, count;  // item, first row, rows
-    int width, vectors;       // rows that are computed, at least `count`: whole vectors and tiles of the output
-    int64_t row[ROWS];        // the query row of every lane
-    int32_t number[ROWS];     // the same, for comparisons
-    int64_t lowest, limit;    // the first of them, and the keys that any of them may see
+    int64_t b, first, count;  // batch item, first row, number of rows
+    int width, vectors;       // computed rows, `count` rounded up to whole vectors and output tiles; vectors per key
+    int64_t row[ROWS];        // query row of each lane
+    int32_t number[ROWS];     // `row` as 32-bit integers, for comparisons
+    int64_t lowest, limit;    // smallest query row; number of keys that any row may attend
 
     Block(const Call& c, int64_t b, int64_t first, int64_t count, bool all_keys = false)
         : b(b), first(first), count(count), lowest(c.M), limit(c.N) {

@@ -1,11 +1,11 @@
-// Scores of a block of query rows: one head's queries times its keys, with bias, mask and maxima.
+// Scores of a block of query rows for one head, with bias, mask and row maxima.
 #pragma once
 
 #include "call.h"
 
 namespace attnx {
 
-// The block's rows of head h of x [B, H, M, n], queries or gradients, as [words of n][ROWS].
+// Copies the block's rows of head h of x [B, H, M, n] (queries or gradients), transposed, to rows [words of n][ROWS].
 template <class T>
 static void load_rows(const void* x, const int64_t* stride, int64_t n, const Block& block, int64_t h, float* rows) {
     constexpr int E = IN_WORD<T>;
@@ -24,13 +24,13 @@ static void load_rows(const void* x, const int64_t* stride, int64_t n, const Blo
     }
 }
 
-// Asks for floats that are wanted next.
+// Prefetches `count` floats.
 static inline void prefetch(const float* p, int64_t count) {
     for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i);
 }
 
-// acc[t][v] = the dot products of key t with vector v of rows. The keys are reached from every third one, so that
-// their addresses fit the registers.
+// acc [T][V]: dot products of key t with vector v of rows, from qt [words][ROWS] and k [T][stride]. One base pointer
+// serves three keys, so that the addresses fit in registers.
 template <int E, int T, int V>
 static inline __attribute__((always_inline)) void dot_tile(const float* qt, const float* k, int64_t stride,
                                                            int64_t words, vec (&acc)[T][V]) {
@@ -49,13 +49,13 @@ static inline __attribute__((always_inline)) void dot_tile(const float* qt, cons
     }
 }
 
-// A finite number times log2(e), finite as well.
+// x * log2(e), clamped so that it is finite for finite x.
 static float in_base_2(float x) {
     const float y = float(x * LOG2E);
     return std::isinf(y) && !std::isinf(x) ? std::copysign(LARGEST, x) : y;
 }
 
-// The bias of T keys from `first` on, times log2(e), as [T][ROWS]; minus infinity hides.
+// Writes the bias of keys first..first+T-1, times log2(e), to tile [T][ROWS]; -inf masks.
 static void load_bias(const Call& c, const Block& block, int64_t h, int64_t first, int T, float* tile) {
     const int64_t *stride = c.bias_stride, at = block.b * stride[0] + h * stride[1];
     const auto* bytes = (const uint8_t*)c.bias + at;
@@ -75,7 +75,7 @@ static void load_bias(const Call& c, const Block& block, int64_t h, int64_t firs
     }
 }
 
-// f(V, i) for all vectors of a block's rows, in groups of V (a constant) from row i on.
+// Calls f(V, i) for groups of V vectors (a compile-time constant) that start at row i and cover the block's rows.
 template <class F>
 static inline void by_vectors(const Block& block, F f) {
     for (int v = 0; v < block.vectors;) {
@@ -90,22 +90,24 @@ static inline void by_vectors(const Block& block, F f) {
     }
 }
 
-// Exponentials times a factor, which is zero for rows without keys.
+// p * factor, and 0 where the factor is 0 (rows without keys), even if p is NaN.
 static inline vec weighted(vec p, vec factor) { return factor == 0.0f ? vec{} : p * factor; }
 
 struct Scores {
     const Call& c;
     const Block& block;
-    int64_t words;        // of a key
-    float* map;           // [key][width], or null: to it go the exponentials of the head before, times `factor`, when
-    const float* factor;  // scores take their place: they are in cache then, and the units that multiply have time
-    bool begin;           // nothing is in the map yet
-    float* bias;          // room for a tile
+    int64_t words;        // words per key
+    // [key][width] or null. If not null, the exponentials of the previous head, times `factor`, are added to the map
+    // just before the scores of this head overwrite them. They are in cache then.
+    float* map;
+    const float* factor;  // [ROWS]
+    bool begin;           // the map is uninitialised, so it is overwritten
+    float* bias;          // [T][ROWS] bias of the current tile, or null
     float unit;           // scale * log2(e)
     float* top;           // [ROWS] running maxima
 };
 
-// Scores of T keys from `first` on and V vectors of rows from lane i on, times log2(e), into s [key][width].
+// Writes the scores of T keys from `first` on and V vectors of rows from lane i on, times log2(e), to s [T][width].
 template <int E, int T, int V>
 static void score_tile(const Scores& to, const float* qt, const float* k, int64_t stride, int64_t first, int i,
                        float* s) {
@@ -116,7 +118,7 @@ static void score_tile(const Scores& to, const float* qt, const float* k, int64_
     for (int t = 0; t < T; t++)
         for (int v = 0; v < V; v++) {
             const int lane = i + v * W;
-            // One expression, with or without a bias, so that it is fused alike in tiles of every size.
+            // The same expression with and without a bias, so that the compiler fuses it alike in tiles of every size.
             const vec bias = to.bias ? load(to.bias + t * ROWS + lane) : vec{};
             vec score = acc[t][v] * to.unit + bias;
             score = bias == -INF ? bias : score;
@@ -137,7 +139,7 @@ static void score_tile(const Scores& to, const float* qt, const float* k, int64_
     for (int v = 0; v < V; v++) store(to.top + i + v * W, top[v]);
 }
 
-// f(T), the constant that `count` is; at most MOST.
+// Calls f with `count` as a compile-time constant, at most MOST.
 template <int MOST, class F>
 static inline void with_count(int count, F f) {
     if constexpr (MOST > 1)
@@ -145,8 +147,8 @@ static inline void with_count(int count, F f) {
     f(std::integral_constant<int, MOST>());
 }
 
-// f(T, V, from, i) for register tiles of T keys (from `from` on) and V vectors of rows (from i on), all of the keys
-// first..last-1 and rows of a block; begin(from, till) before the tiles of some keys.
+// Calls f(T, V, from, i) for register tiles of T keys (from `from` on) and V vectors of rows (from row i on), which cover
+// the keys first..last-1 and the rows of the block. Calls begin(from, till) before the tiles of keys from..till-1.
 template <class Begin, class F>
 static inline void by_tiles(const Block& block, int64_t first, int64_t last, Begin begin, F f) {
     const int most = block.vectors < VECS ? TILE / block.vectors : TILE / VECS, keys = most < KEYS ? most : KEYS;
@@ -162,8 +164,9 @@ static inline void by_tiles(const Block& block, int64_t first, int64_t last, Beg
     }
 }
 
-// Scores of the keys first..last-1 and head h into scratch.s [key - first][width], and their maxima into top. With the
-// factors of the head before, its exponentials go into scratch.map first.
+// Writes the scores of keys first..last-1 for head h to scratch.s [last - first][width], and the row maxima to top
+// [ROWS]. If `factor` [ROWS] is given, the exponentials of the previous head, times `factor`, are added to scratch.map
+// first.
 template <class T>
 static void scores(const Call& c, const Block& block, const Packed& kv, int64_t h, int64_t first, int64_t last,
                    const Scratch& scratch, float* top, const float* factor = nullptr) {

@@ -1,5 +1,5 @@
-// Vectors of the widest kind that the compiler was told of (-mavx512f, -mavx2), by GCC's and Clang's vector extensions:
-// the same code is AVX-512, AVX2, NEON or whatever four floats are elsewhere.
+// Vectors of W floats by the vector extensions of GCC and Clang. The compiler flags (-mavx512f, -mavx2) determine the
+// width: AVX-512, AVX2, NEON, or four floats elsewhere.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ static inline vec load(const bf16* p) {
 
 static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
-// To nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even. NaN stays NaN.
 static inline void store(bf16* p, vec v) {
     const uvec bits = (uvec)v;
     const uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -55,16 +55,16 @@ static inline void store(bf16* p, vec v) {
     std::memcpy(p, &h, sizeof h);
 }
 
-// Products are made of words of 32 bits: a float, or where the processor multiplies them, two bf16.
+// Products operate on 32-bit words: a float each, or two bf16 with AVX512_BF16.
 #if defined(__AVX512BF16__)
 constexpr int PAIR = 2;
 
-// Whatever the modes are, what is below the normal numbers counts as zero.
+// acc + a.low * b.low + a.high * b.high. The instruction treats subnormal numbers as zero in every mode.
 static inline vec dot_pairs(vec a, vec b, vec acc) {
     return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 }
 
-// Words of two floats each, rounded to bf16.
+// W words, each of two floats rounded to bf16.
 static inline vec rounded_pairs(vec low, vec high) {
     alignas(64) static constexpr uint16_t order[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -78,7 +78,7 @@ vec dot_pairs(vec, vec, vec);  // never called
 vec rounded_pairs(vec, vec);
 #endif
 
-// How many elements are in a word.
+// Number of elements in a word.
 template <class T>
 constexpr int IN_WORD = sizeof(T) == 2 ? PAIR : 1;
 
@@ -88,7 +88,7 @@ static inline float word_of(uint32_t bits) {
     return f;
 }
 
-// The first word of `left` elements.
+// The word at p, where `left` elements remain.
 static inline float word(const float* p, int64_t) { return *p; }
 
 static inline float word(const bf16* p, int64_t left) {
@@ -96,7 +96,7 @@ static inline float word(const bf16* p, int64_t left) {
     return word_of(PAIR == 2 ? second << 16 | p->bits : uint32_t(p->bits) << 16);
 }
 
-// The next W words.
+// The W words at p.
 template <class T>
 static inline vec words(const T* p) {
     if constexpr (IN_WORD<T> == 1) return load(p);
@@ -105,10 +105,10 @@ static inline vec words(const T* p) {
     return v;
 }
 
-// Words of two floats each that are bf16 already.
+// W words, each of two floats that are bf16 values already.
 static inline vec joined(vec low, vec high) { return (vec)((uvec)low >> 16 | (uvec)high); }
 
-// acc + a * b for words of E elements.
+// acc + a * b, summed over the E elements of each word.
 template <int E>
 static inline vec multiply_add(vec a, vec b, vec acc) {
     if constexpr (E == 2) return dot_pairs(a, b, acc);
@@ -121,11 +121,11 @@ static inline float sum_of(vec v) {
     return total;
 }
 
-// 2^x to about an ulp, 0 below -126 and infinity from 127.5; a NaN stays one. Of the fraction in [-1/2, 1/2] Cephes'
-// polynomial (exp2f), times a power of two whose exponent the rounded x is.
+// 2^x to about 1 ulp; 0 below -126, infinity from 127.5, and NaN for NaN. It is Cephes' polynomial (exp2f) of
+// x - round(x), in [-1/2, 1/2], times 2^round(x).
 static inline vec exp2(vec x) {
     x = x > 128.0f ? splat(128.0f) : x;
-    const float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23: added, its low bits are x rounded, and 127 the bias
+    const float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23 plus the exponent bias: low bits of the sum are round(x) + 127
     const vec shifted = x + magic;
     const vec f = x - (shifted - magic);
     vec p = splat(1.535336188319500e-4f);
@@ -139,7 +139,7 @@ static inline vec exp2(vec x) {
     return x < -126.0f ? vec{} : y;
 }
 
-// A loop of multiplications four at a time: its own counting takes slots of the units that multiply.
+// Unrolls a loop of multiplications by four, because loop counters compete with them for issue slots.
 #if defined(__clang__)
 #define ATTNX_UNROLL _Pragma("unroll 4")
 #define ATTNX_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -158,7 +158,7 @@ static inline void exchange(vec* r, std::integer_sequence<int, L...>) {
         }
 }
 
-// W vectors of W as a matrix, transposed in place.
+// Transposes a [W][W] matrix in place.
 static inline __attribute__((always_inline)) void transpose(vec (&r)[W]) {
     const auto lanes = std::make_integer_sequence<int, W>();
     exchange<1>(r, lanes);

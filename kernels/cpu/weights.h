@@ -1,15 +1,15 @@
-// What becomes of a block's scores: exponentials, which go into its map, and times V into its output.
+// From the scores of a block to exponentials, the output P V and the map.
 #pragma once
 
 #include "scores.h"
 
 namespace attnx {
 
-// o [OUT_ROWS][V * W] += p^T v for `count` words of E keys: p [word] of stride `width`, v [word] and o [row] of
-// stride dv.
+// o [OUT_ROWS][V * W] += p^T v, with p [count][OUT_ROWS] (row stride `width`) and v [count][V * W]. Each of the `count`
+// words holds E keys. v and o have row stride dv.
 template <int E, int V>
 static inline void weigh_tile(const float* p, int64_t width, const float* v, int64_t dv, int64_t count, float* o) {
-    // From zero, and added to the sum of all keys at the end: a chain of thousands of additions loses digits.
+    // Sum from zero and add to `o` at the end, because a chain of thousands of additions loses precision.
     vec acc[OUT_ROWS][V];
     for (int i = 0; i < OUT_ROWS; i++)
         for (int d = 0; d < V; d++) acc[i][d] = vec{};
@@ -25,7 +25,8 @@ static inline void weigh_tile(const float* p, int64_t width, const float* v, int
         for (int d = 0; d < V; d++) store(o + i * dv + d * W, load(o + i * dv + d * W) + acc[i][d]);
 }
 
-// `count` weights of every row in pairs that follow one another, rounded to bf16; the last may be one and zero.
+// Packs the weights s [count][width] to pairs [(count + 1) / 2][width], words of two keys each, rounded to bf16. If
+// `count` is odd, the last key is paired with zero.
 static inline void pair_weights(const Block& block, const float* s, int64_t count, float* pairs) {
     for (int64_t j = 0; j < count; j += 2, pairs += block.width)
         for (int i = 0; i < block.width; i += W) {
@@ -34,7 +35,8 @@ static inline void pair_weights(const Block& block, const float* s, int64_t coun
         }
 }
 
-// The weights of `count` keys from `first` on, a multiple of CHUNK, times their values, added to the block's output.
+// Adds the weights of keys first..first+count-1, times their values, to scratch.o [ROWS][value_stride]. `first` is a
+// multiple of CHUNK.
 template <class T>
 static void weigh(const Call& c, const Block& block, const Packed& kv, int64_t h, int64_t first, int64_t count,
                   const Scratch& scratch) {
@@ -55,7 +57,7 @@ static void weigh(const Call& c, const Block& block, const Packed& kv, int64_t h
     }
 }
 
-// s of `count` keys becomes exp2(s - shift); adds the sums to `total`.
+// Replaces s [count][width] by exp2(s - shift [width]), and adds the sums over keys to total [width].
 static void exponentiate(const Block& block, float* s, int64_t count, const float* shift, float* total) {
     by_vectors(block, [&](auto V, int i) {
         vec minus[V], sum[V];
@@ -71,8 +73,8 @@ static void exponentiate(const Block& block, float* s, int64_t count, const floa
     });
 }
 
-// p [key][width] of the block's first keys becomes p times its gradient: the dot products of the output's gradient,
-// scratch.gt, with the values; clamp: no less than zero.
+// Multiplies scratch.s [key][width] by its gradient, the dot products of the output gradient (scratch.gt) and the values.
+// With `clamp`, negative gradients count as zero.
 template <class T>
 static void weigh_by_gradient(const Call& c, const Block& block, const Packed& kv, int64_t h, const Scratch& scratch) {
     const float* value = kv.values(block.b, h);
@@ -92,7 +94,7 @@ static void weigh_by_gradient(const Call& c, const Block& block, const Packed& k
     });
 }
 
-// One more head into the block's map [key][width]: exponentials times each row's own factor.
+// Fuses one more head, p [key][width] * factor [width], into the block's map [key][width].
 template <int HEADS, bool BEGIN>
 static void fuse(const Block& block, const float* p, const float* factor, float* map) {
     by_vectors(block, [&](auto V, int i) {
@@ -115,7 +117,8 @@ static void fuse(const Block& block, const float* p, const float* factor, float*
     });
 }
 
-// [key][width] times each row's factor to the rows of a map; beyond the block's limit zero, or NaN where the row is.
+// Writes from [key][width] * factor [width], transposed, to the rows of a map, to [count][N]. Keys beyond the block's
+// limit get 0, or NaN if the first weight of the row is NaN.
 static void store_map(const Call& c, const Block& block, const float* from, const float* factor, float* to) {
     for (int i = 0; i < block.count; i += W) {
         const int64_t count = block.count - i < W ? block.count - i : W;
@@ -144,6 +147,7 @@ static void store_map(const Call& c, const Block& block, const float* from, cons
     }
 }
 
+// Writes o [count][value_stride] * factor [count] to the output.
 template <class T>
 static void store_out(const Call& c, const Block& block, int64_t h, const float* o, const float* factor) {
     const int64_t dv = value_stride(c);

@@ -29,7 +29,7 @@ from attnx.demo.vit import demo_model
 from attnx.models.albef import Albef
 
 VISION_RATE = 0.3
-"""The image encoder's learning rate, as a share of the others': it has learnt to see already."""
+"""The image encoder's learning rate, relative to the other weights, because it is pretrained."""
 BOTH = (True, True)
 SHOWN = (*[BOTH] * 6, *[(True, False), (False, True), (False, False)] * 2)
 """What training scenes show of their two objects, in turn. Were one always there, the other could tell of it.
@@ -80,7 +80,7 @@ def train(
         optimizer.add_param_group({"params": apart, "weight_decay": group["weight_decay"], "share": VISION_RATE})
     objective.train()
     order = np.empty(0, dtype=np.int64)
-    told: list[dict[str, float]] = []
+    history: list[dict[str, float]] = []
     for step in range(phase.steps):
         if len(order) < args.batch_size:
             order = rng.permutation(len(images))
@@ -93,11 +93,11 @@ def train(
         torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
-        told.append({name: loss.item() for name, loss in losses.items()} | right)
+        history.append({name: loss.item() for name, loss in losses.items()} | right)
         if (step + 1) % args.log_every == 0 or step + 1 == phase.steps:
-            means = "  ".join(f"{name} {np.mean([t[name] for t in told]):.3f}" for name in told[0])
+            means = "  ".join(f"{name} {np.mean([t[name] for t in history]):.3f}" for name in history[0])
             print(f"{step + 1}/{phase.steps}  {means}  {time.time() - started:.0f} s", flush=True)
-            told = []
+            history = []
             save(objective.model, args.out)
     objective.eval()
 

@@ -1,4 +1,4 @@
-"""What the demo pair is trained to do: ALBEF's three losses, on captions and on parts of them."""
+"""Training objective of the demo ALBEF: ALBEF's three losses, on captions and on phrases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from attnx.models.albef import Albef, CrossAttention
 from attnx.models.tokenizer import Tokenizer
 
 SIZES = (len(COLORS), len(SHAPES), len(RELATIONS), len(COLORS), len(SHAPES))
-"""How many values each of the five facts has."""
+"""Number of values of each of the five facts."""
 OPPOSITE = torch.arange(len(RELATIONS)) ^ 1
 FALSE = 2
 """Falsified captions for every true one."""
@@ -87,11 +87,11 @@ def falsify(facts: Tensor, count: int, generator: torch.Generator) -> Tensor:
         (color, shape, relation, other(color2, len(COLORS)), shape2),
         (color, shape, relation, color2, other(shape2, len(SHAPES))),
     ]
-    made = torch.stack([torch.stack(facts_of, -1) for facts_of in changed], 1)
+    candidates = torch.stack([torch.stack(facts_of, -1) for facts_of in changed], 1)
     # An exchange of two equal colours changes nothing.
-    false = meaning(made) != meaning(facts)[:, None]
+    false = meaning(candidates) != meaning(facts)[:, None]
     order = torch.rand(false.shape, generator=generator).masked_fill(~false, -1.0).argsort(1, descending=True)
-    return made.gather(1, order[:, :count, None].expand(-1, -1, 5))
+    return candidates.gather(1, order[:, :count, None].expand(-1, -1, 5))
 
 
 def parts(facts: Tensor, generator: torch.Generator) -> Tensor:
@@ -134,13 +134,12 @@ def holds(said: Tensor, facts: Tensor, shown: Tensor) -> Tensor:
 
 
 class Evidence:
-    """How much of what the words saw goes on to the layers above: all of it, unless some is withheld in training.
+    """Random scales of the outputs of cross-attention in training.
 
-    Of most of the pairs a random share is left, and so much is then a true one true: the more a word sees of what it
-    names, the more the model believes it. That is what Grad-CAM asks of every patch; a model that need not look twice
-    answers with gradients of any sign. At times one word alone is left less than the others, so that each has to see
-    for itself. What tokens see that name nothing, [CLS] before all, and what is seen above the first of the layers, is
-    mostly withheld: the words have to tell it.
+    For most pairs the outputs are multiplied by a random share, and the target of a true pair is that share. So the
+    logit grows with the image evidence of each word, and Grad-CAM's gradients get a consistent sign. For some pairs one
+    word gets a smaller share, so that each word is used. The outputs of tokens without a content word, such as [CLS],
+    and those of layers above the first one are mostly set to 0, so that the evidence passes through the words.
     """
 
     def __init__(
@@ -206,7 +205,7 @@ class Objective(nn.Module):
         said = parts(facts, self.generator)
         ids, mask = self.phrases(said.flatten(0, 1))
         true = holds(said, facts, shown).flatten()
-        phrases, told = self._match(seen, ids, mask, self.model.encode_text(ids, mask), true)
+        phrases, phrases_right = self._match(seen, ids, mask, self.model.encode_text(ids, mask), true)
         image, facts = seen[both], facts[both]
         own = torch.arange(len(facts))
         false = falsify(facts, FALSE, self.generator)
@@ -220,7 +219,7 @@ class Objective(nn.Module):
         matching, right = self._match(image, ids[rows], mask[rows], words[rows], true)
         losses = {"itc": contrastive, "captions": CAPTION * matching, "phrases": PHRASE * phrases}
         losses["mlm"] = MASKED * self._name_masked(image, facts)
-        return losses, {"captions right": right, "phrases right": told}
+        return losses, {"captions right": right, "phrases right": phrases_right}
 
     def _contrast(self, image: Tensor, words: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
         """The contrastive loss, and similarities [B, B] of images (rows) and captions."""

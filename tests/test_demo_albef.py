@@ -117,6 +117,7 @@ def test_the_sheet_has_a_row_for_every_scene(pointing: Pointing) -> None:
     assert 224 < one.height < two.height
 
 
+@pytest.mark.long
 def test_training_writes_weights(tmp_path: Path) -> None:
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # sums of two threads depend on which comes first
     few = "--steps 3 --scenes 60 --batch-size 8 --held-out 4"

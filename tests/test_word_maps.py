@@ -121,7 +121,7 @@ def test_pieces_are_merged_into_words():
     torch.testing.assert_close(found.word_maps[2], found.maps[3:6].mean(0))
     assert torch.equal(found.word_maps[1], found.maps[2])
     torch.testing.assert_close(found.phrase("skateboarding on"), found.word_maps[2:4].mean(0))
-    with pytest.raises(ValueError, match="phrase: expected words of 'the man skateboarding on a x' in a row"):
+    with pytest.raises(ValueError, match="phrase: expected consecutive words of 'the man skateboarding on a x'"):
         found.phrase("man on")
 
 
