@@ -297,7 +297,7 @@ def test_the_plan_is_a_table() -> None:
 def test_a_plan_of_a_model_that_says_no_size_asks_for_a_call() -> None:
     model = Stack(Hidden()).eval()
     extract = Extractor(model)
-    with pytest.raises(RuntimeError, match="call the extractor once"):
+    with pytest.raises(RuntimeError, match="expected an extractor that was called once"):
         print(extract.plan)
     extract(pictures(1))
     assert extract.plan.last == "blocks.0"
@@ -530,7 +530,7 @@ def test_stream() -> None:
     [
         (
             lambda: Extractor(vit(), foo=1),
-            "options of method 'rollout': expected residual, discard, start, preset, rows; got foo",
+            "options of method 'rollout': expected residual, discard, start, preset, query, rows; got foo",
         ),
         (lambda: Extractor(vit(), "cls", start=1), "options of method 'cls': expected none; got start"),
         (lambda: Extractor("vit"), "model: expected a torch.nn.Module; got str"),
@@ -575,3 +575,25 @@ def test_stream_on_a_gpu(device: torch.device) -> None:
     batches = [pictures(2) + i for i in range(5)]
     for maps, images in zip(extract.stream(batches), batches, strict=True):
         torch.testing.assert_close(maps, extract(images.to(device)))
+
+
+def test_a_plan_says_why() -> None:
+    model = vit()
+    steps = {step.layer: step for step in Extractor(model, "cls", layers=1).plan.steps}
+    assert steps["blocks.0.attn"].why == "the method does not read it"
+    assert steps["blocks.1.attn"].why == ""
+    assert steps["blocks.2.attn"].why == "the method reads no layer after blocks.1.attn"
+
+    class Named(type(model.blocks[0].attn)):
+        pass
+
+    model.blocks[-1].attn.__class__ = Named
+    plan = Extractor(model).plan
+    assert plan.split is None
+    assert plan.steps[-1].why == "all its projections run: attnx does not know those of Named"
+    assert f"{plan.last}: all its projections run: attnx does not know those of Named" in str(plan).splitlines()
+
+    hidden = Extractor(Stack(Hidden()).eval())
+    hidden(pictures(1))
+    assert not hidden.plan.bound
+    assert set(hidden.plan.unbound.values()) == {"its forward does not call F.scaled_dot_product_attention itself"}

@@ -179,7 +179,7 @@ def test_rollout_where_rows_have_no_keys(no_map: None) -> None:
     for residual in (0.5, 0.0):
         want = exact_rollout(exact_maps(trace), residual)
         for row in (0, 5, 9):
-            ours = attnx.rollout(trace, residual, rows=row).flatten(1)
+            ours = attnx.rollout(trace, residual, query=row).flatten(1)
             torch.testing.assert_close(ours.double(), want[:, row, 1:], rtol=1e-5, atol=1e-8)
 
 
@@ -506,7 +506,7 @@ def test_a_row_of_infinite_scores_takes_no_mass_from_the_others() -> None:
     trace = Trace(nn.Identity(), "mean", None, TokenLayout(1, (3, 3)))
     for layer in "ab":
         trace.add(layer, attend(q, k, k, "qk", heads="mean", rows=None, **call)[1])
-    product = attnx.rollout(trace, rows="all")
+    product = attnx.rollout(trace, query="all")
     assert float(product.sum()) == pytest.approx(10, rel=1e-5)
-    mean = attnx.rollout(trace, rows="mean").flatten()
+    mean = attnx.rollout(trace, query="mean").flatten()
     torch.testing.assert_close(mean, product[0, 1:, 1:].mean(0), rtol=1e-4, atol=1e-7)

@@ -66,11 +66,11 @@ def test_rollout_is_abnars(heads: str, residual: float) -> None:
     maps = random_maps()
     trace = fused_trace(maps, heads)
     want = abnar([FUSE[heads](m) for m in maps], residual)
-    torch.testing.assert_close(attnx.rollout(trace, residual, rows="all").double(), want, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(attnx.rollout(trace, residual, query="all").double(), want, rtol=1e-5, atol=1e-7)
     ours = attnx.rollout(trace, residual)
     assert ours.shape == (3, 3, 4)
     torch.testing.assert_close(ours.flatten(1).double(), want[:, 0, 1:], rtol=1e-5, atol=1e-7)
-    one = attnx.rollout(trace, residual, rows=5)
+    one = attnx.rollout(trace, residual, query=5)
     torch.testing.assert_close(one.flatten(1).double(), want[:, 5, 1:], rtol=1e-5, atol=1e-7)
 
 
@@ -101,7 +101,7 @@ def test_rollout_discards_each_items_smallest_entries() -> None:
         item[item <= threshold] = 0
         item[0, 0] = first
     want = abnar([kept])
-    ours = attnx.rollout(fused_trace(maps), discard=0.5, rows="all")
+    ours = attnx.rollout(fused_trace(maps), discard=0.5, query="all")
     torch.testing.assert_close(ours.double(), want, rtol=1e-5, atol=1e-7)
     assert torch.equal(fused, maps[0].mean(1))
 
@@ -147,8 +147,8 @@ def test_rollout_errors() -> None:
         attnx.rollout(trace, start=4)
     with pytest.raises(ValueError, match="preset: expected None or 'vit-explain'; got 'abnar'"):
         attnx.rollout(trace, preset="abnar")
-    with pytest.raises(ValueError, match=r"rows: expected 'all', 'mean' or an index in 0..12; got 13"):
-        attnx.rollout(trace, rows=13)
+    with pytest.raises(ValueError, match=r"query: expected 'all', 'mean' or an index in 0..12; got 13"):
+        attnx.rollout(trace, query=13)
     with pytest.raises(ValueError, match=r"the capture fused them by 'mean'; got 'max'"):
         attnx.rollout(trace, heads="max")
     rows = make_trace({"l0": maps[0].mean(1)[:, :1]}, LAYOUT, rows=(0,))
@@ -247,3 +247,12 @@ def test_layout_that_does_not_add_up() -> None:
     model.num_prefix_tokens = 3
     with pytest.raises(ValueError, match=r"expected 3 \+ 3 \* 3 tokens; got maps of 10"):
         trace.layout  # noqa: B018
+
+
+def test_the_query_was_called_rows() -> None:
+    trace = fused_trace(random_maps(2))
+    with pytest.warns(DeprecationWarning, match="rows of rollout, gradient_rollout and relevance is now query"):
+        former = attnx.rollout(trace, rows="all")
+    assert torch.equal(former, attnx.rollout(trace, query="all"))
+    with pytest.raises(ValueError, match="expected query alone"):
+        attnx.rollout(trace, query=0, rows=1)

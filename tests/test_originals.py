@@ -163,4 +163,4 @@ def test_chefers_clip(start):
         logits.diagonal().sum().backward()
     assert_close(logits.diagonal().sum().detach()[None], score.detach()[None])
     assert_close(attnx.relevance(seen, start).flatten(1), relevance(theirs.visual.transformer.resblocks)[:, 0, 1:])
-    assert_close(attnx.relevance(read, start, rows="all"), relevance(theirs.transformer.resblocks))
+    assert_close(attnx.relevance(read, start, query="all"), relevance(theirs.transformer.resblocks))

@@ -56,8 +56,8 @@ def test_the_whole_relevance_matrix():
     with attnx.capture(model, grad=True) as trace:
         trace.backward(model(images)[:, 3].sum())
     R = chefer(eager_layers(model, images, 3))
-    torch.testing.assert_close(attnx.relevance(trace, rows="all").double(), R, rtol=2e-6, atol=1e-9)
-    row = attnx.relevance(trace, rows=4)
+    torch.testing.assert_close(attnx.relevance(trace, query="all").double(), R, rtol=2e-6, atol=1e-9)
+    row = attnx.relevance(trace, query=4)
     torch.testing.assert_close(row.flatten(1).double(), R[:, 4, 1:], rtol=2e-6, atol=1e-9)
 
 

@@ -240,9 +240,9 @@ def test_towers_that_are_given_the_same_input_are_not_chained(named: bool, layou
         model(torch.randn(1, 3, 32, 32))
     for chain in (attnx.rollout, attnx.relevance):
         with pytest.raises(ValueError, match=r"runs beside .*: both have the same input; choose layers="):
-            chain(trace, rows="all")
+            chain(trace, query="all")
     one = "branch2.*" if named else "towers.1.*"
-    assert attnx.rollout(trace, layers=one, rows="all").shape == (1, 16, 16)
+    assert attnx.rollout(trace, layers=one, query="all").shape == (1, 16, 16)
 
 
 def test_a_layout_that_is_given_is_not_the_texts() -> None:
@@ -260,7 +260,7 @@ def test_a_layout_that_is_given_is_not_the_texts() -> None:
         attnx.layer_maps(trace)
     with pytest.raises(ValueError, match="expected maps over patches of an image; got maps over 5 text"):
         attnx.rollout(trace, layers="text_model.*")
-    assert attnx.rollout(trace, layers="text_model.*", rows="all").shape == (1, 5, 5)
+    assert attnx.rollout(trace, layers="text_model.*", query="all").shape == (1, 5, 5)
     torch.testing.assert_close(attnx.cls_map(trace), attnx.cls_map(trace, "vision_model.encoder.layers.1.self_attn"))
 
 
@@ -303,6 +303,6 @@ def test_relevance_of_a_score_that_passes_the_pool_by() -> None:
     model = transformers.SiglipVisionModel(config).eval()
     with attnx.capture(model, grad=True) as trace:
         trace.backward(model(torch.randn(1, 3, 48, 48)).last_hidden_state.sum())
-    assert attnx.relevance(trace, rows="mean").shape == (1, 3, 3)
+    assert attnx.relevance(trace, query="mean").shape == (1, 3, 3)
     with pytest.raises(RuntimeError, match=r"head.attention: no gradient reached this layer.*pass rows='mean'"):
         attnx.relevance(trace)

@@ -258,7 +258,7 @@ def test_gradient_maps_with_checkpointing_on(name: str, after: bool, images: Ten
                 trace.backward(loss)
         if after:
             loss.backward()
-        maps.append(attnx.relevance(trace, rows=0))
+        maps.append(attnx.relevance(trace, query=0))
     assert torch.equal(*maps)
     flags = [m.grad_checkpointing for m in model.modules() if hasattr(m, "grad_checkpointing")]
     flags += [m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")]

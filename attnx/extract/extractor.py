@@ -16,7 +16,7 @@ from attnx.extract.plan import Plan, PlanMismatchError
 from attnx.extract.trial import Trial
 from attnx.methods import cls_map, layer_maps, rollout
 from attnx.methods.maps import cls_layer
-from attnx.methods.rollout import last_needed
+from attnx.methods.rollout import last_needed, renamed
 from attnx.trace.adapters.sharding import is_sharded
 from attnx.trace.capture import uncompiled
 from attnx.trace.layers import Layers, attention_layers
@@ -25,7 +25,7 @@ from attnx.trace.recorder import Recorder
 from attnx.trace.trace import Trace
 
 METHODS = ("rollout", "cls", "layers")
-_ROLLOUT = ("residual", "discard", "start", "preset", "rows")
+_ROLLOUT = ("residual", "discard", "start", "preset", "query", "rows")
 
 # One extraction at a time per model, because an extraction binds forwards to its blocks.
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -58,7 +58,7 @@ class Extractor:
             the Python overhead that dominates at small batch sizes. The pass must depend on nothing but its images.
         backend: as in `attnx.attention`.
         model_kwargs: further arguments of each call of the model, such as interpolate_pos_encoding=True.
-        options: further arguments of `attnx.rollout` (residual, discard, start, preset, rows).
+        options: further arguments of `attnx.rollout` (residual, discard, start, preset, query).
 
     Raises:
         ValueError: an unknown method, options that the method does not have, a model in training mode, or compile with
@@ -113,6 +113,8 @@ class Extractor:
         self.dtype = dtype
         self.channels_last = channels_last
         self.model_kwargs = model_kwargs or {}
+        if "rows" in options:
+            options["query"] = renamed(options.get("query"), options.pop("rows"))
         self.options = options
         self._call = image_call(model, self.model_kwargs)
         self._recorder = Recorder(
@@ -215,7 +217,8 @@ class Extractor:
                 if not self._plan.bound:
                     raise
                 # A forward that names SDPA may call it in another function.
-                self._plan = replace(self._plan, bound=False)
+                reason = "its forward names F.scaled_dot_product_attention but calls it elsewhere"
+                self._plan = replace(self._plan, unbound=dict.fromkeys(self._plan.blocks, reason))
                 self._plan.run(self._recorder, self.model, lambda: self._call(images))
         # The layers before `start` were not recorded.
         maps = self._reduce(self._recorder.trace, {k: v for k, v in self.options.items() if k != "start"})

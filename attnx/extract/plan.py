@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from attnx.extract.projections import HeadDims, queries_and_keys
-from attnx.extract.rebind import SDPA, own_forward
+from attnx.extract.rebind import own_forward
 from attnx.ops.functional import cast_as_sdpa
 from attnx.trace.adapters import route_to_sdpa
+from attnx.trace.adapters.mha import SDPA
 from attnx.trace.interceptor import Interceptor, is_intercepted, route_again
 from attnx.trace.layers import clean_name
 from attnx.trace.layout import grid_of
@@ -27,6 +28,7 @@ class Step(NamedTuple):
     runs: str
     keeps: str
     nbytes: int  # stored for one image
+    why: str = ""  # reason that no map of it is made, or that all its projections run; else empty
 
 
 class Split(NamedTuple):
@@ -46,11 +48,10 @@ class Plan:
         last: name of the last recorded layer, after which the forward pass stops.
         row: the only query row that is recorded of `last`; None: the same rows as in the other layers.
         split: how to project one query and the keys of `last`; None if its projections are unknown.
-        bound: True if the blocks' own forwards can be bound to another attention; otherwise the whole model is
-            intercepted.
         blocks: {name: module} of the attention blocks of the recorded layers.
         convolutions: {name: module} of the patch convolutions.
         stops: True if the forward pass stops after `last`; False for sharded models, whose hooks must run to the end.
+        unbound: {name: reason} of the blocks whose forward can't be bound.
     """
 
     steps: tuple[Step, ...]
@@ -58,10 +59,15 @@ class Plan:
     last: str
     row: int | None
     split: Split | None
-    bound: bool
     blocks: dict[str, nn.Module] = field(repr=False)
     convolutions: dict[str, nn.Module] = field(repr=False)
     stops: bool = True
+    unbound: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bound(self) -> bool:
+        """True if the blocks' own forwards run with attnx's attention; otherwise the whole model is intercepted."""
+        return not self.unbound
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +84,12 @@ class Plan:
         ]
         how = "the blocks' own forwards, with attnx's attention" if self.bound else "the whole model is intercepted"
         end = f"stops in {self.last}: nothing of the model runs after that" if self.stops else "runs the whole model"
-        return "\n".join([*lines, f"{end}; {how}"])
+        reasons = {**self.unbound, **{step.layer: step.why for step in self.steps if step.why}}
+        by_reason: dict[str, list[str]] = {}
+        for layer, reason in reasons.items():
+            by_reason.setdefault(reason, []).append(layer)
+        notes = [f"{', '.join(layers)}: {reason}" for reason, layers in by_reason.items()]
+        return "\n".join([*lines, f"{end}; {how}", *notes])
 
     def run(self, recorder: Recorder, model: nn.Module, call: Callable[[], Any]) -> None:
         """Run the model as far as the plan requires; the recorder receives the trace.

@@ -22,10 +22,26 @@ def own_forward(module: nn.Module, sdpa: Callable[..., Any]) -> Callable[..., An
     if the code contains none of these names, so that another function may call SDPA; if the forward is not a plain
     function of the class; or if it writes globals.
     """
+    clone = _clone(module, sdpa)
+    return None if isinstance(clone, str) else clone
+
+
+def unbound_reason(module: nn.Module) -> str | None:
+    """The reason that `own_forward` has no clone of the module's forward; None if it has one."""
+    clone = _clone(module, SDPA)
+    return clone if isinstance(clone, str) else None
+
+
+def _clone(module: nn.Module, sdpa: Callable[..., Any]) -> Callable[..., Any] | str:
+    """The clone, or the reason that there is none."""
     function = getattr(type(module), "forward", None)
-    if not own_forward_only(module) or not isinstance(function, FunctionType) or _writes_globals(function.__code__):
-        return None
-    return _with_sdpa(function, sdpa)
+    if not own_forward_only(module):
+        return "its forward was replaced on the instance"
+    if not isinstance(function, FunctionType):
+        return "its forward is not a plain function of its class"
+    if _writes_globals(function.__code__):
+        return "its forward writes global variables"
+    return _with_sdpa(function, sdpa) or "its forward does not call F.scaled_dot_product_attention itself"
 
 
 @cache

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from attnx.extract.plan import Plan, Split, Step, sole_input
 from attnx.extract.projections import HeadDims, projects, queries_and_keys
-from attnx.extract.rebind import SDPA, own_forward
+from attnx.extract.rebind import unbound_reason
 from attnx.trace.adapters.sharding import is_sharded
+from attnx.trace.explain import unintercepted
 from attnx.trace.interceptor import Interceptor
 from attnx.trace.layers import Layers, attention_layers, clean_name, matches
 from attnx.trace.layout import patch_convolutions
@@ -71,64 +72,78 @@ class Trial:
         modules = {clean_name(name): module for name, module in self.model.named_modules()}
         convolutions = {id(module) for module in patch_convolutions(self.model)}
         blocks = {name.partition("#")[0]: modules[name.partition("#")[0]] for name in wanted}  # "x#2" is x again
-        split = self._split(last, modules.get(last), row)
+        split = None if row is None else self._split(last, modules.get(last), row)
+        reasons = {name: unbound_reason(block) for name, block in blocks.items()}
         return Plan(
-            steps=tuple(self._steps(wanted, row, split is not None, list(modules))),
+            steps=tuple(self._steps(wanted, row, split, list(modules))),
             wanted=tuple(wanted),
             last=last,
             row=row,
-            split=split,
-            bound=all(own_forward(block, SDPA) is not None for block in blocks.values()),
+            split=split if isinstance(split, Split) else None,
             blocks=blocks,
             stops=not is_sharded(self.model),
             convolutions={name: module for name, module in modules.items() if id(module) in convolutions},
+            unbound={name: reason for name, reason in reasons.items() if reason is not None},
         )
 
-    def _split(self, last: str, block: nn.Module | None, row: int | None) -> Split | None:
-        """The `Split` of the last layer, if its projections reproduce the q and k of the pass; else None."""
+    def _split(self, last: str, block: nn.Module | None, row: int) -> Split | str:
+        """The `Split` of the last layer, or the reason that one query and the keys can't be projected alone."""
         call, x = self.calls[last], self.inputs.get(last)
-        if (
-            block is None
-            or row is None
-            or x is None
-            or call["bias"] is not None
-            or call["is_causal"]
-            or not {"softcap", "sinks"}.isdisjoint(call)
-            or "q" not in call
-        ):
-            return None
+        if block is None:
+            return "all its projections run: it attends several times in a pass"
+        if not projects(block):
+            return f"all its projections run: attnx does not know those of {type(block).__name__}"
+        if x is None or "q" not in call:
+            return "all its projections run: it has more inputs than one tensor"
+        if call["bias"] is not None or call["is_causal"] or not {"softcap", "sinks"}.isdisjoint(call):
+            return "all its projections run: its scores have a mask, a bias, a softcap or sinks"
         q, k = call["q"], call["k"]
         heads = HeadDims(q.shape[1], k.shape[1], q.shape[3])
         projected = queries_and_keys(block, x, row, heads)
-        if projected is None or not (_close(projected[0], q[:, :, row : row + 1]) and _close(projected[1], k)):
-            return None
+        if projected is None:
+            return "all its projections run: they are replaced, hooked, quantised or sharded"
+        if not (_close(projected[0], q[:, :, row : row + 1]) and _close(projected[1], k)):
+            return "all its projections run: alone they do not give the queries and keys that it attended with"
         return Split(heads, call["scale"])
 
-    def _steps(self, wanted: Sequence[str], row: int | None, split: bool, modules: list[str]) -> list[Step]:
+    def _steps(
+        self, wanted: Sequence[str], row: int | None, split: Split | str | None, modules: list[str]
+    ) -> list[Step]:
         trace, last, steps = self.recorder.trace, wanted[-1], list[Step]()
+        order = self._order(modules)
+        reasons = unintercepted(self.interceptor, trace) if self.interceptor.wanted is None else {}
+        stop = order.index(last)
+        for i, name in enumerate(order):
+            if name in reasons:
+                steps.append(Step(name, "nothing" if i > stop else "its own attention", "-", 0, reasons[name]))
+            elif i > stop:
+                steps.append(Step(name, "nothing", "-", 0, f"the method reads no layer after {last}"))
+            elif name not in wanted:
+                steps.append(Step(name, "its own attention", "-", 0, "the method does not read it"))
+            else:
+                record, why = trace.kept(name), ""
+                runs, keeps = "attention with its map", self._description(name, record)
+                nbytes = record.nbytes // max(1, record.shape[0])
+                if name == last:
+                    alone = isinstance(split, Split)
+                    runs = f"keys, and the query of row {row}" if alone else "projections and its map"
+                    why = split if isinstance(split, str) else ""
+                if name == last and row is not None and trace.rows is None:
+                    keeps, nbytes = f"row {row}", 4 * record.shape[-1]
+                steps.append(Step(name, runs, keeps, nbytes, why))
+        return steps
+
+    def _order(self, modules: list[str]) -> list[str]:
+        """All attention layers in the order of their calls; others are placed by their position in the model."""
+        trace = self.recorder.trace
         order = list(trace)
         for name in attention_layers(self.model):
-            if name not in trace:  # not requested: placed by its position in the model
+            if name not in trace:
                 before = [
                     i for i, other in enumerate(order) if modules.index(other.partition("#")[0]) < modules.index(name)
                 ]
                 order.insert(before[-1] + 1 if before else 0, name)
-        stop = order.index(last)
-        for i, name in enumerate(order):
-            if i > stop:
-                steps.append(Step(name, "nothing", "-", 0))
-            elif name not in wanted:
-                steps.append(Step(name, "its own attention", "-", 0))
-            else:
-                record = trace.kept(name)
-                runs, keeps = "attention with its map", self._description(name, record)
-                nbytes = record.nbytes // max(1, record.shape[0])
-                if name == last:
-                    runs = f"keys, and the query of row {row}" if split else "projections and its map"
-                if name == last and row is not None and trace.rows is None:
-                    keeps, nbytes = f"row {row}", 4 * record.shape[-1]
-                steps.append(Step(name, runs, keeps, nbytes))
-        return steps
+        return order
 
     def _description(self, name: str, record: LayerRecord) -> str:
         """What is stored of a layer, in words."""

@@ -3,12 +3,19 @@
 from torch import Tensor
 
 from attnx.methods.maps import fusion
-from attnx.methods.rollout import chain_start, self_attention
+from attnx.methods.rollout import chain_start, renamed, self_attention
 from attnx.trace.layers import Layers
 from attnx.trace.trace import Trace
 
 
-def relevance(trace: Trace, start: int = 0, *, rows: str | int | None = None, layers: Layers = None) -> Tensor:
+def relevance(
+    trace: Trace,
+    start: int = 0,
+    *,
+    query: str | int | None = None,
+    layers: Layers = None,
+    rows: str | int | None = None,
+) -> Tensor:
     """Relevance of the patches for a score through the layers of self-attention, by Chefer et al.
 
     ``C_l = mean_h max(dP_l, 0) P_l`` and ``R_l = R_{l-1} + C_l R_{l-1}`` with ``R_0 = I`` (rules 5 and 6 of the paper).
@@ -18,10 +25,10 @@ def relevance(trace: Trace, start: int = 0, *, rows: str | int | None = None, la
     Args:
         trace: a capture of all rows with grad=True, after its backward pass.
         start: the first layer of the product. The authors' code for CLIP uses only the last layer, start=-1.
-        rows, layers: as in `rollout`.
+        query, layers, rows: as in `rollout`.
 
     Returns:
-        [B, h, w] float32; for rows="all" the matrix R, [B, N, N].
+        [B, h, w] float32; for query="all" the matrix R, [B, N, N].
 
     Raises:
         ValueError: as in `rollout`.
@@ -40,13 +47,14 @@ def relevance(trace: Trace, start: int = 0, *, rows: str | int | None = None, la
         >>> attnx.relevance(trace).shape
         torch.Size([2, 12, 12])
     """
+    query = renamed(query, rows)
     trace = trace if layers is None else trace.select(layers)
     chain, pool = self_attention(trace)
-    layout = None if rows == "all" else trace.layout
+    layout = None if query == "all" else trace.layout
     if not -len(chain) <= start < len(chain):
         raise ValueError(f"start: expected a layer index in -{len(chain)}..{len(chain) - 1}; got {start}")
     kind = fusion(trace, None)
-    result, _ = chain_start(chain[-1][1], pool, kind, rows, layout)
+    result, _ = chain_start(chain[-1][1], pool, kind, query, layout)
     for _, record in reversed(chain[start:]):
         result = result + record.fused(kind).vecmat(result)
     return result if layout is None else layout.patches(result[:, 0])

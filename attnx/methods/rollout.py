@@ -1,5 +1,6 @@
 """Attention rollout: a chain of vector products through the layers."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -22,15 +23,16 @@ def rollout(
     *,
     heads: str | None = None,
     preset: str | None = None,
-    rows: str | int | None = None,
+    query: str | int | None = None,
     layers: Layers = None,
+    rows: str | int | None = None,
 ) -> Tensor:
     """Attention rollout: the share of each patch in the class token after all layers.
 
     ``M_l = (1 - residual) F_l + residual I`` with rows normalised, where F_l is the map of layer l with heads fused.
     The result is the row of ``M_L ... M_start`` that belongs to the class token, over the patches. It is computed as a
     chain of vector products from the last layer to the first. For layers captured with keep="qk" no map is computed
-    (`attnx.vecmat`), unless rows="all", discard, or heads other than "mean" require it; then one layer at a time.
+    (`attnx.vecmat`), unless query="all", discard, or heads other than "mean" require it; then one layer at a time.
 
     Args:
         trace: a capture of all rows (rows=None), with any `keep`.
@@ -41,12 +43,13 @@ def rollout(
             capture's own value.
         preset: "vit-explain" divides column j, instead of row j, by the sum of row j, as that code does, and the
             result by its maximum. `discard` is not set by the preset; the default of that code is 0.9.
-        rows: the query to follow: an index, "mean" over the patches, or "all". None: the class token; for a model
+        query: the query to follow: an index, "mean" over the patches, or "all". None: the class token; for a model
             without one its attention-pooling layer, if captured, else "mean".
         layers: the layers of the trace to use, as in `Trace.select` ("vision_model.*"); None: all.
+        rows: deprecated, the former name of `query`.
 
     Returns:
-        [B, h, w] float32; for rows="all" the whole product, [B, N, N].
+        [B, h, w] float32; for query="all" the whole product, [B, N, N].
 
     Raises:
         ValueError: the layers are not one stack of self-attention over the same tokens (the message lists them; select
@@ -64,11 +67,12 @@ def rollout(
         ...     logits = model(torch.rand(2, 3, 96, 96))
         >>> attnx.rollout(trace).shape
         torch.Size([2, 12, 12])
-        >>> attnx.rollout(trace, discard=0.9, rows="all").shape
+        >>> attnx.rollout(trace, discard=0.9, query="all").shape
         torch.Size([2, 145, 145])
     """
+    query = renamed(query, rows)
     trace = trace if layers is None else trace.select(layers)
-    return _rollout(trace, residual, discard, start, heads, preset, rows)
+    return _rollout(trace, residual, discard, start, heads, preset, query)
 
 
 def gradient_rollout(
@@ -78,8 +82,9 @@ def gradient_rollout(
     start: int = 0,
     *,
     preset: str | None = None,
-    rows: str | int | None = None,
+    query: str | int | None = None,
     layers: Layers = None,
+    rows: str | int | None = None,
 ) -> Tensor:
     """Rollout of maps weighted by their gradients: `rollout` with ``F_l = max(mean_h dP_l P_l, 0)``.
 
@@ -89,10 +94,10 @@ def gradient_rollout(
     Args:
         trace: a capture with grad="signed", after its backward pass.
         discard: as in `rollout`, but including the class token's own entry, as in vit-explain.
-        residual, start, preset, rows, layers: as in `rollout`.
+        residual, start, preset, query, layers, rows: as in `rollout`.
 
     Returns:
-        [B, h, w] float32; for rows="all" the whole product, [B, N, N].
+        [B, h, w] float32; for query="all" the whole product, [B, N, N].
 
     Raises:
         ValueError: as in `rollout`.
@@ -111,9 +116,10 @@ def gradient_rollout(
         >>> attnx.gradient_rollout(trace).shape
         torch.Size([2, 12, 12])
     """
+    query = renamed(query, rows)
     trace = trace if layers is None else trace.select(layers)
     positive = trace.mapped(lambda weighted: weighted.clamp(min=0))
-    return _rollout(positive, residual, discard, start, None, preset, rows, spare=False)
+    return _rollout(positive, residual, discard, start, None, preset, query, spare=False)
 
 
 def _rollout(
@@ -123,7 +129,7 @@ def _rollout(
     start: int,
     heads: str | None,
     preset: str | None,
-    rows: str | int | None,
+    query: str | int | None,
     spare: bool = True,
 ) -> Tensor:
     """See `rollout`; `spare`: do not discard the class token's own entry."""
@@ -135,12 +141,12 @@ def _rollout(
         raise ValueError("heads: expected mean, max or min; got 'each': rollout fuses the heads of every layer")
     kind = fusion(trace, heads)
     layers, pool = self_attention(trace)
-    layout = None if rows == "all" else trace.layout
+    layout = None if query == "all" else trace.layout
     if not 0 <= start < len(layers):
         raise ValueError(f"start: expected a layer index in 0..{len(layers) - 1}; got {start}")
     mean = "mean" in (trace.heads, kind.name.lower())
-    whole = rows == "all" or discard > 0 or not mean
-    result, row = chain_start(layers[-1][1], pool, kind, rows, layout)
+    whole = query == "all" or discard > 0 or not mean
+    result, row = chain_start(layers[-1][1], pool, kind, query, layout)
     for _, record in reversed(layers[start:]):
         layer = record.fused(kind)
         if row is not None and preset is None and not discard:
@@ -168,13 +174,30 @@ def _rollout(
     return patches / patches.amax((-2, -1), keepdim=True) if preset else patches
 
 
-def last_needed(trace: Trace, *, rows: str | int | None = None, **options: Any) -> tuple[str, int | None]:
+def renamed(query: str | int | None, rows: str | int | None) -> str | int | None:
+    """The query, also under its former name `rows`.
+
+    Raises:
+        ValueError: both are given.
+
+    Warns:
+        DeprecationWarning: `rows` is given.
+    """
+    if rows is None:
+        return query
+    if query is not None:
+        raise ValueError(f"rows: expected query alone, its new name; got query={query!r} and rows={rows!r}")
+    warnings.warn("attnx: rows of rollout, gradient_rollout and relevance is now query", DeprecationWarning, 3)
+    return rows
+
+
+def last_needed(trace: Trace, *, query: str | int | None = None, **options: Any) -> tuple[str, int | None]:
     """The last layer that `rollout` with these options reads, and the only row that it reads there (None: all)."""
     layers, pool = self_attention(trace)
     layout = trace.layout
-    if rows is None and layout.cls is not True and pool is not None:
+    if query is None and layout.cls is not True and pool is not None:
         return pool[0], None
-    row = chain_start(layers[-1][1], None, Reduction.EACH, rows, layout)[1]
+    row = chain_start(layers[-1][1], None, Reduction.EACH, query, layout)[1]
     alone = options.get("preset") is None and not options.get("discard") and options.get("start", 0) < len(layers)
     return layers[-1][0], row if alone else None
 
@@ -250,35 +273,37 @@ def chain_start(
     last: LayerRecord,
     pool: tuple[str, LayerRecord] | None,
     kind: Reduction,
-    rows: str | int | None,
+    query: str | int | None,
     layout: TokenLayout | None,
 ) -> tuple[Tensor, int | None]:
     """The vectors [B, R, N] that the chain starts from, and the single row that they select, or None.
 
     Args:
         last: record of the last self-attention layer.
-        pool: name and record of a pooling layer after it; used only if rows is None and there is no class token.
+        pool: name and record of a pooling layer after it; used only if query is None and there is no class token.
         kind: how to fuse the pool's heads.
-        rows: as in `rollout`.
-        layout: token layout; None for rows="all".
+        query: as in `rollout`.
+        layout: token layout; None for query="all".
     """
     B, n, device = last.shape[0], last.shape[-1], last.device
-    if rows == "all" or layout is None:
+    if query == "all" or layout is None:
         return torch.eye(n, device=device).expand(B, n, n), None
     cls, prefix = layout.cls is True, layout.prefix
-    if rows is None and not cls and pool is not None:
+    if query is None and not cls and pool is not None:
         try:
             return pool[1].fused(kind).map(), None
         except RuntimeError as error:
-            raise RuntimeError(f"{pool[0]}: {error}; or pass rows='mean' if the score does not depend on it") from error
+            raise RuntimeError(
+                f"{pool[0]}: {error}; or pass query='mean' if the score does not depend on it"
+            ) from error
     start = torch.zeros(B, 1, n, device=device)
-    if rows == "mean" or (rows is None and not cls):
+    if query == "mean" or (query is None and not cls):
         start[..., prefix:] = 1 / (n - prefix)
         return start, None
-    if rows is None or (isinstance(rows, int) and not isinstance(rows, bool) and 0 <= rows < n):
-        start[..., rows or 0] = 1
-        return start, rows or 0
-    raise ValueError(f"rows: expected 'all', 'mean' or an index in 0..{n - 1}; got {rows!r}")
+    if query is None or (isinstance(query, int) and not isinstance(query, bool) and 0 <= query < n):
+        start[..., query or 0] = 1
+        return start, query or 0
+    raise ValueError(f"query: expected 'all', 'mean' or an index in 0..{n - 1}; got {query!r}")
 
 
 def _discard(fused: Tensor, share: float, spare: bool) -> Tensor:

@@ -33,17 +33,22 @@ def missing_layers(interceptor: "Interceptor", missing: Sequence[str], intercept
 
 def unintercepted_layers(interceptor: "Interceptor", intercepted: Collection[str]) -> str | None:
     """Warning message for attention layers that were not intercepted; None if every layer was."""
-    names = dict.fromkeys([*attention_layers(interceptor.model), *interceptor.skipped])
-    missing = [name for name in names if name not in intercepted]
-    if not missing:
+    reasons = unintercepted(interceptor, intercepted)
+    if not reasons:
         return None
-    unfused = unfused_blocks(interceptor.model)
-    reasons = {name: _reason(interceptor, name, unfused) for name in missing}
     if set(reasons.values()) == {_NEVER}:
         details = ", ".join(reasons)
     else:
         details = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     return f"attnx: attention layers that were not intercepted: {details}"
+
+
+def unintercepted(interceptor: "Interceptor", intercepted: Collection[str]) -> dict[str, str]:
+    """{layer: reason} of the attention layers that were not intercepted."""
+    names = dict.fromkeys([*attention_layers(interceptor.model), *interceptor.skipped])
+    missing = [name for name in names if name not in intercepted]
+    unfused = unfused_blocks(interceptor.model) if missing else {}
+    return {name: _reason(interceptor, name, unfused) for name in missing}
 
 
 def nothing_captured(interceptor: "Interceptor") -> str:
