@@ -20,10 +20,12 @@ from attnx.cli.options import (
     Colormap,
     Device,
     Discard,
+    FormerMass,
     HeadsOption,
     ImageSize,
     Interpolation,
     Layer,
+    Mass,
     Method,
     Model,
     Out,
@@ -34,6 +36,7 @@ from attnx.cli.options import (
     Start,
     UsageError,
     layers_of,
+    mass_of,
     prepared,
     report_errors,
     rollout_options,
@@ -127,7 +130,8 @@ def show(
     colormap: Colormap = "turbo",
     alpha: Alpha = 0.5,
     interpolation: Interpolation = "bilinear",
-    keep: Annotated[float, typer.Option(help="Share of a head's mass inside its mask.")] = 0.6,
+    mass: Mass = 0.6,
+    keep: FormerMass = None,
     seed: Seed = 0,
 ) -> None:
     """Draws the maps of one image, at the image's own size.
@@ -141,7 +145,7 @@ def show(
     picture = read_image(image)
     on, loaded = prepared(model, pretrained, checkpoint, image_size, device, seed)
     rolling = rollout_options(residual, discard, start, preset)
-    style = Style(colormap, alpha, interpolation, keep)
+    style = Style(colormap, alpha, interpolation, mass_of(mass, keep))
     written = draw(picture, loaded, out, method, layers_of(layer), heads, rolling, style, on)
     for path, what in written.items():
         typer.echo(f"{path}  {what}")

@@ -49,6 +49,8 @@ PATH: dict[str, Any] = {"parser": path_of, "metavar": "PATH"}  # arguments of ty
 SOURCE: dict[str, Any] = {"parser": source_of, "metavar": "PATH"}
 Out = Annotated[Path, typer.Option(help="Folder for the results; created if missing.", **PATH)]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights to load (.safetensors or a torch file).", **PATH)]
+Mass = Annotated[float, typer.Option(help="Share of a head's mass inside its mask.")]
+FormerMass = Annotated[float | None, typer.Option("--keep", help="Former name of --mass.", hidden=True)]
 Pretrained = Annotated[bool, typer.Option(help="Download the model's weights; --no-pretrained: random weights.")]
 Seed = Annotated[int, typer.Option(help="Seed of random weights.")]
 ImageSize = Annotated[str | None, typer.Option(help="Pixels: 480, or HEIGHTxWIDTH such as 480x640.")]
@@ -73,6 +75,14 @@ Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 / float16 with au
 Colormap = Annotated[str, typer.Option(help="Name of a matplotlib colour map.")]
 Alpha = Annotated[float, typer.Option(help="Opacity of the map: 0 shows only the image, 1 only the map.")]
 Interpolation = Annotated[str, typer.Option(help="bilinear or nearest.")]
+
+
+def mass_of(mass: float, keep: float | None) -> float:
+    """The share of mass, also under its former name --keep, with a message."""
+    if keep is None:
+        return mass
+    say("--keep of show and summary is now --mass")
+    return keep
 
 
 def report_errors(command: Callable[..., None]) -> Callable[..., None]:

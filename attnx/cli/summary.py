@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from attnx.cli.options import PATH, Alpha, Colormap, Interpolation, report_errors
+from attnx.cli.options import PATH, Alpha, Colormap, FormerMass, Interpolation, Mass, mass_of, report_errors
 
 
 @report_errors
@@ -25,7 +25,8 @@ def summary(
     examples: Annotated[
         int, typer.Option(help="Number of examples per entropy level, and of most and least focused.", min=1)
     ] = 6,
-    keep: Annotated[float, typer.Option(help="Share of a head's mass inside its mask, for the Jaccard index.")] = 0.6,
+    mass: Mass = 0.6,
+    keep: FormerMass = None,
     colormap: Colormap = "turbo",
     alpha: Alpha = 0.5,
     interpolation: Interpolation = "bilinear",
@@ -45,7 +46,7 @@ def summary(
     found = summarise(maps)
     if masks is not None and not masks.is_dir():
         raise ValueError(f"masks: expected a folder of masks; {masks} is not a folder")
-    scored = None if masks is None else score(maps, masks, keep)
+    scored = None if masks is None else score(maps, masks, mass_of(mass, keep))
     target = folder / "summary" if out is None else out
     written = draw_summary(maps, found, target, Style(colormap, alpha, interpolation), examples)
     values = numbers(maps, found, scored)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from attnx.extract.projections import HeadDims, queries_and_keys
 from attnx.extract.rebind import own_forward
-from attnx.ops.functional import cast_as_sdpa
 from attnx.trace.adapters import route_to_sdpa
 from attnx.trace.adapters.mha import SDPA
 from attnx.trace.interceptor import Interceptor, is_intercepted, route_again
@@ -150,7 +149,7 @@ class Plan:
         if x is not None and self.split is not None and get_ident() == thread:
             projected = queries_and_keys(module, x, self.row or 0, self.split.heads)
             if projected is not None:
-                q, k = cast_as_sdpa(*projected)
+                q, k = projected
                 recorder.keep_row(self.last, q, k, k.shape[2], scale=self.split.scale, backend=recorder.backend)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnx.ops.functional import cast_as_sdpa, gradient_map
+from attnx.ops.checks import cast_as_sdpa
+from attnx.ops.functional import gradient_map
 from attnx.ops.reducers import Reduction
 from attnx.trace.adapters.checkpointing import is_checkpointed
 from attnx.trace.records import LayerRecord, MapRecord, no_autocast

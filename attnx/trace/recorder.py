@@ -9,7 +9,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from attnx.ops.functional import attention, attention_map, cast_as_sdpa
+from attnx.ops.functional import attention, attention_map
 from attnx.ops.reducers import MASK_THRESHOLD, Reduction
 from attnx.trace.adapters.huggingface import unpacked
 from attnx.trace.gradient_record import attend_with_gradient
@@ -190,8 +190,7 @@ class Recorder:
         if facts is not None:
             self.trace.note(layer, facts)
         if layer == self.stop_after and self.stop_row is not None:
-            cast_q, cast_k = cast_as_sdpa(q, k)
-            self.keep_row(layer, cast_q, cast_k, q.shape[2], rows=self._index((self.stop_row,), q), **given)
+            self.keep_row(layer, q, k, q.shape[2], rows=self._index((self.stop_row,), q), **given)
         try:
             rows = None if self.trace.rows is None else self._index(self.trace.rows, q)
             options = dict(heads=self.trace.heads, rows=rows, **given)

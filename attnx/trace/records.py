@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from attnx.ops.functional import attention, attention_lse, attention_map, cast_as_sdpa, vecmat
+from attnx.ops.checks import cast_as_sdpa
+from attnx.ops.functional import attention, attention_lse, attention_map, vecmat
 from attnx.ops.reducers import Reduction, fuse_heads
 
 KEEP = ("map", "qk", "auto")
@@ -235,8 +236,9 @@ def attend(
             can replace it (whole maps, mean over heads); else it stores the map.
         output: if False, the output is not computed and None is returned in its place.
     """
-    q, k, v = cast_as_sdpa(q, k, v)
     mean = heads == "mean" and rows is None
+    if keep != "map":
+        q, k, v = cast_as_sdpa(q, k, v)  # as they are stored
     fits = max(SMALL_MAP, qk_bytes(q, k, call["bias"])) < 4 * q.shape[0] * q.shape[2] * k.shape[2]
     if keep == "map" or (keep == "auto" and not (mean and fits)):
         options = dict(heads=heads, rows=rows, **call)
