@@ -202,7 +202,7 @@ def test_mistakes_are_one_line(photos: Path, tmp_path: Path) -> None:
         (["show", tmp_path / "file", *out], f"{tmp_path / 'file'}"),
         (["show", photos / "a.png", "--colormap", "mud", *out], "colormap: expected turbo"),
         (["show", photos / "a.png", "--alpha", "2", *out], "alpha: expected 0..1, got 2"),
-        (["show", photos / "a.png", "--keep", "2", *out], "keep: expected a share in [0, 1]; got 2"),
+        (["show", photos / "a.png", "--mass", "2", *out], "mass: expected a share in [0, 1]; got 2"),
         (["show", photos / "a.png", "--out", tmp_path / "file"], f"{tmp_path / 'file'}"),
     ]:
         result = run(*arguments)

@@ -64,8 +64,11 @@ OPTIONS: dict[str, dict[str, list[str] | None]] = {
         "--pixels": ["timm", "whole", "processor", "x", ""], "--compile": None,
     },
     "words": {**COMMON, **JOB, **STYLE, "--pairs": ["pairs.jsonl", *HOSTILE], "--vocab": HOSTILE, "--pictures": None},
-    "show": {**COMMON, **STYLE, **ROLLING, "--keep": NUMBERS},
-    "summary": {**STYLE, "--out": OUT, "--masks": HOSTILE, "--examples": ["1", "2", "0", "-1", "x"], "--keep": NUMBERS},
+    "show": {**COMMON, **STYLE, **ROLLING, "--mass": NUMBERS, "--keep": NUMBERS},
+    "summary": {
+        **STYLE, "--out": OUT, "--masks": HOSTILE, "--examples": ["1", "2", "0", "-1", "x"], "--mass": NUMBERS,
+        "--keep": NUMBERS,
+    },
     "kernels": {"--arch": HOSTILE, "--head-dim": NUMBERS, "--dtype": HOSTILE, "--jobs": NUMBERS, "--json": None},
     "demo": {"--out": OUT, "--scenes": NUMBERS},
 }  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import attnx
 from attnx import huggingface
+from attnx.trace.adapters import route_to_sdpa
 
 transformers = pytest.importorskip("transformers")
 SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64)
@@ -339,7 +340,7 @@ def test_another_thread_runs_an_eager_model_while_captures_come_and_go() -> None
     thread.start()
     try:
         for _ in range(200):
-            for undo in attnx.adapters.route_to_sdpa(model):
+            for undo in route_to_sdpa(model):
                 undo()
     finally:
         sys.setswitchinterval(interval)

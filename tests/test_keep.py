@@ -441,9 +441,9 @@ def test_what_was_kept_and_then_changed_raises():
         )
         layer.map()
         changed.add_(1)
-        with pytest.raises(RuntimeError, match="changed in place"):
+        with pytest.raises(RuntimeError, match="modified in place"):
             layer.map()
-        with pytest.raises(RuntimeError, match="changed in place"):
+        with pytest.raises(RuntimeError, match="modified in place"):
             layer.vecmat(torch.ones(1, 1, 9))
 
 

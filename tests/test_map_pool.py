@@ -13,7 +13,7 @@ import attnx
 from attnx.ops.backends import map_pool
 
 SIDE = 600
-NBYTES = -(-4 * SIDE * SIDE // mmap.PAGESIZE) * mmap.PAGESIZE  # of a map
+NBYTES = 4 * SIDE * SIDE  # of a map
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="needs MADV_FREE")
 
 

@@ -173,9 +173,9 @@ def test_hugging_faces_models(poisoned):
 WRONG = {
     "method": (dict(method="lrp"), "method: expected one of relevance, gradient_rollout; got 'lrp'"),
     "beyond": (dict(targets=[7]), r"targets: expected class indices in 0..6, \[K\] or \[2, K\]"),
-    "floats": (dict(targets=torch.ones(2, 1)), "targets: expected classes"),
-    "count": (dict(targets=torch.ones(3, 1, dtype=torch.int64)), "targets: expected classes"),
-    "none": (dict(targets=[]), "targets: expected classes"),
+    "floats": (dict(targets=torch.ones(2, 1)), "targets: expected class indices"),
+    "count": (dict(targets=torch.ones(3, 1, dtype=torch.int64)), "targets: expected class indices"),
+    "none": (dict(targets=[]), "targets: expected class indices"),
     "start": (dict(targets=[0], start=3), r"start: expected a layer index in -3..2; got 3"),
 }
 

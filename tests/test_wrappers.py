@@ -50,7 +50,7 @@ class Threads(nn.Module):
 def test_threads_that_share_a_model_are_refused(images: Tensor) -> None:
     model = Threads(vit())
     plain = model(images)
-    with pytest.raises(RuntimeError, match=r"several threads ran it at once.*of nn.DataParallel its \.module"):
+    with pytest.raises(RuntimeError, match=r"several threads ran it at once.*for nn.DataParallel, its \.module"):
         with attnx.capture(model):
             heard = model(images)
     torch.testing.assert_close(heard, plain, rtol=1e-4, atol=1e-5)

@@ -79,10 +79,12 @@ Interpolation = Annotated[str, typer.Option(help="bilinear or nearest.")]
 
 def mass_of(mass: float, keep: float | None) -> float:
     """The share of mass, also under its former name --keep, with a message."""
-    if keep is None:
-        return mass
-    say("--keep of show and summary is now --mass")
-    return keep
+    if keep is not None:
+        say("--keep of show and summary is now --mass")
+        mass = keep
+    if not 0 <= mass <= 1:
+        raise ValueError(f"mass: expected a share in [0, 1]; got {mass:g}")
+    return mass
 
 
 def report_errors(command: Callable[..., None]) -> Callable[..., None]:
