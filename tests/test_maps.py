@@ -225,3 +225,16 @@ def test_others_read_the_same_maps(out: Path, read) -> None:
     want = [row for row in attnx.open(out) if row.map is not None]
     assert keys == [row.key for row in want]
     assert np.array_equal(maps, np.stack([row.map for row in want]))
+
+
+def test_a_folder_of_version_0_1_0_opens() -> None:
+    """Written by attnx 0.1.0: five pictures and a file that is none, uint8, two shards."""
+    maxima = [0.0448946, 0.0308914, 0.0232622, 0.0558187, 0.1024749]
+    maps = attnx.open(Path(__file__).parent / "data" / "job-0.1.0")
+    assert list(maps.keys()) == [f"{i}.jpg" for i in range(6)]
+    assert maps.planned == 6
+    assert maps.settings["versions"]["attnx"] == "0.1.0"
+    assert list(dict(maps.errors())) == ["5.jpg"]
+    assert maps["4.jpg"].map.shape == (12, 12)
+    assert maps[0].crop == (0.0, 0.0, 32.0, 24.0)
+    assert [float(row.map.max()) for row in maps[:5]] == pytest.approx(maxima, rel=1e-5)

@@ -27,7 +27,7 @@ from attnx.models.loaded import Loaded
 from attnx.models.loading import load_model, load_word_model
 from attnx.models.registry import IMAGE_MODELS
 from attnx.remote import location
-from attnx.version import VERSION
+from attnx.version import MAPS_VERSION
 
 __all__ = ["ExtractRecipe", "Recipe", "RunOptions", "Runtime", "WordsRecipe", "recipe_of"]
 
@@ -313,4 +313,4 @@ def _pixels(loaded: Loaded, kind: str | None) -> Pixels:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {"attnx": VERSION} | {name: version(name) for name in ("torch", "timm", "transformers", "pillow")}
+    return {"attnx": MAPS_VERSION} | {name: version(name) for name in ("torch", "timm", "transformers", "pillow")}
