@@ -121,7 +121,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         scene = draw_scene(i)
         Image.fromarray(scene.image).resize((160, 120)).save(path, quality=90)
-        lines.append(f"photos/{name},a {CLASSES[scene.label]}")
+        lines.append(f"{name},a {CLASSES[scene.label]}")
     (tmp_path / "captions.csv").write_text("\n".join(lines) + "\n")
     monkeypatch.chdir(tmp_path)
     connect = socket.socket.connect
