@@ -18,7 +18,7 @@ test-gpu:
 	pytest -m gpu
 
 docs:
-	python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
 bench:
 	python -m benchmarks.run --out $(OUT) $(MKL)
