@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from attnx.jobs.job import Job, Rank, open_job
-from attnx.jobs.recipe import ExtractRecipe, RunOptions, Runtime
+from attnx.jobs.job import Job, Rank
+from attnx.jobs.options import RunOptions
+from attnx.jobs.plan import open_job
+from attnx.jobs.recipe import ExtractRecipe
 from attnx.jobs.run import run_job
+from attnx.jobs.runtime import Runtime
 
 RECIPE = ExtractRecipe(
     source="", kind="folder", root=None, split=None, model="demo", pretrained=True, checkpoint=None, image_size=None,

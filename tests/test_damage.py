@@ -22,9 +22,10 @@ from test_cli import fails, run
 import attnx
 from attnx.jobs.columns import MapRow
 from attnx.jobs.job import Job
-from attnx.jobs.recipe import RunOptions, Runtime
+from attnx.jobs.options import RunOptions
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.runfile import FORMAT, read_run, write_run
+from attnx.jobs.runtime import Runtime
 from attnx.jobs.shards import DamagedError, Part
 
 HERE = RunOptions(batch_size=4, workers=0)

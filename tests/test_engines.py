@@ -19,10 +19,12 @@ import attnx
 from attnx.jobs.engines.cluster import Cluster, _sizes
 from attnx.jobs.engines.queue import Shards
 from attnx.jobs.engines.ranks import device_of_rank, rank_of
-from attnx.jobs.job import Job, Rank, writing
-from attnx.jobs.recipe import RunOptions, Runtime
+from attnx.jobs.job import Job, Rank
+from attnx.jobs.options import RunOptions
+from attnx.jobs.plan import writing
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.runfile import write_run
+from attnx.jobs.runtime import Runtime
 
 RUNNING = RunOptions(batch_size=4, workers=1)
 TWO = {"devices": ["cpu", "cpu"]}

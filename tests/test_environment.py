@@ -24,9 +24,10 @@ from attnx.cli.main import app
 from attnx.jobs import shards as shard_files
 from attnx.jobs.engines.queue import RunError
 from attnx.jobs.job import Job
+from attnx.jobs.options import RunOptions
 from attnx.jobs.progress import Log
-from attnx.jobs.recipe import RunOptions, Runtime
 from attnx.jobs.run import Report, run_job
+from attnx.jobs.runtime import Runtime
 from attnx.jobs.sources import Entry, reachable
 from attnx.jobs.sources.folder import Files
 from attnx.jobs.sources.reachable import Reachable, is_unreachable

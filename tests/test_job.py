@@ -18,9 +18,11 @@ from small_job import draw, files, opened, shards, tools
 
 import attnx
 from attnx.images import read_image
-from attnx.jobs.job import Job, Rank, open_job, writing
-from attnx.jobs.recipe import RunOptions, Runtime
+from attnx.jobs.job import Job, Rank
+from attnx.jobs.options import RunOptions
+from attnx.jobs.plan import open_job, writing
 from attnx.jobs.run import Report, run_job
+from attnx.jobs.runtime import Runtime
 from attnx.jobs.shards import parts
 from attnx.jobs.sources import Entry, open_source
 
@@ -182,7 +184,7 @@ KILLED = """
     torch.set_num_threads(1)
     sys.path.insert(0, {tests!r})
     from small_job import opened, tools
-    from attnx.jobs.recipe import RunOptions
+    from attnx.jobs.options import RunOptions
     from attnx.jobs.run import run_job
     import pyarrow.parquet
 

@@ -19,8 +19,8 @@ from attnx.jobs.columns import MapRow
 from attnx.jobs.engines.in_process import run_here
 from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job
+from attnx.jobs.options import RunOptions
 from attnx.jobs.progress import progress_bar
-from attnx.jobs.recipe import RunOptions
 from attnx.jobs.run import run_job
 from attnx.jobs.shards import parts
 from attnx.jobs.tensors import tensors_of

@@ -304,5 +304,5 @@ def test_relevance_of_a_score_that_passes_the_pool_by() -> None:
     with attnx.capture(model, grad=True) as trace:
         trace.backward(model(torch.randn(1, 3, 48, 48)).last_hidden_state.sum())
     assert attnx.relevance(trace, query="mean").shape == (1, 3, 3)
-    with pytest.raises(RuntimeError, match=r"head.attention: no gradient reached this layer.*pass rows='mean'"):
+    with pytest.raises(RuntimeError, match=r"head.attention: no gradient reached this layer.*pass query='mean'"):
         attnx.relevance(trace)

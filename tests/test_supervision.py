@@ -25,8 +25,9 @@ from attnx.images import read_image
 from attnx.jobs.attempts import DIED, Attempt
 from attnx.jobs.engines.queue import RunError, Shards
 from attnx.jobs.job import Job
-from attnx.jobs.recipe import RunOptions, Runtime
+from attnx.jobs.options import RunOptions
 from attnx.jobs.run import Report, run_job
+from attnx.jobs.runtime import Runtime
 from attnx.jobs.shards import parts
 from attnx.jobs.tasks import ImageTask
 from attnx.jobs.watch import Hang, Watch

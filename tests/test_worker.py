@@ -19,10 +19,11 @@ from small_job import draw
 import attnx
 from attnx.jobs.columns import MapRow
 from attnx.jobs.decoding import Decode, Decoders, Picture
-from attnx.jobs.job import Job, open_job
+from attnx.jobs.job import Job
+from attnx.jobs.options import RunOptions
 from attnx.jobs.packing import Format, pack
 from attnx.jobs.pixels import Pixels
-from attnx.jobs.recipe import RunOptions
+from attnx.jobs.plan import open_job
 from attnx.jobs.sources import Entry, open_source
 from attnx.jobs.sources.folder import Files
 from attnx.jobs.tasks import ImageTask, WordTask
@@ -365,7 +366,7 @@ def test_an_interrupt_does_not_wait_for_what_hangs(tmp_path: Path, monkeypatch: 
     os.mkfifo(folder / "000a.jpg")
 
     # Nor do the images before it.
-    monkeypatch.setattr("attnx.jobs.worker._PATIENCE", 0.5)
+    monkeypatch.setattr("attnx.jobs.ahead._PATIENCE", 0.5)
 
     def interrupted(images: torch.Tensor) -> torch.Tensor:
         raise KeyboardInterrupt

@@ -16,7 +16,7 @@ from attnx.remote import is_remote
 if TYPE_CHECKING:
     from attnx.jobs.engines.cluster import Cluster
     from attnx.jobs.job import Rank
-    from attnx.jobs.recipe import RunOptions
+    from attnx.jobs.options import RunOptions
 
 ENGINES = ("local", "ranks", "ray")
 _LONGEST = 1_000_000  # seconds
@@ -155,7 +155,7 @@ class JobOptions:
     @property
     def run_options(self) -> "RunOptions":
         """Options that are sent to each worker."""
-        from attnx.jobs.recipe import RunOptions
+        from attnx.jobs.options import RunOptions
 
         return RunOptions(self.batch_size, self.workers, self.decode_timeout, self.tries, self.shard_timeout)
 

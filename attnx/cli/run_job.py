@@ -15,10 +15,13 @@ from attnx.messages import printable, say
 from attnx.supervisor import is_supervised, progressed, remember, remembered, restart
 
 if TYPE_CHECKING:
+    from attnx.jobs.engines.cluster import Cluster
     from attnx.jobs.job import Job, Rank
-    from attnx.jobs.progress import Progress
-    from attnx.jobs.recipe import Recipe, Runtime
+    from attnx.jobs.options import RunOptions
+    from attnx.jobs.progress import Log, Progress
+    from attnx.jobs.recipe import Recipe
     from attnx.jobs.run import Report
+    from attnx.jobs.runtime import Runtime
     from attnx.jobs.sources import Source
     from attnx.jobs.worker import ShardResult
 
@@ -44,23 +47,19 @@ def run_recipe(
     import torch
 
     from attnx.jobs.decoding import start_server
-    from attnx.jobs.estimate import estimate
-    from attnx.jobs.memory import decoder_bytes
-    from attnx.jobs.progress import Log, progress_bar
-    from attnx.jobs.run import run_job
+    from attnx.jobs.progress import Log
     from attnx.jobs.sources.unplanned import unplanned
 
+    # Invalid options raise before the folder is created.
     (devices, rank, cluster), run_options = options.check(), options.run_options
     start_server()
     runtime = recipe.load(device_of(devices[0]))
     about = f"model {recipe.describe_model()}, source {_name(recipe.source)} ({recipe.kind})"
     begin = [line for line in (notice, about) if line]
     if options.dry_run:
-        most = recipe.max_pixels
         for line in begin:
             say(line)
-        say(f"pictures of at most {most:,} pixels, for which a decoder takes up to {decoder_bytes(most) / 1e6:,.0f} MB")
-        typer.echo(estimate(runtime, run_options, options.shard_size, unit, say))
+        _print_estimate(runtime, run_options, options.shard_size, unit)
         return
     if len(devices) > 1 or cluster is not None:
         # Other processes make the maps, so this one must not use the GPU's memory.
@@ -69,15 +68,6 @@ def run_recipe(
             torch.cuda.empty_cache()
     bar = options.log_every is None and sys.stderr.isatty()
     log = Log(unit, None if bar else options.log_every or _LOG_EVERY, say)
-
-    def note(made: "ShardResult") -> None:
-        log.errors += made.errors
-        remember(made.shard)
-        progressed()
-
-    def hang(why: str, shard: int) -> None:
-        say(f"{why}; it is restarted")
-        restart()
 
     try:
         with log, _opened(runtime, images, out, options, rank) as (runtime, job):
@@ -88,12 +78,9 @@ def run_recipe(
                 message = f"batch-size: {job.run['batch_size']} in earlier runs, {options.batch_size} now"
                 say(f"{message}: sums may be rounded differently, so maps may differ in their last bits")
             progressed()
-            with progress_bar(job.rows, unit) if bar else nullcontext(None) as drawn:
-                report = run_job(
-                    runtime, job, run_options, devices=devices, cluster=cluster, rank=rank, tries=options.tries,
-                    retry_failed=options.retry_failed, made_now=remembered(), progress=_both(log.progress, drawn),
-                    note=note, say=say, verify=True if options.verify else None, hang=hang if is_supervised() else None,
-                )  # fmt: skip
+            report = _make_shards(
+                runtime, job, options, run_options, devices, rank, cluster, log, unit if bar else None
+            )
             # At the end, because listing a large source takes long.
             if not job.planned_now and (rank is None or rank.rank == 0):
                 for line in unplanned(images, job):
@@ -107,10 +94,59 @@ def run_recipe(
         raise
     if report.made:
         typer.echo(report.stage_table())
+    more = "" if finish is None else finish(runtime, report)
+    _print_report(report, out, unit, rank, more, about)
+    if report.set_aside or report.errors > allowed_errors(options.allow_errors, report.rows):
+        raise typer.Exit(1)
+
+
+def _print_estimate(runtime: "Runtime", options: "RunOptions", shard_size: int | None, unit: str) -> None:
+    """Print the limits of the decoders, and the job's estimated size and time."""
+    from attnx.jobs.estimate import estimate
+    from attnx.jobs.memory import decoder_bytes
+
+    most = runtime.recipe.max_pixels
+    say(f"pictures of at most {most:,} pixels, for which a decoder takes up to {decoder_bytes(most) / 1e6:,.0f} MB")
+    typer.echo(estimate(runtime, options, shard_size, unit, say))
+
+
+def _make_shards(
+    runtime: "Runtime",
+    job: "Job",
+    options: JobOptions,
+    run_options: "RunOptions",
+    devices: list[str],
+    rank: "Rank | None",
+    cluster: "Cluster | None",
+    log: "Log",
+    unit: str | None,
+) -> "Report":
+    """Make the missing shards. With `unit`, a progress bar counts these units."""
+    from attnx.jobs.progress import progress_bar
+    from attnx.jobs.run import run_job
+
+    def note(made: "ShardResult") -> None:
+        log.errors += made.errors
+        remember(made.shard)
+        progressed()
+
+    def hang(why: str, shard: int) -> None:
+        say(f"{why}; it is restarted")
+        restart()
+
+    with nullcontext(None) if unit is None else progress_bar(job.rows, unit) as drawn:
+        return run_job(
+            runtime, job, run_options, devices=devices, cluster=cluster, rank=rank, tries=options.tries,
+            retry_failed=options.retry_failed, made_now=remembered(), progress=_both(log.progress, drawn), note=note,
+            say=say, verify=True if options.verify else None, hang=hang if is_supervised() else None,
+        )  # fmt: skip
+
+
+def _print_report(report: "Report", out: Path, unit: str, rank: "Rank | None", more: str, about: str) -> None:
+    """Print the counts of a run, and messages about its errors."""
     prefix = "" if rank is None else f"rank {rank.rank} of {rank.world}: "
     before = f", {report.before} rows from earlier runs" if report.before else ""
     rate = f" ({report.made / report.seconds:.1f} {unit}/s)" if report.made else ""
-    more = "" if finish is None else finish(runtime, report)
     wrong = ""
     if report.errors:
         wrong = f", {report.errors} {unit} could not be read: see the error column; --retry-failed tries them again"
@@ -120,8 +156,6 @@ def run_recipe(
         shards = ", ".join(map(str, sorted(report.set_aside)))
         wrong += f", shards that could not be made: {shards}; run again to try them again"
     typer.echo(f"{prefix}maps of {report.maps} {unit} in {out}{before}{rate}{more}{wrong}; {about}")
-    if report.set_aside or report.errors > allowed_errors(options.allow_errors, report.rows):
-        raise typer.Exit(1)
 
 
 @contextmanager
@@ -129,7 +163,7 @@ def _opened(
     runtime: "Runtime", images: "Source", out: Path, options: JobOptions, rank: "Rank | None"
 ) -> "Iterator[tuple[Runtime, Job]]":
     """The job, and the runtime with the job's max_pixels, which the first run has set, unless the option is given."""
-    from attnx.jobs.job import open_job
+    from attnx.jobs.plan import open_job
     from attnx.jobs.runfile import read_run
 
     with ExitStack() as stack:

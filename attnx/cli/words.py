@@ -57,8 +57,9 @@ if TYPE_CHECKING:
     import torch
 
     from attnx.figures.one_image import Style
-    from attnx.jobs.recipe import Runtime, WordsRecipe
+    from attnx.jobs.recipe import WordsRecipe
     from attnx.jobs.run import Report
+    from attnx.jobs.runtime import Runtime
 
 
 @report_errors

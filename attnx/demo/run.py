@@ -13,9 +13,10 @@ from torch import Tensor
 
 from attnx.demo.pointing import Pointing, point_at_phrases, words_sheet
 from attnx.demo.scenes import CLASSES, Scene, draw_scene
-from attnx.jobs.job import forget_job, open_job
+from attnx.jobs.options import RunOptions
+from attnx.jobs.plan import forget_job, open_job
 from attnx.jobs.reader import Maps
-from attnx.jobs.recipe import ExtractRecipe, RunOptions
+from attnx.jobs.recipe import ExtractRecipe
 from attnx.jobs.run import run_job
 from attnx.methods import pointing_game
 

@@ -96,7 +96,8 @@ def tinted(rng: np.random.Generator, color: int) -> np.ndarray:
 
 def pixels(canvas: np.ndarray) -> np.ndarray:
     """Float32 [H, W, 3], 0 to 1, as uint8."""
-    return (np.clip(canvas, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    rounded: np.ndarray = (np.clip(canvas, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    return rounded
 
 
 def between(rng: np.random.Generator, low: float, high: float) -> float:

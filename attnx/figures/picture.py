@@ -49,7 +49,8 @@ def heat(
     # Resizing a constant map gives rounding noise, which stretching would amplify.
     if high - low <= 8 * np.finfo(np.float32).eps * np.abs(resized).max():
         return np.zeros_like(resized)
-    return ((resized - low) / (high - low)).clip(0, 1)
+    scaled: np.ndarray = ((resized - low) / (high - low)).clip(0, 1)
+    return scaled
 
 
 def overlay(
@@ -118,11 +119,13 @@ def save(image: Image.Image, path: str | os.PathLike[str]) -> None:
 
 
 def check(good: bool | np.bool_, name: str, expected: str, got: object) -> None:
+    """Raise ValueError unless `good`."""
     if not good:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def float_array(value: Map, name: str, ndim: int, kinds: str = "fiub") -> np.ndarray:
+    """The value as a float32 array with `ndim` axes. Raises ValueError unless it is finite and not empty."""
     if not isinstance(value, np.ndarray) and hasattr(value, "detach"):
         # numpy has no bfloat16.
         value = (value.float() if value.is_floating_point() else value).detach().cpu().numpy()
@@ -164,6 +167,7 @@ def _resize(array: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
 
 
 def rgb_image(image: Picture, tile: int | None = None) -> Image.Image:
+    """The image in RGB; with `tile`, scaled to that size."""
     if not isinstance(image, Image.Image):
         array = np.asarray(image)
         good = array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3 and array.size > 0

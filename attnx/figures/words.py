@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attnx.extract.captions import CaptionMaps
-    from attnx.jobs.recipe import Runtime
+    from attnx.jobs.runtime import Runtime
 
 _TILE = 256
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from attnx.jobs.job import default_shard_size, open_job
+from attnx.jobs.options import RunOptions
+from attnx.jobs.plan import default_shard_size, open_job
 from attnx.jobs.progress import duration
-from attnx.jobs.recipe import RunOptions, Runtime
+from attnx.jobs.runtime import Runtime
 from attnx.jobs.sources import Entry, Listing
 
 __all__ = ["estimate"]

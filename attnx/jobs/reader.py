@@ -200,7 +200,7 @@ class Maps:
         raise KeyError(f"no row has the key {key[:200]!r}, of {len(self)} in {self.folder}")
 
 
-def _keep(cache: OrderedDict, name: Any, value: Any, most: int) -> None:
+def _keep(cache: OrderedDict[Any, Any], name: Any, value: Any, most: int) -> None:
     """Add a value to a cache of at most `most` values; the oldest ones are dropped."""
     while len(cache) >= most:
         cache.popitem(last=False)

@@ -2,74 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from attnx.jobs.decoding import Decode, Decoders
-from attnx.jobs.job import Job
-from attnx.jobs.memory import default_workers
 from attnx.jobs.packing import Format
 from attnx.jobs.pixels import Pixels
+from attnx.jobs.runtime import Runtime
 from attnx.jobs.sources import Source, open_source
-from attnx.jobs.sources.reachable import Reachable
-from attnx.jobs.tasks import Extract, Find, ImageTask, Task, WordTask
-from attnx.jobs.worker import Worker
-from attnx.limits import WORKERS
+from attnx.jobs.tasks import Extract, Find, ImageTask, WordTask
 from attnx.models.loaded import Loaded
 from attnx.models.loading import load_model, load_word_model
 from attnx.models.registry import IMAGE_MODELS
+<<<<<<< ours
 from attnx.remote import location
 from attnx.version import MAPS_VERSION
+=======
+from attnx.version import VERSION
+>>>>>>> theirs
 
-__all__ = ["ExtractRecipe", "Recipe", "RunOptions", "Runtime", "WordsRecipe", "recipe_of"]
-
-_ROWS_OF_A_PROCESS = 32
-_LONGEST = 1_000_000  # seconds
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Options of a run. They don't change the maps, except that the batch size may change how sums are rounded.
-
-    Args:
-        batch_size: images per batch.
-        workers: decoder processes, see `Decoders`.
-        timeout: seconds per image for decoding.
-        tries: failures of a shard before it is made in pieces.
-        shard_timeout: seconds per batch of the model, see `Watch`.
-
-    Raises:
-        ValueError: an option is out of range.
-    """
-
-    batch_size: int = 16
-    workers: int | None = None
-    timeout: float = 120.0
-    tries: int = 3
-    shard_timeout: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch-size: expected at least 1, got {self.batch_size}")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers: expected at least 0, got {self.workers}")
-        if self.workers is not None and self.workers > WORKERS:
-            raise ValueError(f"workers: expected at most {WORKERS}, got {self.workers}")
-        if self.tries < 1:
-            raise ValueError(f"tries: expected at least 1, got {self.tries}")
-        if self.shard_timeout is not None and not 0 < self.shard_timeout <= _LONGEST:
-            message = f"expected seconds above 0, at most {_LONGEST:,}; got {self.shard_timeout:g}"
-            raise ValueError(f"shard-timeout: {message}")
-        if not 0 < self.timeout <= _LONGEST:
-            raise ValueError(f"decode-timeout: expected seconds above 0, at most {_LONGEST:,}; got {self.timeout:g}")
+__all__ = ["ExtractRecipe", "Recipe", "WordsRecipe", "recipe_of"]
 
 
 @dataclass(frozen=True)
@@ -217,62 +174,6 @@ class WordsRecipe(Recipe):
         albef = loaded.model.to(device)
         assert isinstance(albef, Albef)
         return loaded, find_words(albef, self.method, self.layer, self.heads, self.preset, self.autocast)
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """A recipe that is loaded on a device.
-
-    Attributes:
-        settings: everything that determines the maps, for JSON.
-        row_bytes: bytes of one stored map.
-        tensors, fill: see `Worker`.
-    """
-
-    recipe: Recipe
-    device: torch.device
-    loaded: Loaded
-    pixels: Pixels
-    task: Task
-    settings: dict[str, Any]
-    row_bytes: int
-    tensors: bool
-    fill: bool
-
-    def with_max_pixels(self, max_pixels: int) -> Runtime:
-        """A copy with another `max_pixels`."""
-        return replace(
-            self,
-            recipe=replace(self.recipe, max_pixels=max_pixels),
-            settings={**self.settings, "max_pixels": max_pixels},
-        )
-
-    @contextlib.contextmanager
-    def worker(
-        self,
-        job: Job,
-        options: RunOptions,
-        say: Callable[[str], None] = print,
-        hang: Callable[[str, int], None] | None = None,
-    ) -> Iterator[Worker]:
-        """The worker for a job. By default, a small job gets one decoder for every 32 rows.
-
-        say, hang: see `Worker`.
-        """
-        workers = options.workers
-        if workers is None:
-            workers = min(default_workers(), -(-job.rows // _ROWS_OF_A_PROCESS))
-        read = self.recipe.open_source().reader()
-        decode = Decode(read, self.pixels, self.recipe.max_pixels)
-        with (
-            Decoders(decode, workers, options.timeout) as decoders,
-            Worker(
-                job, decoders, self.pixels, self.task, self.device, options.batch_size, self.tensors, self.fill, say,
-                tries=options.tries, shard_timeout=options.shard_timeout, hang=hang,
-                source=Reachable(location(self.recipe.source), read),
-            ) as worker,
-        ):  # fmt: skip
-            yield worker
 
 
 def recipe_of(value: dict[str, Any] | None) -> Recipe:

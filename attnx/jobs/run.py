@@ -13,8 +13,9 @@ from attnx.jobs.engines.in_process import run_here
 from attnx.jobs.engines.local import run_on_devices
 from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job, Rank
+from attnx.jobs.options import RunOptions
 from attnx.jobs.progress import Progress
-from attnx.jobs.recipe import RunOptions, Runtime
+from attnx.jobs.runtime import Runtime
 from attnx.jobs.shards import DamagedError, set_aside, strays
 from attnx.jobs.tensors import tensors_of
 from attnx.jobs.worker import ShardResult, Stages
@@ -104,10 +105,9 @@ def run_job(
     """
     start = time.perf_counter()
     ours = range(job.shards) if rank is None else range(rank.rank, job.shards, rank.world)
-    for path in strays(job.out, job.shards) if rank is None or rank.rank == 0 else ():
-        say(f"{path} is not a shard of this job; it was moved to {set_aside(path)}")
-    written = job.done()
-    finished = _undamaged(job, [shard for shard in ours if shard in written], verify, say)
+    if rank is None or rank.rank == 0:
+        _move_strays(job, say)
+    finished = _undamaged(job, sorted(job.done() & set(ours)), verify, say)
     todo = [shard for shard in ours if shard not in finished]
     rows = sum(map(job.rows_of, ours))
     before = rows - sum(map(job.rows_of, todo))
@@ -127,28 +127,32 @@ def run_job(
 
     if progress is not None:
         progress(before, rows)
-    shards, makers, options = Shards(todo, tries, say, bool(finished)), 1, replace(options, tries=tries)
+    shards, options = Shards(todo, tries, say, bool(finished)), replace(options, tries=tries)
+    stages, makers = Stages(), 1
     try:
-        if not todo:
-            stages = Stages()
-        elif cluster is not None:
+        if todo and cluster is not None:
             stages, makers = run_on_cluster(job, cluster, shards, options, advance)
-        elif len(devices) > 1:
-            makers = len(devices)
-            stages = run_on_devices(job, devices, shards, options, advance)
-        else:
+        elif todo and len(devices) > 1:
+            stages, makers = run_on_devices(job, devices, shards, options, advance), len(devices)
+        elif todo:
             stages = run_here(runtime, job, shards, options, advance, say, hang)
     finally:
         # Processes and actors that died leave temporary files.
         job.remove_temporaries(rank)
         with contextlib.suppress(OSError):
             forget_attempts(job.out, job.done() & set(ours))
-    done = [shard for shard in ours if shard not in shards.set_aside]
-    failed = sum(counts[shard] for shard in done)
-    maps = sum(map(job.rows_of, done)) - failed
-    first = next((_first_error(job, shard) for shard in done if counts[shard]), None)
+    counts = {shard: counts[shard] for shard in ours if shard not in shards.set_aside}
+    failed = sum(counts.values())
+    maps = sum(map(job.rows_of, counts)) - failed
+    first = next((_first_error(job, shard) for shard, errors in counts.items() if errors), None)
     seconds = time.perf_counter() - start
     return Report(rows, maps, failed, before, made, makers, seconds, stages, shards.set_aside, first)
+
+
+def _move_strays(job: Job, say: Callable[[str], None]) -> None:
+    """Set aside files that look like shards but are not of this job."""
+    for path in strays(job.out, job.shards):
+        say(f"{path} is not a shard of this job; it was moved to {set_aside(path)}")
 
 
 def _undamaged(job: Job, shards: list[int], verify: bool | None, say: Callable[[str], None]) -> dict[int, int]:

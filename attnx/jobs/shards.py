@@ -49,7 +49,7 @@ def part_name(shard: int) -> str:
 
 
 def parts(out: Path) -> list[Path]:
-    """The complete shards in a folder, sorted by number. (Sorted by name, part-100000 precedes part-99999.)"""
+    """The complete shards in a folder, sorted by number: sorted by name, part-100000 would precede part-99999."""
     with os.scandir(out) as entries:
         numbers = [_number(entry.name) for entry in entries if entry.is_file()]
     return [out / part_name(number) for number in sorted(number for number in numbers if number is not None)]

@@ -148,4 +148,5 @@ def _rate(maps: Maps) -> float | None:
 
 
 def _evenly(values: np.ndarray, count: int) -> np.ndarray:
-    return values[np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))]
+    chosen: np.ndarray = values[np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))]
+    return chosen

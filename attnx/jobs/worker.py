@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from attnx.jobs.ahead import DecodeAhead, entry_to_read
 from attnx.jobs.attempts import Attempt
 from attnx.jobs.columns import MapRow
-from attnx.jobs.decoding import Decoders, Picture
+from attnx.jobs.decoding import Decoders
 from attnx.jobs.engines.queue import RunError, is_fatal
 from attnx.jobs.job import Job
 from attnx.jobs.pixels import Pixels
@@ -29,10 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ShardResult", "Stages", "Worker"]
 
-_BATCHES_AHEAD = 3
 _MOST_OF_ONE = 4
-_COMPUTES = 0.75  # share of a decoder's time; below that, it mostly waits
-_PATIENCE = 5.0  # seconds to wait for one picture
 _SAMPLED = 200  # rows to try if none is known to be readable
 
 
@@ -78,8 +75,7 @@ class Worker:
     source: Reachable | None = None
 
     def __post_init__(self) -> None:
-        self._begun: dict[int, _Shard] = {}
-        self._turns = False
+        self._ahead = DecodeAhead(self.decoders, self.batch_size, self._groups)
         self._runner = Runner(
             self.pixels, self.task, self.device, self.batch_size, self.fill, self.say, self.stages, self.shard_timeout,
             self.hang, any_map=bool(self.job.done()),
@@ -104,10 +100,8 @@ class Worker:
         Args:
             following: the shard of the next call, if known. Decoding of its first pictures starts early.
         """
-        begun = [self._begin(number) for number in (shard, following) if number is not None]
-        self._begun = {each.shard: each for each in begun}
+        all_groups = self._ahead.begin(shard, following, alternate=on_cpu(self.device))
         packed: list[Future[pa.Table]] = []
-        self._turns = on_cpu(self.device)
         attempt = self.job.attempt(shard)
         in_pieces = attempt.begun >= self.tries or bool(attempt.failed)
         if in_pieces and self._last is not None:
@@ -116,10 +110,11 @@ class Worker:
         attempt.begin()
         done, unreachable = 0, list[Entry]()
         try:
-            for groups in _batches(begun[0].groups, self.batch_size):
+            for groups in _batches(all_groups, self.batch_size):
                 start = time.perf_counter()
-                batch = [(group, self._next()) for group in groups]
+                batch = [(group, self._ahead.next()) for group in groups]
                 self.stages.images += time.perf_counter() - start
+                self.stages.decoding += sum(picture.seconds for _, picture in batch)
                 unreachable += self._note_source(batch)
                 images = Images(attempt, done, done + len(batch))
                 start_batch = self._runner.start_pieces if in_pieces else self._runner.start
@@ -135,7 +130,7 @@ class Worker:
             raise
         finally:
             # After a failure, the shard can be started again.
-            del self._begun[shard]
+            self._ahead.drop(shard)
         last, self._last = self._last, self._background.submit(self._write, shard, packed, attempt)
         if last is not None:
             start = time.perf_counter()
@@ -145,9 +140,7 @@ class Worker:
 
     def _note_source(self, batch: Batch) -> list[Entry]:
         """The entries that may have failed because of the source. Entries that could be read are recorded."""
-        read = [
-            (next((entry for entry in group if entry.error is None), group[0]), picture) for group, picture in batch
-        ]
+        read = [(entry_to_read(group), picture) for group, picture in batch]
         for entry, picture in read:
             if picture.pixels is not None and self.source is not None:
                 self.source.add(entry)
@@ -163,40 +156,18 @@ class Worker:
             message = f"source: {self.source.path} can't be reached: {why}. Nothing of this shard was written"
             raise RunError(f"{message}; run the same command again when it is reachable")
 
-    def _begin(self, shard: int) -> _Shard:
-        if shard in self._begun:
-            return self._begun[shard]
+    def _groups(self, shard: int) -> list[list[Entry]]:
+        """The entries of each image of a missing shard, or those of an existing shard's failed rows."""
         entries = self.job.entries(shard)
         if self.job.part(shard).is_file():
             entries = [entry for entry, failed in zip(entries, self._failed(shard), strict=True) if failed]
         most = _MOST_OF_ONE * self.batch_size
-        groups = [part for group in self.task.groups(entries) for part in _parts(group, most)]
-        return _Shard(shard, groups, deque(map(_own, groups)), deque())
+        return [part for group in self.task.groups(entries) for part in _parts(group, most)]
 
     def _failed(self, shard: int) -> np.ndarray:
         column = self.job.open_part(shard).table(["error"]).column("error")
         failed: np.ndarray = column.is_valid().to_numpy()
         return failed
-
-    def _next(self) -> Picture:
-        """The next picture of the current shard. Later pictures, also of the following shard, are decoded ahead.
-
-        On a CPU, the decoders and the model alternate every few batches. The model's threads synchronise after every
-        operation, so a decoder on one of their cores slows all of them. If decoding mostly waits, which is measured
-        at the start of each shard, both run in parallel.
-        """
-        begun = list(self._begun.values())
-        if not (self._turns and begun[0].running):
-            ahead = _BATCHES_AHEAD * self.batch_size + self.decoders.workers - sum(len(each.running) for each in begun)
-            for each in begun:
-                while each.waiting and ahead > 0:
-                    each.running.append(self.decoders.submit(each.waiting.popleft()))
-                    ahead -= 1
-            if self._turns:
-                self._turns = _computes([future for each in begun for future in each.running])
-        picture = begun[0].running.popleft().result()
-        self.stages.decoding += picture.seconds
-        return picture
 
     def _pack(self, batch: Batch, waits: list[Callable[[], list[MapRow]]], images: Images) -> pa.Table:
         with self._runner.model(images):
@@ -255,24 +226,6 @@ class Worker:
         return ShardResult(shard, len(made), len(made) - int(made.column("error").null_count))
 
 
-class _Shard(NamedTuple):
-    """A shard in progress.
-
-    groups: the entries of each image. waiting: one entry per image that is not submitted yet. running: the pictures
-    in order.
-    """
-
-    shard: int
-    groups: list[list[Entry]]
-    waiting: deque[Entry]
-    running: deque[Future[Picture]]
-
-
-def _own(group: list[Entry]) -> Entry:
-    """The entry that is used to read the image: the first without an error, else the first."""
-    return next((entry for entry in group if entry.error is None), group[0])
-
-
 def _parts(group: list[Entry], most: int) -> Iterator[list[Entry]]:
     for first in range(0, len(group), most):
         yield group[first : first + most]
@@ -288,15 +241,3 @@ def _batches(groups: list[list[Entry]], size: int) -> Iterator[list[list[Entry]]
         batch.append(group)
     if batch:
         yield batch
-
-
-def _computes(pictures: list[Future[Picture]]) -> bool:
-    """True if decoding these pictures is limited by the CPU. Waits for the pictures."""
-    seconds = computing = 0.0
-    for future in pictures:
-        try:
-            picture = future.result(_PATIENCE)
-        except TimeoutError:
-            return False
-        seconds, computing = seconds + picture.seconds, computing + picture.computing
-    return computing >= _COMPUTES * seconds

@@ -74,14 +74,17 @@ class LayerMaps:
 
     @property
     def max(self) -> Tensor:
+        """Maximum over layers."""
         return self.maps.amax(1)
 
     @property
     def min(self) -> Tensor:
+        """Minimum over layers."""
         return self.maps.amin(1)
 
     @property
     def mean(self) -> Tensor:
+        """Mean over layers."""
         return self.maps.mean(1)
 
 

@@ -76,7 +76,8 @@ def entropy(maps: Tensor | np.ndarray) -> Tensor:
     _warn_of_attention(maps)
     p = maps.flatten(-2).float()
     p = p / p.sum(-1, keepdim=True)
-    return torch.special.entr(p).sum(-1)
+    entropy: Tensor = torch.special.entr(p).sum(-1)
+    return entropy
 
 
 def entropy_levels(values: Tensor | np.ndarray, levels: int = 4) -> Tensor:

@@ -82,7 +82,9 @@ class CrossLayer(nn.Module):
         self.output = BertSelfOutput(bert)
 
     def forward(self, words: Tensor, image: Tensor, owner: Tensor | None) -> Tensor:
-        return self.output(self.self(words, image, owner), words)
+        """The words [P, T, C] after cross-attention; arguments as in `CrossAttention.forward`."""
+        output: Tensor = self.output(self.self(words, image, owner), words)
+        return output
 
 
 class TextLayer(nn.Module):
@@ -96,10 +98,12 @@ class TextLayer(nn.Module):
         self.output = BertOutput(bert)
 
     def forward(self, words: Tensor, mask: Tensor, image: Tensor | None, owner: Tensor | None) -> Tensor:
+        """The words [P, T, C] after this layer. `mask` [P, 1, 1, T] bool: False for padding."""
         words = self.attention(words, mask)[0]
         if self.crossattention is not None:
             words = self.crossattention(words, image, owner)
-        return self.output(self.intermediate(words), words)
+        output: Tensor = self.output(self.intermediate(words), words)
+        return output
 
 
 class TextEncoder(nn.Module):
@@ -123,6 +127,7 @@ class TextEncoder(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
     def forward(self, words: Tensor, mask: Tensor, image: Tensor | None, owner: Tensor | None, layers: range) -> Tensor:
+        """The words [P, T, C] after the given layers. `mask` [P, T] bool: False for padding."""
         attend = mask[:, None, None, :]
         for i, layer in enumerate(cast(nn.ModuleList, self.encoder["layer"])):
             if i in layers:
@@ -201,7 +206,8 @@ class Albef(nn.Module):
         cls, positions = cast(Tensor, vision.cls_token), cast(Tensor, vision.pos_embed)
         x = torch.cat([cls.expand(len(x), -1, -1), x], 1)
         x = x + interpolate_positions(positions, vision.patch_embed.grid_size, grid)
-        return vision.norm(vision.blocks(vision.norm_pre(vision.patch_drop(vision.pos_drop(x)))))
+        patches: Tensor = vision.norm(vision.blocks(vision.norm_pre(vision.patch_drop(vision.pos_drop(x)))))
+        return patches
 
     def encode_text(
         self,
@@ -225,7 +231,8 @@ class Albef(nn.Module):
         if layers is None:
             layers = range(self.config.depth if image is not None else self.config.fusion_layer)
         words = self.text_encoder.embeddings(input_ids=ids) if words is None else words
-        return self.text_encoder(words, mask, image, owner, layers)
+        encoded: Tensor = self.text_encoder(words, mask, image, owner, layers)
+        return encoded
 
     def forward(
         self,
@@ -243,7 +250,8 @@ class Albef(nn.Module):
         words = self.encode_text(ids, mask, self.encode_image(images), owner, layers=layers)
         if self.itm_head is None:
             raise ValueError("model: expected one with an image-text matching head (itm_head); its checkpoint had none")
-        return self.itm_head(words[:, 0])
+        logits: Tensor = self.itm_head(words[:, 0])
+        return logits
 
 
 def interpolate_positions(positions: Tensor, own: tuple[int, int], grid: tuple[int, int]) -> Tensor:

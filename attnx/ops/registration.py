@@ -29,6 +29,7 @@ class Operator(Generic[P, R]):
         self.registered = getattr(torch.ops.attnx, function.__name__)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the registered operator if the dispatcher is needed, else the function."""
         if is_observed(args):
             result: R = self.registered(*args, **kwargs)
             return result

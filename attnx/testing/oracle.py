@@ -150,6 +150,7 @@ def _softmax(s: Tensor, hidden: Tensor, sinks: Tensor | None = None) -> Tensor:
 
 
 def lse_of(s: Tensor, sinks: Tensor | None) -> Tensor:
+    """Log-sum-exp of the scores over keys and sinks: [B, H, M]."""
     return _beside_sinks(s, sinks).logsumexp(-1)
 
 

@@ -44,37 +44,46 @@ class GradientRecord:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the map."""
         (B, H, M, _), rows = self.q.shape, self.call["rows"]
         M = M if rows is None else len(rows)
         return (B, H, M, self.k.shape[2]) if self.call["heads"] == "each" else (B, M, self.k.shape[2])
 
     @property
     def device(self) -> torch.device:
+        """Device of the stored tensors."""
         return self.q.device
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
         return sum(t.nbytes for t in (self.q, self.k, self.v, self.amap) if t is not None)
 
     @property
     def rows_sum_to_one(self) -> bool:
+        """False: the rows are weighted by gradients."""
         return False
 
     def map(self) -> Tensor:
+        """The map. Raises RuntimeError before the backward pass."""
         if self.amap is None:
             raise RuntimeError("no gradient reached this layer: call trace.backward(score) or score.backward()")
         return self.amap
 
     def row(self, i: int) -> Tensor:
+        """Row `i` of the map."""
         return MapRecord(self.map()).row(i)
 
     def fused(self, heads: Reduction) -> MapRecord:
+        """A `MapRecord` with the heads fused."""
         return MapRecord(self.map()).fused(heads)
 
     def row_sums(self) -> Tensor:
+        """Row sums of the map: [B, M]."""
         return MapRecord(self.map()).row_sums()
 
     def vecmat(self, r: Tensor) -> Tensor:
+        """Row vectors times the map: [B, R, M] -> [B, R, N]."""
         return MapRecord(self.map()).vecmat(r)
 
 

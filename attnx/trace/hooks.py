@@ -44,7 +44,10 @@ class Hook:
 
 
 class Enter(Hook):
+    """Hook of each module: adds the module to the running modules before its forward."""
+
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Add the module to the running modules. The outermost module also starts the capture."""
         interceptor = self.interceptor
         if interceptor.thread not in (None, get_ident()):
             return
@@ -64,7 +67,10 @@ class Enter(Hook):
 
 
 class Leave(Hook):
+    """Hook of each module: removes the module from the running modules after its forward."""
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Remove the module from the running modules. The outermost module also ends the capture."""
         interceptor = self.interceptor
         local = interceptor.local
         if not local.frames:
@@ -78,13 +84,17 @@ class Done(Hook):
     """Hook of the whole model: torch calls it only if the forward pass finished."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Mark the pass as finished, and fold it into the trace."""
         if self.interceptor.thread in (None, get_ident()):
             self.interceptor.finished = True
             self.interceptor.trace.fold()
 
 
 class NoteGrid(Hook):
+    """Hook of a patch convolution: stores the grid of its output."""
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Store the grid of the output, if it has one."""
         grid = grid_of(output)
         if grid is not None and self.interceptor.thread in (None, get_ident()):
             self.interceptor.trace.add_grid(self.name, grid)

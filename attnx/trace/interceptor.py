@@ -132,11 +132,11 @@ class Interceptor(TorchFunctionMode):
                 self.torn = type(module).__name__
             self.running[self.local.token] = threading.current_thread()
         _ACTIVE.interceptors.append(self)
-        self.__enter__()
+        self.__enter__()  # type: ignore[no-untyped-call]  # inherited from torch
 
     def leave(self) -> None:
         """Stop capturing in this thread: the call has ended."""
-        self.__exit__(None, None, None)
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # inherited from torch
         _ACTIVE.interceptors.remove(self)
         with self.lock:
             self.running.pop(self.local.token, None)
@@ -156,7 +156,7 @@ class Interceptor(TorchFunctionMode):
         self.finished = name != ""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if (func is not SDPA and func is not MHA and func is not attention) or not self.local.frames:
@@ -179,7 +179,9 @@ class Interceptor(TorchFunctionMode):
     def _answer_sdpa(self, frame: Frame, name: str, *args: Any, **kwargs: Any) -> Any:
         return self._answer(SDPA, frame, name, args, kwargs)
 
-    def _answer(self, func: Callable[..., Any], frame: Frame, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _answer(
+        self, func: Callable[..., Any], frame: Frame, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """The output of a requested layer's attention, whose record the recorder stores."""
         # If another capture intercepts this call too, the output must come from SDPA, so that it sees the call.
         only_capture = all(other is self for other in _ACTIVE.interceptors)

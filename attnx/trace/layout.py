@@ -65,7 +65,8 @@ class TokenLayout:
         """
         if values.shape[-1] != self.tokens:
             raise ValueError(f"expected {self.tokens} tokens for {self}; got {list(values.shape)}")
-        return values[..., self.prefix :].unflatten(-1, self.grid)
+        image: Tensor = values[..., self.prefix :].unflatten(-1, self.grid)
+        return image
 
 
 def declared_prefix(model: nn.Module) -> tuple[int, bool] | None:

@@ -46,7 +46,7 @@ class Call:
     result: Any = field(default=None)
 
     @classmethod
-    def of(cls, func: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "Call":
+    def of(cls, func: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
         """A call of `F.scaled_dot_product_attention` or `attnx.attention` with these arguments."""
         if func is attention:
             q, k, v, *_ = args
@@ -81,7 +81,8 @@ class Call:
     def output(self) -> Tensor:
         """The output of the model's own attention."""
         self.result = self.own()
-        return self.result[0] if self.ours else self.result
+        output: Tensor = self.result[0] if self.ours else self.result
+        return output
 
 
 class StopForward(Exception):  # noqa: N818  (not an error: it ends a forward pass early)

@@ -62,29 +62,37 @@ class MapRecord:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the map."""
         return tuple(self.amap.shape)
 
     @property
     def device(self) -> torch.device:
+        """Device of the stored tensors."""
         return self.amap.device
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
         return self.amap.nbytes
 
     def map(self) -> Tensor:
+        """The stored map."""
         return self.amap
 
     def row(self, i: int) -> Tensor:
+        """Row `i` of the map."""
         return self.amap[..., i, :]
 
     def fused(self, heads: Reduction) -> "MapRecord":
+        """A record with the heads fused; the record itself if they already are."""
         return MapRecord(fuse_heads(self.amap, heads)) if self.amap.dim() == 4 else self
 
     def row_sums(self) -> Tensor:
+        """Row sums of the map: [B, M]."""
         return self.amap.sum(-1)
 
     def vecmat(self, r: Tensor) -> Tensor:
+        """Row vectors times the map: [B, R, M] -> [B, R, N]."""
         with no_autocast(r):
             if r.device.type == "cpu" and r.shape[1] == 1 and len(r):
                 # bmm takes twice as long for a single row.
@@ -102,35 +110,44 @@ class RowsRecord:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the whole map."""
         return (*self.amap.shape[:-2], self.queries, self.amap.shape[-1])
 
     @property
     def device(self) -> torch.device:
+        """Device of the stored tensors."""
         return self.amap.device
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
         return self.amap.nbytes
 
     @property
     def rows_sum_to_one(self) -> bool:
+        """False: the whole map is not available."""
         return False
 
     def map(self) -> Tensor:
+        """Raise RuntimeError: the whole map is not stored."""
         raise RuntimeError(f"only rows {list(self.rows)} of the map were stored")
 
     def row(self, i: int) -> Tensor:
+        """Row `i` of the map. Raises IndexError unless it is stored."""
         if i not in self.rows:
             raise IndexError(f"row: expected one of the stored rows {list(self.rows)}; got {i}")
         return self.amap[..., self.rows.index(i), :]
 
     def fused(self, heads: Reduction) -> "RowsRecord":
+        """A record of the same rows with the heads fused."""
         return replace(self, amap=fuse_heads(self.amap, heads)) if self.amap.dim() == 4 else self
 
     def row_sums(self) -> Tensor:
+        """Raise RuntimeError: the whole map is not stored."""
         return self.map()
 
     def vecmat(self, r: Tensor) -> Tensor:
+        """Raise RuntimeError: the whole map is not stored."""
         return self.map()
 
 
@@ -157,26 +174,32 @@ class QKRecord:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the map."""
         B, H, M, _ = self.q.shape
         M = M if self.rows is None else len(self.rows)
         return (B, H, M, self.k.shape[2]) if self.heads == "each" else (B, M, self.k.shape[2])
 
     @property
     def device(self) -> torch.device:
+        """Device of the stored tensors."""
         return self.q.device
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
         return self.q.nbytes + self.k.nbytes + self.lse.nbytes + _held(self.bias)
 
     @property
     def rows_sum_to_one(self) -> bool:
+        """False: the scores may be infinite."""
         return False  # a row with infinite scores passes nothing on here, whereas its map would be NaN
 
     def map(self) -> Tensor:
+        """The map, computed from q, k and lse at each call."""
         return self._rows(self.rows)
 
     def row(self, i: int) -> Tensor:
+        """Row `i` of the map, computed without the other rows."""
         count = self.shape[-2]
         if not -count <= i < count:
             raise IndexError(f"row: expected -{count}..{count - 1}; got {i}")
@@ -185,15 +208,18 @@ class QKRecord:
         return self._rows(chosen)[..., 0, :]
 
     def fused(self, heads: Reduction) -> "QKRecord":
+        """A record with the heads fused; the record itself if they already are."""
         return replace(self, heads=heads.name.lower()) if self.heads == "each" else self
 
     def row_sums(self) -> Tensor:
+        """Row sums of the map, from lse where possible."""
         if not self._whole_mean():
             return self.map().sum(-1)
         # A row of softmax sums to 1, or to 0 in a head in which it has no keys.
         return (~self.lse.isinf()).float().mean(1)
 
     def vecmat(self, r: Tensor) -> Tensor:
+        """Row vectors times the map, without computing the map where possible."""
         if not self._whole_mean():
             return MapRecord(self.map()).vecmat(r)
         with no_autocast(r):

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from attnx.trace.calls import Calls, RunningMeans
 from attnx.trace.gradient_record import backward
 from attnx.trace.layers import Layers, matches, select, selects
-from attnx.trace.layout import TokenLayout, infer_layout
+from attnx.trace.layout import TokenLayout
+from attnx.trace.pass_tokens import PassTokens
 from attnx.trace.records import LayerRecord, MapRecord
-from attnx.trace.sides import Facts, Parts, Tokens, describe, of_layout, sides
+from attnx.trace.sides import Facts, Tokens, describe
 
 CALLS = ("last", "all", "mean")
 
@@ -45,18 +46,9 @@ class Trace(Mapping[str, Tensor]):
     ) -> None:
         self.heads = heads
         self.rows = rows
-        self._model = model
-        self._layout = layout
         self._mode = calls
         self._records: dict[str, LayerRecord] = {}
-        self._grids: dict[str, tuple[int, int]] = {}
-        self._queries: dict[str, int] = {}
-        self._facts: dict[str, Facts] = {}
-        self._beside: list[tuple[str, str]] = []
-        self._sides: dict[str, tuple[Tokens, Tokens]] = {}
-        # Facts and parts that hold for every pass.
-        self._known: dict[str, Facts] = {}
-        self._parts: dict[tuple[str, ...], Parts] = {}
+        self._tokens = PassTokens(model, layout)
         self.in_a_row = False  # True if the user selected layers that follow one another, whatever their names
         self._calls: list[Trace] = []
         self._means = RunningMeans()
@@ -105,21 +97,19 @@ class Trace(Mapping[str, Tensor]):
     def add(self, layer: str, record: Tensor | LayerRecord, queries: int | None = None) -> None:
         """Store a layer's map or record; `queries`: number of queries of the layer, if the map has fewer rows."""
         self._records[layer] = MapRecord(record) if isinstance(record, Tensor) else record
-        self._sides.pop(layer, None)
-        if queries is not None:
-            self._queries[layer] = queries
+        self._tokens.add(layer, queries)
 
     def note(self, layer: str, facts: Facts) -> None:
         """Store facts about the sides of a layer's map; they hold for later passes without facts, too."""
-        self._facts[layer] = self._known[layer.partition("#")[0]] = facts
+        self._tokens.note(layer, facts)
 
     def note_beside(self, module: str, other: str) -> None:
         """Store that two modules had the same input: they run side by side, not one after the other."""
-        self._beside.append((module, other))
+        self._tokens.beside.append((module, other))
 
     def side_by_side(self) -> tuple[str, str] | None:
         """Two modules that have layers in this trace and had the same input; None if there are none."""
-        for pair in self._beside:
+        for pair in self._tokens.beside:
             if all(any(matches(module, name.partition("#")[0]) for name in self._records) for module in pair):
                 return pair
         return None
@@ -178,19 +168,13 @@ class Trace(Mapping[str, Tensor]):
 
     def _with(self, records: dict[str, LayerRecord]) -> "Trace":
         """A trace of the same pass with these records."""
-        other = Trace(self._model, self.heads, self.rows, self._layout)
-        other._records, other._grids, other._queries = records, dict(self._grids), dict(self._queries)
-        other._facts, other._known, other._parts = dict(self._facts), self._known, self._parts
-        other._beside = list(self._beside)
+        other = Trace(self._tokens.model, self.heads, self.rows, self._tokens.given)
+        other._records, other._tokens = records, self._tokens.copy()
         return other
 
     def add_grid(self, convolution: str, grid: tuple[int, int]) -> None:
         """Store the grid (rows, columns) of a patch convolution's output; the newest grid comes first."""
-        self._grids.pop(convolution, None)
-        self._grids = {convolution: grid, **self._grids}
-        self._sides.clear()
-        if self._calls:
-            self._calls[-1]._grids = self._grids
+        self._tokens.add_grid(convolution, grid)
 
     def begin_call(self, finished: bool = True) -> None:
         """Start a new pass: store the maps of the last pass, fold them into the mean, or drop them.
@@ -203,15 +187,14 @@ class Trace(Mapping[str, Tensor]):
         elif self._calls:
             self._calls.pop()
         call = self._with({})
-        call._grids, call._queries, call._facts, call._beside = {}, {}, {}, []
-        self._records, self._grids, self._queries, self._facts = call._records, call._grids, call._queries, call._facts
-        self._beside, self._sides = call._beside, {}
+        call._tokens = self._tokens.next_pass()
+        # The trace and the call's own trace share the records and tokens of the pass.
+        self._records, self._tokens = call._records, call._tokens
         self._calls = [*self._calls, call] if self._mode == "all" else [call]
 
     def clear(self) -> None:
         """Drop all passes."""
-        self._records, self._grids, self._queries, self._calls, self._means = {}, {}, {}, [], RunningMeans()
-        self._facts, self._beside, self._sides = {}, [], {}
+        self._records, self._tokens, self._calls, self._means = {}, self._tokens.next_pass(), [], RunningMeans()
 
     def fold(self) -> None:
         """End a pass: with calls="mean" replace its maps by the mean over all passes so far.
@@ -235,33 +218,17 @@ class Trace(Mapping[str, Tensor]):
         """
         record = self.kept(layer)
         name = list(self._records)[layer] if isinstance(layer, int) else layer
-        if name not in self._sides:
-            self._sides[name] = self._find_sides(name, record)
-        return self._sides[name]
+        shape = record.shape
+        return self._tokens.sides(name, (shape[-2 if self.rows is None else -1], shape[-1]), self._records)
 
     def all_sides(self) -> dict[str, tuple[Tokens, Tokens]]:
         """{layer: (queries, keys)} of every layer."""
         return {layer: self.sides(layer) for layer in self}
 
-    def _find_sides(self, name: str, record: LayerRecord) -> tuple[Tokens, Tokens]:
-        facts = self._facts.get(name) or self._known.get(name.partition("#")[0], Facts())
-        size = self._queries.get(name, record.shape[-2 if self.rows is None else -1]), record.shape[-1]
-        queries, keys = sides(self._structure(), name, size, facts, self._grids)
-        if self._layout is not None and keys.count == self._layout.tokens and keys.kind in ("image", "tokens"):
-            given = of_layout(self._layout, keys.part)
-            return (given if queries == keys else queries), given
-        return queries, keys
-
     @property
     def given_layout(self) -> TokenLayout | None:
         """The `layout` argument of the capture."""
-        return self._layout
-
-    def _structure(self) -> Parts:
-        names = tuple(dict.fromkeys(name.partition("#")[0] for name in self._records))
-        if names not in self._parts:
-            self._parts[names] = Parts(self._model, names)
-        return self._parts[names]
+        return self._tokens.given
 
     @property
     def layout(self) -> TokenLayout:
@@ -271,8 +238,8 @@ class Trace(Mapping[str, Tensor]):
             ValueError: the layers have different tokens (the message lists them), or the model does not declare its
                 layout: pass `layout=`.
         """
-        if self._layout is not None and not self._records:
-            return self._layout
+        if self._tokens.given is not None and not self._records:
+            return self._tokens.given
         if not self._records:
             raise ValueError("layout: no layer was captured yet")
         keys = {self.sides(layer)[1]: layer for layer in self._records}
@@ -294,10 +261,4 @@ class Trace(Mapping[str, Tensor]):
         keys = self.sides(layer)[1]
         if keys.kind in ("text", "channels"):
             raise ValueError(f"layout: expected maps over patches of an image; got maps over {keys}")
-        layout = self._layout or keys.layout
-        if layout is not None:
-            return layout
-        parts = self._structure()
-        own = parts.kinds.get(keys.part, {})
-        grids = [grid for name, grid in self._grids.items() if name in own]
-        return infer_layout(parts.modules.get(keys.part, self._model), grids, keys.count)
+        return self._tokens.layout(keys, self._records)

@@ -28,10 +28,12 @@ from PIL import Image
 from attnx.cli.options import rollout_options
 from attnx.images import find_images
 from attnx.jobs.decoding import Decode, Decoders, start_server
-from attnx.jobs.job import open_job
 from attnx.jobs.memory import usable_cores
-from attnx.jobs.recipe import ExtractRecipe, RunOptions, Runtime
+from attnx.jobs.options import RunOptions
+from attnx.jobs.plan import open_job
+from attnx.jobs.recipe import ExtractRecipe
 from attnx.jobs.run import run_job
+from attnx.jobs.runtime import Runtime
 from attnx.jobs.sources import Entry
 from attnx.limits import PICTURE_PIXELS
 from benchmarks.machine import ROOT, ResultFile, environment, file_stem

@@ -53,7 +53,7 @@ def captions(tokenizer: Tokenizer) -> Table:
 
 
 def phrase(color: int, shape: int) -> str:
-    """ "a red circle"; "a red" or "a circle" where the other index is one too many."""
+    """Text such as "a red circle"; "a red" or "a circle" if the other index is one past the end."""
     named = ((*COLORS, "")[color], (*SHAPES, "")[shape])
     return " ".join(("a", *filter(None, named)))
 
@@ -126,7 +126,13 @@ def parts(facts: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def holds(said: Tensor, facts: Tensor, shown: Tensor) -> Tensor:
-    """Whether phrases [B, K, 2] are true of an object that is shown, bool [B, K]; facts: [B, 5]; shown: bool [B, 2]."""
+    """Bool [B, K], True if the phrase describes an object that is shown.
+
+    Args:
+        said: phrases, int64 [B, K, 2].
+        facts: int64 [B, 5].
+        shown: bool [B, 2].
+    """
     color, shape = said[..., :1], said[..., 1:]
     colored = (color == facts[:, None, [0, 3]]) | (color == len(COLORS))
     shaped = (shape == facts[:, None, [1, 4]]) | (shape == len(SHAPES))
@@ -140,13 +146,17 @@ class Evidence:
     logit grows with the image evidence of each word, and Grad-CAM's gradients get a consistent sign. For some pairs one
     word gets a smaller share, so that each word is used. The outputs of tokens without a content word, such as [CLS],
     and those of layers above the first one are mostly set to 0, so that the evidence passes through the words.
+
+    Args:
+        whole: share of pairs whose outputs are not scaled.
+        blind: share of pairs in which the outputs of tokens without a content word are 0. For the same share of pairs,
+            chosen independently, the outputs of layers above the first one are 0.
+        apart: share of pairs in which one word gets a smaller share than the others.
     """
 
     def __init__(
         self, model: Albef, generator: torch.Generator, whole: float = 0.3, blind: float = 0.7, apart: float = 0.5
     ) -> None:
-        """Shares of pairs. whole: their words are left all that they saw; blind: what names nothing sees nothing, and
-        as many whose layers above the first see nothing; apart: one word is left less than the others."""
         self.generator, self.whole, self.blind, self.apart = generator, whole, blind, apart
         self.scales: list[Tensor | None] = []
         crossing = [module for module in model.text_encoder.modules() if isinstance(module, CrossAttention)]
@@ -155,7 +165,11 @@ class Evidence:
             module.register_forward_hook(partial(self._scale, i))
 
     def withhold(self, naming: Tensor) -> Tensor:
-        """From the next pass; naming: which tokens name something, bool [pairs, T]; the shares left, [pairs]."""
+        """Draw the scales of the next passes, and return each pair's share, [pairs].
+
+        Args:
+            naming: bool [pairs, T], True at content words.
+        """
         pairs = len(naming)
         left = torch.where(self._random(pairs) < self.whole, 1.0, self._random(pairs))
         seeing = naming | (self._random(pairs) >= self.blind)[:, None]
@@ -169,7 +183,7 @@ class Evidence:
         return left
 
     def restore(self) -> None:
-        """From the next pass on nothing is withheld."""
+        """Stop scaling from the next pass on."""
         self.scales = [None] * len(self.scales)
 
     def _random(self, count: int) -> Tensor:
@@ -196,10 +210,12 @@ class Objective(nn.Module):
         self.evidence = Evidence(model, self.generator)
 
     def forward(self, images: Tensor, facts: Tensor, shown: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Losses by name, and the shares of pairs of image and caption, image and phrase that matching gets right.
+        """The losses by name, and the matching accuracies on pairs of image and caption, and of image and phrase.
 
-        images: float32 [B, 3, H, W]; facts: int64 [B, 5], true of them where both objects are shown, bool [B, 2]. Where
-        one is not, the image has phrases only.
+        Args:
+            images: float32 [B, 3, H, W].
+            facts: int64 [B, 5], the facts of each image's two objects.
+            shown: bool [B, 2], True for objects that are shown. An image that lacks one has phrases, but no captions.
         """
         seen, both = self.model.encode_image(images), shown.all(1)
         said = parts(facts, self.generator)

@@ -16,7 +16,7 @@ from typing import Any
 
 from attnx.jobs.engines.queue import Shards, by_the_model, is_fatal, why_of
 from attnx.jobs.job import Job
-from attnx.jobs.recipe import RunOptions
+from attnx.jobs.options import RunOptions
 from attnx.jobs.worker import ShardResult, Stages
 
 __all__ = ["Cluster", "run_on_cluster"]

@@ -8,7 +8,8 @@ from concurrent.futures import Future
 
 from attnx.jobs.engines.queue import Shards, by_the_model, is_fatal, why_of
 from attnx.jobs.job import Job
-from attnx.jobs.recipe import RunOptions, Runtime
+from attnx.jobs.options import RunOptions
+from attnx.jobs.runtime import Runtime
 from attnx.jobs.worker import ShardResult, Stages
 
 __all__ = ["run_here"]

@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 from attnx.jobs.engines.queue import RunError, Shards, by_the_model, is_fatal, why_of
 from attnx.jobs.job import Job
 from attnx.jobs.memory import usable_cores
-from attnx.jobs.recipe import RunOptions
+from attnx.jobs.options import RunOptions
 from attnx.jobs.worker import ShardResult, Stages
 from attnx.messages import say, warnings_in_lines
 from attnx.supervisor import ENDING, die_with

@@ -67,10 +67,12 @@ class Source(Listing, Protocol):
     kind: str
 
     @property
-    def fingerprint(self) -> str | None: ...
+    def fingerprint(self) -> str | None:
+        """A hash that changes when the rows do, else None."""
 
     @property
-    def skipped(self) -> Skipped: ...
+    def skipped(self) -> Skipped:
+        """Counts of the files that the last listing skipped."""
 
     def reader(self) -> Reader:
         """A function that reads an entry; it can be pickled."""

@@ -55,6 +55,7 @@ class Rows:
     split: str | None
 
     def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
+        """The image's path, and its content if that is not the file at the path."""
         data, image, _ = _load(self.path, self.split)
         value = data[entry.offset][image]
         if value is None:

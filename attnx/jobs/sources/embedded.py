@@ -107,6 +107,7 @@ class Pictures:
     root: Path
 
     def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
+        """The image's path, and its content if that is not the file at the path."""
         assert entry.path is not None
         if entry.offset is None:
             return whole_file(joined(self.root, entry.path))
@@ -216,4 +217,4 @@ def _no_bytes(file: "pq.ParquetFile", column: str) -> bool:
                 known = chunk.statistics is not None and chunk.statistics.has_null_count
                 if not known or chunk.statistics.null_count < rows.num_rows:
                     return False
-    return metadata.num_rows > 0
+    return bool(metadata.num_rows > 0)

@@ -15,7 +15,7 @@ from attnx.remote import is_remote, joined
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of images. Keys are the relative paths with `/`; bytes that are not UTF-8 become escapes: `\\xff`."""
+    r"""A folder of images. Keys are the relative paths with `/`; bytes that are not UTF-8 become escapes: `\xff`."""
 
     root: Path
     skipped: Skipped = field(default_factory=Skipped, compare=False, repr=False)
@@ -55,5 +55,6 @@ class Files:
     root: Path
 
     def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
+        """The image's path, and its content if that is not the file at the path."""
         assert entry.path is not None
         return whole_file(joined(self.root, entry.path))

@@ -2,20 +2,20 @@
 
 import io
 import json
-import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from attnx.files import open_regular
 from attnx.images import image_suffixes, is_unreadable_image
 from attnx.jobs.sources import Entry, text_of, wrong_caption
 from attnx.jobs.sources.reachable import is_unreachable
 from attnx.jobs.sources.skipped import LINK, PART, UNREAD, Skipped
-from attnx.limits import CAPTION_BYTES, HEADER_BYTES, JSON_BYTES, PICTURE_BYTES
+from attnx.jobs.sources.tar_headers import members_of
+from attnx.limits import CAPTION_BYTES, JSON_BYTES, PICTURE_BYTES
 from attnx.messages import printable
 from attnx.remote import is_remote, read_range
 
@@ -71,6 +71,7 @@ class Members:
     root: Path
 
     def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
+        """The image's path, and its content if that is not the file at the path."""
         assert entry.path is not None
         assert entry.offset is not None
         assert entry.size is not None
@@ -135,95 +136,12 @@ def _samples(tar: Path, name: str, skipped: Skipped) -> Iterator[Entry]:
         yield Entry(f"{name}/", None, error=f"{path}: the tar ends early or is broken, after {read} samples: {why}")
 
 
-class _Broken(tarfile.HeaderError):
-    """An invalid header that tarfile would accept."""
-
-
-class _Member(tarfile.TarInfo):
-    """A member whose headers are checked before tarfile uses them."""
-
-    @classmethod
-    def frombuf(cls, buf: Any, encoding: str, errors: str) -> "_Member":
-        """The member of a header. Raises `_Broken` for a negative size: CPython before 3.11.14 loops forever."""
-        member = super().frombuf(buf, encoding, errors)
-        if member.size < 0:
-            raise _Broken(f"expected a size; got {member.size:,}")
-        return member
-
-    def _proc_pax(self, file: Any) -> Any:
-        # For invalid records, CPython before 3.11.10 takes quadratic time and memory.
-        start = file.fileobj.tell()
-        content = file.fileobj.read(self.size)
-        place = 0
-        while place < len(content) and content[place]:
-            digits = content[place : place + 20].partition(b" ")[0]
-            length = int(digits) if digits.isdigit() else 0
-            record = content[place : place + length]
-            if length < 1 or record[-1:] != b"\n" or b"=" not in record:
-                raise _Broken("expected pax records")
-            place += length
-        if re.search(rb"\d{256}", content):
-            raise _Broken("expected pax records without numbers of 256 digits")
-        file.fileobj.seek(start)
-        return super()._proc_pax(file)  # type: ignore[misc]
-
-
-class _Headers:
-    """A file object for tarfile that limits the bytes of headers per member."""
-
-    mode = "rb"
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._end = file, HEADER_BYTES
-        self.seek, self.tell = file.seek, file.tell
-
-    def begin(self, offset: int) -> None:
-        """Reset the limit: the headers of a member start at `offset`."""
-        self._end = offset + HEADER_BYTES
-
-    def read(self, size: int) -> bytes:
-        """Read `size` bytes. Raises `_Broken` beyond the limit."""
-        if self._file.tell() + size > self._end:
-            raise _Broken(f"expected headers of at most {HEADER_BYTES:,} bytes a member; got more")
-        return self._file.read(size)
-
-
-def _members(content: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """All members, without keeping them in memory. Raises the exceptions of tarfile."""
-    content.seek(0)
-    headers = _Headers(content)
-    with tarfile.open(fileobj=headers, mode="r:", tarinfo=_Member) as file:  # type: ignore[call-overload]
-        last = 0
-        while True:
-            headers.begin(last)
-            member = file.next()
-            if member is None:
-                break
-            number = member.pax_headers.get("size")
-            if (
-                member.size < 0
-                or file.offset <= last
-                or (number is not None and not re.fullmatch("[0-9]{1,20}", number))
-            ):
-                raise _Broken(f"expected a size; got {printable(number or member.size)}")
-            last = file.offset
-            # tarfile copies global records to each member; only hdrcharset is needed.
-            file.pax_headers = {key: value for key, value in file.pax_headers.items() if key == "hdrcharset"}
-            member.pax_headers = {}
-            file.members.clear()
-            yield member
-        # tarfile treats a truncated or broken header, except the first, as the end of the tar.
-        content.seek(last)
-        if any(content.read(tarfile.BLOCKSIZE)):
-            raise tarfile.ReadError("expected a header")
-
-
 def _files(content: IO[bytes], name: str, skipped: Skipped, broken: list[Exception]) -> Iterator[tarfile.TarInfo]:
     """The members that are regular files and not hidden. Links to pictures are counted in `skipped`.
 
     An error ends the iteration and is appended to `broken`, so that the last complete sample is still used.
     """
-    members = _members(content)
+    members = members_of(content)
     while True:
         try:
             member = next(members, None)

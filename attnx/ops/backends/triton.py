@@ -139,7 +139,8 @@ def _one_pass(shared: dict[str, Any], values: dict[str, Any], reduction: Reducti
 
 def _fused(shared: dict[str, Any], reduction: Reduction, tiles: int, launch: Callable[[Tensor, int], Launch]) -> Tensor:
     """The map of a launch that splits the heads over programs where the tiles are too few for the device."""
-    q, count = shared["q_ptr"], shared["H"]
+    q: Tensor = shared["q_ptr"]
+    count: int = shared["H"]
     B, M, N = q.shape[0], shared["M"], shared["N"]
     each = reduction is Reduction.EACH
     splits = count if each else head_splits(tiles * B, count, target(q.device))
@@ -159,7 +160,8 @@ def _shared(scores: Scores, rows: Tensor | None) -> dict[str, Any]:
     q, k, bias = scores.q, scores.k, scores.bias
     if bias is not None:
         bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    return shared_args(q, k, bias, rows, scores.scale, scores.is_causal)
+    shared: dict[str, Any] = shared_args(q, k, bias, rows, scores.scale, scores.is_causal)
+    return shared
 
 
 def _short_rows(scores: Scores, v: Tensor | None) -> ShortRows | None:
@@ -177,8 +179,8 @@ def _launch(launch: Launch, q: Tensor) -> None:
         launch.run()
 
 
-def _lse(shared: dict) -> Tensor:
-    q = shared["q_ptr"]
+def _lse(shared: dict[str, Any]) -> Tensor:
+    q: Tensor = shared["q_ptr"]
     return q.new_empty((q.shape[0], q.shape[1], shared["M"]), dtype=torch.float32)
 
 
@@ -194,7 +196,8 @@ def _lse_of_rows(shared: dict[str, Any], rows: Tensor | None, lse: Tensor | None
 
 
 def _tiles(shared: dict[str, Any], config: Config) -> int:
-    return cdiv(shared["M"], config.block_m) * cdiv(shared["N"], config.block_n * config.parts)
+    tiles: int = cdiv(shared["M"], config.block_m) * cdiv(shared["N"], config.block_n * config.parts)
+    return tiles
 
 
 @cache

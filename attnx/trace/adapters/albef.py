@@ -85,10 +85,11 @@ def _bert(
         or drops(self.dropout)
         or (output_attentions and makes_graph(self, *inputs))
     ):
-        return type(self).forward(
+        result: tuple[Any, ...] = type(self).forward(
             self, hidden_states, attention_mask, head_mask, encoder_hidden_states, encoder_attention_mask,
             past_key_value, output_attentions,
         )  # fmt: skip
+        return result
     q = self.transpose_for_scores(self.query(hidden_states))
     crosses = encoder_hidden_states is not None
     source, mask = (encoder_hidden_states, encoder_attention_mask) if crosses else (hidden_states, attention_mask)
@@ -112,7 +113,8 @@ def _bert(
 def _vit(self: Any, x: Tensor, register_hook: bool = False) -> Tensor:
     """Output of ALBEF's attention in its vision transformer."""
     if drops(self.attn_drop):
-        return type(self).forward(self, x, register_hook)
+        result: Tensor = type(self).forward(self, x, register_hook)
+        return result
     q, k, v = project(self, x)
     out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
     if register_hook:

@@ -52,7 +52,8 @@ def _rewritten(name: str, forward: FunctionType) -> Callable[..., Any] | None:
 def _attention(self: Any, x: Tensor, probabilities: bool = True) -> tuple[Tensor, Tensor | None]:
     """Output and probabilities of DINO's attention; with probabilities=False, (output, None)."""
     if drops(self.attn_drop) or (probabilities and makes_graph(self, x)):
-        return type(self).forward(self, x)
+        result: tuple[Tensor, Tensor | None] = type(self).forward(self, x)
+        return result
     q, k, v = project(self, x)
     out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
     return output(self, out), probabilities_of(self, q, k) if probabilities else None
@@ -62,10 +63,12 @@ def _block(self: Any, x: Tensor, return_attention: bool = False) -> Tensor:
     """Output of DINO's block, computed without probabilities unless they are returned or a hook sees them."""
     is_bound = getattr(vars(self.attn).get("forward"), "__func__", None) is _attention
     if return_attention or not is_bound or _has_foreign_hooks(self.attn):
-        return type(self).forward(self, x, return_attention)
+        result: Tensor = type(self).forward(self, x, return_attention)
+        return result
     attended, _ = self.attn(self.norm1(x), probabilities=False)
     x = x + self.drop_path(attended)
-    return x + self.drop_path(self.mlp(self.norm2(x)))
+    x = x + self.drop_path(self.mlp(self.norm2(x)))
+    return x
 
 
 def _has_foreign_hooks(module: nn.Module) -> bool:

@@ -28,7 +28,8 @@ def multi_head_attention(
     """
     bound = _SIGNATURE.bind(*args, **kwargs).arguments
     if not bound.get("need_weights", True):
-        return _clone_with(sdpa)(**bound)
+        result: tuple[Tensor, Tensor | None] = _clone_with(sdpa)(**bound)
+        return result
     # is_causal is a hint that need_weights=True ignores. Here it would mask keys of add_bias_kv and add_zero_attn.
     out, _ = _clone_with(sdpa)(**{**bound, "need_weights": False, "is_causal": False})
     # Function modes are disabled, so that the attention is not intercepted a second time.

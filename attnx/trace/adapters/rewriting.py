@@ -55,13 +55,15 @@ def project(self: Any, x: Tensor) -> Any:
 
 def output(self: Any, out: Tensor) -> Tensor:
     """The block's output projection of the attention output [B, H, N, D]."""
-    return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+    projected: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+    return projected
 
 
 @torch.no_grad()
 def probabilities_of(self: Any, q: Tensor, k: Tensor) -> Tensor:
     """The attention probabilities [B, H, N, N], without a graph."""
-    return (q @ k.transpose(-1, -2) * self.scale).softmax(-1)
+    probabilities: Tensor = (q @ k.transpose(-1, -2) * self.scale).softmax(-1)
+    return probabilities
 
 
 def drops(dropout: Any) -> bool:

@@ -31,6 +31,7 @@ class Instead(str):
     before: str
 
     def __new__(cls, name: str, before: str) -> "Instead":
+        """The name, with the name that it replaces."""
         self = super().__new__(cls, name)
         self.before = before
         return self
@@ -47,6 +48,7 @@ class Bound:
         self.__self__ = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with the module."""
         return self.__func__(self.__self__, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,0 +1,100 @@
+"""The tokens of the maps of one pass, from the model, the grids of its patches, and facts about its attention calls."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from attnx.trace.layout import TokenLayout, infer_layout
+from attnx.trace.sides import Facts, Parts, Tokens, of_layout, sides
+
+__all__ = ["PassTokens"]
+
+
+class PassTokens:
+    """The tokens of the maps of one pass.
+
+    Attributes:
+        given: the `layout` argument of the capture.
+        beside: pairs of modules that had the same input.
+    """
+
+    def __init__(self, model: nn.Module, given: TokenLayout | None) -> None:
+        self.model = model
+        self.given = given
+        self.beside: list[tuple[str, str]] = []
+        self._grids: dict[str, tuple[int, int]] = {}
+        self._queries: dict[str, int] = {}
+        self._facts: dict[str, Facts] = {}
+        self._sides: dict[str, tuple[Tokens, Tokens]] = {}
+        # Facts and parts that hold for every pass.
+        self._known: dict[str, Facts] = {}
+        self._parts: dict[tuple[str, ...], Parts] = {}
+
+    def copy(self) -> "PassTokens":
+        """A copy for another trace of the same pass."""
+        other = self.next_pass()
+        other._grids, other._queries, other._facts = dict(self._grids), dict(self._queries), dict(self._facts)
+        other.beside = list(self.beside)
+        return other
+
+    def next_pass(self) -> "PassTokens":
+        """The tokens of a new pass: only facts and parts that hold for every pass are kept."""
+        other = PassTokens(self.model, self.given)
+        other._known, other._parts = self._known, self._parts
+        return other
+
+    def add(self, layer: str, queries: int | None) -> None:
+        """Store the number of queries of a layer, if given. The layer's map is new, so its tokens are found again."""
+        self._sides.pop(layer, None)
+        if queries is not None:
+            self._queries[layer] = queries
+
+    def note(self, layer: str, facts: Facts) -> None:
+        """Store facts about the sides of a layer's map; they hold for later passes without facts, too."""
+        self._facts[layer] = self._known[layer.partition("#")[0]] = facts
+
+    def add_grid(self, convolution: str, grid: tuple[int, int]) -> None:
+        """Store the grid (rows, columns) of a patch convolution's output; the newest grid comes first."""
+        self._grids.pop(convolution, None)
+        self._grids = {convolution: grid, **self._grids}
+        self._sides.clear()
+
+    def sides(self, name: str, shape: tuple[int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
+        """(queries, keys): the tokens that the rows and the columns of a layer's map stand for.
+
+        Args:
+            shape: number of queries, unless it is stored, and of keys.
+            layers: names of all layers of the trace.
+        """
+        if name not in self._sides:
+            self._sides[name] = self._find_sides(name, shape, layers)
+        return self._sides[name]
+
+    def layout(self, keys: Tokens, layers: Iterable[str]) -> TokenLayout:
+        """Token layout of keys of an image.
+
+        Raises:
+            ValueError: the model does not declare its layout.
+        """
+        layout = self.given or keys.layout
+        if layout is not None:
+            return layout
+        parts = self._structure(layers)
+        own = parts.kinds.get(keys.part, {})
+        grids = [grid for name, grid in self._grids.items() if name in own]
+        return infer_layout(parts.modules.get(keys.part, self.model), grids, keys.count)
+
+    def _find_sides(self, name: str, shape: tuple[int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
+        facts = self._facts.get(name) or self._known.get(name.partition("#")[0], Facts())
+        size = self._queries.get(name, shape[0]), shape[1]
+        queries, keys = sides(self._structure(layers), name, size, facts, self._grids)
+        if self.given is not None and keys.count == self.given.tokens and keys.kind in ("image", "tokens"):
+            given = of_layout(self.given, keys.part)
+            return (given if queries == keys else queries), given
+        return queries, keys
+
+    def _structure(self, layers: Iterable[str]) -> Parts:
+        names = tuple(dict.fromkeys(name.partition("#")[0] for name in layers))
+        if names not in self._parts:
+            self._parts[names] = Parts(self.model, names)
+        return self._parts[names]
