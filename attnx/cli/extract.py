@@ -140,14 +140,11 @@ def extract(
     becomes a row with an error, and the job continues. manifest.parquet is the list of images, fixed by the first run.
     run.json has the settings; a later run with other settings is an error.
     """
+    options = JobOptions.of(locals())
     from attnx.jobs.packing import DTYPES, STORES
     from attnx.jobs.recipe import ExtractRecipe
     from attnx.jobs.sources import open_source
 
-    options = JobOptions(
-        batch_size, workers, decode_timeout, shard_size, device, engine, rank, world, address, actors, actor_cpus,
-        actor_gpus, tries, retry_failed, dry_run, max_pixels, shard_timeout, verify, log_every, allow_errors,
-    )  # fmt: skip
     autocast_of(dtype)
     one_of("map-dtype", map_dtype, DTYPES)
     one_of("store", store, STORES)

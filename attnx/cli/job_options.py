@@ -2,10 +2,10 @@
 
 import importlib.util
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, overload
+from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import typer
 
@@ -114,6 +114,11 @@ class JobOptions:
     verify: bool
     log_every: float | None
     allow_errors: str
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any]) -> "JobOptions":
+        """The options among the arguments of a command, by name."""
+        return cls(**{each.name: arguments[each.name] for each in fields(cls)})
 
     def check(self) -> "tuple[list[str], Rank | None, Cluster | None]":
         """The devices, the rank of engine ranks, and the cluster of engine ray.

@@ -138,6 +138,7 @@ def words(
     (the word of each token), score (gradcam: the matching logit) and cut (words beyond the model's length). Pairs that
     can't be read become rows with an error. The same command continues a job that was stopped.
     """
+    options = JobOptions.of(locals())
     from attnx.figures.one_image import Style
     from attnx.jobs.packing import DTYPES
     from attnx.jobs.recipe import WordsRecipe
@@ -150,10 +151,6 @@ def words(
         raise ValueError(f'expected IMAGE "CAPTION", or --pairs FILE; got {" and ".join(given) or "neither"}')
     autocast_of(dtype)
     one_of("map-dtype", map_dtype, DTYPES)
-    how = JobOptions(
-        batch_size, workers, decode_timeout, shard_size, device, engine, rank, world, address, actors, actor_cpus,
-        actor_gpus, tries, retry_failed, dry_run, max_pixels, shard_timeout, verify, log_every, allow_errors,
-    )  # fmt: skip
     images = None if pairs is None else open_source(pairs, kind, root, split)
     if images is not None and images.kind == "folder":
         raise ValueError(f"pairs: expected a source with captions; {pairs} is a folder of images")
@@ -161,12 +158,12 @@ def words(
         source=absolute(image or pairs or Path()), kind="folder" if images is None else images.kind,
         root=absolute(root), split=split, model=model, pretrained=pretrained, checkpoint=absolute(checkpoint),
         image_size=pixels_of(image_size), seed=seed, method=method, heads=heads, dtype=dtype, map_dtype=map_dtype,
-        max_pixels=how.pixels, vocab=absolute(vocab), layer=default_layer(model) if layer is None else layer,
+        max_pixels=options.pixels, vocab=absolute(vocab), layer=default_layer(model) if layer is None else layer,
         preset=preset,
     )  # fmt: skip
     style = Style(colormap, alpha, interpolation)
     if images is not None:
-        run_recipe(recipe, images, out, how, "pairs", partial(_finish, out, style if pictures else None))
+        run_recipe(recipe, images, out, options, "pairs", partial(_finish, out, style if pictures else None))
     elif image is not None and caption is not None:
         _draw(recipe, image, caption, out, device_of(device), style)
 

@@ -14,9 +14,9 @@ from attnx.extract.projections import HeadDims, queries_and_keys
 from attnx.extract.rebind import own_forward
 from attnx.trace.adapters import route_to_sdpa
 from attnx.trace.adapters.mha import SDPA
+from attnx.trace.hooks import NoteGrid
 from attnx.trace.interceptor import Interceptor, is_intercepted, route_again
 from attnx.trace.layers import clean_name
-from attnx.trace.layout import grid_of
 from attnx.trace.recorder import Call, Recorder, StopForward
 
 
@@ -132,8 +132,8 @@ class Plan:
                 vars(block)["forward"] = MethodType(forwards[name], block)
                 stack.callback(vars(block).pop, "forward", None)
             for name, convolution in self.convolutions.items():
-                hook = partial(_note_grid, recorder, name, thread)
-                stack.callback(convolution.register_forward_hook(hook).remove)
+                note = NoteGrid(recorder.trace, name, thread)
+                stack.callback(convolution.register_forward_hook(note).remove)
         else:
             if not set(self.blocks) <= {clean_name(name) for name, _ in model.named_modules()}:
                 raise self._mismatch(model, recorder)
@@ -174,9 +174,3 @@ def _answer(recorder: Recorder, layer: str, block: nn.Module, thread: int) -> Ca
         return recorder.answer(recorder.key(layer), Call.of(SDPA, block, args, kwargs), True)
 
     return answer
-
-
-def _note_grid(recorder: Recorder, name: str, thread: int, module: nn.Module, args: Any, output: Any) -> None:
-    grid = grid_of(output)
-    if grid is not None and get_ident() == thread:
-        recorder.trace.add_grid(name, grid)

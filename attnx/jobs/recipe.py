@@ -19,12 +19,7 @@ from attnx.jobs.tasks import Extract, Find, ImageTask, WordTask
 from attnx.models.loaded import Loaded
 from attnx.models.loading import load_model, load_word_model
 from attnx.models.registry import IMAGE_MODELS
-<<<<<<< ours
-from attnx.remote import location
 from attnx.version import MAPS_VERSION
-=======
-from attnx.version import VERSION
->>>>>>> theirs
 
 __all__ = ["ExtractRecipe", "Recipe", "WordsRecipe", "recipe_of"]
 

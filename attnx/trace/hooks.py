@@ -12,6 +12,7 @@ from attnx.trace.layout import grid_of
 
 if TYPE_CHECKING:
     from attnx.trace.interceptor import Interceptor
+    from attnx.trace.trace import Trace
 
 
 class Frame:
@@ -90,14 +91,28 @@ class Done(Hook):
             self.interceptor.trace.fold()
 
 
-class NoteGrid(Hook):
-    """Hook of a patch convolution: stores the grid of its output."""
+class NoteGrid:
+    """Hook of a patch convolution: stores the grid of its output. A copy of the module gets a hook that does nothing.
+
+    Args:
+        trace: receives the grid.
+        name: of the convolution.
+        thread: id of the only thread whose calls count; None: all threads.
+    """
+
+    __slots__ = ("name", "thread", "trace")
+
+    def __init__(self, trace: "Trace", name: str, thread: int | None) -> None:
+        self.trace, self.name, self.thread = trace, name, thread
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DOES_NOTHING
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Store the grid of the output, if it has one."""
         grid = grid_of(output)
-        if grid is not None and self.interceptor.thread in (None, get_ident()):
-            self.interceptor.trace.add_grid(self.name, grid)
+        if grid is not None and self.thread in (None, get_ident()):
+            self.trace.add_grid(self.name, grid)
 
 
 class ThreadState(threading.local):

@@ -83,7 +83,8 @@ class Interceptor(TorchFunctionMode):
             ]
         names = {id(module): clean_name(name) for name, module in self.model.named_modules()}
         for module in patch_convolutions(self.model):
-            self.undo.append(module.register_forward_hook(NoteGrid(self, names[id(module)])).remove)
+            hook = NoteGrid(self.trace, names[id(module)], self.thread)
+            self.undo.append(module.register_forward_hook(hook).remove)
 
     def uninstall(self) -> None:
         """Remove all hooks and restore the blocks; other captures of the same blocks continue to work."""
