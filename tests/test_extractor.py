@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import attnx
 from attnx.extract.extractor import Extractor
 from attnx.ops.backends import map_pool
-from attnx.trace import records as kept
+from attnx.trace import attend as kept
 
 TINY = {"embed_dim": 48, "depth": 4, "num_heads": 3}
 

@@ -17,8 +17,9 @@ from attnx import TokenLayout, Trace
 from attnx.kernels.cpu.build import instructions
 from attnx.ops.backends import native
 from attnx.testing import oracle
-from attnx.trace import records as kept
-from attnx.trace.records import MapRecord, QKRecord, attend
+from attnx.trace import attend as kept
+from attnx.trace.attend import attend
+from attnx.trace.records import MapRecord, QKRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}

@@ -15,8 +15,9 @@ from attnx.extract.inputs import image_call
 from attnx.extract.plan import Plan, PlanMismatchError
 from attnx.extract.trial import Trial
 from attnx.methods import cls_map, layer_maps, rollout
+from attnx.methods.chain import renamed
 from attnx.methods.maps import cls_layer
-from attnx.methods.rollout import last_needed, renamed
+from attnx.methods.rollout import last_needed
 from attnx.trace.adapters.sharding import is_sharded
 from attnx.trace.capture import uncompiled
 from attnx.trace.layers import Layers, attention_layers

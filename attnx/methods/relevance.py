@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from attnx.methods.chain import chain_start, renamed, self_attention
 from attnx.methods.maps import fusion
-from attnx.methods.rollout import chain_start, renamed, self_attention
 from attnx.trace.layers import Layers
 from attnx.trace.trace import Trace
 

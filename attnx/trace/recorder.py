@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from attnx.ops.functional import attention, attention_map
 from attnx.ops.reducers import MASK_THRESHOLD, Reduction
 from attnx.trace.adapters.huggingface import unpacked
+from attnx.trace.attend import attend, check_keep
 from attnx.trace.gradient_record import attend_with_gradient
 from attnx.trace.layout import TokenLayout
-from attnx.trace.records import MapRecord, RowsRecord, attend, check_keep, qk_bytes
+from attnx.trace.records import MapRecord, RowsRecord, qk_bytes
 from attnx.trace.sides import Facts
 from attnx.trace.trace import CALLS, Trace
 

@@ -10,12 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from attnx.ops.checks import cast_as_sdpa
-from attnx.ops.functional import attention, attention_lse, attention_map, vecmat
+from attnx.ops.functional import attention_map, vecmat
 from attnx.ops.reducers import Reduction, fuse_heads
-
-KEEP = ("map", "qk", "auto")
-SMALL_MAP = 64 << 20  # bytes; "auto" stores smaller maps in any case: reading them is faster than vecmat
 
 
 class LayerRecord(Protocol):
@@ -234,63 +230,13 @@ class QKRecord:
             return attention_map(self.q, self.k, **self._call(), heads=self.heads, rows=rows, lse=self.lse)
 
     def _call(self) -> dict[str, Any]:
-        if self.versions and _versions(self.q, self.k, self.bias) != self.versions:
+        if self.versions and versions_of(self.q, self.k, self.bias) != self.versions:
             raise RuntimeError(
                 "q, k or the mask of a layer was modified in place after the layer ran; capture with keep='map'"
             )
         beyond = dict(softcap=self.softcap, sinks=self.sinks)
         given = {name: value for name, value in beyond.items() if value is not None}
         return dict(bias=self.bias, is_causal=self.is_causal, scale=self.scale, backend=self.backend, **given)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: str,
-    *,
-    heads: str,
-    rows: Tensor | None,
-    output: bool = True,
-    **call: Any,
-) -> tuple[Tensor | None, LayerRecord]:
-    """Output of attention, and the record of the call.
-
-    Args:
-        q, k, v, heads, rows: as in `attnx.attention`; `call` holds bias, is_causal, scale and backend.
-        keep: one of KEEP. "auto" stores q and k if the map is larger than SMALL_MAP and than q and k, and if `vecmat`
-            can replace it (whole maps, mean over heads); else it stores the map.
-        output: if False, the output is not computed and None is returned in its place.
-    """
-    mean = heads == "mean" and rows is None
-    if keep != "map":
-        q, k, v = cast_as_sdpa(q, k, v)  # as they are stored
-    fits = max(SMALL_MAP, qk_bytes(q, k, call["bias"])) < 4 * q.shape[0] * q.shape[2] * k.shape[2]
-    if keep == "map" or (keep == "auto" and not (mean and fits)):
-        options = dict(heads=heads, rows=rows, **call)
-        if not output:
-            out, amap = None, attention_map(q, k, **options)
-        else:
-            out, amap = attention(q, k, v, **options)
-        whole = call["bias"] is None and call.get("sinks") is None and k.shape[2] > 0
-        return out, MapRecord(amap, rows_sum_to_one=mean and whole)
-    with torch.set_grad_enabled(output and torch.is_grad_enabled()):
-        out, lse = attention_lse(q, k, v, **call)
-    call = {name: value.detach() if isinstance(value, Tensor) else value for name, value in call.items()}
-    q, k = _detached(q), _detached(k)
-    versions = _versions(q, k, call["bias"])
-    return out if output else None, QKRecord(q, k, lse, heads=heads, rows=rows, versions=versions, **call)
-
-
-def check_keep(keep: str) -> str:
-    """`keep`, unchanged.
-
-    Raises:
-        ValueError: `keep` is not one of KEEP.
-    """
-    if keep not in KEEP:
-        raise ValueError(f"keep: expected one of {', '.join(KEEP)}; got {keep!r}")
-    return keep
 
 
 def qk_bytes(q: Tensor, k: Tensor, bias: Tensor | None) -> int:
@@ -302,12 +248,12 @@ def _held(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.untyped_storage().nbytes()
 
 
-def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
+def versions_of(*tensors: Tensor | None) -> tuple[int | None, ...]:
     """Version counters of the tensors: how often each was modified in place; None if unknown."""
     return tuple(None if t is None or t.is_inference() else t._version for t in tensors)
 
 
-def _detached(t: Tensor) -> Tensor:
+def detached(t: Tensor) -> Tensor:
     """The tensor without its graph; copied if it is a view of a larger storage, such as a packed qkv."""
     t = t.detach()
     return t.clone(memory_format=torch.contiguous_format) if t.untyped_storage().nbytes() > t.nbytes else t
