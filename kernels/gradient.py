@@ -12,7 +12,7 @@ from torch import Tensor
 from attnx.kernels.arguments import gradient_args, split_args
 from attnx.kernels.configs import Config, Launch
 from attnx.kernels.primitives import (
-    fuse_heads,
+    fuse_into,
     fused_start,
     head_tiles,
     lse_to_log2,
@@ -93,7 +93,7 @@ def gradient_kernel(
         dp = products(do, v, BLOCK_M, BLOCK_N, REST_DV, PRECISION)
         if CLAMP:
             dp = tl.maximum(dp, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        fused = fuse_heads(fused, p * dp, HEADS)
+        fused = fuse_into(fused, p * dp, HEADS)
     map_tile = map_ptr + to_int64(plane) * M * N + to_int64(first_m) * N + first_n
     store_tile(map_tile, fused * map_share, offs_m, offs_n, mask_m, mask_n, N)
 

@@ -11,7 +11,7 @@ from attnx.kernels.configs import Config, Launch
 from attnx.kernels.primitives import (
     MEAN,
     NO_BIAS,
-    fuse_heads,
+    fuse_into,
     fused_start,
     head_tiles,
     lse_to_log2,
@@ -88,7 +88,7 @@ def map_kernel(
                 columns < N - first_n, stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE, False,
             )  # fmt: skip
             p = tl.exp2(s * score_unit(scale_log2, FOLD_SCALE) - lse[:, None])
-            fused = fused + (fuse_heads(previous[part], p, HEADS),)
+            fused = fused + (fuse_into(previous[part], p, HEADS),)
     map_tile = map_ptr + to_int64(plane) * M * N + to_int64(first_m) * N + first_n
     for part in tl.static_range(PARTS):
         columns = offs_n + part * BLOCK_N
@@ -117,7 +117,7 @@ def fuse_kernel(maps_ptr, map_ptr, size, splits, share, HEADS: tl.constexpr, BLO
     # [BLOCK]
     fused = tl.load(first, mask=mask, other=0.0)
     for split in range(1, splits):
-        fused = fuse_heads(fused, tl.load(first + to_int64(split) * size, mask=mask, other=0.0), HEADS)
+        fused = fuse_into(fused, tl.load(first + to_int64(split) * size, mask=mask, other=0.0), HEADS)
     tl.store(map_ptr + plane * size + offs, fused * share, mask=mask)
 
 

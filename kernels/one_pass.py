@@ -14,7 +14,7 @@ from attnx.kernels.primitives import (
     MIN,
     dot,
     finite_max,
-    fuse_heads,
+    fuse_into,
     fused_start,
     head_tiles,
     load_masked,
@@ -156,7 +156,7 @@ def one_pass_kernel(
         fused = ()
         p = ()
         for part in tl.static_range(PARTS + (TAIL > 0)):
-            fused = fused + (fuse_heads(previous[part], weights[part] * share[:, None], HEADS),)
+            fused = fused + (fuse_into(previous[part], weights[part] * share[:, None], HEADS),)
             p = p + (weights[part].to(v_ptr.dtype.element_ty),)
         if HAS_V and not DELAY_PV:
             weigh_values(

@@ -173,7 +173,7 @@ def lse_to_log2(lse):
 
 @triton.jit
 def fused_start(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr, SIGNED: tl.constexpr = False):
-    """Initial tile for `fuse_heads`. Unless SIGNED, weights are not negative, so 0 is a valid start for MAX."""
+    """Initial tile for `fuse_into`. Unless SIGNED, weights are not negative, so 0 is a valid start for MAX."""
     if HEADS == MIN:
         return tl.full([BLOCK_M, BLOCK_N], float("inf"), tl.float32)
     if SIGNED and HEADS == MAX:
@@ -182,7 +182,7 @@ def fused_start(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexp
 
 
 @triton.jit
-def fuse_heads(fused, p, HEADS: tl.constexpr):
+def fuse_into(fused, p, HEADS: tl.constexpr):
     """The fused tile with one more head (a sum for MEAN). NaN propagates, as in torch."""
     if HEADS == MAX:
         return tl.maximum(fused, p, propagate_nan=tl.PropagateNan.ALL)

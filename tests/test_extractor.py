@@ -597,3 +597,30 @@ def test_a_plan_says_why() -> None:
     hidden(pictures(1))
     assert not hidden.plan.bound
     assert set(hidden.plan.unbound.values()) == {"its forward does not call F.scaled_dot_product_attention itself"}
+
+
+def test_a_rollout_never_skips_a_layer() -> None:
+    """Block 1 of 3 computes its own softmax: a rollout of blocks 0 and 2 would be another number."""
+
+    class OwnSoftmaxAttention(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.qkv, self.proj, self.heads = block.qkv, block.proj, block.num_heads
+
+        def forward(self, x: Tensor, **options: object) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            p = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+            return self.proj((p @ v).transpose(1, 2).flatten(2))
+
+    model = vit(depth=3)
+    model.blocks[1].attn = OwnSoftmaxAttention(model.blocks[1].attn)
+    gap = r"blocks.1.attn ran without one, so the chain would skip it"
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"not intercepted.*blocks.1.attn"):
+        with attnx.capture(model) as trace:
+            model(pictures())
+    with pytest.raises(ValueError, match=gap):
+        attnx.rollout(trace)
+    assert attnx.cls_map(trace).shape == (3, 3, 3)
+    assert attnx.rollout(trace, layers=["blocks.0.attn", "blocks.2.attn"]).shape == (3, 3, 3)  # the user's choice
+    with pytest.raises(ValueError, match=gap), pytest.warns(UserWarning, match="not intercepted"):
+        Extractor(model)(pictures())

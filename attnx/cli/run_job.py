@@ -153,8 +153,8 @@ def _print_report(report: "Report", out: Path, unit: str, rank: "Rank | None", m
     if report.first_error is not None:
         say(f"the first error is in {_name(report.first_error[0])}: {_name(report.first_error[1])}")
     if report.set_aside:
-        shards = ", ".join(map(str, sorted(report.set_aside)))
-        wrong += f", shards that could not be made: {shards}; run again to try them again"
+        numbers = ", ".join(map(str, sorted(report.set_aside)))
+        wrong += f", {len(report.set_aside)} shards could not be made (numbers {numbers}); run again to try them again"
     typer.echo(f"{prefix}maps of {report.maps} {unit} in {out}{before}{rate}{more}{wrong}; {about}")
 
 

@@ -57,11 +57,12 @@ class Format:
         return pa.Table.from_arrays(arrays, schema=schema)
 
     def concatenate(self, tables: list[pa.Table]) -> pa.Table:
-        """The rows of several tables as one table with the schema of a shard."""
+        """The rows of several tables as one table with the schema of a shard. Columns that a table lacks are null."""
         import pyarrow as pa
 
         schema = self.schema()
-        return pa.concat_tables([schema.empty_table(), *(each.cast(schema) for each in tables)])
+        whole = pa.concat_tables([schema.empty_table(), *tables], promote_options="default")
+        return whole.select(schema.names).cast(schema)
 
 
 def pack(amap: np.ndarray, dtype: str) -> tuple[np.ndarray, float]:

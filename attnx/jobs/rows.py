@@ -51,5 +51,5 @@ def shards_in(out: Path, shards: int | None = None) -> list[Path]:
         expected = f"expected a regular file with the name of a shard, such as part-00003.parquet{count}"
         raise DamagedError(others[0], expected)
     if not complete:
-        raise FileNotFoundError(f"out: expected a folder with part-*.parquet files, got {out}")
+        raise FileNotFoundError(f"folder: expected the output of a job, with part-*.parquet files; got {out}")
     return complete

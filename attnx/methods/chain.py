@@ -43,6 +43,12 @@ def self_attention(trace: Trace) -> tuple[list[tuple[str, LayerRecord]], tuple[s
             f"rollout: expected layers in a row; {beside[1]} runs beside {beside[0]}: both have the same input; "
             "choose layers= of one"
         )
+    gaps = trace.gaps()
+    if gaps:
+        raise ValueError(
+            f"rollout: expected a map of every layer; {', '.join(gaps)} ran without one, so the chain would skip it: "
+            "write an adapter (docs/adding-a-model.md), or choose layers= that follow one another"
+        )
     layers: list[tuple[str, LayerRecord]] = []
     pool: tuple[str, LayerRecord] | None = None
     rows: set[tuple[Tokens, str]] = set()
@@ -88,8 +94,8 @@ def _choice(trace: Trace) -> str:
     group = [name for name in square if trace.sides(name)[1] == kind and stack_of(name) == stem]
     for pattern in (f"{stem}.*", f"{stem}*", f"{stem}.*{group[0].rpartition('.')[2]}"):
         if stem and set(trace.select_names(pattern)) == set(group):
-            return f"rollout(trace, layers={pattern!r})"
-    return f"rollout(trace, layers={group})"
+            return f"layers={pattern!r}"
+    return f"layers={group}"
 
 
 def chain_start(

@@ -59,7 +59,7 @@ def load_model(
 
             loaded = load_huggingface(rest, download, size)
         else:
-            expected = " or ".join(("timm:NAME, hf:NAME", *IMAGE_MODELS))
+            expected = f"timm:NAME, hf:NAME or {' or '.join(IMAGE_MODELS)}"
             raise ValueError(f"model: expected {expected}; got {name!r}")
     if size is not None:
         _check_size(name, loaded.model, size)

@@ -45,7 +45,7 @@ def fuse_heads(p: Tensor, heads: Reduction) -> Tensor:
 
 
 def fuse_into(fused: Tensor, p: Tensor, heads: Reduction) -> None:
-    """One more head, in place, into a tile that began as the first head's; a sum for MEAN, to be divided by H."""
+    """Fuse another head's weights into `fused`, in place. It starts as head 0's; the caller divides a MEAN by H."""
     if heads is Reduction.MEAN:
         fused.add_(p)
     elif heads is Reduction.MAX:

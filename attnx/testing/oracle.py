@@ -74,7 +74,7 @@ def oracle_gradient_map(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The gradient-weighted map by autograd through an eager softmax; arguments as in `attnx.ops.gradient_map`.
+    """The gradient-weighted map by autograd through an eager softmax; arguments as in `attnx.gradient_map`.
 
     dtype: dtype of the computation; float64 for the oracle, at least float32 for torch's reference.
     """

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 _NEVER = "it never called F.scaled_dot_product_attention"
 _ADVICE = (
-    "attnx can't capture blocks that compute their softmax themselves: use the model's own maps "
-    "(output_attentions=True), or a version of it that calls F.scaled_dot_product_attention"
+    "no adapter covers these blocks: call F.scaled_dot_product_attention or attnx.attention in them, use the model's "
+    "own maps (output_attentions=True), or write an adapter (docs/adding-a-model.md)"
 )
 
 
@@ -36,11 +36,11 @@ def unintercepted_layers(interceptor: "Interceptor", intercepted: Collection[str
     reasons = unintercepted(interceptor, intercepted)
     if not reasons:
         return None
-    if set(reasons.values()) == {_NEVER}:
-        details = ", ".join(reasons)
-    else:
-        details = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    return f"attnx: attention layers that were not intercepted: {details}"
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    details = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+    return f"attnx: attention layers that were not intercepted, so the trace has no maps of them: {details}"
 
 
 def unintercepted(interceptor: "Interceptor", intercepted: Collection[str]) -> dict[str, str]:

@@ -45,7 +45,17 @@ class Hook:
 
 
 class Enter(Hook):
-    """Hook of each module: adds the module to the running modules before its forward."""
+    """Hook of each module: adds the module to the running modules before its forward.
+
+    Args:
+        attends: True for an attention layer that the capture should have a map of.
+    """
+
+    __slots__ = ("attends",)
+
+    def __init__(self, interceptor: "Interceptor", name: str, attends: bool) -> None:
+        super().__init__(interceptor, name)
+        self.attends = attends
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Add the module to the running modules. The outermost module also starts the capture."""
@@ -65,6 +75,8 @@ class Enter(Hook):
         if not local.frames:
             interceptor.enter(self.name, module)
         local.frames.append(Frame(self.name, module, args, kwargs))
+        if self.attends:
+            interceptor.trace.note_ran(self.name)
 
 
 class Leave(Hook):

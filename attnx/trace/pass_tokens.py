@@ -16,12 +16,14 @@ class PassTokens:
     Attributes:
         given: the `layout` argument of the capture.
         beside: pairs of modules that had the same input.
+        ran: names of the attention layers that ran, with or without a map.
     """
 
     def __init__(self, model: nn.Module, given: TokenLayout | None) -> None:
         self.model = model
         self.given = given
         self.beside: list[tuple[str, str]] = []
+        self.ran: set[str] = set()
         self._grids: dict[str, tuple[int, int]] = {}
         self._queries: dict[str, int] = {}
         self._facts: dict[str, Facts] = {}
@@ -34,7 +36,7 @@ class PassTokens:
         """A copy for another trace of the same pass."""
         other = self.next_pass()
         other._grids, other._queries, other._facts = dict(self._grids), dict(self._queries), dict(self._facts)
-        other.beside = list(self.beside)
+        other.beside, other.ran = list(self.beside), set(self.ran)
         return other
 
     def next_pass(self) -> "PassTokens":

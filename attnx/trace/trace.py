@@ -10,7 +10,7 @@ from attnx.trace.layers import Layers, matches, select, selects
 from attnx.trace.layout import TokenLayout
 from attnx.trace.pass_tokens import PassTokens
 from attnx.trace.records import LayerRecord, MapRecord
-from attnx.trace.sides import Facts, Tokens, describe
+from attnx.trace.sides import Facts, Tokens, describe, stack_of
 
 CALLS = ("last", "all", "mean")
 
@@ -114,6 +114,17 @@ class Trace(Mapping[str, Tensor]):
                 return pair
         return None
 
+    def gaps(self) -> list[str]:
+        """Names of attention layers that ran without a map, beside layers of this trace in the same stack of blocks."""
+        maps = [name.partition("#")[0] for name in self._records]
+        stacks = {stack_of(name) for name in maps}
+        return [
+            name
+            for name in sorted(self._tokens.ran)
+            if stack_of(name) in stacks
+            and not any(other == name or matches(other, name) or matches(name, other) for other in maps)
+        ]
+
     def backward(self, score: Tensor, retain_graph: bool = False) -> None:
         """Compute the maps of a capture with `grad`, from the gradient of `score`. No parameter receives a gradient.
 
@@ -155,6 +166,7 @@ class Trace(Mapping[str, Tensor]):
             return self._with(dict(self._records))
         names = select(list(self._records), layers)
         other = self._with({name: self._records[name] for name in names})
+        other._tokens.ran = set()  # the user decides which layers follow one another
         other.in_a_row = isinstance(layers, Sequence) and not isinstance(layers, str) and len(layers) > 1
         return other
 
@@ -175,6 +187,10 @@ class Trace(Mapping[str, Tensor]):
     def add_grid(self, convolution: str, grid: tuple[int, int]) -> None:
         """Store the grid (rows, columns) of a patch convolution's output; the newest grid comes first."""
         self._tokens.add_grid(convolution, grid)
+
+    def note_ran(self, layer: str) -> None:
+        """Store that an attention layer ran in this pass."""
+        self._tokens.ran.add(layer)
 
     def begin_call(self, finished: bool = True) -> None:
         """Start a new pass: store the maps of the last pass, fold them into the mean, or drop them.

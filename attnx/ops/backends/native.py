@@ -19,7 +19,7 @@ from attnx.ops.reducers import Reduction
 from attnx.ops.scores import Scores
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_REDUCTIONS = (Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.EACH)  # that call.h has
+REDUCTIONS = (Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.EACH)  # that call.h has
 _POINTERS = ("q", "k", "v", "bias", "rows", "lse", "r", "grad", "out", "map", "lse_out", "passed", "scratch")
 _SIZES = ("B", "H", "Hk", "M", "N", "D", "Dv", "R")
 _STRIDES = (("q_stride", 3), ("k_stride", 3), ("v_stride", 3), ("bias_stride", 4), ("grad_stride", 3))
@@ -51,7 +51,7 @@ def limits(scores: Scores, v: Tensor | None, reduction: Reduction | None) -> lis
         reasons.append(f"dtype {q.dtype} is not float32 or bfloat16")
     if scores.softcap:
         reasons.append(f"it has no softcap ({scores.softcap:g}); backend='eager' has")
-    if reduction is not None and reduction not in _REDUCTIONS:
+    if reduction is not None and reduction not in REDUCTIONS:
         reasons.append(f"it has no heads={reduction.name.lower()!r}; backend='eager' has")
     if not reasons:
         kernel(instructions())

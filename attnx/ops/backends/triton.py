@@ -30,7 +30,7 @@ from attnx.ops.reducers import Reduction
 from attnx.ops.scores import Scores
 
 MAX_HEAD_DIM = 256
-_REDUCTIONS = (Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.EACH)  # that primitives.py has
+REDUCTIONS = (Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.EACH)  # that primitives.py has
 ONE_PASS = 128
 """Up to this number of keys one launch makes output and map. Beyond it, on Hopper, the vendor's output and a launch for
 the map are faster where the vendor can serve: they take 0.84 of the time at 197 keys, 0.58 at 257 (H200)."""
@@ -51,7 +51,7 @@ def limits(scores: Scores, v: Tensor | None, reduction: Reduction | None) -> lis
         reasons.append(f"tensors are on {q.device.type}; set TRITON_INTERPRET=1 before triton is imported to interpret")
     if scores.softcap:
         reasons.append(f"it has no softcap ({scores.softcap:g}); backend='eager' has")
-    if reduction is not None and reduction not in _REDUCTIONS:
+    if reduction is not None and reduction not in REDUCTIONS:
         reasons.append(f"it has no heads={reduction.name.lower()!r}; backend='eager' has")
     return reasons
 
