@@ -38,9 +38,7 @@ def rollout(layers: Sequence[Layer]) -> Tensor:
 
     The rows of P sum to 1, so no normalisation is needed. The product is a chain of vectors from the last layer.
     """
-    q = layers[-1].q
-    r = torch.zeros(q.shape[0], q.shape[2], dtype=torch.float64, device=q.device)
-    r[:, 0] = 1
+    r = _class_token(layers[-1].q)
     for layer in reversed(layers):
         r = (vecmat(r, *layer) + r) / 2
     return r[:, 1:]
@@ -48,9 +46,14 @@ def rollout(layers: Sequence[Layer]) -> Tensor:
 
 def cls_row(layer: Layer) -> Tensor:
     """[B, N - 1] float64: the class token's row of mean_h P in one layer, over the patches."""
-    first = torch.zeros(layer.q.shape[0], layer.q.shape[2], dtype=torch.float64, device=layer.q.device)
+    return vecmat(_class_token(layer.q), *layer)[:, 1:]
+
+
+def _class_token(q: Tensor) -> Tensor:
+    """[B, M] float64: 1 at the first query, else 0."""
+    first = torch.zeros(q.shape[0], q.shape[2], dtype=torch.float64, device=q.device)
     first[:, 0] = 1
-    return vecmat(first, *layer)[:, 1:]
+    return first
 
 
 def layers_of(model: nn.Module, images: Tensor) -> list[Layer]:
@@ -71,8 +74,3 @@ def layers_of(model: nn.Module, images: Tensor) -> list[Layer]:
     if not layers:
         raise ValueError(f"{type(model).__name__} never called F.scaled_dot_product_attention")
     return layers
-
-
-def weight_bytes(layers: Sequence[Layer], dtype: torch.dtype) -> int:
-    """Bytes of every layer's [B, H, N, N] weights in `dtype`: the minimum that eager attention keeps."""
-    return sum(x.q.shape[0] * x.q.shape[1] * x.q.shape[2] * x.k.shape[2] for x in layers) * dtype.itemsize

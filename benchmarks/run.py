@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import mkl, record
 from benchmarks.machine import ROOT, ResultFile, environment, file_stem
-from benchmarks.report import page, stored, targets
+from benchmarks.report import page, stored
 from benchmarks.suites import growth, memory
 
 SUITES = {"op": 0.6, "models": 1.0}  # {suite: share of the remaining time}
@@ -97,7 +97,7 @@ def run_suite(suite: str, device: str, quick: bool, limit: float | None, into: r
 def add_memory(found: record.Found, quick: bool) -> None:
     """Set peak_mb and needed_mb of the model rows (if quick, of one), and record failures.
 
-    peak_mb is the median of three processes, or of seven for rows with a target. needed_mb does not vary.
+    peak_mb is the median of three processes. needed_mb does not vary.
     """
     if not memory.MEASURABLE:
         return
@@ -109,8 +109,7 @@ def add_memory(found: record.Found, quick: bool) -> None:
             continue
         print(f"== memory: {contestant} on {model}", flush=True)
         try:
-            times = 7 if row["shape"] in targets.CPU_MODELS and contestant in ("plain", "extractor") else 3
-            runs = [memory.in_own_process(contestant, model, int(batch), "cpu")["peak_mb"] for _ in range(times)]
+            runs = [memory.in_own_process(contestant, model, int(batch), "cpu")["peak_mb"] for _ in range(3)]
             row["peak_mb"] = median(runs)
             if memory.GIVES_BACK:
                 row["needed_mb"] = memory.in_own_process(contestant, model, int(batch), "cpu", needed=True)["peak_mb"]

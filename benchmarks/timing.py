@@ -5,8 +5,8 @@ machine's speed affect both. The ratio of the floor to itself shows the noise.
 
 On a GPU an attention call takes less time than its launch from Python. Its calls are therefore recorded in a CUDA
 graph, over several input sets that together exceed the L2 cache. One round is one replay between two CUDA events, so
-launches don't count. If a contestant can't be recorded, it and its floor are both timed with their launches. Models are
-timed by wall clock, from an idle device to an idle device.
+launches don't count. A contestant that can't be recorded is not run. Models are timed by wall clock, from an idle
+device to an idle device.
 """
 
 import itertools
@@ -29,9 +29,7 @@ class Clock:
     """A timer for pytest-benchmark that advances only by the measured seconds."""
 
     __name__ = "attnx_clock"
-
-    def __init__(self) -> None:
-        self.now = 0.0
+    now = 0.0
 
     def __call__(self) -> float:
         return self.now
@@ -62,40 +60,20 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def graph_timer(
-    call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]], record: bool = True
-) -> tuple[Seconds, str]:
-    """A function that returns the seconds of one call on the GPU, and the timing method: "graph" or "stream".
+def graph_timer(call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]]) -> Seconds:
+    """A function that returns the seconds of one call on the GPU, from a CUDA graph with a whole round of calls.
 
-    With "stream" the calls are launched one by one between the events. It is used if `record` is False or if the call
-    can't be recorded.
+    Raises:
+        NotRun: the call can't be recorded.
     """
     with torch.inference_mode():
         call(*sets[0])  # compile first
-        one = _between_events(lambda: call(*sets[0]))
-    turns = whole_turns(len(sets), one)
+        turns = whole_turns(len(sets), _between_events(lambda: call(*sets[0])))
 
-    def calls() -> None:
-        for i in range(turns):
-            call(*sets[i % len(sets)])
+        def calls() -> None:
+            for i in range(turns):
+                call(*sets[i % len(sets)])
 
-    run, how = _recorded(calls) if record else (calls, "stream")
-
-    def once() -> float:
-        with torch.inference_mode():
-            return _between_events(run) / turns
-
-    return once, how
-
-
-def whole_turns(sets: int, seconds: float) -> int:
-    """Number of calls in a round: every input set equally often, for at least about `ROUND` seconds."""
-    return sets * max(1, min(-(-100 // sets), round(ROUND / (seconds * sets))))
-
-
-def _recorded(calls: Callable[[], None]) -> tuple[Callable[[], None], str]:
-    """The replay of a CUDA graph of the calls, or the calls themselves if they can't be recorded."""
-    with torch.inference_mode():
         calls()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -105,10 +83,15 @@ def _recorded(calls: Callable[[], None]) -> tuple[Callable[[], None], str]:
                 calls()
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:
+        except RuntimeError as error:
             torch.cuda.synchronize()
-            return calls, "stream"
-    return graph.replay, "graph"
+            raise NotRun(f"CUDA graph: {first_line(error)}") from error
+    return lambda: _between_events(graph.replay) / turns
+
+
+def whole_turns(sets: int, seconds: float) -> int:
+    """Number of calls in a round: every input set equally often, for at least about `ROUND` seconds."""
+    return sets * max(1, min(-(-100 // sets), round(ROUND / (seconds * sets))))
 
 
 def _between_events(run: Callable[[], Any]) -> float:
@@ -153,8 +136,8 @@ def race(
     }  # fmt: skip
 
 
-def try_to(measure: Callable[[], dict[str, Any]], foreign: bool = False) -> dict[str, Any] | str:
-    """The measurement, or the reason why it failed: out of memory, `NotRun`, or any error of a foreign contestant.
+def try_to(measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
+    """The measurement, or the reason why there is none: out of memory or `NotRun`.
 
     The exception is not returned, because its traceback keeps tensors alive.
     """
@@ -164,10 +147,6 @@ def try_to(measure: Callable[[], dict[str, Any]], foreign: bool = False) -> dict
         return f"out of memory: {first_line(error)}"
     except NotRun as error:
         return str(error)
-    except Exception as error:
-        if not foreign:
-            raise
-        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def first_line(error: BaseException) -> str:

@@ -16,12 +16,6 @@ class Spec(NamedTuple):
     contestants: tuple[str, ...]
 
 
-def contestants(run: "Run", device: str) -> tuple[str, ...]:
-    """The contestants of a run: CUDA graphs only on a GPU, without those of the growth suite."""
-    left_out = {"extractor_qk"} if device == "cuda" else {"extractor_qk", "extractor_graph"}
-    return tuple(name for name in SPECS[run.model].contestants if name not in left_out)
-
-
 class Run(NamedTuple):
     """A model and its batch size."""
 
@@ -69,20 +63,18 @@ def _hugging_face(**options: Any) -> nn.Module:
 _PROJECTIONS = {"qkv", "query", "key", "q_proj", "k_proj"}
 _TIMM = ("plain", "attnx", "extractor", "extractor_graph", "cls", "hooks")
 _HF = ("plain", "attnx", "extractor", "cls", "output_attentions")
-_GROWING = (*_TIMM, "extractor_qk")
 GROWTH = (224, 384, 512, 768, 1024)  # image sizes of the growth suite's ViT-Ti/16
 
 SPECS = {
     "vit_base_patch16_224": Spec(lambda: _timm("vit_base_patch16_224"), 224, _TIMM),
     "vit_base_patch16_384": Spec(lambda: _timm("vit_base_patch16_384"), 384, _TIMM),
+    # With the default init_values, the layers add almost nothing to their inputs.
     "vit_base_patch14_518": Spec(lambda: _timm("vit_base_patch14_dinov2", init_values=1.0), 518, _TIMM),
     **{
-        f"vit_tiny_patch16_{size}": Spec(partial(_timm, "vit_tiny_patch16_224", img_size=size), size, _GROWING)
+        f"vit_tiny_patch16_{size}": Spec(partial(_timm, "vit_tiny_patch16_224", img_size=size), size, _TIMM)
         for size in GROWTH
     },
     "vit_base_patch16_2048": Spec(lambda: _timm("vit_base_patch16_224", img_size=2048), 2048, _TIMM),
-    # With the default init_values, the layers add almost nothing to their inputs.
-    "vit_large_patch14_518": Spec(lambda: _timm("vit_large_patch14_dinov2", init_values=1.0), 518, _TIMM),
     "vit_small_patch8_480": Spec(lambda: _timm("vit_small_patch8_224", img_size=480), 480, _TIMM),
     "hf_vit_base_224": Spec(lambda: _hugging_face(), 224, _HF),
     "tiny": Spec(lambda: _timm("vit_tiny_patch16_224", img_size=64, depth=3), 64, _TIMM),
@@ -113,7 +105,6 @@ RUNS = {
         Run("hf_vit_base_224", 64),
         Run("vit_small_patch8_480", 4),
         Run("vit_base_patch16_2048", 1),
-        Run("vit_large_patch14_518", 8),
         Run("vit_base_patch16_2048", 2),
         Run("vit_base_patch16_224", 256),
     ),

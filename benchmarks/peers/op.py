@@ -1,14 +1,13 @@
 """Contestants of the op, each as its users run it.
 
-A contestant takes q, k, v, each [B, H, N, D], and r [B, N] float32, and returns an `Answer`. A factory raises `NotRun`
-if the contestant is not available on this device.
+A contestant takes q, k, v, each [B, H, N, D], and r [B, N] float32, and returns an `Answer`.
 """
 
 import os
 import shutil
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,22 +39,15 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
     return Answer(_tokens(F.scaled_dot_product_attention(q, k, v)))
 
 
-def attnx_map(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
-    """attnx with the whole mean map."""
-    out, amap = attnx.attention(q, k, v)
-    return Answer(_tokens(out), amap)
-
-
-def attnx_eager(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
-    """attnx with the whole mean map in plain torch, by blocks: the fallback without kernels."""
-    out, amap = attnx.attention(q, k, v, backend="eager")
+def attnx_map(q: Tensor, k: Tensor, v: Tensor, r: Tensor, **options: Any) -> Answer:
+    """attnx with the mean map; `options` are passed to `attnx.attention`."""
+    out, amap = attnx.attention(q, k, v, **options)
     return Answer(_tokens(out), amap)
 
 
 def attnx_row(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
     """attnx with the class token's row of the mean map."""
-    out, amap = attnx.attention(q, k, v, rows=_first_row(q.device))
-    return Answer(_tokens(out), amap)
+    return attnx_map(q, k, v, r, rows=_first_row(q.device))
 
 
 def vecmat(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
@@ -77,61 +69,34 @@ def timm_eager(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
     return Answer(_tokens(weights @ v), weights.mean(1, dtype=torch.float32))
 
 
-def flex_map(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
-    """For torch.compile: output and log-sum-exp by flex_attention, then the map from whole scores."""
-    from torch.nn.attention.flex_attention import flex_attention
+def compiled_eager(quick: bool) -> Attention:
+    """`hf_eager` with `torch.compile` for one shape; if quick, it is traced without code generation.
 
-    out, lse = flex_attention(q, k, v, return_lse=True)
-    scores = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5
-    return Answer(_tokens(out), torch.exp(scores.float() - lse[..., None]).mean(1))
-
-
-def flex_vecmat(q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Answer:
-    """For torch.compile: r @ map by two calls of torch's flex_attention, in linear memory.
-
-    The second one attends from keys to queries with scores ``s - lse + log r``: its log-sum-exp over the queries is
-    log(r @ P). Its values are not used, so they are as narrow as possible.
+    The compiler is reset first, to stay below its recompilation limit.
     """
-    from torch.nn.attention.flex_attention import flex_attention
-
-    out, lse = flex_attention(q, k, v, return_lse=True)
-
-    def weighted(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score - lse[b, h, j] + torch.log(r[b, j])
-
-    narrow = q[..., :16].contiguous()
-    _, log = flex_attention(k, q, narrow, score_mod=weighted, scale=q.shape[-1] ** -0.5, return_lse=True)
-    return Answer(_tokens(out), vector=log.exp().mean(1))
+    if not quick and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise NotRun("torch.compile needs a C++ compiler for the CPU")
+    torch.compiler.reset()
+    return torch.compile(hf_eager, dynamic=False, backend="eager" if quick else "inductor")
 
 
-def compiled(call: Attention) -> Callable[[bool], Attention]:
-    """A factory of `call` with `torch.compile` for one shape; if quick, it is traced without code generation.
-
-    It resets the compiler first, to stay below its recompilation limit.
-    """
-
-    def make(quick: bool) -> Attention:
-        if not quick and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
-            raise NotRun("torch.compile needs a C++ compiler for the CPU")
-        torch.compiler.reset()
-        return torch.compile(call, dynamic=False, backend="eager" if quick else "inductor")
-
-    return make
-
-
-ATTENTION: dict[str, Callable[[bool], Attention]] = {
-    "sdpa": lambda quick: sdpa,
-    "attnx": lambda quick: attnx_map,
-    "attnx_eager": lambda quick: attnx_eager,
-    "attnx_row": lambda quick: attnx_row,
-    "vecmat": lambda quick: vecmat,
-    "hf_eager": lambda quick: hf_eager,
-    "timm_eager": lambda quick: timm_eager,
-    "compiled_eager": compiled(hf_eager),
-    "flex_map": compiled(flex_map),
-    "flex_vecmat": compiled(flex_vecmat),
+# compiled_eager is made for each shape, by `contestant`.
+ATTENTION: dict[str, Attention] = {
+    "sdpa": sdpa,
+    "attnx": attnx_map,
+    "attnx_eager": partial(attnx_map, backend="eager"),  # plain torch, by blocks: the fallback without kernels
+    "attnx_row": attnx_row,
+    "vecmat": vecmat,
+    "hf_eager": hf_eager,
+    "timm_eager": timm_eager,
 }
+NAMES = (*ATTENTION, "compiled_eager")
 ATTNX = ("attnx", "attnx_eager", "attnx_row", "vecmat")
+
+
+def contestant(name: str, quick: bool) -> Attention:
+    """The contestant of this name; raises `NotRun` if it is not available on this device."""
+    return compiled_eager(quick) if name == "compiled_eager" else ATTENTION[name]
 
 
 def _tokens(out: Tensor) -> Tensor:
@@ -141,4 +106,5 @@ def _tokens(out: Tensor) -> Tensor:
 
 @cache
 def _first_row(device: torch.device) -> Tensor:
+    # A tensor on the device, because a CUDA graph can't record a copy from the host.
     return torch.zeros(1, dtype=torch.int64, device=device)

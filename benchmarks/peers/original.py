@@ -1,7 +1,7 @@
 """The original ALBEF code, loaded from a checkout, with current torch, timm and transformers.
 
-Its files are unchanged. Names that newer versions moved or removed are provided while the files load: three helpers for
-pruning and chunking, and methods of a base class.
+Its files are unchanged. What newer versions of transformers removed is provided: helpers that the files import, and
+settings and methods of base classes.
 
 Reference:
     https://github.com/salesforce/ALBEF
@@ -9,9 +9,8 @@ Reference:
 
 import importlib.util
 import sys
-import types
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,7 @@ class Original(nn.Module):
             intermediate_size=c.mlp_ratio * c.width, max_position_embeddings=c.max_tokens, layer_norm_eps=1e-12,
         )  # fmt: skip
         # Set after construction, because newer configurations store unknown arguments elsewhere.
-        for name, value in dict(fusion_layer=c.fusion_layer, encoder_width=c.vision_width).items():
-            setattr(bert, name, value)
-        for name, value in _DROPPED_SETTINGS.items():
-            if not hasattr(bert, name):
-                setattr(bert, name, value)
+        vars(bert).update(_DROPPED_SETTINGS, fusion_layer=c.fusion_layer, encoder_width=c.vision_width)
         self.text_encoder = xbert.BertModel(bert, add_pooling_layer=False)
         self.vision_proj = nn.Linear(c.vision_width, c.embed_dim)
         self.text_proj = nn.Linear(c.width, c.embed_dim)
@@ -63,11 +58,7 @@ class Original(nn.Module):
         return self.text_encoder.encoder.layer[layer].crossattention.self
 
 
-_DROPPED_SETTINGS = dict(
-    position_embedding_type="absolute", add_cross_attention=False, is_decoder=False, chunk_size_feed_forward=0,
-    output_attentions=False, output_hidden_states=False, use_return_dict=True, use_cache=False, pruned_heads={},
-    gradient_checkpointing=False,
-)  # fmt: skip
+_DROPPED_SETTINGS = dict(position_embedding_type="absolute", pruned_heads={}, gradient_checkpointing=False)
 
 
 def load_original(checkout: Path, config: AlbefConfig | None = None) -> Original:
@@ -79,32 +70,10 @@ def load_original(checkout: Path, config: AlbefConfig | None = None) -> Original
     folder = checkout / "models"
     if not (folder / "xbert.py").is_file():
         raise FileNotFoundError(f"checkout: expected one of salesforce/ALBEF; {folder / 'xbert.py'} is not there")
-    with _old_names():
-        vit, xbert = (_module(folder / f"{name}.py") for name in ("vit", "xbert"))
-    base = xbert.BertPreTrainedModel
+    vit, xbert = _module(folder / "vit.py"), _module(folder / "xbert.py")
     for name, method in _DROPPED_METHODS.items():
-        setattr(base, name, method)
+        setattr(xbert.BertPreTrainedModel, name, method)
     return Original(vit, xbert, config or AlbefConfig()).eval()
-
-
-def _init_weights(self: Any) -> None:
-    self.apply(self._init_weights)
-
-
-def _inverted(self: Any, mask: Tensor) -> Tensor:
-    return (1.0 - mask[:, None, None, :].to(torch.float32)) * torch.finfo(torch.float32).min
-
-
-def _no_head_mask(self: Any, head_mask: None, layers: int) -> list[None]:
-    assert head_mask is None
-    return [None] * layers
-
-
-_DROPPED_METHODS: dict[str, Callable[..., Any]] = {
-    "init_weights": _init_weights,
-    "invert_attention_mask": _inverted,
-    "get_head_mask": _no_head_mask,
-}
 
 
 def _whole(forward: Callable[..., Any], size: int, dim: int, *tensors: Tensor) -> Any:
@@ -112,49 +81,21 @@ def _whole(forward: Callable[..., Any], size: int, dim: int, *tensors: Tensor) -
     return forward(*tensors)
 
 
-def _unused(*args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError("pruning")
-
-
-def _decorator(*args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+def _undocumented(**options: Any) -> Callable[[Any], Any]:
     return lambda function: function
 
 
-@contextmanager
-def _old_names() -> Iterator[None]:
-    """Provide the modules and names that the old code imports."""
-    import timm.layers
-    import timm.models.vision_transformer as vision
-    import transformers.modeling_utils as utils
-    from transformers.utils import ModelOutput
-
-    docs = ("add_code_sample_docstrings", "add_start_docstrings", "add_start_docstrings_to_model_forward")
-    modules = {
-        "transformers.file_utils": {
-            "ModelOutput": ModelOutput, "replace_return_docstrings": _decorator, **dict.fromkeys(docs, _decorator),
-        },
-        "timm.models.registry": {"register_model": lambda function: function},
-        "timm.models.layers": {"trunc_normal_": timm.layers.trunc_normal_, "DropPath": timm.layers.DropPath},
-    }  # fmt: skip
-    names = {
-        "apply_chunking_to_forward": _whole,
-        "find_pruneable_heads_and_indices": _unused,
-        "prune_linear_layer": _unused,
-    }
-    before = {name: sys.modules[name] for name in modules if name in sys.modules}
-    for name, content in modules.items():
-        sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(content)
-    try:
-        with ExitStack() as stack:
-            for module, added in ((utils, names), (vision, {"_cfg": dict})):
-                for name in added.keys() - vars(module).keys():
-                    stack.enter_context(mock.patch.object(module, name, added[name], create=True))
-            yield
-    finally:
-        for name in modules:
-            del sys.modules[name]
-        sys.modules.update(before)
+_PROVIDED = {
+    "transformers.modeling_utils.apply_chunking_to_forward": _whole,
+    "transformers.modeling_utils.find_pruneable_heads_and_indices": None,
+    "transformers.modeling_utils.prune_linear_layer": None,
+    "transformers.file_utils.add_code_sample_docstrings": _undocumented,
+}
+_DROPPED_METHODS: dict[str, Callable[..., Any]] = {
+    "init_weights": lambda self: self.apply(self._init_weights),
+    "invert_attention_mask": lambda self, mask: (1.0 - mask[:, None, None, :].float()) * torch.finfo().min,
+    "get_head_mask": lambda self, head_mask, layers: [None] * layers,
+}
 
 
 def _module(path: Path) -> Any:
@@ -164,5 +105,8 @@ def _module(path: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with ExitStack() as stack:
+        for old, new in _PROVIDED.items():
+            stack.enter_context(mock.patch(old, new, create=True))
+        spec.loader.exec_module(module)
     return module

@@ -25,23 +25,16 @@ def _pipeline(file: str, content: dict[str, Any]) -> Iterator[str]:
     yield f"## Batch job: {content['hardware']}{threads}\n"
     yield f"[`{file}`](results/{file}): {'; '.join(origin(content))}.\n"
     about = f"{content['images']:,} JPEGs of {content['bytes_per_image'] / 1000:.0f} KB, {content['model']}"
+    found, share = content["pipeline"], content["of_slower"]
     yield (
-        f"{about} with random weights,\n{content['dtype']}, batch {content['batch']}: rollout maps.\n"
-        "**together** is the best rate if decoders and model share the cores, so that their times add up.\n"
+        f"{about} with random weights,\n{content['dtype']}, batch {content['batch']}: rollout maps. "
+        f"The values are those\nof the median of {len(content['rounds_of_slower'])} rounds.\n"
     )
-    told = content["pipeline"]
-    head = ("images/s", "decoding alone", "model alone", "together", "the job", "of the slower", "goal", "of together")
-    line = (
-        "", number(content["decode_per_s"]), number(content["model_per_s"]), number(content["shared_per_s"]),
-        number(told["images_per_s"]), number(content["of_slower"]),
-        f"≥ 0.9: {verdict(content['of_slower'] >= 0.9)}", number(content["of_shared"]),
-    )  # fmt: skip
-    yield from table(head, [("-", *line[1:])])
-    if rounds := content.get("rounds_of_slower"):
-        shares = ", ".join(f"{each:.2f}" for each in rounds)
-        yield f"\nThis is the median of {len(rounds)} rounds. Each round, of the slower: {shares}."
-    shares = ", ".join(f"{name} {told['stages'][key] / told['seconds']:.0%}" for key, name in _STAGES.items())
-    yield f"\nOf the job's {told['seconds']:.0f} s: {shares}.\n"
+    head = ("images/s", "decoding alone", "model alone", "the job", "of the slower", "goal")
+    rates = (number(rate) for rate in (content["decode_per_s"], content["model_per_s"], found["images_per_s"], share))
+    yield from table(head, [("-", *rates, f"≥ 0.9: {verdict(share >= 0.9)}")])
+    shares = ", ".join(f"{name} {found['stages'][key] / found['seconds']:.0%}" for key, name in _STAGES.items())
+    yield f"\nOf the job's {found['seconds']:.0f} s: {shares}.\n"
 
 
 def _engines(file: str, content: dict[str, Any]) -> Iterator[str]:
@@ -65,10 +58,10 @@ def _many(file: str, content: dict[str, Any]) -> Iterator[str]:
     of = content
     yield (
         f"{of['shards']:,} shards. Planning took {of['plan_s']:.0f} s, writing {of['make_s']:.0f} s, a resume that\n"
-        f"finds nothing to do {of['resume_s']:.1f} s, counting errors {of['count_errors_s']:.1f} s. `attnx.open` takes "
-        f"{of['open_s']:.2f} s, the first\nrow by its key {of['first_key_s']:.0f} s (it builds the index), a random "
-        f"row {of['random_row_ms']:.1f} ms. A row of 14 x 14 takes {of['bytes_per_row']:.0f} bytes,\nand "
-        f"{of['manifest_bytes_per_row']:.1f} in the manifest. Progress:\n"
+        f"finds nothing to do {of['resume_s']:.1f} s. `attnx.open` takes {of['open_s']:.2f} s, the first row by its\n"
+        f"key {of['first_key_s']:.0f} s (it builds the index), a random row {of['random_row_ms']:.1f} ms. A row of\n"
+        f"14 x 14 takes {of['bytes_per_row']:.0f} bytes, and {of['manifest_bytes_per_row']:.1f} in the manifest. "
+        "Progress:\n"
     )
     head = ("rows", "µs per row", "resident MB")
     lines = [(f"{m['rows']:,}", f"{m['us_per_row']:.1f}", f"{m['resident_mb']:,.0f}") for m in content["marks"]]

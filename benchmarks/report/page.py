@@ -15,14 +15,12 @@ from benchmarks.report import plots
 from benchmarks.report.jobs import jobs_section
 from benchmarks.report.stored import Row, Run, Stored, load
 from benchmarks.report.sweeps import sweep_section
-from benchmarks.report.table import details, ms, number, origin, table
-from benchmarks.report.targets import cpu_verdicts, verdicts
+from benchmarks.report.table import ms, number, origin, table
+from benchmarks.report.targets import verdicts
 from benchmarks.report.words import words_section
-from benchmarks.suites.growth import by_contestant, power
 
-RESULTS = ROOT / "benchmarks" / "results"
 INTRO = Path(__file__).with_name("intro.md")
-_PLOTS = {"op": "One attention call, time over the floor's", "growth": "Time and memory against tokens"}
+_PLOTS = {"op": "One attention call, time over the floor's", "growth": "Rollout: time and memory against tokens"}
 Groups = dict[tuple[str, str], list[Row]]
 
 
@@ -33,7 +31,7 @@ def page(stored: Stored, plot_files: dict[str, list[str]]) -> str:
         stored: the results.
         plot_files: {result file: names of its plots}.
     """
-    sections = [target_section(stored.runs), cpu_target_section(stored.runs)]
+    sections = [target_section(run) for run in stored.runs]
     sections += [run_section(run, plot_files.get(run.file, [])) for run in stored.runs]
     sections += [words_section(*item) for item in stored.words.items()]
     sections += [jobs_section(*item) for item in stored.jobs.items()]
@@ -42,45 +40,31 @@ def page(stored: Stored, plot_files: dict[str, list[str]]) -> str:
     return "\n".join([INTRO.read_text(), *("\n".join(lines) for lines in sections)]).rstrip()
 
 
-def target_section(runs: list[Run]) -> Iterator[str]:
-    """The GPU targets against every run on a GPU; without such a run, all are listed as not measured."""
-    yield "## Targets on a GPU\n"
-    on_gpus: list[Run | None] = [run for run in runs if run.cuda] or [None]
-    for run in on_gpus:
-        where = f"{run.about['hardware']} ([`{run.file}`](results/{run.file})); b: batch." if run else ""
-        yield f"{where or 'No stored result comes from a GPU.'}\n"
-        yield from table(("", "tokens", "goal", "measured", ""), verdicts(run), "lrrll")
+def target_section(run: Run) -> Iterator[str]:
+    """The targets that a run measured."""
+    if lines := list(verdicts(run)):
+        yield f"## Targets: {run.name}\n"
+        yield f"[`{run.file}`](results/{run.file}); b: batch.\n"
+        yield from table(("", "", "goal", "measured", ""), lines, "llrll")
         yield ""
-
-
-def cpu_target_section(runs: list[Run]) -> Iterator[str]:
-    """The CPU targets against every run on a CPU."""
-    for run in runs:
-        lines = [] if run.cuda else list(cpu_verdicts(run))
-        if any(line.measured != "-" for line in lines):
-            yield f"## Targets on a CPU: {run.about['hardware']}, {run.about['threads']} threads\n"
-            yield f"[`{run.file}`](results/{run.file})\n"
-            yield from table(("", "", "goal", "measured", ""), lines, "llrrl")
-            yield ""
 
 
 def run_section(run: Run, files: list[str]) -> Iterator[str]:
     """One result file: origin, plots, tables, and what was not measured."""
-    yield f"## {run.about['hardware']}{'' if run.cuda else ', ' + str(run.about['threads']) + ' threads'}\n"
+    yield f"## {run.name}\n"
     yield f"[`{run.file}`](results/{run.file}): " + "; ".join(_origin(run)) + ".\n"
     for file in files:
         yield f"![{_PLOTS[file.removesuffix('.svg').rpartition('-')[2]]}](plots/{file})\n"
     if groups := run.groups("op"):
         yield "### One attention call\n"
-        yield from _overview(run, groups)
-        yield from details("all rows of the op", ["", *all_rows(groups)])
+        yield from _overview(groups)
+        yield "<details><summary>all rows of the op</summary>\n"
+        yield from all_rows(groups)
+        yield "\n</details>\n"
     if groups := run.groups("models"):
         yield "### Whole models: a rollout over all layers\n"
         yield from all_rows(groups)
         yield ""
-    if run.about.get("growth"):
-        yield "### Growth with the number of tokens\n"
-        yield from _growth_table(run)
     yield from left_out(run.about)
 
 
@@ -96,11 +80,10 @@ def _origin(run: Run) -> Iterator[str]:
         yield "**the run was interrupted**"
 
 
-def _overview(run: Run, groups: Groups) -> Iterator[str]:
+def _overview(groups: Groups) -> Iterator[str]:
     names = list(dict.fromkeys(row.contestant for rows in groups.values() for row in rows if row.contestant != "sdpa"))
-    kernels = sorted({row.kernel for row in run.rows if row.kernel})
-    kernel = f" ({', '.join(kernels)})" if kernels else ""
-    yield f"Time over SDPA's{kernel} without a map. Shapes are B, H, N, D.\n"
+    kernels = sorted({row.kernel for rows in groups.values() for row in rows if row.kernel})
+    yield f"Time over SDPA's ({', '.join(kernels) or 'kernel unknown'}) without a map. Shapes are B, H, N, D.\n"
     lines = []
     for (shape, dtype), rows in groups.items():
         found = {row.contestant: row for row in rows}
@@ -116,30 +99,15 @@ def all_rows(groups: Groups) -> Iterator[str]:
     lines = []
     for key, rows in groups.items():
         for i, row in enumerate(rows):
-            name = row.contestant + (" (with launches)" if row.timing == "stream" else "")
             times = ms(row.median_ms), f"{100 * row.iqr_ms / row.median_ms:.0f} %", number(row.ratio_to_floor, "x")
             memory = _mb(row.needed_mb), _mb(row.peak_mb)
-            lines.append((_shape(*key) if i == 0 else "", name, *times, *memory, _error(row)))
+            lines.append((_shape(*key) if i == 0 else "", row.contestant, *times, *memory, _error(row)))
     yield from table(("", "", "ms", "spread", "/ floor", "needed MB", "peak MB", "error"), lines, "ll")
 
 
 def _shape(shape: str, dtype: str) -> str:
     sizes = shape.split("x")
     return f"{', '.join(sizes) if all(size.isdigit() for size in sizes) else shape} {dtype}"
-
-
-def _growth_table(run: Run) -> Iterator[str]:
-    lines = by_contestant(run.about["growth"])
-    tokens = sorted({point.tokens for points in lines.values() for point in points})
-    yield "ViT-Ti/16, one image, one process per contestant and size: time, and peak memory above the loaded model."
-    yield "Powers are fits in N of time and memory at the three longest lengths.\n"
-    cells = []
-    for name, points in lines.items():
-        found = {point.tokens: f"{ms(point.ms)} ms, {point.mb:,.0f} MB" for point in points}
-        time, memory = (power([(point.tokens, getattr(point, field)) for point in points]) for field in ("ms", "mb"))
-        cells.append((name, *(found.get(n, "") for n in tokens), f"{time:.2f}, {memory:.2f}"))
-    yield from table(("", *(f"{n:,} tokens" for n in tokens), "powers"), cells)
-    yield ""
 
 
 def left_out(about: dict[str, Any]) -> Iterator[str]:
@@ -169,7 +137,7 @@ def _error(row: Row) -> str:
 
 
 def write_report(results: Path, out: Path) -> Path:
-    """Write README.md and plots/ into `out`, remove plots without a result, and return the page's path."""
+    """Write README.md and plots/ into `out` and return the page's path."""
     stored = load(results)
     files: dict[str, list[str]] = {}
     for run in stored.runs:
@@ -177,10 +145,6 @@ def write_report(results: Path, out: Path) -> Path:
             name = f"{run.file.removesuffix('.json')}-{kind}.svg"
             if draw(run, out / "plots" / name):
                 files.setdefault(run.file, []).append(name)
-    keep = {name for names in files.values() for name in names}
-    for path in (out / "plots").glob("*.svg"):
-        if path.name not in keep:
-            path.unlink()
     write(out / "README.md", page(stored, files))
     return out / "README.md"
 
@@ -188,10 +152,9 @@ def write_report(results: Path, out: Path) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Write the page and print its path."""
     parser = argparse.ArgumentParser(prog="benchmarks.report.page", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     options = parser.parse_args(argv)
-    print(write_report(options.results, options.out))
+    print(write_report(ROOT / "benchmarks" / "results", options.out))
     return 0
 
 

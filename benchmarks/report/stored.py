@@ -14,7 +14,6 @@ class Row:
     shape: str
     dtype: str
     contestant: str
-    timing: str
     median_ms: float
     iqr_ms: float
     floor_ms: float
@@ -46,6 +45,11 @@ class Run:
         """True if the run was on a GPU."""
         return self.about["device"] == "cuda"
 
+    @property
+    def name(self) -> str:
+        """Hardware, with the number of threads on a CPU."""
+        return self.about["hardware"] + ("" if self.cuda else f", {self.about['threads']} threads")
+
     def find(self, suite: str, shape: str, contestant: str, dtype: str | None = None) -> Row | None:
         """The row of a contestant on a shape, else None."""
         for row in self.rows:
@@ -54,14 +58,9 @@ class Run:
         return None
 
     def faster_than(self, row: Row, contestant: str) -> float | None:
-        """Time of `contestant` on the row's shape over the row's time; each is taken relative to its own floor.
-
-        None if the contestant has no row, or if only one of the two was timed with its launches.
-        """
+        """Time of `contestant` over the row's, each relative to its own floor; None if it has no row of that shape."""
         other = self.find(row.suite, row.shape, contestant, row.dtype)
-        if other is None or other.timing != row.timing:
-            return None
-        return other.ratio_to_floor / row.ratio_to_floor
+        return None if other is None else other.ratio_to_floor / row.ratio_to_floor
 
     def groups(self, suite: str) -> dict[tuple[str, str], list[Row]]:
         """{(shape, dtype): rows} of a suite; those of the op are ordered by dtype, tokens and batch."""

@@ -22,13 +22,6 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]], align: str = "l")
         yield "| " + " | ".join(line[i] for i in used) + " |"
 
 
-def details(summary: str, lines: Iterable[str]) -> Iterator[str]:
-    """The lines in a collapsed section with a summary."""
-    yield f"<details><summary>{summary}</summary>"
-    yield from lines
-    yield "\n</details>\n"
-
-
 def origin(about: dict[str, Any]) -> Iterator[str]:
     """Versions, commit and date of a result."""
     yield ", ".join(f"{name} {value}" for name, value in about["versions"].items() if value)
@@ -45,7 +38,7 @@ def configuration(sizes: Sequence[int]) -> str:
     block_m, block_n, warps, stages, *more = sizes
     text = f"{block_m}x{block_n} {warps} {stages}"
     if more:
-        parts, tail, lag, splits = more
+        parts, tail, lag, splits, *_ = *more, 1  # results of the sweep do not split the heads
         text += f", {parts} tiles{f' + {tail}' if tail else ''}" if parts > 1 or tail else ""
         text += ", lag" if lag else ""
         text += f", heads / {splits}" if splits > 1 else ""

@@ -12,14 +12,8 @@ from benchmarks.record import Record
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="tiny shapes, two rounds")
-    parser.addoption("--device", choices=["cpu", "cuda"], help="default: cuda if available")
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu")
     parser.addoption("--record", type=Path, help="file for the findings, see benchmarks/record.py")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "timeout(seconds): used by pytest-timeout if it is installed")
-    if config.getoption("--device") is None:
-        config.option.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -1,14 +1,14 @@
-"""The batch job beside its model and its decoders, and a job of ten million rows.
+"""A batch job beside its model and its decoders, by several engines, and with ten million rows.
 
-    python -m benchmarks.suites.jobs --photos DIR               2,000 JPEGs, copies of those in DIR
-    python -m benchmarks.suites.jobs --device cuda              generated JPEGs of 640 x 480
+    python -m benchmarks.suites.jobs                            2,000 generated JPEGs of 640 x 480
+    python -m benchmarks.suites.jobs --device cuda              the same on a GPU
     python -m benchmarks.suites.jobs --engines 2                one process, then two: local, ranks, Ray
     python -m benchmarks.suites.jobs --many 10000000            without a model and decoders, see `many`
-    python -m benchmarks.suites.jobs --quick                    a tiny model, 64 pictures, 20,000 rows
+    python -m benchmarks.suites.jobs --quick                    a tiny model, 64 pictures
 
-`decode` is the decoding processes alone, `model` the extractor alone on decoded pixels. Both run before and after
-`pipeline`, the job of `attnx extract`, and their means count. The median of seven rounds is stored. The pipeline can't
-be faster than the slower of the two. If they share the cores of a CPU, `shared` is the rate if their times add up.
+`decode` is the decoding processes alone, `model` the extractor alone on decoded pixels. Each runs before and after
+`pipeline`, the job of `attnx extract`, and the mean of the two rates counts. The job can't be faster than the slower of
+decoders and model. The median of seven rounds is stored.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 
 from attnx.cli.options import rollout_options
-from attnx.images import find_images
 from attnx.jobs.decoding import Decode, Decoders, start_server
 from attnx.jobs.memory import usable_cores
 from attnx.jobs.options import RunOptions
@@ -42,30 +41,24 @@ from benchmarks.suites.many import many
 MODEL = "timm:vit_small_patch16_224"
 
 
-def draw(folder: Path, count: int, photos: Path | None) -> float:
+def draw(folder: Path, count: int) -> float:
     """Write `count` JPEGs and return their mean size in bytes."""
     folder.mkdir()
-    own = [] if photos is None else [path.read_bytes() for path in find_images(photos) if path.suffix.lower() == ".jpg"]
     rng = np.random.default_rng(0)
-    total = 0
     for i in range(count):
-        path = folder / f"{i:05d}.jpg"
-        if own:
-            path.write_bytes(own[i % len(own)])
-        else:
-            # Large shapes and noise: about 100 KB, like a photo of this size.
-            coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize((640, 480))
-            grain = rng.normal(0, 12, (480, 640, 1))
-            Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(path, quality=88)
-        total += path.stat().st_size
-    return total / count
+        # Large shapes and noise: about 100 KB, like a photo of this size.
+        coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize((640, 480))
+        grain = rng.normal(0, 12, (480, 640, 1))
+        image = Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8))
+        image.save(folder / f"{i:05d}.jpg", quality=88)
+    return sum(path.stat().st_size for path in folder.iterdir()) / count
 
 
-def decode_alone(tools: Runtime, workers: int | None) -> float:
+def decode_alone(runtime: Runtime) -> float:
     """Images per second of the decoders alone."""
-    source = tools.recipe.open_source()
+    source = runtime.recipe.open_source()
     entries = list(source.entries())
-    with Decoders(Decode(source.reader(), tools.pixels), workers) as decoders:
+    with Decoders(Decode(source.reader(), runtime.pixels), None) as decoders:
         for future in [decoders.submit(entry) for entry in entries[: 4 * max(1, decoders.workers)]]:
             future.result()
         start = time.perf_counter()
@@ -74,22 +67,22 @@ def decode_alone(tools: Runtime, workers: int | None) -> float:
         return len(entries) / (time.perf_counter() - start)
 
 
-def model_alone(tools: Runtime, batch: int, count: int) -> float:
+def model_alone(runtime: Runtime, batch: int, count: int) -> float:
     """Images per second of the model alone, from pixels on the device to maps on the CPU."""
-    pixels = torch.randint(0, 256, (batch, 3, *tools.pixels.size), dtype=torch.uint8, device=tools.device)
+    pixels = torch.randint(0, 256, (batch, 3, *runtime.pixels.size), dtype=torch.uint8, device=runtime.device)
     groups = [[Entry("", "")]] * batch
     start = time.perf_counter()
-    waits = [tools.task.start(tools.pixels.normalise(pixels), groups) for _ in range(max(1, count // batch))]
+    waits = [runtime.task.start(runtime.pixels.normalise(pixels), groups) for _ in range(max(1, count // batch))]
     for wait in waits:
         wait()
     return len(waits) * batch / (time.perf_counter() - start)
 
 
-def pipeline(tools: Runtime, out: Path, running: RunOptions) -> dict[str, Any]:
+def pipeline(runtime: Runtime, out: Path, running: RunOptions) -> dict[str, Any]:
     """Images per second of a whole job, and the seconds of its stages."""
-    recipe = tools.recipe
-    with open_job(out, recipe.open_source(), recipe.describe_source(), tools.settings, recipe.to_json()) as job:
-        report = run_job(tools, job, running)
+    recipe = runtime.recipe
+    with open_job(out, recipe.open_source(), recipe.describe_source(), runtime.settings, recipe.to_json()) as job:
+        report = run_job(runtime, job, running)
     assert report.maps == report.rows == job.rows
     return {"images_per_s": report.made / report.seconds, "seconds": report.seconds, "stages": vars(report.stages)}
 
@@ -107,29 +100,25 @@ def _recipe(options: argparse.Namespace, folder: Path) -> ExtractRecipe:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Rates of decoders, model and pipeline on a folder of images."""
     count = 64 if options.quick else options.images
-    size = draw(folder / "images", count, options.photos)
+    size = draw(folder / "images", count)
     start_server()
-    tools = _recipe(options, folder).load(torch.device(options.device))
-    running = RunOptions(options.batch, options.workers)
-    model_alone(tools, options.batch, 2 * options.batch)
+    runtime = _recipe(options, folder).load(torch.device(options.device))
+    running = RunOptions(options.batch, None)
+    model_alone(runtime, options.batch, 2 * options.batch)
     rounds = []
     for number in range(options.rounds):
-        before = decode_alone(tools, options.workers), model_alone(tools, options.batch, count // 2)
-        told = pipeline(tools, folder / f"out-{number}", running)
-        after = decode_alone(tools, options.workers), model_alone(tools, options.batch, count // 2)
+        before = decode_alone(runtime), model_alone(runtime, options.batch, count // 2)
+        found = pipeline(runtime, folder / f"out-{number}", running)
+        after = decode_alone(runtime), model_alone(runtime, options.batch, count // 2)
         decode, model = ((a + b) / 2 for a, b in zip(before, after, strict=True))
-        rounds.append((told["images_per_s"] / min(decode, model), decode, model, told))
+        rounds.append((found["images_per_s"] / min(decode, model), decode, model, found))
         print(f"round {number}: {rounds[-1][0]:.3f} of the slower", flush=True)
     # All values of one round, because they belong together.
-    of_slower, decode, model, told = sorted(rounds, key=lambda one: one[0])[len(rounds) // 2]
-    shared = 1 / (1 / model + 1 / decode) if options.device == "cpu" else None
+    of_slower, decode, model, found = sorted(rounds, key=lambda one: one[0])[len(rounds) // 2]
     return {
-        "rounds_of_slower": [one[0] for one in rounds],
-        "images": count, "bytes_per_image": size, "model": tools.recipe.model, "batch": options.batch,
-        "dtype": options.dtype,
-        "decode_per_s": decode, "model_per_s": model, "pipeline": told,
-        "of_slower": of_slower,
-        "shared_per_s": shared, "of_shared": None if shared is None else told["images_per_s"] / shared,
+        "images": count, "bytes_per_image": size, "model": runtime.recipe.model, "batch": options.batch,
+        "dtype": options.dtype, "decode_per_s": decode, "model_per_s": model, "pipeline": found,
+        "of_slower": of_slower, "rounds_of_slower": [one[0] for one in rounds],
     }  # fmt: skip
 
 
@@ -140,7 +129,7 @@ def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """
     world = options.engines
     count = 64 if options.quick else options.images
-    draw(folder / "images", count, options.photos)
+    draw(folder / "images", count)
     model = ["demo"] if options.quick else [options.model, "--no-pretrained"]
     shared = ["--max-pixels", str(PICTURE_PIXELS), "--shard-size", "16" if options.quick else "64"]
     command = [sys.executable, "-m", "attnx", "extract", str(folder / "images"), "--model", *model, *shared]
@@ -170,12 +159,10 @@ def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(prog="benchmarks.suites.jobs", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--photos", type=Path, help="a folder of JPEGs to copy; default: generated ones")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--workers", type=int, help="number of decoding processes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--engines", type=int, metavar="N", help="one process, then N: local, ranks, Ray; on the CPU")
     parser.add_argument("--many", type=int, metavar="ROWS", help="only a job of this many rows")
@@ -186,14 +173,14 @@ def main(argv: list[str] | None = None) -> int:
     about = {**environment(options.device), "quick": options.quick, "cores": usable_cores()}
     with tempfile.TemporaryDirectory() as folder:
         if options.many is not None:
-            told, name = many(options.many, Path(folder) / "out"), "jobs-many"
+            found, name = many(options.many, Path(folder) / "out"), "jobs-many"
         elif options.engines is not None:
-            told, name = engines(options, Path(folder)), "jobs-engines"
+            found, name = engines(options, Path(folder)), "jobs-engines"
         else:
-            told, name = measure(options, Path(folder)), "jobs"
+            found, name = measure(options, Path(folder)), "jobs"
     file = ResultFile(options.out, f"{name}-{file_stem(options.device)}", options.quick)
-    file.save({**about, **told})
-    print(json.dumps(told, indent=1))
+    file.save({**about, **found})
+    print(json.dumps(found, indent=1))
     print(file.finish().name)
     return 0
 

@@ -1,13 +1,12 @@
 """The peak memory of one contestant above its loaded model, measured in a process of its own.
 
     python -m benchmarks.suites.memory attnx --model vit_small_patch8_480
-    python -m benchmarks.suites.memory attnx --model vit_base_patch16_224 --batch 8 --needed
 
 On a CPU this is the high-water mark of the resident set. It is reset after the model is loaded (on Linux, by writing 5
 to /proc/self/clear_refs), so loading does not count. Before that, the contestant runs on a tiny model, so that
 libraries, threads and caches are loaded, and malloc returns its free memory. Freed memory that malloc keeps during the
-run counts, as it does for users; its amount differs between processes. With --needed, malloc returns freed blocks from
-128 KB on at once (glibc only), and the result is the same in every process.
+run counts, as it does for users; its amount differs between processes. `run_module` with `needed` sets malloc to return
+freed blocks from 128 KB on at once (glibc only). Then the result is the same in every process.
 On CUDA it is the peak of torch's allocator above the amount allocated before.
 """
 
@@ -124,10 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--runs", type=int, default=0, help="number of further runs to time; 0: memory only")
-    parser.add_argument("--needed", action="store_true", help="malloc returns freed memory at once (CPU, glibc)")
     options = parser.parse_args(argv)
-    call = (options.contestant, options.model, options.batch, options.device, options.runs)
-    print(json.dumps(in_own_process(*call, needed=True) if options.needed else measure(*call)))
+    print(json.dumps(measure(options.contestant, options.model, options.batch, options.device, options.runs)))
     return 0
 
 

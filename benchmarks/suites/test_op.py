@@ -38,7 +38,6 @@ def _vit(batch: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Shape:
 
 PLAIN = ("sdpa", "attnx", "attnx_row", "vecmat", "hf_eager", "timm_eager")
 FEW = ("sdpa", "attnx", "attnx_eager", "hf_eager")
-OTHERS = ("flex_map", "flex_vecmat")  # their errors are recorded as "not run"
 MAIN = tuple(_vit(*size) for size in ((64, 197), (16, 577), (4, 1370), (1, 4097), (1, 16385), (64, 257)))
 SMALL = tuple(_vit(1, n) for n in (197, 577, 1370))
 LARGE = tuple(_vit(*size) for size in ((256, 197), (64, 577), (16, 1370), (4, 4097)))
@@ -47,7 +46,7 @@ HALF = tuple(_vit(*size, torch.float16) for size in ((64, 197), (4, 1370)))
 # Shapes and their contestants, the most important first, because the last are cut at the time limit. Compilation takes
 # longer than all other work, so only some shapes have compiled contestants.
 PLANS: dict[str, list[tuple[Shape, tuple[str, ...]]]] = {
-    "quick": [(Shape(2, 3, 37, 32, torch.float32), tuple(peers.ATTENTION))],
+    "quick": [(Shape(2, 3, 37, 32, torch.float32), peers.NAMES)],
     "cpu": [
         (Shape(8, 12, 197, 64, torch.float32), (*PLAIN, "attnx_eager", "compiled_eager")),
         (Shape(8, 12, 257, 64, torch.float32), FEW),
@@ -60,13 +59,9 @@ PLANS: dict[str, list[tuple[Shape, tuple[str, ...]]]] = {
     ],
     "cuda": [
         *((shape, PLAIN) for shape in MAIN),
-        *((shape, ("compiled_eager",)) for shape in MAIN[:4]),
+        *((shape, ("compiled_eager",)) for shape in MAIN),
         *((shape, PLAIN) for shape in SMALL),
         *((shape, PLAIN[:-1]) for shape in (*LARGE, *HALF)),
-        (MAIN[4], ("flex_vecmat",)),
-        (MAIN[1], ("flex_map", "flex_vecmat")),
-        (MAIN[3], ("flex_map", "flex_vecmat")),
-        *((shape, ("compiled_eager",)) for shape in (MAIN[5], MAIN[4])),
     ],
 }
 
@@ -92,12 +87,10 @@ class Case:
             self.exact, self.torch = (_as_tokens(f(chosen, k, v)) for f in (testing.oracle, testing.torch_reference))
             self.score_size = testing.score_size(chosen, k)
 
-    @lru_cache(maxsize=2)  # noqa: B019  one Case lives at a time
-    def floor(self, timing: str) -> Seconds:
-        """SDPA on all input sets, timed in the same way as the contestant."""
-        floor, how = _timer(peers.sdpa, self.sets, record=timing != "stream")
-        assert how == timing, f"the floor's timing: expected {timing}; got {how}"
-        return floor
+    @cached_property
+    def floor(self) -> Seconds:
+        """SDPA on all input sets."""
+        return _timer(peers.sdpa, self.sets)
 
     def check(self, name: str, answer: peers.Answer) -> dict[str, float]:
         """The largest error of each result.
@@ -106,11 +99,10 @@ class Case:
             AssertionError: an error is too large; the limit for attnx is the error budget of the tests.
         """
         errors = {"output": self._check(name, "output", answer.out[:, self.rows], self.exact[0], self.torch[0], 1.0)}
-        if answer.map is not None and answer.map.shape[1] == 1:
-            first = self.exact[1][:, :1], self.torch[1][:, :1]
-            errors["map"] = self._check(name, "map", answer.map, *first)
-        elif answer.map is not None:
-            errors["map"] = self._check(name, "map", answer.map[:, self.rows], self.exact[1], self.torch[1])
+        if answer.map is not None:
+            only = slice(answer.map.shape[1] if answer.map.shape[1] == 1 else None)  # the first row, or all
+            got = answer.map if answer.map.shape[1] == 1 else answer.map[:, self.rows]
+            errors["map"] = self._check(name, "map", got, self.exact[1][:, only], self.torch[1][:, only])
         if answer.vector is not None:
             errors["vector"] = self._check(name, "vector", answer.vector, *self.vectors)
         return errors
@@ -139,22 +131,21 @@ _case = lru_cache(maxsize=1)(Case)
 
 @pytest.mark.benchmark(group="op", timer=CLOCK)
 def test_attention(benchmark: Any, shape: Shape, name: str, device: str, quick: bool, record: Any) -> None:
-    found = try_to(lambda: _measure(benchmark, shape, name, device, quick), name in OTHERS)
+    found = try_to(lambda: _measure(benchmark, shape, name, device, quick))
     dtype = SHORT[shape.dtype]
     record.measured(f"{name}, {shape} {dtype}", found, suite="op", shape=str(shape), dtype=dtype, contestant=name)
 
 
 def _measure(benchmark: Any, shape: Shape, name: str, device: str, quick: bool) -> dict[str, Any]:
-    call = peers.ATTENTION[name](quick)
+    call = peers.contestant(name, quick)
     case = _case(shape, device, quick)
     with torch.inference_mode():
         errors = case.check(name, call(*case.sets[0]))
-    contestant, how = _timer(call, case.sets)
-    times = race(contestant, case.floor(how), 5.0 if device == "cpu" else 1.5, quick, benchmark)
+    times = race(_timer(call, case.sets), case.floor, 5.0 if device == "cpu" else 1.5, quick, benchmark)
     peak = memory.cuda_peak_mb(call, case.sets[0])
     kernel = sdpa_kernel_name(*case.sets[0][:3]) if name == "sdpa" else None
-    about = dict(max_error=max(errors.values()), errors=errors, checked_rows=len(case.rows), kernel=kernel)
-    return dict(timing=how, **times, peak_mb=peak, **about)
+    about = dict(kernel=kernel, max_error=max(errors.values()), errors=errors, checked_rows=len(case.rows))
+    return dict(timing="graph" if device == "cuda" else "wall", **times, peak_mb=peak, **about)
 
 
 def sdpa_kernel_name(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -165,8 +156,8 @@ def sdpa_kernel_name(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return None
 
 
-def _timer(call: peers.Attention, sets: Sequence[tuple[Tensor, ...]], record: bool = True) -> tuple[Seconds, str]:
-    return graph_timer(call, sets, record) if sets[0][0].is_cuda else (wall_timer(call, sets), "wall")
+def _timer(call: peers.Attention, sets: Sequence[tuple[Tensor, ...]]) -> Seconds:
+    return graph_timer(call, sets) if sets[0][0].is_cuda else wall_timer(call, sets)
 
 
 def _inputs(shape: Shape, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
