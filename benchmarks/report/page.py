@@ -41,7 +41,7 @@ def page(stored: Stored, plot_files: dict[str, list[str]]) -> str:
 
 
 def target_section(run: Run) -> Iterator[str]:
-    """The targets that a run measured."""
+    """The targets, and what a run says of each."""
     if lines := list(verdicts(run)):
         yield f"## Targets: {run.name}\n"
         yield f"[`{run.file}`](results/{run.file}); b: batch.\n"

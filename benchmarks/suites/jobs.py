@@ -1,7 +1,8 @@
 """A batch job beside its model and its decoders, by several engines, and with ten million rows.
 
     python -m benchmarks.suites.jobs                            2,000 generated JPEGs of 640 x 480
-    python -m benchmarks.suites.jobs --device cuda              the same on a GPU
+    python -m benchmarks.suites.jobs --photos DIR               copies of the JPEGs in DIR
+    python -m benchmarks.suites.jobs --device cuda              on a GPU
     python -m benchmarks.suites.jobs --engines 2                one process, then two: local, ranks, Ray
     python -m benchmarks.suites.jobs --many 10000000            without a model and decoders, see `many`
     python -m benchmarks.suites.jobs --quick                    a tiny model, 64 pictures
@@ -41,11 +42,15 @@ from benchmarks.suites.many import many
 MODEL = "timm:vit_small_patch16_224"
 
 
-def draw(folder: Path, count: int) -> float:
-    """Write `count` JPEGs and return their mean size in bytes."""
+def draw(folder: Path, count: int, photos: Path | None) -> float:
+    """Write `count` JPEGs, copies of those in `photos` or generated, and return their mean size in bytes."""
     folder.mkdir()
+    own = [] if photos is None else [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))]
     rng = np.random.default_rng(0)
     for i in range(count):
+        if own:
+            (folder / f"{i:05d}.jpg").write_bytes(own[i % len(own)])
+            continue
         # Large shapes and noise: about 100 KB, like a photo of this size.
         coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize((640, 480))
         grain = rng.normal(0, 12, (480, 640, 1))
@@ -100,7 +105,7 @@ def _recipe(options: argparse.Namespace, folder: Path) -> ExtractRecipe:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Rates of decoders, model and pipeline on a folder of images."""
     count = 64 if options.quick else options.images
-    size = draw(folder / "images", count)
+    size = draw(folder / "images", count, options.photos)
     start_server()
     runtime = _recipe(options, folder).load(torch.device(options.device))
     running = RunOptions(options.batch, None)
@@ -129,7 +134,7 @@ def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """
     world = options.engines
     count = 64 if options.quick else options.images
-    draw(folder / "images", count)
+    draw(folder / "images", count, options.photos)
     model = ["demo"] if options.quick else [options.model, "--no-pretrained"]
     shared = ["--max-pixels", str(PICTURE_PIXELS), "--shard-size", "16" if options.quick else "64"]
     command = [sys.executable, "-m", "attnx", "extract", str(folder / "images"), "--model", *model, *shared]
@@ -159,6 +164,7 @@ def engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(prog="benchmarks.suites.jobs", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--photos", type=Path, help="a folder of JPEGs to copy; default: generated ones")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--batch", type=int, default=16)
