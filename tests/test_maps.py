@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import attnx
 from attnx.jobs.columns import MapRow
-from attnx.jobs.engines.in_process import run_here
+from attnx.jobs.engines.in_process import run_in_process
 from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job
 from attnx.jobs.options import RunOptions
@@ -74,7 +74,9 @@ def test_rows_by_place_and_by_key(out: Path) -> None:
 def test_of_a_job_under_way_what_is_there(pictures: Path, tmp_path: Path) -> None:
     made = tools(pictures)
     with opened(made, tmp_path, 6) as planned:
-        run_here(made, planned, Shards([1, 3], 1, print), RunOptions(batch_size=4, workers=0), lambda _: None, print)
+        run_in_process(
+            made, planned, Shards([1, 3], 1, print), RunOptions(batch_size=4, workers=0), lambda _: None, print
+        )
     maps = attnx.open(tmp_path)
     want = [f"{i:03d}.jpg" for i in (*range(6, 12), 18, 19)]
     assert [maps[i].key for i in range(len(maps))] == list(maps.keys()) == want

@@ -146,7 +146,7 @@ class Trial:
         return order
 
     def _description(self, name: str, record: LayerRecord) -> str:
-        """What is stored of a layer, in words."""
+        """The stored part of a layer, in words."""
         if self.recorder.trace.rows is not None:
             return "row " + ", ".join(map(str, self.recorder.trace.rows))
         if isinstance(record, QKRecord):

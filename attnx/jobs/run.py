@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from attnx.jobs.attempts import forget_attempts
 from attnx.jobs.engines.cluster import Cluster, run_on_cluster
-from attnx.jobs.engines.in_process import run_here
+from attnx.jobs.engines.in_process import run_in_process
 from attnx.jobs.engines.local import run_on_devices
 from attnx.jobs.engines.queue import Shards
 from attnx.jobs.job import Job, Rank
@@ -135,7 +135,7 @@ def run_job(
         elif todo and len(devices) > 1:
             stages, makers = run_on_devices(job, devices, shards, options, advance), len(devices)
         elif todo:
-            stages = run_here(runtime, job, shards, options, advance, say, hang)
+            stages = run_in_process(runtime, job, shards, options, advance, say, hang)
     finally:
         # Processes and actors that died leave temporary files.
         job.remove_temporaries(rank)

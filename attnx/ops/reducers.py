@@ -1,4 +1,4 @@
-"""What can be asked of the attention weights P, and its definition in torch."""
+"""Reductions of the attention weights P over the heads: their names, and their definition in torch."""
 
 from enum import IntEnum
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 MASK_THRESHOLD = -5e4
-"""A bias below hides its key: minus infinity, finfo.min of every dtype, -1e9. Beside one fp32 has no digits left."""
+"""A bias below this masks its key: minus infinity, finfo.min of any dtype, -1e9. Scores added to it lose their digits."""
 
 
 class Reduction(IntEnum):
-    """How the maps of the heads become one. The values are those of the kernels' constants of the same names."""
+    """A reduction of the heads' maps to one. The values are those of the kernels' constants of the same names."""
 
     MEAN = 0
     MAX = 1

@@ -32,9 +32,8 @@ VISION_RATE = 0.3
 """The image encoder's learning rate, relative to the other weights, because it is pretrained."""
 BOTH = (True, True)
 SHOWN = (*[BOTH] * 6, *[(True, False), (False, True), (False, False)] * 2)
-"""What training scenes show of their two objects, in turn. Were one always there, the other could tell of it.
-
-The bundled weights are of this order; another makes other scenes incomplete, and another model."""
+"""(first, second): the objects that training scenes show, in turn. If both were always there, a word could look at the
+other object. The bundled weights were trained with this order."""
 
 
 def load_pairs(seeds: range, shown: Sequence[tuple[bool, bool]] = (BOTH,)) -> tuple[Tensor, Tensor, Tensor]:

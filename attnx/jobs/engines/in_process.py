@@ -12,10 +12,10 @@ from attnx.jobs.options import RunOptions
 from attnx.jobs.runtime import Runtime
 from attnx.jobs.worker import ShardResult, Stages
 
-__all__ = ["run_here"]
+__all__ = ["run_in_process"]
 
 
-def run_here(
+def run_in_process(
     runtime: Runtime,
     job: Job,
     shards: Shards,

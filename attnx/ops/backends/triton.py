@@ -202,7 +202,7 @@ def _tiles(shared: dict[str, Any], config: Config) -> int:
 
 @cache
 def target(device: torch.device) -> Target:
-    """What the kernels are compiled for; the interpreter takes Hopper's block sizes."""
+    """The target that kernels are compiled for on a device; the interpreter takes Hopper's block sizes."""
     if device.type != "cuda":
         return Target("cuda", 90)
     properties = torch.cuda.get_device_properties(device)
