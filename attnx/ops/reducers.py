@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 MASK_THRESHOLD = -5e4
-"""A bias below this masks its key: minus infinity, finfo.min of any dtype, -1e9. Scores added to it lose their digits."""
+"""A bias below this masks its key: minus infinity, finfo.min of any dtype, -1e9. Scores beside it have no digits."""
 
 
 class Reduction(IntEnum):
