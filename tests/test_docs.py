@@ -135,8 +135,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+# Pages that run many commands; README.md and the quickstart are always tested.
+LONG = ("batch-jobs.md", "command-line.md", "gallery.md", "reading-results.md", "words-to-patches.md")
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=[pytest.mark.long] if p.name in LONG else [], id=name_of(p)) for p in PAGES]
+)
 def test_the_snippets_of_a_page_run(page: Path, folder: Path) -> None:
     parsers = [CodeBlockParser("python", run_python), CodeBlockParser("bash", run_bash)]
     torch.manual_seed(0)
