@@ -37,20 +37,26 @@ def open_regular(path: str | Path) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path, sync: bool = True) -> Iterator[Path]:
     """A temporary path that replaces the target at the end of the `with`: fsync, rename, and fsync of the folder.
 
     After an exception the target is unchanged. After a kill a hidden file `.STEM-*.tmp` may remain.
+
+    Args:
+        target: the final path.
+        sync: False: no fsync. After a power failure the file may be empty.
     """
-    temporary = target.with_name(f".{target.stem}-{uuid.uuid4().hex}.tmp")
+    temporary = target.with_name(f".{target.stem.lstrip('.')}-{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)
+    if sync:
+        sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnx.demo.pointing import Pointing, point_at_phrases, words_sheet
 from attnx.demo.scenes import CLASSES, Scene, draw_scene
+from attnx.files import replacing
 from attnx.jobs.options import RunOptions
 from attnx.jobs.plan import forget_job, open_job
 from attnx.jobs.reader import Maps
@@ -94,10 +95,8 @@ def _write_pictures(folder: Path, images: list[np.ndarray]) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write the file atomically."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text)
-    partial.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def _extract(folder: Path, out: Path, method: str, progress: Progress | None) -> Tensor:

@@ -8,13 +8,14 @@ unknown name, empty, NaN or inf) raise `ValueError` with the argument's name, th
 from __future__ import annotations
 
 import os
-import uuid
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps
+
+from attnx.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -105,17 +106,11 @@ def save(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     check(path.suffix.lower() == ".png", "path", "a name that ends in .png", repr(str(path)))
-    # tempfile would create a file that only its owner can read.
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        with unfinished.open("xb") as file:
+        with replacing(path, sync=False) as temporary, temporary.open("xb") as file:
             image.save(file, format="PNG")
-        os.replace(unfinished, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        if os.path.exists(unfinished):
-            unfinished.unlink()
 
 
 def check(good: bool | np.bool_, name: str, expected: str, got: object) -> None:

@@ -1,8 +1,6 @@
 """Pictures and arrays of one image and its caption, for `attnx words`."""
 
-import os
 import re
-import uuid
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +10,7 @@ import numpy as np
 from attnx.figures.one_image import Style
 from attnx.figures.picture import overlay, save
 from attnx.figures.sheets import captioned, contact_sheet
+from attnx.files import replacing
 from attnx.images import large_images, read_scaled
 from attnx.jobs.tasks import WordTask
 
@@ -92,19 +91,14 @@ def _safe(word: str) -> str:
 
 def _save_arrays(found: "CaptionMaps", path: Path) -> None:
     """words [W], maps [W, h, w]; tokens, word_of (-1: none) [T], token_maps [T, h, w]; caption; score (NaN: none)."""
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with unfinished.open("xb") as file:
-            np.savez_compressed(
-                file,
-                words=np.array(found.words),
-                maps=found.word_maps.float().cpu().numpy(),
-                tokens=np.array(found.tokens),
-                token_maps=found.maps.float().cpu().numpy(),
-                word_of=np.array([-1 if word is None else word for word in found.caption.word_of]),
-                caption=np.array(found.caption.text),
-                score=np.array(np.nan if found.score is None else found.score, np.float32),
-            )
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path, sync=False) as temporary, temporary.open("xb") as file:
+        np.savez_compressed(
+            file,
+            words=np.array(found.words),
+            maps=found.word_maps.float().cpu().numpy(),
+            tokens=np.array(found.tokens),
+            token_maps=found.maps.float().cpu().numpy(),
+            word_of=np.array([-1 if word is None else word for word in found.caption.word_of]),
+            caption=np.array(found.caption.text),
+            score=np.array(np.nan if found.score is None else found.score, np.float32),
+        )

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attnx.files import open_regular
+from attnx.files import open_regular, replacing
 from attnx.limits import RUN_BYTES
 
 __all__ = ["DIED", "Attempt", "forget_attempts", "noted"]
@@ -145,11 +145,9 @@ class Attempt:
 
     def _write(self) -> None:
         note = {name: value for name, value in asdict(self).items() if name not in ("path", "shard")}
-        temporary = self.path.with_name(f".part-{self.shard:05d}-attempt.tmp")
         # Without the note, the search for a bad image only takes longer.
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock, contextlib.suppress(OSError), replacing(self.path, sync=False) as temporary:
             temporary.write_text(json.dumps(note), encoding="utf-8")
-            temporary.replace(self.path)
 
 
 def noted(out: Path) -> dict[int, Path]:

@@ -125,8 +125,8 @@ class Job:
 
         No other process writes them, because this run holds the lock.
         """
-        for path in self.out.glob(".part-*.tmp"):
-            number = re.match(r"\.part-(\d+)-", path.name)
+        for path in (*self.out.glob(".part-*.tmp"), *self.out.glob(".attempt-*.tmp")):
+            number = re.match(r"\.(?:part|attempt)-(\d+)-", path.name)
             if rank is None or (number is not None and int(number[1]) % rank.world == rank.rank):
                 path.unlink(missing_ok=True)
 

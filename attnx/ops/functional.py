@@ -6,7 +6,6 @@ Docstrings, validation and the choice of a backend; the operators themselves are
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -22,6 +21,7 @@ from attnx.ops.checks import (
     resolve_softcap,
     row_index,
 )
+from attnx.ops.sinks import lse_with_sinks, with_sinks
 
 
 def attention(
@@ -77,6 +77,12 @@ def attention(
     Raises:
         ValueError: a shape, dtype, device, index or name that doesn't fit; says what was expected and what came.
         NotImplementedError: the named backend can't take these inputs; says every reason.
+
+    Example:
+        >>> q = k = v = torch.randn(2, 4, 5, 16)
+        >>> out, amap = attnx.attention(q, k, v)
+        >>> out.shape, amap.shape
+        (torch.Size([2, 4, 5, 16]), torch.Size([2, 5, 5]))
     """
     if has_torch_function((q, k, v)):
         options: dict[str, Any] = dict(
@@ -92,7 +98,7 @@ def attention(
         return out, amap.detach()
     check_sinks(sinks, q)
     out, lse = differentiable(operators.attention_lse, q, k, v, bias, is_causal, scale, cap, name)
-    out, lse = _with_sinks(out, lse, sinks)
+    out, lse = with_sinks(out, lse, sinks)
     q, k, bias = q.detach(), k.detach(), None if bias is None else bias.detach()
     return out, operators.attention_map(q, k, bias, is_causal, scale, cap, heads, index, lse, name)
 
@@ -118,6 +124,11 @@ def attention_map(
             already; the weights are then ``exp(scores - lse)``. A row without keys has minus or plus infinity.
             With sinks it is what `attention_lse` gives with the same sinks. Where it isn't given, sinks cost as much
             as the attention of all rows.
+
+    Example:
+        >>> q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 7, 16)
+        >>> attnx.attention_map(q, k, rows=[0], heads="max").shape
+        torch.Size([2, 1, 7])
     """
     (q, k), v = cast_as_sdpa(q, k), None
     bias = check_tensors(q, k, v, bias, heads)
@@ -126,7 +137,7 @@ def attention_map(
     scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
     q, k = q.detach(), k.detach()
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
-    lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
+    lse = lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
     return operators.attention_map(q, k, bias, is_causal, scale, cap, heads, index, lse, name)
 
 
@@ -152,6 +163,12 @@ def attention_lse(
         out [B, H, M, Dv] in q's dtype, differentiable as `attention`'s, and lse [B, H, M] float32, detached. A row
         whose keys are all masked has zero and minus infinity; so has every row without keys (N = 0). With sinks its
         lse is the sink.
+
+    Example:
+        >>> q = k = v = torch.randn(2, 4, 5, 16)
+        >>> out, lse = attnx.attention_lse(q, k, v)
+        >>> torch.allclose(lse, (q @ k.mT / 4).logsumexp(-1), atol=1e-5)
+        True
     """
     q, k, v = cast_as_sdpa(q, k, v)
     bias = check_tensors(q, k, v, bias, "mean")
@@ -160,7 +177,7 @@ def attention_lse(
     scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
     out, lse = differentiable(operators.attention_lse, q, k, v, bias, is_causal, scale, cap, name)
     if sinks is not None:
-        out, lse = _with_sinks(out, lse, sinks)
+        out, lse = with_sinks(out, lse, sinks)
     return out, lse.detach().float()
 
 
@@ -194,6 +211,12 @@ def vecmat(
 
     Raises:
         ValueError, NotImplementedError: as in `attention`.
+
+    Example:
+        >>> r, q, k = torch.rand(2, 5), torch.randn(2, 4, 5, 16), torch.randn(2, 4, 7, 16)
+        >>> passed = attnx.vecmat(r, q, k)
+        >>> torch.allclose(passed, (r[:, None] @ attnx.attention_map(q, k))[:, 0], atol=1e-5)
+        True
     """
     q, k = cast_as_sdpa(q, k)
     bias = check_tensors(q, k, None, bias, "mean")
@@ -202,7 +225,7 @@ def vecmat(
     scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
     r, q, k = r.detach(), q.detach(), k.detach()
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
-    lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
+    lse = lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
     return operators.vecmat(r, q, k, bias, is_causal, scale, cap, lse, name)
 
 
@@ -244,6 +267,11 @@ def gradient_map(
     Reference:
         Chefer et al., "Generic Attention-model Explainability", https://arxiv.org/abs/2103.15679 (equation 5); ALBEF's
         Grad-CAM, https://github.com/salesforce/ALBEF/blob/main/visualization.ipynb
+
+    Example:
+        >>> q = k = v = torch.randn(2, 4, 5, 16)
+        >>> attnx.gradient_map(torch.randn(2, 4, 5, 16), q, k, v).shape
+        torch.Size([2, 5, 5])
     """
     q, k, v = cast_as_sdpa(q, k, v)
     bias = check_tensors(q, k, v, bias, heads)
@@ -256,37 +284,5 @@ def gradient_map(
     grad, q, k, v = (t.detach() for t in (grad, q, k, v))
     bias, lse = (None if t is None else t.detach() for t in (bias, lse))
     scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
-    lse = _lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
+    lse = lse_with_sinks(q, k, bias, is_causal, scale, cap, sinks, lse, name)
     return operators.gradient_map(grad, q, k, v, bias, is_causal, scale, cap, heads, clamp, index, lse, name)
-
-
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp once each head's sink has joined the softmax; the log-sum-exp is detached.
-
-    ``lse' = log(exp(lse) + exp(sink))`` and ``out' = out * exp(lse - lse')``, whose factor is ``sigmoid(lse - sink)``.
-    """
-    sink = sinks.to(lse.dtype)[:, None]
-    # Infinity minus infinity is NaN where a row without keys meets a sink of minus infinity.
-    kept = (lse - sink).masked_fill(lse == -torch.inf, -torch.inf).sigmoid()
-    return (out * kept[..., None]).to(out.dtype), torch.logaddexp(lse.detach(), sink.detach())
-
-
-def _lse_with_sinks(
-    q: Tensor,
-    k: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    cap: float,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    backend: str,
-) -> Tensor | None:
-    """The given log-sum-exp; where none is given and there are sinks, one that includes them."""
-    if sinks is None:
-        return lse
-    check_sinks(sinks, q)
-    if lse is not None:
-        return lse
-    found = operators.attention_lse(q, k, k, bias, is_causal, scale, cap, backend)[1]
-    return torch.logaddexp(found, sinks.detach().to(found.dtype)[:, None])
