@@ -13,7 +13,7 @@ HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     # Triton reads this when it is imported; no test module is imported before this file.
     os.environ["TRITON_INTERPRET"] = "1"
-    # With other workers on the machine, a second thread mostly waits.
+    # With other test workers on the machine, a second thread is mostly idle.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 

@@ -16,7 +16,7 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """A family: its name, and how to make a model of it with the keyword arguments of its call."""
+    """A family of models. `build` returns a model and the keyword arguments of its call."""
 
     name: str
     build: Callable[[], tuple[nn.Module, Inputs]]
@@ -40,17 +40,19 @@ MARK = 98  # the token that stands for an image's features in a prompt
 
 
 def sharpen(model: nn.Module) -> nn.Module:
-    """Weights large enough that the attention is far from uniform, and small enough that the outputs stay finite."""
+    """Draw weights such that the attention is far from uniform and the outputs stay finite."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim >= 2:
                 std = 1.7 * math.sqrt(p.shape[0] / p.numel())  # 0.3 for rows of 32 numbers
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
-            elif "gate" in name.rsplit(".", 1)[-1] or "alpha" in name:  # closed gates would hide an attention
+            elif (
+                "gate" in name.rsplit(".", 1)[-1] or "alpha" in name
+            ):  # a closed gate would remove the attention from the output
                 p.fill_(0.5)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # MobileViT's weights of 0.02 would end in zeros
+        if isinstance(module, nn.BatchNorm2d):  # MobileViT's weights of 0.02 would make all activations 0
             module.reset_parameters()
             nn.init.constant_(module.weight, 0.75)
     return model.eval()
@@ -59,7 +61,9 @@ def sharpen(model: nn.Module) -> nn.Module:
 def model_of(cls: str, **config: Any) -> nn.Module:
     torch.manual_seed(0)
     kind = getattr(transformers, cls)
-    return sharpen(kind._from_config(kind.config_class(**copy.deepcopy(config))))  # some configurations eat theirs
+    return sharpen(
+        kind._from_config(kind.config_class(**copy.deepcopy(config)))
+    )  # some configurations change their arguments
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -71,7 +75,7 @@ def images(size: int = 32) -> Inputs:
 
 
 def words(length: int = 8, *, marks: int = 0) -> Inputs:
-    """Token ids and their mask: the last item ends in padding, `marks` image tokens follow the first token."""
+    """Token ids and their mask. The last item ends in padding; `marks` image tokens follow the first token."""
     ids = torch.randint(3, 90, (2, length), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     ids[-1, -2:], mask[-1, -2:] = 1, 0
@@ -85,13 +89,13 @@ def decoder(length: int = 5) -> Inputs:
 
 
 def phrases() -> Inputs:
-    """Two phrases as Grounding DINO tells them apart, by the ids of BERT's [CLS], full stop and [SEP]."""
+    """Two phrases in Grounding DINO's format: delimited by BERT's [CLS], full stop and [SEP]."""
     ids = torch.tensor([[101, 5, 6, 1012, 7, 8, 9, 102], [101, 15, 1012, 16, 17, 18, 19, 102]])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def known(*classes: str) -> bool:
-    """True if this version of transformers has the classes; their modules are not imported."""
+    """True if this version of transformers has the classes. Their modules are not imported."""
     return set(classes) <= set(dir(transformers))
 
 
@@ -114,7 +118,7 @@ def read(name: str, cls: str, **config: Any) -> Family | None:
 def both(
     name: str, cls: str, *, length: int = 8, text: Inputs | None = None, vision: Inputs | None = None, **config: Any
 ) -> Family | None:
-    """A family that reads a text and sees an image, each by an encoder of its own."""
+    """A family with a text encoder and an image encoder."""
     config = {"text_config": TEXT | (text or {}), "vision_config": IMAGE | (vision or {})} | config
     return family(name, cls, lambda: words(length) | images(), **config)
 
@@ -131,7 +135,7 @@ def talks(
     extra: Inputs | None = None,
     **config: Any,
 ) -> Family | None:
-    """A language model whose prompt has image tokens: `inputs` gives what it takes beside the words."""
+    """A language model whose prompt has image tokens. `inputs` returns its arguments other than the tokens."""
     config = {
         "text_config": GROUPED | {"model_type": text} | (extra or {}),
         "vision_config": vision,
@@ -291,7 +295,7 @@ _ROWS = [
         sliding_window=4),
     family("T5 encoder", "T5EncoderModel", words, **T5),
     family("T5", "T5Model", lambda: words() | decoder(), **T5),
-    # Image and text, each by an encoder.
+    # An image encoder and a text encoder.
     both("CLIP", "CLIPModel", projection_dim=32),
     both("CLIP with as many tokens as patches", "CLIPModel", length=17, projection_dim=32),
     both("SigLIP", "SiglipModel", text={"projection_size": 32}),
@@ -310,7 +314,7 @@ _ROWS = [
         multimodal_config=SMALL, hidden_size=32, projection_dim=32),
     both("BLIP retrieval", "BlipForImageTextRetrieval", projection_dim=32, image_text_hidden_size=32),
     both("BLIP captions", "BlipForConditionalGeneration", projection_dim=32, image_text_hidden_size=32),
-    # By image_embeds: patches of its own would be in random order.
+    # Called with image_embeds, because the model would put its own patches in random order.
     family("ViLT", "ViltModel", lambda: words() | {"image_embeds": normal(2, 16, 32),
         "pixel_mask": (torch.arange(16) < torch.tensor([[16], [12]])).long()}, **TEXT | IMAGE),
     family("VisualBERT", "VisualBertModel", lambda: words() | {"visual_embeds": normal(2, 5, 24)}, **TEXT,
@@ -323,7 +327,7 @@ _ROWS = [
         patch_size=8, coordinate_size=4, shape_size=8),
     family("UDOP", "UdopModel", lambda: words() | images() | decoder() | {"bbox": boxes(8) / 40}, **T5, image_size=32,
         patch_size=8),
-    # Language models that see.
+    # Language models with images.
     talks("LLaVA", "LlavaForConditionalGeneration", "llama", CLIP_VISION, image_token_index=MARK),
     talks("PaliGemma", "PaliGemmaForConditionalGeneration", "gemma", SIGLIP_VISION | {"projection_dim": 32},
         image_token_index=MARK, projection_dim=32),

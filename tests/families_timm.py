@@ -29,9 +29,9 @@ class Family:
 
 @torch.no_grad()
 def sharpen(model: nn.Module, gain: float = 1.5) -> nn.Module:
-    """Draw the weights anew so that attention is far from uniform: inputs of unit variance give projections of `gain`.
+    """Draw new weights such that attention is far from uniform: inputs of unit variance give projections of `gain`.
 
-    Convolutions of more than one pixel keep their weights, and scales of a layer's output that begin near zero are 0.5.
+    Convolutions larger than 1 x 1 keep their weights. Layer scales that are initialised near zero become 0.5.
     """
     generator = torch.Generator().manual_seed(0)
     draw = partial(torch.randn, generator=generator)
@@ -42,7 +42,7 @@ def sharpen(model: nn.Module, gain: float = 1.5) -> nn.Module:
                 continue
             if p.ndim >= 2 and (name.endswith("weight") or "proj" in name):
                 p.copy_(draw(p.shape) * gain / p[0].numel() ** 0.5)
-            elif p.ndim >= 2:  # embeddings of positions and tables of biases
+            elif p.ndim >= 2:  # position embeddings and bias tables
                 p.add_(draw(p.shape) * 0.5)
             elif p.ndim == 1 and not name.endswith("bias") and p.min() >= 0 and p.max() < 0.2:
                 p.fill_(0.5)
@@ -51,7 +51,7 @@ def sharpen(model: nn.Module, gain: float = 1.5) -> nn.Module:
 
 @torch.no_grad()
 def settle(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Give batch norms the statistics of the input, without which activations fade from layer to layer."""
+    """Set batch norm statistics from the input. Without this, activations shrink from layer to layer."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.momentum = 1.0
@@ -70,7 +70,7 @@ def tokens(*shape: int, below: int) -> torch.Tensor:
 
 
 def family(name: str, make: Callable[[], nn.Module], *args: Callable[[], torch.Tensor], **more: Any) -> Family:
-    """A family whose model `make` returns, called with what each of `args` returns."""
+    """A family whose model is `make()` and whose call has the arguments `arg()` for each of `args`."""
 
     def build() -> tuple[nn.Module, tuple[Any, ...]]:
         torch.manual_seed(0)
@@ -90,9 +90,9 @@ def of_images(name: str, make: Callable[[], nn.Module], size: int, **more: Any) 
 
 
 def timm_family(name: str, variant: str | Callable[..., nn.Module], size: int | None = None, **options: Any) -> Family:
-    """timm's `variant` with `options`, or a class itself where the variant fixes what should be small.
+    """timm's `variant` with `options`, or a class if the variant does not allow small sizes.
 
-    Images are of `size` pixels where the class takes no `img_size`.
+    `size` is the image size if the class has no option `img_size`.
     """
     make = partial(timm.create_model, variant) if isinstance(variant, str) else variant
     make = partial(make, num_classes=CLASSES, **options)

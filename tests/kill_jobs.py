@@ -1,7 +1,7 @@
-"""Kills a job at random moments, goes on with it until it is done, and begins another, until it was killed so often.
+"""Kill a job at random moments and resume it until it is done, then start another, until KILLS kills were sent.
 
-`python kill_jobs.py SOURCE WHOLE FOLDER ENGINE KILLS`. Everything is imported once, and every run is forked from here,
-so that more kills come while shards are made. WHOLE: the job as it should be. Prints how many jobs were done.
+`python kill_jobs.py SOURCE WHOLE FOLDER ENGINE KILLS`. Everything is imported once and every run is forked from this
+process, so that more kills happen while shards are made. WHOLE is the expected result. Prints the number of jobs done.
 """
 
 import os
@@ -23,11 +23,11 @@ ENGINES = {
     "ranks": [["--device", "cpu", "--engine", "ranks", "--rank", f"{rank}", "--world", "2"] for rank in range(2)],
     "ray": [["--device", "cpu", "--engine", "ray", "--actors", "2", "--actor-cpus", "1"]],
 }
-ENDED = (0, 2, -signal.SIGKILL)  # 2: an engine gave up, since what it starts is killed, too
+ENDED = (0, 2, -signal.SIGKILL)  # 2: an engine gave up, because its child processes are killed, too
 
 
 def start(source: Path, out: Path, options: list[str]) -> int:
-    """Forks a run, which is the first process of a session."""
+    """Fork a run as the first process of a new session."""
     child = os.fork()
     if child:
         return child
@@ -41,7 +41,7 @@ def start(source: Path, out: Path, options: list[str]) -> int:
 
 
 def kill(runs: list[int], choose: random.Random) -> None:
-    """A session, only its first process, or one below that."""
+    """Kill a whole session, its first process, or a descendant of that process."""
     target = choose.choice(runs)
     how = choose.choice(["session", "first", "below"])
     below = processes.below(target)
@@ -51,13 +51,13 @@ def kill(runs: list[int], choose: random.Random) -> None:
         else:
             os.kill(choose.choice(below) if below and how == "below" else target, signal.SIGKILL)
     except ProcessLookupError:
-        # Not yet a session of its own, or just gone.
+        # The process has no session yet, or it has just ended.
         if how == "session":
             os.kill(target, signal.SIGKILL)
 
 
 def reap(runs: list[int], patience: float) -> list[int]:
-    """The runs that go on after so many seconds; those that ended must have ended in a way that can be expected."""
+    """The runs that still run after `patience` seconds. The others must have ended with an exit code in ENDED."""
     until = time.monotonic() + patience
     while True:
         for run in list(runs):
@@ -76,7 +76,7 @@ def all_done(out: Path, whole: Path) -> bool:
 
 
 def finish(source: Path, out: Path, whole: Path, engine: str) -> float:
-    """Goes on until the job is done, undisturbed; in seconds."""
+    """Run the job to its end without kills, and return the seconds that it took."""
     begin = time.perf_counter()
     left = reap([start(source, out, options) for options in ENGINES[engine]], 400)
     assert not left, "a run that nobody disturbs does not end"
@@ -85,7 +85,7 @@ def finish(source: Path, out: Path, whole: Path, engine: str) -> float:
 
 
 def run(source: Path, whole: Path, folder: Path, engine: str, kills: int) -> int:
-    # What is slow the first time is done here.
+    # Loading is slow the first time, so it is done before the runs are forked.
     tools(source)
     temporary = Path(tempfile.mkdtemp(prefix="kills-"))
     os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None

@@ -1,4 +1,4 @@
-"""ALBEF's and DINO's own code, from checkouts that ATTNX_ALBEF and ATTNX_DINO name; tests skip where there is none."""
+"""ALBEF's and DINO's own code, from the checkouts in ATTNX_ALBEF and ATTNX_DINO. Without them, tests are skipped."""
 
 import importlib.util
 import os
@@ -37,7 +37,7 @@ def original_albef(config: AlbefConfig = CONFIG) -> torch.nn.Module:
 
 
 def original_dino() -> torch.nn.Module:
-    """A small vision transformer of DINO's, with random weights. Its `utils` are for training, but for one function."""
+    """DINO's small vision transformer with random weights. A stub replaces its training module `utils`."""
     path = checkout("ATTNX_DINO", "facebookresearch/dino") / "vision_transformer.py"
     utils = types.ModuleType("utils")
     utils.trunc_normal_ = torch.nn.init.trunc_normal_

@@ -1,4 +1,4 @@
-"""Jobs as processes: how they are started, and what is left of them."""
+"""Start jobs as processes, and list the processes and files that they leave."""
 
 import contextlib
 import os
@@ -13,9 +13,9 @@ KEPT = ("run.json", "manifest.parquet")
 
 
 def marked(temporary: Path, site: Path | None = None, **more: str) -> dict[str, str]:
-    """An environment by which the processes of a job are found; its temporary files go into a folder.
+    """An environment that marks the processes of a job and sets their folder for temporary files.
 
-    site: a folder whose sitecustomize.py is imported by each of them.
+    site: a folder whose sitecustomize.py every process imports.
     """
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [site and str(site), root, os.environ.get("PYTHONPATH")]))
@@ -24,7 +24,7 @@ def marked(temporary: Path, site: Path | None = None, **more: str) -> dict[str, 
 
 
 def start(source: Path, out: Path, *options: str, env: dict[str, str]) -> subprocess.Popen:
-    """`attnx extract`, in a session of its own."""
+    """Start `attnx extract` in its own session."""
     command = [
         sys.executable,
         "-m",
@@ -41,9 +41,9 @@ def start(source: Path, out: Path, *options: str, env: dict[str, str]) -> subpro
 
 
 def below(parent: int) -> list[int]:
-    """The processes below one, by /proc."""
+    """The descendants of a process, read from /proc."""
     found = []
-    # They come and go meanwhile.
+    # Processes start and end during the search.
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{parent}/task").iterdir():
             for child in map(int, (task / "children").read_text().split()):
@@ -52,7 +52,7 @@ def below(parent: int) -> list[int]:
 
 
 def left(patience: float, mark: str | None = None) -> list[str]:
-    """The processes with a mark, our own unless given, that are there after so many seconds, but for this one."""
+    """The other processes with a mark that still run after `patience` seconds. The default is our own mark."""
     until = time.monotonic() + patience
     while (found := _with_mark(mark or os.environ[MARK])) and time.monotonic() < until:
         time.sleep(0.2)
@@ -72,10 +72,10 @@ def _with_mark(mark: str) -> list[str]:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """The content of every file of a job, hidden ones too, but locks."""
+    """The content of every file of a job, including hidden files but not locks."""
     return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if not path.name.startswith(".lock")}
 
 
 def stray(out: Path) -> list[str]:
-    """What is no file of a finished job."""
+    """Names of files that do not belong to a finished job."""
     return [name for name in files(out) if name not in KEPT and not name.startswith("part-")]

@@ -1,4 +1,4 @@
-"""A small ALBEF for tests, and its arithmetic written out: float64, every attention map an explicit softmax."""
+"""A small ALBEF for tests, and a float64 reference with an explicit softmax for every attention map."""
 
 import math
 
@@ -29,7 +29,7 @@ def small_images(count: int, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
 
 
 class Written:
-    """ALBEF as its code computes it, from weights alone: `maps[i]` is layer i's P of cross-attention, in the graph."""
+    """Reference ALBEF, computed from the weights. `maps[i]` is layer i's cross-attention P, part of the graph."""
 
     def __init__(self, model: Albef, dtype: torch.dtype = torch.float64) -> None:
         self.w = {key: value.detach().to(dtype) for key, value in model.state_dict().items()}

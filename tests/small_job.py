@@ -25,7 +25,7 @@ RECIPE = ExtractRecipe(
 
 
 def draw(folder: Path, count: int, broken: tuple[int, ...] = ()) -> Path:
-    """000.jpg, 001.jpg, ... of noise, some of them cut off."""
+    """Write noise images 000.jpg, 001.jpg, ...; those in `broken` are truncated."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -37,18 +37,18 @@ def draw(folder: Path, count: int, broken: tuple[int, ...] = ()) -> Path:
 
 
 def recipe(source: Path, **changes: Any) -> ExtractRecipe:
-    """Of a folder of pictures."""
+    """The recipe of a job on a folder of pictures."""
     return dataclasses.replace(RECIPE, source=str(source), **changes)
 
 
 def tools(source: Path, **changes: Any) -> Runtime:
-    """Of a folder of pictures, on the CPU."""
+    """The runtime of a job on a folder of pictures, on the CPU."""
     return recipe(source, **changes).load(torch.device("cpu"))
 
 
 @contextmanager
 def opened(made_with: Runtime, out: Path, shard_size: int | None = None, rank: Rank | None = None) -> Iterator[Job]:
-    """The job of a folder, as `attnx extract` opens it."""
+    """Open the job of a folder as `attnx extract` does."""
     how = made_with.recipe
     with open_job(
         out, how.open_source(), how.describe_source(), made_with.settings, how.to_json(), shard_size,
@@ -58,17 +58,17 @@ def opened(made_with: Runtime, out: Path, shard_size: int | None = None, rank: R
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """The content of every file of a finished job, hidden ones too, but locks."""
+    """The content of every file of a finished job, including hidden files but not locks."""
     return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if not path.name.startswith(".lock")}
 
 
 def shards(out: Path) -> dict[str, bytes]:
-    """Of its shards."""
+    """The content of every shard of a job."""
     return {path.name: path.read_bytes() for path in sorted(out.glob("part-*.parquet"))}
 
 
 def made_job(folder: Path, out: Path, shard_size: int, **changes: Any) -> Path:
-    """The job of a folder of pictures, done in this process."""
+    """Run the job of a folder of pictures in this process."""
     torch.set_num_threads(1)
     made_with = tools(folder, **changes)
     with opened(made_with, out, shard_size) as planned:

@@ -1,4 +1,4 @@
-"""ALBEF's and DINO's own attention is heard: on blocks of their interface, and on the code itself where it is.
+"""ALBEF's and DINO's own attention is intercepted, in blocks of the same interface and in the original code.
 
 ATTNX_ALBEF=ALBEF ATTNX_DINO=dino pytest tests/test_albef_adapter.py
 """
@@ -20,7 +20,7 @@ from attnx.trace.adapters import route_to_sdpa
 
 
 class Keeper(nn.Module):
-    """What both of ALBEF's attentions have for those who ask for the map."""
+    """The interface of both ALBEF attentions for storing the map and its gradient."""
 
     attention_map: Tensor | None = None
     attn_gradients: Tensor | None = None
@@ -200,7 +200,7 @@ class Layer(nn.Module):
 
 
 class Pair(nn.Module):
-    """An image and a text, whose words look at the patches: names as in ALBEF."""
+    """A model of image and text with cross-attention from words to patches. Names are ALBEF's."""
 
     def __init__(self):
         super().__init__()
@@ -227,7 +227,7 @@ def stand_in():
 
 @pytest.fixture(params=["stand-in", "its own code"])
 def pair(request):
-    """A model, its inputs, and the name of the cross-attention that is asked for its map."""
+    """A model, its inputs, and the name of the cross-attention whose map is tested."""
     torch.manual_seed(0)
     model, layer = (stand_in(), 1) if request.param == "stand-in" else (original_albef(), 8)
     with torch.no_grad():
@@ -251,7 +251,7 @@ def dino(request):
 
 
 def notebook(model, inputs, name):
-    """What ALBEF's notebook has after its backward pass: logits, P and dP of one cross-attention."""
+    """Logits, P and dP of one cross-attention, computed as in ALBEF's notebook."""
     cross = model.get_submodule(name)
     cross.save_attention = True
     model.zero_grad()
@@ -262,7 +262,7 @@ def notebook(model, inputs, name):
 
 
 def exactly(model, inputs, name):
-    """The same in float64."""
+    """The result of `notebook` in float64."""
     images, ids, mask = inputs
     return notebook(copy.deepcopy(model).double(), (images.double(), ids, mask), name)
 
@@ -349,7 +349,7 @@ def test_an_images_hook_keeps_working(pair):
 
 
 def attend(pair, **options):
-    """The arguments of a cross-attention, called alone."""
+    """Arguments for a call of the cross-attention alone."""
     model, (_, ids, _), name = pair
     x, image = torch.randn(2, ids.shape[1], 48), torch.randn(2, 10, 48)
     mask = torch.zeros(2, 1, 1, 10)
@@ -372,7 +372,7 @@ def test_probabilities_that_are_returned(pair):
     for ours, theirs in zip((context, p, k, v), (*own[:2], *own[2]), strict=True):
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(trace[""], p.mean(1), rtol=1e-4, atol=1e-6)
-    # Inside a graph they are a part of it: the block's own forward runs, and is not heard.
+    # With gradients the map is part of the graph: the block's own forward runs and is not intercepted.
     with pytest.raises(RuntimeError, match="never called"), attnx.capture(cross):
         _, p, _ = cross.forward(*args, **options)
         assert p.requires_grad
@@ -513,7 +513,7 @@ def test_dinos_probabilities_inside_a_graph_are_its_own(dino):
 
 
 class Gated(vits_attention()):
-    """A look-alike: it scales what it attends to."""
+    """A block with the same interface that computes something else: it scales its output."""
 
     def __init__(self, width, heads):
         super().__init__(width, heads)

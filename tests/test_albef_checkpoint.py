@@ -1,4 +1,4 @@
-"""ALBEF's checkpoints: every published kind loads, and what belongs to another model is refused by name."""
+"""ALBEF's checkpoints: every published kind loads, and checkpoints of other models are refused."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from attnx.models.tokenizer import Tokenizer, pre_caption
 
 @pytest.fixture
 def bert_data():
-    """A folder with bert-base-uncased-vocab.txt and captions.jsonl, which are not part of the repository."""
+    """A folder with bert-base-uncased-vocab.txt and captions.jsonl. They are not part of the repository."""
     folder = os.environ.get("ATTNX_TEST_DATA")
     if folder is None:
         pytest.skip("set ATTNX_TEST_DATA to a folder with bert-base-uncased-vocab.txt and captions.jsonl")
@@ -34,7 +34,7 @@ def vocab(tmp_path):
 
 
 def published(kind, model):
-    """A state dict as the original code saves it, with all that a map does not need."""
+    """A state dict as the original code saves it, including the entries that maps do not need."""
     own = dict(model.state_dict())
     text = {key: value for key, value in own.items() if key.startswith("text_encoder.")}
     rest = {key: value for key, value in own.items() if key not in text}
@@ -95,7 +95,7 @@ def test_positions_are_interpolated_as_the_original_does(size, tmp_path, vocab):
     own = loaded.model.state_dict()["visual_encoder.pos_embed"]
     grid = size[0] // 8, size[1] // 8
     assert own.shape == (1, 1 + grid[0] * grid[1], 48)
-    # At load or in the forward pass, it is the same.
+    # Position embeddings that are resized at load or in the forward pass give the same result.
     images = small_images(1, size)
     torch.testing.assert_close(loaded.model.encode_image(images), model.encode_image(images), rtol=1e-4, atol=1e-5)
     larger = replace(CONFIG, image_size=(48, 48))

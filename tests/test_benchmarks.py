@@ -155,7 +155,7 @@ def test_an_interrupted_run_keeps_its_rows(
 
 
 def test_an_interrupted_suite_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two signals to the parent alone, as `timeout` sends them."""
+    """Two signals are sent to the parent only, as `timeout` does."""
     child = """
 import json, os, signal, sys, time
 path = next(a for a in sys.argv if a.startswith("--record=")).removeprefix("--record=")
@@ -225,7 +225,7 @@ def test_rounds_of_graph_replays(sets: int, seconds: float, turns: int) -> None:
 
 
 class FakeEvent:
-    """Time passes when something is called."""
+    """A CUDA event on a fake clock. The clock advances with each call."""
 
     now = 0.0
 

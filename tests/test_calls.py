@@ -1,4 +1,4 @@
-"""Every pass inside a capture is accounted for, and every row of a map is a query."""
+"""Every forward pass inside a capture is recorded, and every row of a map is a query."""
 
 import pytest
 import timm
@@ -59,7 +59,7 @@ def test_rows_are_queries_in_every_step_of_a_padded_batch(kind: str, heads: str,
         for ours, theirs in zip(call.values(), step, strict=True):
             fused = {"mean": theirs.mean(1), "max": theirs.amax(1), "each": theirs}[heads]
             assert ours.shape == fused.shape
-            # Rows of padding see no key: ours are zero, transformers' are even.
+            # Rows of padding have no keys: ours are zero, transformers' are uniform.
             seen = ours.sum(-1) > 0
             assert seen[..., -1].all()
             torch.testing.assert_close(ours[seen], fused[seen], rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""capture and patch: what is heard, what the model gives, and that nothing is left of it."""
+"""capture and patch: the intercepted layers, the model output, and that the model is restored."""
 
 import inspect
 
@@ -53,7 +53,7 @@ def hf_model(family: str, implementation: str) -> tuple[nn.Module, Tensor, dict]
 
 
 def state(model: nn.Module) -> dict:
-    """Everything about a model that a capture could leave changed."""
+    """The state of a model that a capture could change."""
     kept: dict = {f"param {k}": v.clone() for k, v in model.state_dict().items()}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
@@ -81,7 +81,7 @@ def vit() -> tuple[nn.Module, Tensor]:
 
 
 def eager_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """timm's own per-head maps, from its unfused attention: [B, H, N, N] a layer."""
+    """timm's own per-head maps [B, H, N, N] of each layer, from its unfused attention."""
     maps: list[Tensor] = []
     hooks = []
     for block in model.blocks:
@@ -131,7 +131,7 @@ def test_huggingface_families(family: str, implementation: str) -> None:
     model.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = model(images, output_attentions=True, **kwargs).attentions
-    # A pooling head is heard too, and transformers gives no map of it.
+    # The pooling head is intercepted too; transformers returns no map for it.
     for layer, theirs in zip(attention_layers(model), attentions, strict=True):
         torch.testing.assert_close(trace[layer], theirs.mean(1), rtol=1e-4, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: results, messages, exit codes."""
+"""The command line: results, messages and exit codes."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def run(*args: object) -> Result:
 
 
 def fails(*args: object) -> str:
-    """The one line that a mistake gives."""
+    """The last line on standard error of a command that exits with code 2."""
     result = run(*args)
     assert result.exit_code == 2, result.output
     lines = result.stderr.strip().splitlines()
@@ -57,7 +57,7 @@ def test_demo(tmp_path: Path) -> None:
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width > 6 * 192
     assert len(list(attnx.open(tmp_path / "rollout"))) == 6
-    # A second demo replaces the first; what is not a demo's is never touched.
+    # A second demo replaces the first. Files of other jobs are not changed.
     assert run("demo", "--out", tmp_path, "--scenes", 4).exit_code == 0
     assert len(list(attnx.open(tmp_path / "cls"))) == 4
     extracted = tmp_path / "x" / "rollout"
@@ -105,7 +105,7 @@ def reference(maps: list[torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["ViT", "Dinov2WithRegisters"])
 def test_extract_is_eager_attention_and_the_papers_arithmetic(family: str, photos: Path, tmp_path: Path) -> None:
-    """On the photos in the folder ATTNX_PHOTOS, where it is set."""
+    """Uses the photos in the folder ATTNX_PHOTOS if it is set."""
     import transformers
 
     small = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 64}

@@ -1,4 +1,4 @@
-"""A damaged file of a job is never taken for a good one: it is named, and a shard is made again."""
+"""Damaged files of a job are detected: the error names the file, and a damaged shard is made again."""
 
 import json
 import multiprocessing
@@ -39,7 +39,7 @@ VALUES: dict[str, Any] = {
 
 
 class Finished:
-    """A finished job of 12 pictures, one of them cut off, in shards of 5; and what is read of it."""
+    """A finished job of 12 pictures in shards of 5, one picture truncated, with its files, rows and summary."""
 
     def __init__(self, pictures: Path, out: Path, store: str) -> None:
         rolling = {"residual": 0.5, "discard": 0.0, "start": 0, "preset": None}
@@ -52,13 +52,13 @@ class Finished:
         self.summary = summary(out, out.with_suffix(".summary"))[1]
 
     def copy(self, to: Path) -> Path:
-        """The folder once more."""
+        """Copy the folder of the job."""
         return Path(shutil.copytree(self.out, to, ignore=shutil.ignore_patterns(".lock*")))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
-    """By what is stored."""
+    """A finished job for each value of `store`."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("finished")
     pictures = draw(folder / "pictures", 12, broken=(7,))
@@ -76,17 +76,17 @@ def resume(made: Runtime, out: Path, shard_size: int | None = None, **options: A
 
 
 def told(row: MapRow) -> tuple[Any, ...]:
-    """A row, to be compared."""
+    """A row as a tuple that can be compared."""
     amap = None if row.map is None else (row.map.shape, row.map.tobytes())
     return row.key, amap, row.error, row.width, row.height, row.crop, row.text
 
 
 def summary(folder: Path, to: Path) -> tuple[int, Any]:
-    """The exit code of `attnx summary`, and what it found, or the line that it said."""
+    """The exit code of `attnx summary`, and its result or its error line."""
     result = run("summary", folder, "--out", to, "--examples", 1)
     if result.exit_code == 0:
         found = json.loads((to / "summary.json").read_text())
-        # By the times of files.
+        # Seconds depend on the times of files.
         return 0, {name: value for name, value in found.items() if "second" not in name}
     lines = result.stderr.strip().splitlines()
     assert (result.exit_code, len(lines)) == (2, 1), result.output
@@ -95,12 +95,12 @@ def summary(folder: Path, to: Path) -> tuple[int, Any]:
 
 
 def compared(content: dict[str, bytes]) -> dict[str, Any]:
-    """Files without what was set aside; run.json by what it says, for its spaces mean nothing."""
+    """The content of files. run.json is parsed because its whitespace may differ."""
     return {name: json.loads(each) if name == "run.json" else each for name, each in content.items()}
 
 
 def files_of(out: Path) -> dict[str, bytes]:
-    """The files of a job but what was set aside, and locks."""
+    """The files of a job, without locks and files that were set aside."""
     return {
         path.name: path.read_bytes()
         for path in sorted(out.iterdir())
@@ -109,7 +109,7 @@ def files_of(out: Path) -> dict[str, bytes]:
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """With a range of bytes that is flipped, cut out or zeroed; a range is a byte as often as a block or the rest."""
+    """Flip, cut out or zero a random range of bytes: a byte, a block or the rest of the file."""
     while True:
         start = rng.randrange(len(content))
         size = rng.choice([1, 1, rng.randint(1, 64), rng.randint(1, 4096), len(content)])
@@ -141,7 +141,7 @@ def by_index(out: Path) -> list[tuple[Any, ...]]:
 
 
 def answer(ask: Callable[[], Any]) -> Any:
-    """What comes back, or the message of an error that a user may meet."""
+    """The result of `ask`, or the message of its ValueError or OSError."""
     try:
         return ask()
     except (ValueError, OSError) as error:
@@ -149,7 +149,7 @@ def answer(ask: Callable[[], Any]) -> Any:
 
 
 def check(job: Finished, out: Path, name: str, rng: random.Random, to: Path) -> None:
-    """One damage of a copy, and all who read it."""
+    """Damage one file of a copy, and check every reader."""
     (out / name).write_bytes(damaged(job.files[name], rng))
     for read in (by_iteration, by_key, by_index):
         found = answer(lambda read=read: read(out))
@@ -169,13 +169,13 @@ def check(job: Finished, out: Path, name: str, rng: random.Random, to: Path) -> 
         assert name in said[0]
         folder = out / f"{Path(name).stem}.damaged"
         assert (folder / name).exists()
-        # Both files of the shard, or one.
+        # The shard has one file or two.
         assert {path.name for path in folder.iterdir()} == {each for each in job.files if Path(each).stem == name[:10]}
     assert by_iteration(out) == job.rows
 
 
 def damages(finished: dict[str, Finished], folder: Path, count: int, seed: int) -> None:
-    """So many of all files in turn."""
+    """Check `count` damages, of all files in turn."""
     all_files = [(store, name) for store in STORES for name in finished[store].files]
     for number in range(count):
         store, name = all_files[number % len(all_files)]
@@ -200,7 +200,7 @@ def test_no_damage_of_a_thousand_goes_unseen(finished: dict[str, Finished], tmp_
 
 
 def test_every_byte_of_a_shard_is_under_a_checksum(job: Finished, tmp_path: Path) -> None:
-    """The first, the last, and those between the columns, which no reader reads."""
+    """The first and last byte, and the bytes between columns, which no reader reads."""
     out = job.copy(tmp_path / "out")
     for name in (name for name in job.files if name.startswith("part-00000")):
         content = job.files[name]
@@ -214,7 +214,7 @@ def test_every_byte_of_a_shard_is_under_a_checksum(job: Finished, tmp_path: Path
 
 
 def test_another_shard_in_a_shards_place_is_found(job: Finished, tmp_path: Path) -> None:
-    """One of as many rows, so that only what it says of itself tells."""
+    """The other shard has the same number of rows, so only its metadata shows the difference."""
     out = job.copy(tmp_path / "out")
     for path in out.glob("part-00001.*"):
         shutil.copy(path, out / f"part-00000{path.suffix}")
@@ -268,7 +268,7 @@ def test_a_newer_format_is_refused_and_nothing_is_touched(job: Finished, tmp_pat
 
 
 def extract(job: Finished, out: Path, *more: object) -> list[object]:
-    """The command line that made a job."""
+    """The arguments of the command that made a job."""
     how = ["--model", "demo", "--method", "cls"] if job.made.recipe.store == "map" else ["--store", "full"]
     most = ["--max-pixels", job.made.recipe.max_pixels, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
     return ["extract", job.made.recipe.source, "--out", out, *how, *most, "--model", "demo", *more]
@@ -285,7 +285,7 @@ def extract(job: Finished, out: Path, *more: object) -> list[object]:
     ],
 )
 def test_a_second_file_of_a_shard_is_none(finished: dict[str, Finished], tmp_path: Path, name: str) -> None:
-    """Under another name of its number, or beyond the job's last: its rows would be there twice."""
+    """A file with another spelling of the number, or a number after the last shard, would duplicate rows."""
     job = finished["map"]
     out = job.copy(tmp_path / "out")
     shutil.copy(out / "part-00001.parquet", out / name)
@@ -307,7 +307,7 @@ def test_a_folder_whose_only_shard_is_none_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["file", "link", "folder"])
 def test_what_was_set_aside_gives_way(finished: dict[str, Finished], tmp_path: Path, how: str) -> None:
-    """To what is set aside now; what a link leads to stays."""
+    """Files that are set aside replace older ones. The target of a link is not changed."""
     job = finished["map"]
     out = job.copy(tmp_path / "out")
     aside, elsewhere = out / "part-00000.damaged", tmp_path / "elsewhere"
@@ -370,7 +370,7 @@ def test_an_edited_run_json_is_one_line(finished: dict[str, Finished], tmp_path:
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("name", FIELDS[2:])
 def test_so_is_one_with_a_new_checksum(finished: dict[str, Finished], tmp_path: Path, name: str, value: str) -> None:
-    """Somebody who knows how to make it: what the rows are is then not for run.json alone to say."""
+    """A changed field with a valid checksum of run.json is found, or the rows do not depend on it."""
     job = finished["map"]
     out = job.copy(tmp_path / "out")
     planned = read_run(out)
@@ -398,7 +398,7 @@ def test_any_other_run_json_is_one_line(finished: dict[str, Finished], tmp_path:
 def test_verify_reads_what_is_otherwise_too_much(
     job: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of large jobs the footers and sizes are checked; here any job is large."""
+    """Without --verify only footers and sizes of large jobs are checked. Here every job counts as large."""
     monkeypatch.setattr("attnx.jobs.run._VERIFIED", 0)
     out = job.copy(tmp_path / "out")
     name = "part-00001.parquet" if job.made.recipe.store == "map" else "part-00001.safetensors"
@@ -433,7 +433,7 @@ def test_a_cut_file_is_found_without_verify(job: Finished, tmp_path: Path, monke
 
 
 def test_other_readers_read_the_shards(job: Finished) -> None:
-    """With the checksums of pages, which they may check."""
+    """Other readers can verify the page checksums."""
     wanted = [row[0] for row in job.rows]
     paths = sorted(str(path) for path in job.out.glob("part-*.parquet"))
     checked = [pq.read_table(path, page_checksum_verification=True) for path in paths]
@@ -448,7 +448,7 @@ def test_other_readers_read_the_shards(job: Finished) -> None:
 
 
 def test_pages_have_checksums_of_their_own(finished: dict[str, Finished], tmp_path: Path) -> None:
-    """Other readers than ours find the damage, too."""
+    """Readers other than ours find the damage, too."""
     job = finished["map"]
     path = tmp_path / FIRST
     column = Part(job.out / FIRST).metadata.row_group(0).column(2)
@@ -464,7 +464,7 @@ def test_pages_have_checksums_of_their_own(finished: dict[str, Finished], tmp_pa
 def test_what_is_no_file_is_an_error_at_once(
     finished: dict[str, Finished], tmp_path: Path, name: str, replace: Callable[[Path], None]
 ) -> None:
-    """A pipe would keep a reader waiting."""
+    """A pipe would block a reader."""
     job = finished["full"]
     out = job.copy(tmp_path / "out")
     (out / name).unlink()
@@ -474,7 +474,7 @@ def test_what_is_no_file_is_an_error_at_once(
         with pytest.raises((ValueError, OSError), match=name):
             read(out)
     if name != "part-00000.safetensors":
-        # Of whole maps, the summary reads the rows alone.
+        # For whole maps, the summary reads only the rows.
         assert name in fails("summary", out, "--out", tmp_path / "summary")
     result = run(*extract(job, out))
     if name == FIRST:
@@ -487,14 +487,14 @@ def test_what_is_no_file_is_an_error_at_once(
 
 
 def read_again_and_again(part: Part, want: int) -> None:
-    """In a forked process, whose files share their positions with those of the others."""
+    """Read in a forked process, whose files share their positions with those of the other processes."""
     for _ in range(100):
         part._checked.clear()
         assert part.table().num_rows == want
 
 
 def test_forked_processes_read_the_same_shard(finished: dict[str, Finished]) -> None:
-    """As the workers of a DataLoader do."""
+    """The workers of a DataLoader do this."""
     part = Part(finished["map"].out / FIRST)
     context = multiprocessing.get_context("fork")
     readers = [context.Process(target=read_again_and_again, args=(part, part.rows)) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""A decoder's memory is bounded by max_pixels: what wants more is its row's error, and the process goes on."""
+"""max_pixels bounds a decoder's memory. An image that needs more is an error row, and the process continues."""
 
 import multiprocessing
 import sys
@@ -21,7 +21,7 @@ PIXELS = Pixels("timm", (32, 32), (0.0,) * 3, (1.0,) * 3, "bilinear", 0.8)
 
 
 class Hungry(Files):
-    """Reads files; for one of them it wants 64 GiB of addresses."""
+    """Reads files. For one of them it allocates 64 GiB of address space."""
 
     def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
         if entry.key == "001.jpg":

@@ -55,7 +55,7 @@ def test_a_scene_is_its_seed() -> None:
         assert 0 <= x0 < x1 <= 96
         assert 0 <= y0 < y1 <= 96
         assert 0 <= scene.label < len(CLASSES)
-        # The target is the only saturated thing, and the box holds it.
+        # The target is the only saturated object, and the box contains it.
         saturation = np.ptp(scene.image.astype(int), axis=2)
         inside = saturation[y0:y1, x0:x1].max()
         outside = saturation.copy()

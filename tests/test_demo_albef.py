@@ -1,4 +1,4 @@
-"""The bundled pair of words and pictures, on captioned scenes that neither training nor `attnx demo` has drawn."""
+"""The bundled ALBEF on captioned scenes that neither training nor `attnx demo` has drawn."""
 
 import itertools
 import os
@@ -41,11 +41,11 @@ def test_captions_are_true_and_boxes_hold_what_they_name() -> None:
         assert first == f"{tuple(COLORS)[color]} {SHAPES[shape]}"
         assert second == f"{tuple(COLORS)[color2]} {SHAPES[shape2]}"
         assert scene.caption == f"a {first} {RELATIONS[relation]} a {second}"
-        # The boxes' sides face each other as the caption says.
+        # The positions of the boxes match the relation in the caption.
         gaps = {"left of": box2[0] - box[2], "right of": box[0] - box2[2]}
         gaps |= {"above": box2[1] - box[3], "below": box[1] - box2[3]}
         assert max(gaps, key=lambda name: gaps[name]) == RELATIONS[relation]
-        # Nothing outside of the boxes is saturated, and inside each its colour is.
+        # Only pixels in the boxes are saturated, and each box contains its colour.
         outside = np.ptp(scene.image.astype(int), axis=2)
         for (x0, y0, x1, y1), index in ((box, color), (box2, color2)):
             assert 0 <= x0 < x1 <= 96
@@ -70,7 +70,7 @@ def test_a_scene_without_an_object_is_otherwise_the_same() -> None:
 
 
 def test_phrases_hold_of_shown_objects_only() -> None:
-    """A red circle and a blue star: every phrase, said of what is shown."""
+    """Checks every phrase on a scene of a red circle and a blue star, for each set of shown objects."""
     (red, blue), (circle, star) = map(list(COLORS).index, ("red", "blue")), map(SHAPES.index, ("circle", "star"))
     true = {"a red circle", "a red", "a circle"}, {"a blue star", "a blue", "a star"}
     said = torch.cartesian_prod(torch.arange(len(COLORS) + 1), torch.arange(len(SHAPES) + 1))[:-1]
@@ -95,7 +95,7 @@ def test_words_point_at_what_they_name(pointing: Pointing) -> None:
 
 
 def test_the_pair_knows_what_belongs_to_what(pointing: Pointing) -> None:
-    """Captions with the objects' colours or shapes exchanged are refused; true ones are not."""
+    """Captions with exchanged colours or shapes are refused; true captions are accepted."""
     model = pair.demo_albef()
     images = pair.prepare([scene.image for scene in pointing.scenes])
     facts = [scene.facts for scene in pointing.scenes]
@@ -119,7 +119,7 @@ def test_the_sheet_has_a_row_for_every_scene(pointing: Pointing) -> None:
 
 @pytest.mark.long
 def test_training_writes_weights(tmp_path: Path) -> None:
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # sums of two threads depend on which comes first
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # with two threads the order of sums varies
     few = "--steps 3 --scenes 60 --batch-size 8 --held-out 4"
     runs = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
     for out in runs:

@@ -52,12 +52,12 @@ MORE_NAMES = {
 
 
 def name_of(page: Path) -> str:
-    """The path below the checkout, the name of a test."""
+    """The path relative to the checkout, used as the name of a test."""
     return str(page.relative_to(ROOT))
 
 
 def run_python(example: Any) -> None:
-    """Runs a block in the namespace of its page, or only compiles it."""
+    """Run a block in the namespace of its page, or only compile it."""
     if example.parsed.lstrip().startswith(COMPILED_ONLY):
         compile(pad(example.parsed, example.line + example.parsed.line_offset), example.path, "exec")
     else:
@@ -78,7 +78,7 @@ def arguments(words: list[str]) -> list[str] | None:
 
 
 def check_options(words: list[str]) -> None:
-    """Fails unless the command exists and has every option that the line names."""
+    """Fail unless the command exists and has every option of the line."""
     given = arguments(words)
     if given is None:
         return
@@ -92,7 +92,7 @@ def check_options(words: list[str]) -> None:
 
 
 def run_bash(example: Any) -> None:
-    """Checks the options of a block, and runs its attnx commands unless the block is marked."""
+    """Check the options of a block, and run its attnx commands unless the block is marked."""
     skipped = example.parsed.lstrip().startswith(NOT_RUN)
     for words in commands(example.parsed):
         check_options(words)
@@ -106,7 +106,7 @@ def run_bash(example: Any) -> None:
 
 
 def environment() -> dict[str, str]:
-    """For a command of a page: this checkout, no network, no GPU."""
+    """The environment of a command: this checkout, no network, no GPU."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return kept | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
@@ -114,7 +114,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder of a page: photos/ and captions.csv; without a network."""
+    """The working folder of a page, with photos/ and captions.csv. The network is disabled."""
     lines = ["path,caption"]
     for i, name in enumerate(PHOTOS):
         path = tmp_path / "photos" / name
@@ -152,7 +152,7 @@ def test_the_snippets_of_a_page_run(page: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_no_snippet_escapes_the_test(page: Path) -> None:
-    """Blocks are marked exactly ```python or ```bash: other spellings would not run."""
+    """Blocks start with exactly ```python or ```bash, because blocks with other spellings would not run."""
     marks = re.findall(r"^[ \t]*```+[ \t]*(\S.*)$", page.read_text(), re.MULTILINE)
     assert [mark for mark in marks if re.match(r"py|bash|sh|console", mark) and mark not in ("python", "bash")] == []
 

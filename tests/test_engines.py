@@ -1,4 +1,4 @@
-"""Whoever makes the shards, the bytes are the same; who dies costs a shard's time."""
+"""Every engine writes the same bytes; a process that dies costs the time of one shard."""
 
 import contextlib
 import importlib.util
@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
 
 @pytest.fixture(scope="module")
 def whole(made: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The job in this process, in shards of 5."""
+    """The job run in this process, in shards of 5."""
     out = tmp_path_factory.mktemp("whole")
     run(made, out)
     return out
@@ -62,9 +62,9 @@ def run(made: Runtime, out: Path, **options) -> Report:
 
 
 def children(parent: int, of: str) -> list[int]:
-    """The processes below one whose command line has a word, by /proc."""
+    """The descendants of a process whose command line contains a word, read from /proc."""
     found = []
-    # They come and go meanwhile.
+    # Processes start and end during the search.
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{parent}/task").iterdir():
             for child in map(int, (task / "children").read_text().split()):
@@ -74,7 +74,7 @@ def children(parent: int, of: str) -> list[int]:
 
 
 def alive(process: int) -> bool:
-    """And no zombie, which has no command line."""
+    """True if the process runs. A zombie has no command line."""
     with contextlib.suppress(OSError):
         return bool(Path(f"/proc/{process}/cmdline").read_bytes())
     return False
@@ -93,7 +93,7 @@ class KillOnce:
 
 
 def block(part: Path) -> Callable[[int, int], None]:
-    """A progress that puts a folder in a shard's place when the job begins, so that the shard can't be written."""
+    """A progress callback that creates a folder at a shard's path, so that the shard can't be written."""
 
     def progress(done: int, total: int) -> None:
         (part / "full").mkdir(parents=True, exist_ok=True)
@@ -121,13 +121,13 @@ def test_a_process_for_each_device_and_one_that_is_killed_costs_a_shard(
     report = run(made, tmp_path, **TWO, progress=progress, say=said.append)
     assert files(tmp_path) == files(whole)
     assert (report.maps, report.errors, report.makers, report.set_aside) == (39, 1, 2, {})
-    # Less a shard, if it was killed between writing it and saying so: only its failed rows were done again.
+    # One shard less if the process was killed after writing it: then only its failed rows are done again.
     assert 35 <= report.made <= 40
     assert (told[0], told[-1]) == ((0, 40), (report.made, 40))
     assert report.stages.model > 0
     assert report.stages.decoding > 0
     assert kill.killed
-    # Nothing is said if the process was killed between two shards.
+    # There is no message if the process was killed between two shards.
     assert len(said) <= 1
     for text in said:
         assert "failed and is tried again: its process ended with SIGKILL" in text
@@ -153,7 +153,7 @@ def test_a_device_that_fails_is_left_to_the_others(made: Runtime, whole: Path, t
 
 @pytest.mark.long
 def test_a_shard_that_can_not_be_made_is_set_aside(made: Runtime, whole: Path, tmp_path: Path) -> None:
-    """A folder stands where its file should be."""
+    """A folder exists at the path of the shard's file."""
     said: list[str] = []
     report = run(made, tmp_path, **TWO, say=said.append, tries=1, progress=block(tmp_path / "part-00002.parquet"))
     assert (list(report.set_aside), report.maps, report.errors) == ([2], 35, 0)
@@ -201,14 +201,14 @@ def test_a_run_that_is_killed_takes_its_processes_with_it(made: Runtime, whole: 
         below, writers = children(process.pid, "python"), children(process.pid, "engines.local")
         process.kill()
     assert len(writers) == 2
-    # Whoever gets the lock knows that nobody writes any more.
+    # A process that holds the lock is the only writer.
     with writing(out):
         assert not any(map(alive, writers))
     whole_job = tools(pictures)
     with opened(whole_job, out) as job:
         run_job(whole_job, job, RunOptions(workers=0))
     assert [row.key for row in attnx.open(out)] == [f"{i:03d}.jpg" for i in range(120)]
-    # Decoders see for themselves that nobody listens.
+    # Decoders end by themselves when their parent has died.
     until = time.monotonic() + 30
     while any(map(alive, below)) and time.monotonic() < until:
         time.sleep(0.1)
@@ -218,7 +218,7 @@ def test_a_run_that_is_killed_takes_its_processes_with_it(made: Runtime, whole: 
 
 @pytest.mark.long
 def test_ranks_share_a_job(made: Runtime, whole: Path, tmp_path: Path) -> None:
-    """At once, each of which would plan."""
+    """Ranks start at the same time, and each could plan the job."""
     command = [sys.executable, "-m", "attnx", "extract", made.recipe.source, "--out"]
     command += [str(tmp_path), "--device", "cpu", "--method", "cls", "--shard-size", "5", "--batch-size", "4"]
     command += ["--engine", "ranks"]
@@ -230,7 +230,7 @@ def test_ranks_share_a_job(made: Runtime, whole: Path, tmp_path: Path) -> None:
         for rank in range(2)
     ]  # fmt: skip
     told = [rank.communicate(timeout=200) for rank in ranks]
-    # 010.jpg is of shard 2.
+    # 010.jpg is in shard 2.
     assert [rank.returncode for rank in ranks] == [1, 0], told
     assert "rank 0 of 2: maps of 19 images in" in told[0][0]
     assert "rank 1 of 2: maps of 20 images in" in told[1][0]
@@ -300,10 +300,10 @@ def test_a_rank_that_nothing_says_is_refused() -> None:
 
 @pytest.mark.long
 def test_actors_of_a_cluster(ray, made: Runtime, whole: Path, tmp_path: Path) -> None:
-    """One of which is killed, and costs a shard's time; and one shard can't be made, for a folder is in its place."""
+    """One actor is killed, and one shard can't be made because a folder is at its path."""
     said: list[str] = []
     blocked = block(tmp_path / "part-00006.parquet")
-    # Not our child, but one of the cluster's.
+    # The actor is a child of the cluster, not of this process.
     kill = KillOnce(lambda: os.kill(children(1, "ray::ShardActor")[0], signal.SIGKILL))
 
     def progress(done: int, total: int) -> None:
@@ -318,7 +318,7 @@ def test_actors_of_a_cluster(ray, made: Runtime, whole: Path, tmp_path: Path) ->
     assert report.stages.model > 0
     assert kill.killed
     assert sum("Is a directory" in text for text in said) == 2
-    # Besides, on a busy machine, that an actor waits for room.
+    # A busy machine adds messages about actors that wait for resources.
     assert len([text for text in said if "wait for resources" not in text]) == 3
     assert not list(tmp_path.glob(".part*"))
 

@@ -1,4 +1,4 @@
-"""What a job stands in may go: the source, the output, room on a disk, locks. That ends a run, and costs no row."""
+"""Loss of the source, the output, disk space or locks ends a run and makes no error rows."""
 
 import errno
 import fcntl
@@ -60,7 +60,7 @@ def extract(source: str | Path, out: Path, *more: object) -> Result:
 
 
 def once(act: Callable[[], object]) -> Callable[[int, int], None]:
-    """A progress that acts after the first shard."""
+    """A progress callback that calls `act` after the first shard."""
     left = [act]
 
     def progress(done: int, total: int) -> None:
@@ -71,7 +71,7 @@ def once(act: Callable[[], object]) -> Callable[[int, int], None]:
 
 
 def between_shards(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """The same, of a command."""
+    """Call `act` after the first shard of a command."""
     progress, count = once(act), Log.progress
 
     def both(self: Log, done: int, total: int) -> None:
@@ -114,7 +114,7 @@ def test_a_command_whose_source_vanishes_ends_with_2(
 
 
 def test_pictures_that_can_not_be_read_are_their_rows_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One was deleted, another belongs to somebody else; the source is there."""
+    """One picture is deleted and one is not readable. The source itself exists."""
     pictures, out = draw(tmp_path / "pictures", 20), tmp_path / "out"
     made_with = tools(pictures)
     with opened(made_with, out, 5):
@@ -138,7 +138,7 @@ def test_pictures_that_can_not_be_read_are_their_rows_errors(tmp_path: Path, mon
 
 
 def test_a_source_in_which_nothing_can_be_read_is_not_reached(tmp_path: Path) -> None:
-    """An empty mount point, at the first shard: no row was readable before."""
+    """The source is an empty mount point from the first shard on, so no row was ever readable."""
     pictures, out = draw(tmp_path / "pictures", 20), tmp_path / "out"
     made_with = tools(pictures)
     with opened(made_with, out, 5):
@@ -152,13 +152,13 @@ def test_a_source_in_which_nothing_can_be_read_is_not_reached(tmp_path: Path) ->
 
 
 def caused(error: Exception, by: Exception, name: str = "__cause__") -> Exception:
-    """As it is caught."""
+    """The error with its cause set, as if it was caught."""
     setattr(error, name, by)
     return error
 
 
 class HubError(Exception):
-    """As of libraries that read from a hub: the code is the response's."""
+    """An error as in libraries that read from a hub: the response has the status code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -218,7 +218,7 @@ def test_a_source_is_reached_if_what_could_be_read_still_can(tmp_path: Path) -> 
 
 
 def test_of_several_folders_the_one_that_fails_is_looked_at(tmp_path: Path) -> None:
-    """A share may be mounted below the source; and a folder that is done may be removed."""
+    """A share may be mounted below the source, and a folder that is done may be removed."""
     for name in ("done", "share"):
         draw(tmp_path / name, 2)
     source = Reachable(tmp_path, Files(tmp_path))
@@ -242,7 +242,7 @@ def test_another_device_at_the_sources_place_is_told(tmp_path: Path, monkeypatch
 
 
 def test_a_source_that_never_answers_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a hard mount, whose server is gone."""
+    """A hard mount without its server blocks like this."""
     monkeypatch.setattr(reachable, "_PATIENCE", 0.3)
     end = threading.Event()
 
@@ -262,7 +262,7 @@ def test_an_output_that_is_removed_ends_the_run_and_is_not_made_anew(
     made: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    # At once, as nobody who removes it file by file can.
+    # The folder is renamed, so that all files vanish at the same time.
     between_shards(monkeypatch, lambda: out.rename(tmp_path / "removed"))
     result = extract(made.recipe.source, out)
     assert result.exit_code == 2, result.output
@@ -342,7 +342,7 @@ def test_a_processor_that_can_not_be_loaded_is_told_before_there_is_a_job(made: 
 
 
 def test_a_tar_that_can_not_be_read_ends_the_planning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its samples would be missing from the plan for good."""
+    """Otherwise its samples would be missing from the plan permanently."""
     path = tmp_path / "tars" / "a.tar"
     path.parent.mkdir()
     with tarfile.open(path, "w") as tar:

@@ -1,4 +1,4 @@
-"""Calls that everybody makes: each gives what its words say, or one clear line."""
+"""Common calls: each returns the documented result or raises a clear one-line error."""
 
 from pathlib import Path
 

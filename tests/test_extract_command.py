@@ -1,4 +1,4 @@
-"""attnx extract as a user meets it: what it says, resumes, refuses and records."""
+"""attnx extract: its messages, resuming, refusals and records."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def test_run_again_it_goes_on(photos: Path, tmp_path: Path) -> None:
 
 
 def test_timms_pixels_unless_others_are_asked_for(tmp_path: Path) -> None:
-    """And the part of the picture that they show."""
+    """The crop that the pixels show is recorded, too."""
     import timm
     from timm.data import create_transform, resolve_model_data_config
 

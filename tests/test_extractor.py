@@ -1,4 +1,4 @@
-"""`Extractor`: the maps of capture and method, from as little of the model as they need; the model left as it was."""
+"""`Extractor`: its maps equal those of capture and method, it runs only the needed layers, and restores the model."""
 
 import gc
 import mmap
@@ -20,7 +20,7 @@ TINY = {"embed_dim": 48, "depth": 4, "num_heads": 3}
 
 
 def stirred(model: nn.Module) -> nn.Module:
-    """In eval mode, its weights far enough from zero that rows of attention are not nearly even."""
+    """The model in eval mode, with random noise on its weights so that attention is not nearly uniform."""
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
@@ -45,7 +45,7 @@ def pictures(count: int = 3, size: int = 48) -> Tensor:
 
 
 def by_capture(model: nn.Module, images: Tensor, method: str = "rollout", heads: str = "mean", **options) -> Tensor:
-    """The definition: a capture of the whole pass, then the method."""
+    """The reference: capture the whole forward pass, then apply the method."""
     with torch.no_grad(), attnx.capture(model, heads=heads, keep="map") as trace:
         model(images)
     if method == "rollout":
@@ -54,7 +54,7 @@ def by_capture(model: nn.Module, images: Tensor, method: str = "rollout", heads:
 
 
 def check(model: nn.Module, images: Tensor, method: str = "rollout", **options) -> Extractor:
-    """Compares the first call (a trial, then the plan) and the second (the plan) with the definition."""
+    """Compare the first call (a trial, then the plan) and the second call (the plan) with `by_capture`."""
     before = state(model)
     extract = Extractor(model, method, **options)
     want = by_capture(model, images, method, **{k: v for k, v in options.items() if k != "keep"})
@@ -65,7 +65,7 @@ def check(model: nn.Module, images: Tensor, method: str = "rollout", **options) 
 
 
 def state(model: nn.Module) -> list[tuple[object, ...]]:
-    """What a call could leave behind: names in instances, hooks, flags."""
+    """The state that a call could change: instance attributes, hooks and flags."""
     left = []
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -165,7 +165,7 @@ def test_nothing_runs_that_the_answer_does_not_need() -> None:
         # (The hooks on the projection keep it from being split.)
         after = {"", "blocks.3.attn", "blocks.3.attn.proj", "blocks.3.norm2", "blocks.3.mlp", "norm", "head"}
         assert not after & set(names)
-    # A depth in the middle: nothing above it.
+    # With a depth in the middle, no layer above it runs.
     extract = Extractor(model, "cls", layers=1)
     extract(images)
     names = ran(model, extract, images)
@@ -190,7 +190,7 @@ def test_only_what_is_kept_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     extract = Extractor(model, "cls")
     extract(images)
     monkeypatch.setattr(kept, "attention", None)
-    extract(images)  # no map but the last layer's row; the layers before attend as they always do
+    extract(images)  # only the last layer's row is computed; earlier layers attend without a map
 
 
 def test_no_mode_is_on_and_no_module_has_hooks_where_blocks_are_known() -> None:
@@ -211,7 +211,7 @@ def test_no_mode_is_on_and_no_module_has_hooks_where_blocks_are_known() -> None:
 
 
 class Hidden(nn.Module):
-    """A block that calls SDPA where nobody can bind it: in a helper."""
+    """A block that calls SDPA in a helper function, where it cannot be bound."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ def test_unknown_blocks_are_listened_to_and_left_as_early() -> None:
     extract = check(model, images)
     assert not extract.plan.bound
     assert "the whole model is intercepted" in str(extract.plan)
-    assert extract.plan.split is None  # who knows what its projections mean
+    assert extract.plan.split is None  # the roles of its projections are unknown
     assert not {"head", "blocks.2"} & set(ran(model, extract, images))
 
 
@@ -267,7 +267,7 @@ def test_a_projection_that_does_more_is_not_split() -> None:
         extract = check(Stack(block(), block()).eval(), pictures())
         assert extract.plan.split is None
         assert extract.plan.row == 0
-    # One that is known, with something put around its linear map after the plan was made.
+    # A known block whose linear layer is wrapped after the plan was made.
     model = vit()
     extract = check(model, pictures())
     assert extract.plan.split is not None
@@ -279,7 +279,7 @@ def test_a_projection_that_does_more_is_not_split() -> None:
 def test_the_plan_is_a_table() -> None:
     model = vit(depth=3)
     extract = Extractor(model, start=1)
-    plan = extract.plan  # made from an image of the size that the model says
+    plan = extract.plan  # made from an image of the model's own size
     assert [step.layer for step in plan.steps] == [f"blocks.{i}.attn" for i in range(3)]
     assert [step.nbytes for step in plan.steps] == [0, 4 * 10 * 10, 4 * 10]
     assert plan.nbytes == 440
@@ -314,7 +314,7 @@ def test_images_of_other_sizes() -> None:
 
 
 def test_what_was_given_is_not_written_over() -> None:
-    """Maps of one call lie where those of the last one lay: nothing that was given may lie there too."""
+    """Memory of the last call is reused, but maps that were returned are never overwritten."""
     model = vit()
     for method, options in (("rollout", {}), ("rollout", {"rows": "all"}), ("cls", {}), ("layers", {})):
         extract = Extractor(model, method, **options)
@@ -335,7 +335,7 @@ def test_memory_is_used_again_and_no_trace_is_held(monkeypatch: pytest.MonkeyPat
     extract(pictures(2))
     free = map_pool.free_bytes()
     assert free > 0
-    # No new pages are made, and none are held by a trace.
+    # No new pages are allocated, and no trace holds any.
     extract(pictures(2))
     assert map_pool.free_bytes() == free
     want = by_capture(extract.model, pictures(1))
@@ -362,7 +362,7 @@ def test_an_error_in_the_model_leaves_nothing_behind() -> None:
 
 
 class Twice(nn.Module):
-    """Attends twice; and one of its calls is where its code does not show it."""
+    """A block that attends twice. One of the calls is in a helper function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -379,7 +379,7 @@ def test_blocks_that_attend_twice_and_calls_that_binding_misses() -> None:
     model, images = Stack(Twice(), Twice()).eval(), pictures()
     extract = check(model, images, "cls", layers="blocks.1")
     assert extract.plan.last == "blocks.1#2"
-    assert not extract.plan.bound  # found out on the way
+    assert not extract.plan.bound  # the second call is found during the pass
     check(model, images, "layers")
 
 
@@ -600,7 +600,7 @@ def test_a_plan_says_why() -> None:
 
 
 def test_a_rollout_never_skips_a_layer() -> None:
-    """Block 1 of 3 computes its own softmax: a rollout of blocks 0 and 2 would be another number."""
+    """Block 1 of 3 is unfused. A rollout of blocks 0 and 2 alone would give wrong values."""
 
     class OwnSoftmaxAttention(nn.Module):
         def __init__(self, block: nn.Module) -> None:

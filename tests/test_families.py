@@ -34,7 +34,7 @@ NEWEST = Version(version("transformers")) >= Version("5.24") and Version(version
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor in an output, whatever it is wrapped in."""
+    """Every floating-point tensor in an output, at any level of nesting."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
@@ -47,7 +47,7 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 def built(name: str) -> tuple[nn.Module, Callable[[], Any], Tensor | None]:
-    """The model, its call, and its images if they are all that it is called with."""
+    """The model, its call, and its images if they are the only argument of the call."""
     family = FAMILIES[name]
     if getattr(family, "needs", None):
         pytest.importorskip(family.needs)
@@ -90,7 +90,7 @@ def test_a_capture_leaves_the_output(name: str) -> None:
         assert_same(call(), plain)
         if images is not None and captured:
             for method in ("rollout", "cls"):
-                # Many families have none; the model is left as it was all the same.
+                # Many families have none. The model must be restored in this case, too.
                 with suppress(ValueError, RuntimeError):
                     attnx.Extractor(model, method=method)(images)
                 assert_same(call(), plain)

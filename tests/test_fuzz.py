@@ -1,4 +1,4 @@
-"""Whatever the command line, there is an answer: a result, or one line that says what was wrong."""
+"""Every command line gives a result or a one-line error message."""
 
 import os
 import random
@@ -76,17 +76,17 @@ ARGUMENTS = {
     "extract": ["pictures"], "words": ["pictures/000.jpg", "a red circle"], "show": ["pictures/000.jpg"],
     "summary": ["job"], "kernels": [], "demo": [],
 }  # fmt: skip
-# A job's first lines, and what torch logs when it imports packages beside ours.
+# The first lines of a job, and messages that torch logs when it imports other packages.
 NOTICES = re.compile(r"attnx: (no --model|model |caption: )|[WE]\d{4} .*torch/")
 
 
 class TooLongError(BaseException):
-    """A command hangs. No Exception, so that no command answers it."""
+    """A command hangs. Not an Exception, so that no command catches it."""
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: two pictures, a finished job, and what is no file of pictures."""
+    """The current folder, with two pictures, a finished job, and files that are not pictures."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in (
         "ATTNX_TRACEBACK",
@@ -112,7 +112,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Inside, a command that takes too long is an error of the test's."""
+    """Raise TooLongError if the block takes more than SECONDS."""
 
     def stop(number: int, frame: object) -> None:
         raise TooLongError
@@ -127,7 +127,7 @@ def limited() -> Iterator[None]:
 
 
 def command_line(rng: random.Random) -> list[str]:
-    """A random one. Half of them have one or two options, which then decide."""
+    """A random command line. About half have one or two options, so that each option is tested alone."""
     command = rng.choice(["extract", "extract", "words", "words", "show", "summary", "summary", "kernels", "demo"])
     known, more = OPTIONS[command], []
     for _ in range(rng.choice([0, 1, 1, 2, 2, 4, 8])):
@@ -151,7 +151,7 @@ def command_line(rng: random.Random) -> list[str]:
     rng.shuffle(parts)
     line = [command, *parts[0], *parts[1]]
     if command in ("kernels", "demo"):
-        # Minutes of work otherwise. It is read before any other option.
+        # These commands take minutes. --help is read before any other option.
         return [command, "--help", *line[1:]]
     last = [] if "--model" in more else ["--model", rng.choice(MODELS) if rng.random() < 0.15 else "demo"]
     last += ["--device", "cpu"] if rng.random() < 0.8 else []
@@ -164,7 +164,7 @@ def command_line(rng: random.Random) -> list[str]:
 
 
 def answered(line: list[str]) -> None:
-    """Runs a command line, and checks that it is answered."""
+    """Run a command line, and check its exit code and messages."""
     with limited():
         result = CliRunner().invoke(app, line)
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
@@ -178,7 +178,7 @@ def answered(line: list[str]) -> None:
 
 
 def fuzz(here: Path, count: int, seed: int) -> None:
-    """So many random command lines."""
+    """Run `count` random command lines."""
     for number in range(count):
         line = command_line(random.Random(f"{seed} {number}"))
         try:

@@ -1,4 +1,4 @@
-"""Gradients of the op's output: those of SDPA. The map has none."""
+"""Gradients of the op's output equal SDPA's. The map has no gradient."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ CASES = (
 
 
 def gradients(call, inputs, dtype):
-    """Of q, k, v and a float bias, for one fixed gradient of the output."""
+    """Gradients of q, k, v and a float bias, for one fixed gradient of the output."""
     leaves = [t.detach().to(dtype).requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs]
     out = call(*leaves)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_gradcheck(case, device):
     q, k, v, bias = random_inputs(case, device=device)
     leaves = [t.double().requires_grad_() for t in (q, k, v)]
     if case.bias:
-        # A difference quotient at minus infinity is none.
+        # Finite differences are not defined at minus infinity.
         leaves.append(bias.masked_fill(bias == -torch.inf, 0.0).double().requires_grad_())
 
     def out(q, k, v, added=None):

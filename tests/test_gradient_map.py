@@ -33,7 +33,7 @@ def test_is_autograds(case, backend, clamp, poisoned):
 
 
 def test_the_clamp_comes_before_the_heads_are_fused():
-    # Two heads whose products cancel: their clamped mean is what is left of one.
+    # The products of the two heads cancel without the clamp. With it, only the positive one remains.
     q = torch.zeros(1, 2, 1, 4)
     v = torch.ones(1, 2, 1, 4)
     grad = torch.tensor([1.0, -1.0]).view(1, 2, 1, 1).expand(1, 2, 1, 4).contiguous()
@@ -52,7 +52,7 @@ def test_auto_takes_native_and_eager_what_it_cannot(device):
 @pytest.mark.parametrize("backend", ["eager", "native"])
 @pytest.mark.parametrize("bad", ["grad", "v"])
 def test_what_is_not_finite_is_seen(bad, backend):
-    """A NaN among the gradients spoils its row; one among the values its key, hidden or not, as in autograd."""
+    """As in autograd, a NaN in `grad` makes its row NaN, and a NaN in `v` makes its key NaN, even if masked."""
     case = Case(is_causal=True)
     q, k, v, _ = random_inputs(case)
     grad = random_gradient(case)

@@ -1,4 +1,4 @@
-"""Checkpoints, model folders and vocabularies that lie: each is refused in one short line, and nothing in them runs."""
+"""Malicious checkpoints, model folders and vocabularies give a one-line error, and no code in them runs."""
 
 import json
 import pickle

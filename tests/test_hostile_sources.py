@@ -1,4 +1,4 @@
-"""Sources that were made to do harm: each is an error in one line or one row, soon and in little memory."""
+"""Malicious sources: each gives a one-line error or an error row, quickly and with little memory."""
 
 import io
 import json
@@ -61,7 +61,7 @@ BROKEN = [
     pax(("GNU.sparse.size", "-512"), ("GNU.sparse.map", "0,1")) + member("x.png", b"?"),
     pax(("GNU.sparse.map", "0,x")) + member("x.png", b"?"),
     pax(("GNU.sparse.major", "1"), ("GNU.sparse.minor", "0")) + member("x.png", b"?" * 512),
-    # Records that say they are two bytes long take CPython's parser gigabytes; digits take it hours.
+    # CPython's parser takes gigabytes for records that declare a length of two bytes, and hours for records of digits.
     member("pax", b"2 " * 200_000 + b"=\n", tarfile.XHDTYPE) + member("x.png", b"?"),
     pax(("comment", "1" * 500_000)) + member("x.png", b"?"),
     pax(("a", "b")) * 1000 + member("x.png", b"?"),

@@ -1,4 +1,4 @@
-"""transformers: its own attention functions are kept or answered whole; nothing that a model asks for is dropped."""
+"""transformers: every argument of its attention functions is honoured, or the original function runs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -222,7 +222,7 @@ def test_models_that_call_attnx_themselves_are_heard(heads: str) -> None:
 
 @pytest.mark.parametrize("hidden", [torch.finfo(torch.float32).min, -1e9])
 def test_rows_whose_keys_are_all_hidden_by_finite_numbers(hidden: float) -> None:
-    """SDPA still attends there: its output is the model's, and the map has no weights."""
+    """SDPA still attends in such rows. The model's output is kept, and the map has no weights."""
 
     class Masked(nn.Module):
         def forward(self, q: Tensor, mask: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ def llama() -> nn.Module:
 
 @pytest.mark.parametrize("mask", ["left", "right", "boolean", "float"])
 def test_eager_models_keep_their_masks(mask: str) -> None:
-    """Also where eager attention and SDPA differ: rows that see no key, and boolean masks, which eager adds as 1."""
+    """Eager attention and SDPA differ in rows without keys and for boolean masks, which eager adds as 1."""
     model = llama()
     ids = torch.tensor([[5, 6, 7, 8, 9, 4], [9, 5, 6, 7, 8, 4]])
     masks = {
@@ -279,15 +279,15 @@ def test_a_capture_of_a_model_set_to_eager_leaves_the_output(name: str) -> None:
     if not isinstance(model, transformers.PreTrainedModel):
         pytest.skip("no model of transformers")
     model.set_attn_implementation("eager")
-    # One chooses queries by their scores, the other masks by a threshold: they make ten times as much of rounding, and
-    # torch's own fused attention is as far from float64 as ours.
+    # One selects queries by their scores, the other masks by a threshold. Both amplify rounding errors by ten, and
+    # torch's own fused attention has the same error against float64.
     budget = 1e-3 if name in ("HF Grounding DINO", "HF Mask2Former") else BUDGET
     with torch.no_grad():
         plain = model(**given)
         try:
             with attnx.capture(model):
                 heard = model(**given)
-            # Some versions of Kosmos-2 give eager attention's weights, which nobody asked for.
+            # Some versions of Kosmos-2 return eager attention's weights without being asked.
             unasked = [key for key in plain if key.endswith("attentions") and key not in heard]
             assert_same(heard, {key: plain[key] for key in plain if key not in unasked}, budget)
         except RuntimeError as error:

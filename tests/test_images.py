@@ -1,4 +1,4 @@
-"""Image files as people have them: every way that a file can be odd or broken, made on the spot."""
+"""Unusual and broken image files, written by the tests."""
 
 import io
 import os
@@ -138,7 +138,7 @@ def test_exif_rotated_jpeg(tmp_path):
     exif[ORIENTATION] = 6
     halves().save(tmp_path / "x.jpg", quality=95, exif=exif)
     image = read_image(tmp_path / "x.jpg")
-    # A quarter turn clockwise: what was left is on top.
+    # A quarter turn clockwise moves the left side to the top.
     assert image.size == (32, 64)
     assert near(image.getpixel((0, 0)), RED)
     assert near(image.getpixel((31, 0)), RED)

@@ -1,4 +1,4 @@
-"""Which package may import which: `ORDER` is the plan of the house, from the ground up."""
+"""Imports between packages follow `ORDER`: a module imports only from its own line or earlier ones."""
 
 import ast
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
 
 
 def floor(module: str) -> int:
-    """The line of ORDER that names the module, or the innermost package that it is in."""
+    """The line of ORDER with the module or its innermost listed package."""
     named = {name: i for i, line in enumerate(ORDER) for name in line}
     while module not in named:
         module = module.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""A job is planned once, goes on where it was stopped, and is never two runs' at a time."""
+"""A job is planned once, resumes after it was stopped, and is locked by one run at a time."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ HERE = RunOptions(batch_size=4, workers=0)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    """Of 30 pictures, the tenth and the last of which are cut off."""
+    """The runtime of a job on 30 pictures. Pictures 9 and 29 are truncated."""
     torch.set_num_threads(1)
     return tools(draw(tmp_path_factory.mktemp("pictures"), 30, broken=(10, 29)))
 
@@ -131,7 +131,7 @@ def test_failed_rows_are_done_again_and_no_others(made: Runtime, whole: Path, tm
     assert [name for name in old if old[name] != new[name]] == ["part-00001.parquet", "part-00004.parquet"]
     rows, before = (pq.read_table(parts(folder)).to_pylist() for folder in (out, whole))
     assert [row["key"] for row in rows] == [row["key"] for row in before]
-    # The last one's error names its file, which stands elsewhere.
+    # The last row's error contains the path of its file, which differs.
     assert [i for i in range(29) if rows[i] != before[i]] == [10]
     assert rows[10]["error"] is None
     assert rows[10]["map"] is not None
@@ -160,7 +160,7 @@ def test_keys_that_come_twice_leave_no_job(made: Runtime, tmp_path: Path) -> Non
 
 
 def test_nothing_is_written_outside_the_folder(made: Runtime, tmp_path: Path) -> None:
-    """Keys are data: none of them is part of a path."""
+    """Keys are never used as parts of a path."""
     draw(tmp_path / "pictures", 1)
     hard = ["../../up", "/etc/passwd", "a/b\\c", "ключ-键", "x" * 5000, "nul\0l", "<script>alert(1)</script>"]
     lines = [json.dumps({"path": "pictures/000.jpg", "key": key, "caption": "<b>a & b</b>"}) for key in hard]
@@ -235,7 +235,7 @@ def test_fifty_kills_lose_nothing(made: Runtime, whole: Path, tmp_path: Path) ->
 
 
 def test_an_interrupt_leaves_whole_shards(tmp_path: Path) -> None:
-    """As a user's: of a terminal, which sends it to every process of the command."""
+    """The signal is sent to every process of the command, as a terminal does."""
     pictures, out = draw(tmp_path / "pictures", 300), tmp_path / "out"
     command = [
         sys.executable,

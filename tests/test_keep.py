@@ -1,4 +1,4 @@
-"""keep="qk": what is kept instead of maps, that the same comes out of it, and that memory stays linear."""
+"""keep="qk": the kept tensors, equal results to keep="map", and linear memory."""
 
 import gc
 import subprocess
@@ -29,7 +29,7 @@ def tiny(name: str = "vit_tiny_patch16_224", size: int = 48, **options: object) 
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, **TINY, img_size=size, **options).eval()
     for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p)  # rows of attention that are not nearly even
+        p.data += 0.1 * torch.randn_like(p)  # rows of attention that are not nearly uniform
     return model, torch.randn(2, 3, size, size)
 
 
@@ -40,7 +40,7 @@ def run(model: nn.Module, images: Tensor, **options: object) -> Trace:
 
 
 class Masked(nn.Module):
-    """Three layers of attention over tokens of which the last are padding, and in one head nothing but the first."""
+    """Three attention layers. The last tokens are padding, and one head attends to the first token only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def masked() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def exact_rollout(maps: list[Tensor], residual: float = 0.5) -> Tensor:
-    """[B, N, N] float64, by the definition."""
+    """Rollout [B, N, N] in float64, by its definition."""
     n = maps[0].shape[-1]
     product = torch.eye(n, dtype=torch.float64).expand(len(maps[0]), n, n)
     for f in maps:
@@ -86,7 +86,7 @@ def exact_maps(trace: Trace) -> list[Tensor]:
 
 @pytest.fixture
 def no_map(monkeypatch):
-    """A whole map may not be made: rows of one may."""
+    """Raise an error if a whole map is computed. Rows of a map are allowed."""
     make = kept.attention_map
 
     def spy(*args, **options):
@@ -351,7 +351,7 @@ def test_gradients_flow_and_nothing_of_the_graph_is_kept() -> None:
 
 
 def test_autocast() -> None:
-    """What is kept is what attention saw; autocast touches neither that again nor the chain of rollout."""
+    """The kept q and k have the dtype that attention used. Autocast does not affect them or rollout."""
     model, images = tiny()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for keep in ("qk", "map"):
@@ -496,7 +496,7 @@ def test_only_whole_mean_maps_without_a_mask_are_known_to_be_stochastic() -> Non
 
 
 def test_a_row_of_infinite_scores_takes_no_mass_from_the_others() -> None:
-    """Of q and k nothing is passed on for it; its own token keeps all that reaches it."""
+    """Such a row of q and k passes on nothing: its token keeps all of its mass."""
     try:
         native.kernel(instructions())
     except ImportError as error:

@@ -1,6 +1,6 @@
-"""The cache of the CPU kernel: damaged files, other users, killed compilations, compilers that are broken or new.
+"""The cache of the CPU kernel: damaged files, other users, killed compilations, and broken or new compilers.
 
-Most tests have a compiler that only writes a file: nothing is loaded there.
+Most tests use a fake compiler that only writes a file. Nothing is loaded in these tests.
 """
 
 import fcntl
@@ -39,7 +39,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
-    """A fast one; called, it becomes another version or runs another script."""
+    """A fast fake compiler. The fixture is a function that changes its version or script."""
     path = tmp_path / "compiler"
 
     def write(version="1", script=COMPILER):
@@ -75,7 +75,7 @@ def test_a_damaged_file_is_removed_and_compiled_again(cache, compiler, tmp_path,
 
 
 def test_a_damaged_file_is_never_loaded(cache, compiler, monkeypatch):
-    """Half a library would be a SIGBUS."""
+    """Loading a truncated library would raise SIGBUS."""
     build.compiled("DEFAULT").write_bytes(b"half")
     loaded = []
     monkeypatch.setattr(native, "loaded", lambda path: loaded.append(path.read_text()))
@@ -97,7 +97,7 @@ def test_modes_do_not_depend_on_the_umask(cache, compiler, monkeypatch, umask):
 
 
 def refused(tmp_path, match):
-    """The cache raises; the kernel is one of this process alone, and one warning says why."""
+    """Check that the cache raises, and that the kernel is compiled for this process only, with one warning."""
     with pytest.raises(build.CacheError, match=match):
         build.compiled("DEFAULT")
     with warnings.catch_warnings(record=True) as warned:
@@ -113,7 +113,7 @@ def refused(tmp_path, match):
 
 @pytest.fixture
 def not_loaded(monkeypatch):
-    """What would be loaded, and the mode of its folder."""
+    """Replace loading by the path of the library and the mode of its folder."""
     monkeypatch.setattr(native, "loaded", lambda path: (path, stat.S_IMODE(path.parent.stat().st_mode)))
 
 
@@ -217,7 +217,7 @@ def test_what_killed_compilations_left_is_removed(cache, compiler):
     cache.mkdir(mode=0o700)
     (cache / "tmp-killed").mkdir()
     (cache / "tmp-killed" / "half.so").write_text("half")
-    for name, age in (("tmpearlier", 3600), ("tmpunderway", 0)):  # of a version that has no lock
+    for name, age in (("tmpearlier", 3600), ("tmpunderway", 0)):  # by a version without locks
         (cache / name).mkdir()
         os.utime(cache / name, (time.time() - age,) * 2)
     made = build.compiled("DEFAULT")

@@ -1,4 +1,4 @@
-"""The kernels' own paths: each test proves that its path ran. What they compute is in test_ops.py."""
+"""The kernels' code paths: each test checks that its path ran. Numerical tests are in test_ops.py."""
 
 import itertools
 
@@ -73,7 +73,7 @@ def test_triton_splits_heads_where_processors_would_be_idle(n, heads, count, lau
     [(20, 1, 0), (70, 1, 16), (90, 1, 32), (128, 2, 0), (200, 3, 16), (256, 1, 0), (257, 1, 16), (280, 1, 32)],
 )
 def test_triton_takes_short_rows_in_one_launch(n, parts, tail, launched, monkeypatch, device):
-    # One key head for two: no vendor's attention takes the output away.
+    # One key head for two query heads, so that the vendor's attention is not used for the output.
     inputs = testing.random_inputs(testing.Case(B=2, H=2, Hk=1, M=17, N=n, dtype=torch.float16), device=device)
     on(monkeypatch, processors=1)
     out, amap = attnx.attention(*inputs[:3], backend="triton")
@@ -96,7 +96,7 @@ def test_the_vendor_makes_the_output_where_that_is_faster(launched, monkeypatch,
 
 @pytest.mark.gpu
 def test_launches_are_remembered_by_what_they_were_compiled_for(device):
-    """Vector loads are compiled for pointers that are aligned: others need code of their own, and both are kept."""
+    """Aligned pointers use vector loads; other pointers need separate code. Both launches are cached."""
     room = torch.randn(3, 2 * 2 * 40 * 64 + 1, device=device).bfloat16()
     for offset in (0, 1, 0, 1):
         q, k, v = (t[offset : offset + 2 * 2 * 40 * 64].view(2, 2, 40, 64) for t in room)
@@ -108,7 +108,7 @@ def test_launches_are_remembered_by_what_they_were_compiled_for(device):
 @pytest.mark.triton_kernels
 @pytest.mark.parametrize("n", [20, 300])
 def test_triton_offsets_beyond_32_bits(n, launched, device):
-    """Tokens so far apart that offsets within a tile pass 2^31: only the pages that are used exist."""
+    """Offsets within a tile exceed 2^31. Only the pages that are used are allocated."""
     far = 2**22
     case = testing.Case(B=1, H=2, M=3, N=n, D=16, dtype=torch.float16)
     q, k, v, _ = testing.random_inputs(case, device=device)
@@ -142,7 +142,7 @@ def test_every_split_has_heads_and_no_map_is_of_one(heads):
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: str(t.arch))
 def test_configurations_do_not_look_at_the_length(target):
-    """Beyond one row or many, few tiles or enough, and short rows or long ones."""
+    """Configurations depend on one row or more, few or many tiles, and short or long rows, not on exact lengths."""
     for d, itemsize, bias in itertools.product((32, 64, 80, 128, 256), (2, 4), (False, True)):
         for config in (map_config, vecmat_config):
             assert len({config(d, itemsize, rows, target, bias) for rows in range(17, 20000, 997)}) == 1

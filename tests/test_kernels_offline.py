@@ -71,7 +71,7 @@ print(json.dumps(offline.resources("map_row", launch, target)._asdict()))
 
 
 def test_one_kernel_compiles_and_is_inspected():
-    """The quick one of these tests; the others compile all kernels of a target."""
+    """A quick test. The others compile all kernels of a target."""
     done = python(ONE_KERNEL)
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Functions of single maps: tensors and numpy arrays alike, and attention maps that are taken for pictures."""
+"""Functions of single maps: tensors and numpy arrays, and attention maps passed as pictures."""
 
 import warnings
 
@@ -58,7 +58,7 @@ def test_integers_and_boxes_of_any_dtype():
 
 @pytest.mark.parametrize("make", [np.ones, torch.ones])
 def test_many_patches_in_half_precision(make):
-    # In half precision, a running sum of so many stops growing.
+    # In half precision, a running sum of so many values stops growing.
     maps = make((64, 128), dtype=np.float16 if make is np.ones else torch.float16)
     assert attnx.mass_mask(maps, 0.25).sum() == pytest.approx(2048, abs=1)
 

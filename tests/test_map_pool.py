@@ -1,4 +1,4 @@
-"""Memory of large maps: what one leaves serves the next, nobody's map is written over, the system may have it back."""
+"""Memory of large maps is reused, live maps are never overwritten, and memory can be released."""
 
 import gc
 import mmap

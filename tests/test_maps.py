@@ -1,4 +1,4 @@
-"""What a job wrote is read back by place and by key, by attnx and by what others use."""
+"""Maps of a job are read by index and by key, with attnx and with other readers."""
 
 import io
 import os
@@ -124,7 +124,7 @@ def test_stores_of_every_head(pictures: Path, tmp_path: Path, store: str, map_dt
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("store", ["map", "rows"])
 def test_a_gpu_makes_the_same_maps(pictures: Path, tmp_path: Path, store: str, compiled: bool) -> None:
-    """With copies, the model and packing under way together; and with recorded graphs."""
+    """Copies, the model and packing overlap; CUDA graphs are used, too."""
     if compiled and store != "map":
         pytest.skip("graphs are for --store map")
     made = recipe(pictures, store=store, compile=compiled).load(torch.device("cuda"))
@@ -155,7 +155,7 @@ def test_full_maps_are_retried_beside_the_others(pictures: Path, tmp_path: Path)
 
 
 def test_shards_are_read_by_number(out: Path, tmp_path: Path) -> None:
-    """And without their job."""
+    """Shards are read without run.json, too."""
     for number, shard in [(99999, 0), (100000, 1)]:
         (tmp_path / f"part-{number}.parquet").write_bytes((out / f"part-{shard:05d}.parquet").read_bytes())
     assert [path.name for path in parts(tmp_path)] == ["part-99999.parquet", "part-100000.parquet"]
@@ -230,7 +230,7 @@ def test_others_read_the_same_maps(out: Path, read) -> None:
 
 
 def test_a_folder_of_version_0_1_0_opens() -> None:
-    """Written by attnx 0.1.0: five pictures and a file that is none, uint8, two shards."""
+    """A folder written by attnx 0.1.0: five pictures and one invalid file, uint8, two shards."""
     maxima = [0.0448946, 0.0308914, 0.0232622, 0.0558187, 0.1024749]
     maps = attnx.open(Path(__file__).parent / "data" / "job-0.1.0")
     assert list(maps.keys()) == [f"{i}.jpg" for i in range(6)]

@@ -1,4 +1,4 @@
-"""Methods against their definitions, and against the arithmetic of the references (written out here again)."""
+"""Methods against their definitions, and against the arithmetic of the references, which is repeated here."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def make_trace(
 
 
 def random_maps(layers: int = 4, batch: int = 3, heads: int = 3, n: int = 13, seed: int = 0) -> list[Tensor]:
-    """[B, H, N, N] a layer, rows of unequal sharpness."""
+    """Random maps [B, H, N, N] of each layer, with rows of different entropy."""
     g = torch.Generator().manual_seed(seed)
     return [(3 * torch.randn(batch, heads, n, n, generator=g)).softmax(-1) for _ in range(layers)]
 
@@ -120,7 +120,7 @@ def test_rollout_without_class_token() -> None:
     want = abnar([m.mean(1) for m in maps])
     ours = attnx.rollout(fused_trace(maps, layout=layout))
     torch.testing.assert_close(ours.flatten(1).double(), want.mean(1), rtol=1e-5, atol=1e-7)
-    # An attention-pooling layer at the end is what the model itself reads the patches with.
+    # A final attention-pooling layer is how the model itself reads the patches.
     pool = torch.rand(3, 1, 12).softmax(-1)
     pooled = make_trace({**fused_trace(maps, layout=layout), "pool": pool}, layout)
     want = pool.double() @ want

@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention` is heard in every form, and gives what it gave."""
+"""`nn.MultiheadAttention` is intercepted in every form, and its output does not change."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The native CPU kernel beyond the table of `test_ops.py`: instruction sets, sanitizers, threads, how it is built."""
+"""The native CPU kernel beyond the table of `test_ops.py`: instruction sets, sanitizers, threads, builds."""
 
 import os
 import re
@@ -51,7 +51,7 @@ EDGES = [
 
 @pytest.fixture
 def level(request, monkeypatch):
-    """The kernel of one instruction set in place of this machine's."""
+    """Use the kernel of one instruction set instead of this machine's default."""
     kernel = native.kernel(request.param)
     monkeypatch.setattr(native, "kernel", lambda *_: kernel)
 
@@ -104,9 +104,9 @@ print("clean", len({cases}))
 
 
 def sanitizer() -> str | None:
-    """What has to be loaded before anything else; None where it isn't there.
+    """Paths for LD_PRELOAD: the compiler's libasan and libstdc++; None if one is missing.
 
-    The compiler's libasan, and the libstdc++ whose exceptions it looks for when it starts.
+    libasan looks up the exceptions of libstdc++ when it starts, so both are preloaded.
     """
     if sys.platform != "linux":
         return None
@@ -127,7 +127,7 @@ def test_sanitizers_find_nothing(level):
     environment = dict(
         os.environ,
         LD_PRELOAD=library,
-        # Python itself leaks by design; torch's memory is its own.
+        # Leaks are ignored: Python leaks by design, and torch manages its own memory.
         ASAN_OPTIONS="detect_leaks=0:handle_segv=0:protect_shadow_gap=0",
         UBSAN_OPTIONS="print_stacktrace=1",
     )
@@ -138,7 +138,7 @@ def test_sanitizers_find_nothing(level):
 
 @pytest.mark.long
 def test_a_sanitizer_would_find_something(tmp_path, monkeypatch):
-    """The same build with an index that is one too large: what the test above would say."""
+    """The same build with an off-by-one index: the sanitizer must report it."""
     library = sanitizer()
     if library is None:
         pytest.skip("needs GCC's libasan")
@@ -158,7 +158,7 @@ def test_a_sanitizer_would_find_something(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("openmp", [True, False])
 def test_the_same_bits_in_any_number_of_threads(openmp, monkeypatch):
-    """Also without torch's OpenMP, in threads of the kernel's own."""
+    """Also without torch's OpenMP, with the kernel's own threads."""
     if not openmp:
         monkeypatch.setattr(native, "_openmp", lambda: None)
     before, results = torch.get_num_threads(), []
@@ -183,7 +183,7 @@ def test_the_same_bits_in_any_number_of_threads(openmp, monkeypatch):
 
 @pytest.mark.parametrize("openmp", [True, False])
 def test_items_wait_for_their_keys_and_for_those_before_them(openmp, monkeypatch):
-    """Copies of K and V take turns in a few slots: more threads than processors, and items that differ."""
+    """Copies of K and V share a few slots. There are more threads than processors, and items differ."""
     if not openmp:
         monkeypatch.setattr(native, "_openmp", lambda: None)
     before = torch.get_num_threads()
@@ -237,9 +237,9 @@ def test_calls_in_several_python_threads():
 
 
 def test_scratch_is_no_copy_of_all_heads_and_is_given_back(monkeypatch):
-    """Beside the results: K and V of an item in float, and two tables of a block of rows for every thread.
+    """Scratch holds K and V of one item in float32, and two tables of a block of rows for each thread.
 
-    A model's peak is in its MLPs, between the calls: scratch that waited for the next one would be part of it.
+    A model's peak memory is in its MLPs, between the calls. Scratch that is kept between calls would add to it.
     """
     B, H, N, D = 1, 8, 1024, 32
     q, k, v, _ = random_inputs(Case(B=B, H=H, M=N, N=N, D=D))
@@ -262,7 +262,7 @@ def test_scratch_is_no_copy_of_all_heads_and_is_given_back(monkeypatch):
 
 
 def test_what_is_not_finite_is_where_the_oracle_has_it():
-    """NaN among the values or queries, bits of a bias that log2(e) would make infinite, scores that are all -inf."""
+    """NaN in v or q, bias values that overflow when multiplied by log2(e), and rows of -inf scores."""
     case = Case(B=1, H=2, M=150, N=200, is_causal=True)
     for threads in (1, 4):
         before = torch.get_num_threads()
@@ -290,7 +290,7 @@ def test_what_is_not_finite_is_where_the_oracle_has_it():
 
 
 def test_long_rows_lose_no_digits():
-    """4,000 keys in one chain of additions would be beyond the budget."""
+    """Adding 4,000 keys sequentially would exceed the error budget."""
     q, k, v, _ = random_inputs(Case(B=1, H=2, M=64, N=4000, D=64))
     q *= 2
     out, amap = attnx.attention(q, k, v, backend="native")
@@ -395,7 +395,7 @@ def test_a_compiler_that_is_too_old_for_bf16_makes_what_it_can(tmp_path):
 
 
 def test_bf16_is_multiplied_in_pairs_where_the_processor_does():
-    """Weights are rounded for the product with V, as in SDPA, but not in the map; of odd sizes half a pair is empty."""
+    """Weights are rounded for the product with V, as in SDPA, but not in the map. Odd sizes are padded."""
     if build.instructions() != "AVX512BF16":
         pytest.skip("needs AVX512-BF16 and no AMX")
     q, k, v = (t.bfloat16() for t in torch.randn(3, 2, 3, 67, 37))

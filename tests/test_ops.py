@@ -1,4 +1,4 @@
-"""The op's numbers: one table, every backend, against float64."""
+"""The op's results for one table of cases on every backend, against float64."""
 
 import mmap
 
@@ -62,7 +62,7 @@ LSE_CASES = (
 @pytest.mark.parametrize("empty", [-torch.inf, torch.inf])
 @pairs(LSE_CASES)
 def test_attention_map_from_lse(case, backend, empty, device, poisoned):
-    """A row without keys has an lse of minus infinity, in some vendors' kernels of plus infinity."""
+    """The lse of a row without keys is -inf. In some vendors' kernels it is +inf."""
     inputs = random_inputs(case, device=device)
     lse = oracle_lse(inputs.q, inputs.k, inputs.bias, case.is_causal, case.scale).float()
     assert case.mask in ("", "B11N") or lse.isinf().any()
@@ -155,7 +155,7 @@ def test_scalar_bias_and_mask(backend, device):
 
 
 def distant(device):
-    """2^32 fp16 zeros that take no memory until they are touched; on a GPU they take it."""
+    """2^32 fp16 zeros. On the CPU they take no memory until they are touched."""
     size = 2**32 + 2**22
     if device.type == "cuda":
         if torch.cuda.mem_get_info(device)[0] < 4 * size:
@@ -170,7 +170,7 @@ def distant(device):
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["items", "heads", "tokens"])
 @of_both_lengths
 def test_addresses_beyond_31_bits(N, dim, device):
-    """The last item, head or token lies 2^31 elements behind the first; a wrapped offset lands on zeros before it."""
+    """The last item, head or token is 2^31 elements after the first. A wrapped offset would read zeros."""
     near = random_inputs(Case(N=N, dtype=torch.float16, mask="BHMN"), device=device)
     storage = distant(device)
 
@@ -187,7 +187,7 @@ def test_addresses_beyond_31_bits(N, dim, device):
 
 @pytest.mark.gpu
 def test_map_of_more_than_31_bits(device):
-    """[1, 3, M, N] with more than 2^31 weights: the last head's are written where they belong."""
+    """A map [1, 3, M, N] with more than 2^31 weights: the last head's weights are at the right place."""
     M = N = 27_000
     if torch.cuda.mem_get_info(device)[0] < 6 * M * N * 3:
         pytest.skip("needs 13 GiB of free GPU memory")

@@ -1,4 +1,4 @@
-"""The op beyond its numbers: which path runs, what it allocates, compile and autocast, and every error."""
+"""The op beyond its results: code paths, memory, compile, autocast and errors."""
 
 import subprocess
 import sys
@@ -149,7 +149,7 @@ def test_triton_makes_the_output_the_lse_and_the_map(N, device):
 
 
 def step(q, k, v, bias):
-    """What a model might do with both calls, and a gradient."""
+    """A step of a model that uses both calls and supports gradients."""
     out, amap = attnx.attention(q * 2, k, v, bias=bias, is_causal=True)
     row = attnx.attention_map(q, k, bias=bias, rows=[0, 3], heads="max")
     return out.sin(), amap.mean(1) + row.sum(1)
@@ -306,7 +306,7 @@ def test_tf32_is_used_where_torch_was_told_to():
 
 
 def test_tf32_by_torchs_newer_setting():
-    """In a process of its own: torch refuses to go back from the newer setting to the older."""
+    """Runs in a separate process, because torch refuses to return from the newer setting to the older."""
     code = (
         "import torch; m = torch.backends.cuda.matmul\n"
         "from attnx.kernels.arguments import precision\n"
@@ -330,7 +330,7 @@ def test_rows_of_any_strides(backend, n, device):
 
 @on_all
 def test_gradient_inside_autocast(backend, device):
-    """Nothing is rounded twice: as with inputs of that dtype outside."""
+    """No value is rounded twice: results equal those of inputs in that dtype without autocast."""
     inputs = testing.random_inputs(testing.Case(), device=device)[:3]
     grads = []
     for inside in (True, False):

@@ -1,4 +1,4 @@
-"""Beside the references' own code, where checkouts of it are: their numbers and ours, from the same weights.
+"""Compare with the references' own code on the same weights, if checkouts of it are available.
 
     ATTNX_ALBEF=ALBEF ATTNX_MM=Transformer-MM-Explainability ATTNX_TE=Transformer-Explainability \\
         pytest tests/test_originals.py
@@ -86,7 +86,7 @@ def test_chefers_vit():
 
 
 def theirs_and_huggingfaces_clip(folder):
-    """Their copy of CLIP, small, and Hugging Face's with the same weights."""
+    """A small model of their copy of CLIP, and Hugging Face's CLIP with the same weights."""
     package = types.ModuleType("their_clip")
     package.__path__ = [str(folder / "CLIP" / "clip")]
     sys.modules["their_clip"] = package

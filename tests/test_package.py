@@ -1,4 +1,4 @@
-"""What an import costs, and whose the name `kernels` is."""
+"""The import loads few modules, and the package does not claim the name `kernels`."""
 
 import re
 import shutil
@@ -54,7 +54,7 @@ def test_transformers_takes_no_notice_of_the_folder() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of the sources."""
+    """A wheel that is built from a copy of the sources."""
     pytest.importorskip("setuptools")
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"

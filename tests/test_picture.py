@@ -88,7 +88,7 @@ def test_constant_map_gives_zeros(value, mode, grid):
 
 
 def test_constant_map_leaves_rounding_noise_when_resized():
-    # Without it, the test above would say nothing of the noise.
+    # Without this, the test above would not cover noise.
     assert np.ptp(resized(torch.full((14, 14), 0.1), (48, 80), "bilinear")) > 0
 
 
@@ -171,7 +171,7 @@ def test_images_of_other_kinds():
 
 
 def cells(sheet: Image.Image, columns: int, rows: int, size: tuple[int, int]) -> list[Image.Image]:
-    """The pictures of a sheet without its gaps and titles, all of them of one size."""
+    """The pictures of a sheet, all of one size, without gaps and titles."""
     width, height = size
     gap = max(8, max(width, 64) // 20)
     down = (sheet.height - gap) / rows

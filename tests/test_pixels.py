@@ -1,4 +1,4 @@
-"""Pixels are timm's, bit for bit; and the crop is the part of the picture that they show."""
+"""Pixels equal timm's bit for bit, and the crop is the part of the picture that they show."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_timms_own_transform(crop_mode: str, crop_pct: float, size: tuple[int, i
 @pytest.mark.parametrize(("kind", "crop_mode"), [("timm", "center"), ("timm", "squash"), ("whole", "center")])
 @pytest.mark.parametrize("size", [(48, 48), (40, 64)])
 def test_the_crop_is_what_is_seen(kind: str, crop_mode: str, size: tuple[int, int]) -> None:
-    """Of a picture whose red and green say where they are."""
+    """The red and green values of the picture are the coordinates."""
     pixels = Pixels(kind, size, MEAN, STD, "bilinear", 0.8, crop_mode)
     for width, height in [(200, 120), (120, 200), (150, 150)]:
         down, across = np.mgrid[:height, :width]

@@ -1,4 +1,4 @@
-"""A cluster that --engine ray starts is nobody else's: loopback, a token, a folder of its own, and gone afterwards."""
+"""A cluster that --engine ray starts is private: loopback, a token, its own folder, removed at the end."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFF
 OF_RAY = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
 OF_RAY += ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",)
 
-# Says, while its cluster runs, what each of its processes listens on and has in its environment.
+# Prints the listening addresses and the environment of each process of its running cluster.
 SCRIPT = """
     import contextlib, json, os, stat
     from pathlib import Path
@@ -66,7 +66,7 @@ SCRIPT = """
 
 @pytest.fixture
 def no_ray_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None are in the environment, and what a test puts there is gone after it."""
+    """Remove all Ray settings from the environment, and restore it after the test."""
     for name in OF_RAY:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -74,7 +74,7 @@ def no_ray_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.long
 def test_a_cluster_of_our_own_is_nobody_elses(tmp_path: Path) -> None:
-    """And no file in a folder that others write to says which cluster is joined."""
+    """A file in a folder that other users can write to must not select the cluster."""
     above = Path(f"/tmp/attnx-test-{os.getpid()}")  # short: Ray's sockets stand below it
     (above / "ray").mkdir(parents=True)
     with socket.create_server(("127.0.0.1", 0)) as planted:
@@ -104,10 +104,10 @@ def test_a_cluster_of_our_own_is_nobody_elses(tmp_path: Path) -> None:
     expected = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     servers = [given for command, _, given in processes if "gcs_server " in command or "raylet/raylet " in command]
     assert servers == [expected] * 2
-    # A process that gives itself a name writes it over a part of what it began with.
+    # A process that sets its title overwrites a part of its initial environment.
     assert all(given.items() <= expected.items() for _, _, given in processes)
     assert not dashboard
-    # Ray starts its server even so, without what a browser would see.
+    # Ray still starts the dashboard's server, without its frontend.
     dashboards = [command for command, *_ in processes if "dashboard/dashboard.py" in command]
     assert dashboards
     assert all("--disable-frontend" in command for command in dashboards)
@@ -118,12 +118,12 @@ def test_a_cluster_of_our_own_is_nobody_elses(tmp_path: Path) -> None:
 
 
 class AskedError(Exception):
-    """What ray.init was asked for."""
+    """Raised instead of running ray.init."""
 
 
 @pytest.fixture
 def asked(no_ray_settings: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The arguments of ray.init, which starts nothing."""
+    """The arguments of ray.init, which is replaced and starts nothing."""
     import ray
 
     found: dict[str, Any] = {}

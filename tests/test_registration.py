@@ -1,4 +1,4 @@
-"""A call goes through torch's dispatcher whenever something would see the difference."""
+"""A call uses torch's dispatcher whenever the difference could be observed."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.fixture
 def direct(monkeypatch):
-    """Names of the operators whose function was called without the dispatcher."""
+    """Names of the operators whose functions were called without the dispatcher."""
     called = []
     for name in ("attention", "attention_map"):
         operator = getattr(operators, name)

@@ -1,4 +1,4 @@
-"""Relevance and gradient rollout of a model's own pass, against their arithmetic on eager attention in float64."""
+"""Relevance and gradient rollout of a model's own pass, against their formulas on eager float64 attention."""
 
 import pytest
 import timm
@@ -33,7 +33,7 @@ def eager_layers(model, images, target):
 
 
 def chefer(layers, start=0):
-    """Rules 5 and 6 as the paper writes them: R [B, N, N]."""
+    """R [B, N, N] by rules 5 and 6 of the paper."""
     B, _, N, _ = layers[0][0].shape
     R = torch.eye(N, dtype=torch.float64).expand(B, N, N)
     for p, dp in layers[start:]:

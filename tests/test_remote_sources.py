@@ -61,7 +61,7 @@ def local(folder: Path) -> Path:
 
 
 def read(url: str, **options: str) -> dict[str, bytes]:
-    """key -> the bytes of the picture, by the source's own reader."""
+    """The bytes of each picture by its key, read with the source's own reader."""
     source = open_source(url, **options)
     reader = source.reader()
     content = {}
@@ -180,7 +180,7 @@ def test_the_package_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """A bucket on a server of moto, whose address and credentials are in the environment."""
+    """A bucket on a moto server. The environment has the server's address and credentials."""
     moto = pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)

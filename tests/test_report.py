@@ -34,7 +34,7 @@ def model_row(shape: str, contestant: str, ratio: float) -> dict[str, Any]:
 
 @pytest.fixture
 def synthetic() -> dict[str, Any]:
-    """A synthetic result of a GPU."""
+    """A synthetic benchmark result of a GPU."""
     ratios = {"sdpa": 1.0, "attnx": 1.1, "attnx_row": 1.05, "vecmat": 1.3, "hf_eager": 7.0, "compiled_eager": 2.4}
     rows = [op_row(batch, n, *item) for batch, n in ((64, 197), (16, 577), (1, 16385)) for item in ratios.items()]
     rows[1]["errors"] = {"output": 2e-3, "map": 3e-7}

@@ -1,4 +1,4 @@
-"""Rows and columns of maps: towers, pools, channels; layers of different tokens are never chained."""
+"""Rows and columns of maps in towers, pools and channels. Layers with different tokens are never multiplied."""
 
 from collections.abc import Callable
 
@@ -203,7 +203,7 @@ def test_select() -> None:
 
 
 class Tower(nn.Module):
-    """Blocks over tokens; patches by unfolding, so that no convolution tells what they are."""
+    """Blocks over tokens. Patches are made by unfolding, so that no convolution identifies them."""
 
     def __init__(self, blocks: int = 2) -> None:
         super().__init__()

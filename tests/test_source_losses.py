@@ -1,4 +1,4 @@
-"""No picture of a source is left out in silence: it is done, refused, or said."""
+"""No picture of a source is skipped silently: it is processed, refused or reported."""
 
 import io
 import sys
@@ -59,7 +59,7 @@ def hub(table: Path, rows: list[Any], kind: pa.DataType = STRUCT, name: str = "i
 
 @pytest.fixture
 def phone(tmp_path: Path) -> Path:
-    """A folder with one picture, and others that can't be read."""
+    """A folder with one readable picture and other files that can't be read."""
     folder = tmp_path / "phone"
     (folder / "x").mkdir(parents=True)
     (folder / "a.png").write_bytes(picture(1))
@@ -164,7 +164,7 @@ def test_a_table_with_pictures_in_it(tmp_path: Path) -> None:
         assert read_image(*read(entries[row])).getpixel((0, 0)) == (row, 0, 0)
     result = extract(tmp_path / "t.parquet", "--out", tmp_path / "out")
     assert (result.exit_code, "maps of 50 images" in result.stdout) == (0, True), result.output
-    # Another table at the same path is not the job's.
+    # A different table at the same path does not match the job.
     hub(tmp_path / "t.parquet", rows[::-1], label=list(range(50)))
     other = extract(tmp_path / "t.parquet", "--out", tmp_path / "out")
     assert (other.exit_code, "fingerprint" in other.stderr) == (2, True)
@@ -202,7 +202,7 @@ def test_pictures_outside_of_their_table(tmp_path: Path) -> None:
     assert reds(open_source(mixed)) == [4, 9]
     with pytest.raises(FileNotFoundError, match="none of the first 1 paths"):
         keys(open_source(hub(tmp_path / "t.parquet", [{"bytes": None, "path": "gone.png"}])))
-    # Paths that exist are what was asked for, whatever else the table has.
+    # Existing paths are used, whatever other columns the table has.
     both = open_source(hub(tmp_path / "t.parquet", [{"bytes": picture(8), "path": "x"}], path=["4.png"]))
     assert isinstance(both, Table)
     assert (reds(both), both.fingerprint) == ([4], None)

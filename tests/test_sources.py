@@ -1,4 +1,4 @@
-"""Every kind of source lists the same images, and what is wrong with a row is that row's error."""
+"""Every kind of source lists the same images, and an invalid row gives an error for that row only."""
 
 import io
 import json
@@ -26,7 +26,7 @@ def picture(value: int) -> bytes:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """a.png, a/b.png, a-b.png of red 0, 1, 2."""
+    """A folder with a.png, a/b.png and a-b.png, whose red values are 0, 1 and 2."""
     folder = tmp_path / "photos"
     for value, name in enumerate(["a.png", "a/b.png", "a-b.png"]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ def test_a_tar_that_was_changed_gives_no_picture_of_another_key(tmp_path: Path, 
 
 
 def test_an_error_is_the_same_in_every_run(tmp_path: Path) -> None:
-    """No address of an object in it: rows are compared by their bytes."""
+    """The message has no object address, because rows are compared by their bytes."""
     source = open_source(tar_of(tmp_path / "x.tar", {"a.png": b"no picture"}))
     (entry,) = source.entries()
     with pytest.raises(ImageError, match=r"UnidentifiedImageError: cannot identify image file$"):

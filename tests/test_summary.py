@@ -1,4 +1,4 @@
-"""attnx summary: its numbers against plain arithmetic, its pictures, and masks scored pixel by pixel."""
+"""attnx summary: its numbers against a simple reference, its pictures, and mask scores for each pixel."""
 
 import json
 import math
@@ -21,7 +21,7 @@ SCENES = 24
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's scenes, of which two are cut off, and the boxes of their targets as masks."""
+    """The demo's scenes, two of them truncated, and the boxes of their targets as masks."""
     folder = tmp_path_factory.mktemp("scenes")
     (folder / "masks").mkdir()
     (folder / "images").mkdir()
@@ -87,7 +87,7 @@ def test_maps_of_any_method_become_one_over_patches() -> None:
 
 
 def brute_force(heads: np.ndarray, labels: np.ndarray, crop: tuple, keep: float) -> list[list[float]]:
-    """Pixel by pixel, and DINO's mask written out."""
+    """Reference scores with loops over pixels and an explicit version of DINO's mask."""
     left, top, right, bottom = crop
     masks = []
     for head in heads:
@@ -211,7 +211,7 @@ def test_of_several_layers_the_last_counts(scenes: Path, out: Path, tmp_path: Pa
 
 
 def test_pictures_do_not_need_the_images(out: Path, scenes: Path, tmp_path: Path) -> None:
-    """They may have been moved since; the maps are then drawn alone."""
+    """If the images were moved, the maps are drawn alone."""
     for shard in out.glob("part-*.parquet"):
         (tmp_path / shard.name).write_bytes(shard.read_bytes())
     assert run("summary", tmp_path).exit_code == 0

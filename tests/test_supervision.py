@@ -1,4 +1,4 @@
-"""An image at which the model raises, dies or hangs costs its row, on every engine; what is killed leaves nothing."""
+"""An image at which the model raises, dies or hangs gives an error row on every engine; killed runs leave nothing."""
 
 import dataclasses
 import importlib.util
@@ -40,7 +40,7 @@ RAY = ("--device", "cpu", "--engine", "ray", "--actors", "2", "--actor-cpus", "1
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    """Of 40 pictures, of which one is white."""
+    """The runtime of a job on 40 pictures, one of them white."""
     torch.set_num_threads(1)
     folder = draw(tmp_path_factory.mktemp("pictures"), 40)
     Image.new("RGB", (60, 40), (255, 255, 255)).save(folder / f"{BAD:03d}.jpg")
@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
 
 @pytest.fixture(scope="module")
 def whole(made: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The undisturbed job, by its batch size."""
+    """The undisturbed job for a batch size."""
     jobs: dict[int, Path] = {}
 
     def of(batch_size: int) -> Path:
@@ -63,7 +63,7 @@ def whole(made: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    """A folder for temporary files, whose path is short enough for sockets."""
+    """A folder for temporary files. Its path is short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="attnx-t-") as folder:
         yield Path(folder)
 
@@ -74,7 +74,7 @@ def run(made: Runtime, out: Path, batch_size: int = 4, shard_size: int = 4, **op
 
 
 def attempts(out: Path) -> list[Path]:
-    """The notes of a folder."""
+    """The attempt files in a folder."""
     return sorted(out.glob(".attempt-*"))
 
 
@@ -83,7 +83,7 @@ def rows(out: Path) -> list[dict]:
 
 
 def only_the_bad_row_differs(out: Path, whole: Path) -> str:
-    """And why it has no map."""
+    """Check that only the bad row differs, and return its error."""
     assert list(shards(out)) == list(shards(whole))
     now, before = rows(out), rows(whole)
     assert [i for i in range(40) if now[i] != before[i]] == [BAD]
@@ -92,7 +92,7 @@ def only_the_bad_row_differs(out: Path, whole: Path) -> str:
 
 
 def raising(made: Runtime, bad: Callable[[torch.Tensor], bool], error: BaseException) -> Runtime:
-    """Runtime whose model raises at some batches."""
+    """The runtime with a model that raises `error` for batches where `bad` is true."""
     assert isinstance(made.task, ImageTask)
     extract = made.task.extract
 
@@ -105,7 +105,7 @@ def raising(made: Runtime, bad: Callable[[torch.Tensor], bool], error: BaseExcep
 
 
 def images_of(made: Runtime) -> list[torch.Tensor]:
-    """What the model is given."""
+    """The input of the model for every picture."""
     source = Path(made.recipe.source)
     pixels = [made.pixels(read_image(path))[0] for path in sorted(source.iterdir())]
     return list(made.pixels.normalise(torch.stack([torch.from_numpy(each.copy()) for each in pixels])))
@@ -182,7 +182,7 @@ def test_a_death_in_a_piece_is_noted_by_the_next_reader(tmp_path: Path) -> None:
     assert Attempt.of(tmp_path, 0).failed == note.failed, "once, however often it is read"
     assert note.why_not(0, 2) == DIED
     assert note.why_not(0, 1) is None
-    # Something else may have killed a process once.
+    # A single kill may have another cause.
     assert die(1, 2).why_not(1, 2) is None
     assert die(1, 2).why_not(1, 2) == DIED
     note.fail(0, 1, "it raises")
@@ -193,7 +193,7 @@ def test_a_death_in_a_piece_is_noted_by_the_next_reader(tmp_path: Path) -> None:
 
 
 def whole_runs_that_die(made: Runtime, out: Path, most: int) -> int:
-    """The number of runs that die at the white picture, each as a whole, before one is done; at most `most`."""
+    """The number of whole runs, at most `most`, that die at the white picture before one completes."""
 
     def dies(images: torch.Tensor) -> bool:
         return any_white(images) and os.kill(os.getpid(), signal.SIGKILL) is None
@@ -209,7 +209,7 @@ def whole_runs_that_die(made: Runtime, out: Path, most: int) -> int:
 
 
 def test_kills_of_whole_runs_blame_no_image(made: Runtime, whole: Callable[[int], Path], tmp_path: Path) -> None:
-    """Though each falls on the same one: so it is where a scheduler ends every run after the same time."""
+    """Every kill is at the same image, as with a scheduler that ends every run after the same time."""
     assert whole_runs_that_die(made, tmp_path, 9) == 9
     known = Attempt.of(tmp_path, BAD // 4, Job(tmp_path).identity)
     assert (known.begun, known.runs) == (9, 8)
@@ -227,7 +227,7 @@ def test_an_image_at_which_whole_runs_die_again_and_again_costs_its_row(
 
 @pytest.fixture
 def hung(monkeypatch: pytest.MonkeyPatch) -> Callable[[Watch, float, Attempt], bool]:
-    """Whether a watch finds that a section of so many seconds hangs; its steps are short."""
+    """A function that returns True if a watch reports a section of `seconds` as hung. Ticks are short."""
     monkeypatch.setattr("attnx.jobs.watch._TICK", 0.01)
 
     def takes(watch: Watch, seconds: float, attempt: Attempt) -> bool:
@@ -262,7 +262,7 @@ def test_without_a_limit_sections_before_and_the_note_say_what_is_long(
     note = Attempt(tmp_path / "note")
 
     def limit(earlier: float | None = None, first: float = 0.0) -> float:
-        """The limit at which a section hangs, after one of `earlier` seconds."""
+        """The limit that is reported for a hung section after a section of `earlier` seconds."""
         limits: list[float] = []
 
         def hang(where: Hang) -> None:
@@ -284,7 +284,7 @@ def test_without_a_limit_sections_before_and_the_note_say_what_is_long(
 
 
 def test_a_process_that_was_stopped_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An hour passes between any two looks at the clock, of which a second counts."""
+    """The clock advances an hour between readings, and only a second of it counts."""
     hours = itertools.count(step=3600.0)
     clock = SimpleNamespace(monotonic=lambda: next(hours), perf_counter=time.perf_counter)
     monkeypatch.setattr("attnx.jobs.watch.time", clock)
@@ -342,7 +342,7 @@ def test_a_model_that_raises_at_one_image_costs_its_row(
     assert (report.maps, report.errors, report.set_aside) == (39, 1, {})
     assert "shard 4 failed and is made in pieces" in said[-1]
     assert processes.stray(tmp_path) == []
-    # Its row alone is done again; what is in a batch with others may be rounded otherwise.
+    # Only its row is done again. Its map may be rounded differently in a batch with others.
     again = run(made, tmp_path, batch_size, retry_failed=True)
     assert (again.made, again.errors) == (1, 0)
     now, before = rows(tmp_path), rows(whole(batch_size))
@@ -361,14 +361,14 @@ def test_a_model_that_raises_at_every_image_ends_the_job(made: Runtime, tmp_path
     broken = raising(made, lambda images: True, IndexError("always"))
     with pytest.raises(RunError, match=r"the model fails for every image; the last error: .*IndexError: always"):
         run(broken, tmp_path, shard_size=shard_size)
-    # Of shards of one image it takes two to tell the model's fault from the image's.
+    # With one image per shard, two shards are needed to tell the model's fault from the image's.
     assert len(shards(tmp_path)) == (shard_size == 1)
     again = run(made, tmp_path, shard_size=shard_size, retry_failed=True)
     assert (again.maps, again.errors) == (40, 0)
 
 
 def test_bad_images_in_the_first_shards_cost_their_rows(made: Runtime, tmp_path: Path) -> None:
-    """Before any shard was made, and more of them than tries."""
+    """The bad images come before any shard is made, and there are more of them than tries."""
     whole = tmp_path / "whole"
     run(made, whole, 4)
     bad = {0, 5, 9, 14}
@@ -394,7 +394,7 @@ def test_tries_are_counted_across_runs_but_for_those_that_were_interrupted(
     with pytest.raises(OSError, match="No space"):
         run(stopped, tmp_path)
     assert attempts(tmp_path) == []
-    # As a process leaves it that is killed, which may have written the shard.
+    # The state after a killed process, which may have written the shard.
     job = Job(tmp_path)
     job.attempt(0).begin()
     for _ in range(3):
@@ -443,7 +443,7 @@ sys.meta_path.insert(0, Finder())
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """Where the interpreter finds what makes the model fail at a white picture."""
+    """A folder with a sitecustomize.py that makes the model fail at a white picture."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(POISON)
     return tmp_path / "site"
@@ -494,7 +494,7 @@ def test_an_image_that_the_model_does_not_survive_costs_its_row(
 def test_the_temporary_files_of_a_run_that_was_killed_are_removed_by_the_next(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not those of one under way."""
+    """The files of a run that is still active stay."""
     script = "import time; from attnx.supervisor import temporary_folder as t\nwith t() as f: print(f); time.sleep(600)"
     env = processes.marked(temporary, PYTHONUNBUFFERED="1")
     with (
@@ -526,7 +526,7 @@ def wait_for_a_shard(process: subprocess.Popen, out: Path) -> None:
 
 @pytest.mark.long
 def test_a_run_that_is_killed_or_told_to_end_leaves_nothing(temporary: Path, tmp_path: Path) -> None:
-    """SIGKILL to all of it, which the next run cleans up after; and that is told by SIGTERM to its first process."""
+    """The run gets SIGKILL in all processes (the next run cleans up) or SIGTERM in its first process."""
     pictures, out, env = draw(tmp_path / "pictures", 400), tmp_path / "out", processes.marked(temporary)
     options = (*LOCAL1, "--batch-size", "1")
     with processes.start(pictures, out, *options, env=env) as process:
@@ -575,7 +575,7 @@ def test_a_second_interrupt_ends_what_does_not_obey_the_first(
 def test_two_hundred_kills_lose_nothing_and_leave_nobody(
     made: Runtime, whole: Callable[[int], Path], temporary: Path, tmp_path: Path, engine: str, kills: int
 ) -> None:
-    """At random moments, of all processes of a run, of the first, or of one below it."""
+    """Kills are at random moments: all processes of a run, the first one, or a descendant."""
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
     script = str(Path(__file__).with_name("kill_jobs.py"))

@@ -1,4 +1,4 @@
-"""A job that nobody watches: what its log says, and that whatever goes wrong is one line and an exit code."""
+"""Unattended jobs: the log, and one line and an exit code for every failure."""
 
 import json
 import os
@@ -23,7 +23,7 @@ HOW = ("--method", "cls", "--device", "cpu", "--workers", "0", "--batch-size", "
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Ten, the fourth of which is cut off."""
+    """A folder of ten pictures, the fourth of them truncated."""
     return draw(tmp_path / "photos", 10, broken=(3,))
 
 
@@ -33,7 +33,7 @@ def extract(source: str | Path, out: str | Path, *more: object) -> Result:
 
 
 def told(result: Result) -> list[str]:
-    """The lines of a run on the standard error, each with the program's name, which is left out."""
+    """The lines of a run on standard error, without the program's name that each starts with."""
     lines = result.stderr.splitlines()
     assert all(line.startswith("attnx: ") for line in lines), result.stderr
     return [line.removeprefix("attnx: ") for line in lines]
@@ -68,7 +68,7 @@ def test_a_log_is_quiet_between_its_lines(photos: Path, tmp_path: Path) -> None:
 
 
 def test_the_rate_is_of_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not of the one that was there before."""
+    """Images of earlier runs do not count."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     log = Log("images", None, print)
@@ -189,7 +189,7 @@ def test_ranks_of_machines_with_other_memory_share_a_job(
 
     def late(out: Path) -> dict:
         looked[0] += 1
-        # The first rank plans just after the second one looked.
+        # The first rank plans just after the second one has checked for a plan.
         if looked[0] == 2:
             raise FileNotFoundError(out)
         return read(out)

@@ -1,4 +1,4 @@
-"""r @ map without the map, and output with log-sum-exp: one table, every backend, against float64."""
+"""r @ map without the map, and output with log-sum-exp, on every backend against float64."""
 
 from dataclasses import replace
 
@@ -23,13 +23,13 @@ from attnx.testing import (
 )
 from on_backends import LONG, of_both_lengths, on_all, pairs
 
-# What is asked of the heads and rows of a map is not asked here.
+# vecmat has no options `heads` and `rows`, so those of the table are removed.
 CASES = tuple(dict.fromkeys(replace(case, heads="mean", rows=None) for case in TABLE))
 
 
 @pytest.fixture
 def by_blocks(monkeypatch):
-    """No vendor's kernel."""
+    """Disable the vendor's kernel."""
     monkeypatch.setattr(eager, "output_and_lse", lambda *args: None)
 
 
@@ -223,7 +223,7 @@ def test_a_cpu_computes_only_the_rows_that_count():
     rows = []
 
     class Watch(TorchDispatchMode):
-        """Notes how many rows of scores are computed for each head."""
+        """Records the number of rows of scores that are computed for each head."""
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.aten.baddbmm.out:

@@ -1,4 +1,4 @@
-"""Head dims and value dims of many widths by the kernels on a GPU: how wide a tile is decides what a compiler does."""
+"""Head dims and value dims of many widths on a GPU. The compiled code depends on the width of a tile."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ WIDTHS = (
 @pytest.mark.gpu
 @pytest.mark.parametrize(("D", "Dv"), WIDTHS)
 def test_widths(D, Dv, device, poisoned):
-    # Two key heads: the vendor's attention does not serve them, our own kernel must.
+    # With two key heads our own kernel is used: the vendor's attention does not support them.
     case = Case(B=1, H=4, Hk=2, M=150, N=300, D=D, Dv=Dv, dtype=torch.float16)
     q, k, v, _ = random_inputs(case, device=device)
     out, amap = attnx.attention(q, k, v, backend="triton")

@@ -1,4 +1,4 @@
-"""attnx words as a user meets it: pictures, arrays and shards of captions, messages, exit codes."""
+"""attnx words: pictures, arrays and shards of captions, messages and exit codes."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """A checkpoint of the demo's sizes, wrapped as pretraining's."""
+    """A checkpoint of the demo's sizes, in the format of pretraining checkpoints."""
     torch.manual_seed(3)
     path = tmp_path / "pair.pth"
     torch.save({"model": pair.demo_albef(pretrained=False).state_dict(), "epoch": 3}, path)
@@ -323,7 +323,7 @@ def test_the_caption_is_set_as_it_is() -> None:
         inked = (picture < 128).any((1, 2))
         assert inked.any(), text
         assert picture.shape[1] == 300
-        assert (picture[:, [0, -1]] == 255).all()  # nothing runs out of the picture
+        assert (picture[:, [0, -1]] == 255).all()  # no text extends beyond the picture
     assert captioned(white, "a\n\nb\tc").size == captioned(white, "a b c").size
     assert captioned(white, "word " * 60).height > 2 * captioned(white, "word").height
     assert not np.array_equal(captioned(white, "$x^2$"), captioned(white, "x2"))

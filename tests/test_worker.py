@@ -1,4 +1,4 @@
-"""What goes wrong with an image, or with a batch, costs its row; and no map depends on how the work was cut up."""
+"""Errors of an image or a batch become error rows, and maps do not depend on how the work is divided."""
 
 import dataclasses
 import multiprocessing
@@ -65,7 +65,7 @@ def test_processes_give_what_this_process_gives(tmp_path: Path) -> None:
 
 
 def test_a_batch_lies_in_memory_as_it_does_whoever_decoded_it(tmp_path: Path) -> None:
-    """A convolution of another order rounds otherwise."""
+    """A convolution rounds differently for another memory layout."""
     folder, strides = draw(tmp_path / "pictures", 4), []
 
     def noted(images: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_a_batch_lies_in_memory_as_it_does_whoever_decoded_it(tmp_path: Path) ->
 
 
 class Hanging(Files):
-    """Reads files, but for one that never comes."""
+    """Reads files. One of them blocks forever."""
 
     def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
         if entry.key == "002.jpg":
@@ -98,7 +98,7 @@ def test_a_decoder_that_hangs_costs_its_row(tmp_path: Path) -> None:
 
 
 class Crashing(Files):
-    """Reads files, but for one that kills the process."""
+    """Reads files. One of them kills the process."""
 
     def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
         if entry.key == "001.jpg":
@@ -131,7 +131,7 @@ def unreadable(self: object) -> None:
 
 
 class Unloadable(Files):
-    """Can be pickled, and not be loaded."""
+    """Can be pickled but not unpickled."""
 
     def __reduce__(self) -> tuple:
         return unreadable, (None,)
@@ -152,14 +152,14 @@ def test_large_pictures_are_the_options_business(tmp_path: Path, monkeypatch: py
         rows = made(folder, tmp_path / f"a{workers}", workers=workers, max_pixels=100 * 100)
         assert [row.key for row in rows if row.error] == ["large.png"]
         assert "expected at most 10,000 pixels, got 200 x 100" in (rows[2].error or "")
-    # Pillow's own limit does not count beside it.
+    # Pillow's own limit is not used.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert [row.error for row in made(folder, tmp_path / "b", max_pixels=200 * 100)] == [None] * 3
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 def test_out_of_memory_halves_the_batch_and_says_so(tmp_path: Path) -> None:
-    """Of torch's own error; which only a GPU raises by itself."""
+    """Raises torch.OutOfMemoryError explicitly, because only a GPU raises it by itself."""
     folder = draw(tmp_path / "pictures", 20)
     sizes: list[int] = []
     told: list[str] = []
@@ -186,7 +186,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(tmp_path: Path) -> None:
 
 
 def test_batches_are_filled_up_where_only_one_shape_will_do(tmp_path: Path) -> None:
-    """Of every length: a broken image leaves a hole, a shard's end a short batch."""
+    """Batches are short after a broken image and at the end of a shard."""
     folder = draw(tmp_path / "pictures", 20, broken=(3, 12))
     sizes: list[int] = []
 
@@ -200,7 +200,7 @@ def test_batches_are_filled_up_where_only_one_shape_will_do(tmp_path: Path) -> N
 
 
 class Prepared(Decoders):
-    """Pictures that take 3 ms, of which so much is said to be computing."""
+    """Pictures that take 3 ms to decode and report `computing` as their computing time."""
 
     def __init__(self, computing: float) -> None:
         super().__init__(Decode(Files(Path()), PIXELS), 0)
@@ -250,7 +250,7 @@ def test_a_decoder_says_for_how_long_it_computed(tmp_path: Path) -> None:
 
 
 def test_captions_of_one_image_are_halved_too(tmp_path: Path) -> None:
-    """What has been said of them stays in order."""
+    """The results stay in the order of the captions."""
     draw(tmp_path / "pictures", 2)
     table = tmp_path / "list.csv"
     lines = [f"pictures/00{i // 10}.jpg,word{i}" for i in range(20)]
@@ -357,7 +357,7 @@ def test_few_images_are_decoded_ahead(tmp_path: Path) -> None:
     ):
         for shard in range(job.shards):
             worker.run_shard(shard, shard + 1 if shard + 1 < job.shards else None)
-    # The batch itself, and three batches behind it, of the following shard, too.
+    # The batch itself and the next three batches, including those of the next shard.
     assert 4 <= max(ahead[:-4]) <= 2 + 3 * 2
 
 
@@ -365,7 +365,7 @@ def test_an_interrupt_does_not_wait_for_what_hangs(tmp_path: Path, monkeypatch: 
     folder = draw(tmp_path / "pictures", 2)
     os.mkfifo(folder / "000a.jpg")
 
-    # Nor do the images before it.
+    # Images before it are not affected either.
     monkeypatch.setattr("attnx.jobs.ahead._PATIENCE", 0.5)
 
     def interrupted(images: torch.Tensor) -> torch.Tensor:
@@ -401,7 +401,7 @@ def test_a_map_comes_back_within_a_share_of_its_largest_value(largest: float, dt
     stored, scale = pack(amap, dtype)
     assert stored.dtype == np.dtype(dtype)
     back = stored.astype(np.float32) * np.float32(scale)
-    # Where float32 itself has fewer digits, in its subnormal numbers, a step of it is allowed.
+    # Subnormal float32 numbers have fewer digits, so one step of them is allowed.
     assert np.abs(back.astype(float) - amap).max() <= bound * amap.max() + 2e-45
     if dtype == "float16" and largest >= 1e-38:
         normal = amap > amap.max() * 2**-13

@@ -1,4 +1,4 @@
-"""Models in wrappers, copies, threads and graphs: a capture is right there, or says why not."""
+"""Captures of models in wrappers, copies, threads and graphs are correct or raise an error."""
 
 import copy
 import io
@@ -121,7 +121,7 @@ def test_copies_of_a_patched_model_are_not_patched(copied: str, family: str, ima
         assert torch.equal(handle.trace[0], want)
         assert len(handle.trace) == 3
     handle.remove()
-    # Flags that were switched for the capture are as they were before it.
+    # Flags that the capture changed are restored.
     if family == "transformers":
         assert type(other.config._attn_implementation) is str
         assert other.config._attn_implementation == model.config._attn_implementation == "eager"
@@ -179,7 +179,7 @@ def test_a_traced_graph_keeps_its_layers_names(images: Tensor) -> None:
 
 
 class Checkpointed(nn.Module):
-    """A user's own use of torch.utils.checkpoint, which no flag tells of."""
+    """A module that calls torch.utils.checkpoint itself, without a flag."""
 
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -233,10 +233,10 @@ def test_backward_through_checkpoints(name: str, keep: str, inside: bool, images
     largest = max(float(grad.abs().max()) for grad in want.values())
     for n, p in model.named_parameters():
         if n in want:
-            # A reentrant checkpoint's first pass makes no graph: its output is the kernel's, but for rounding SDPA's.
+            # A reentrant checkpoint's first pass has no graph: the kernel computes its output, SDPA's up to rounding.
             loose = 1e-5 if "reentrant=True" in name else 0.0
             torch.testing.assert_close(p.grad, want[n], rtol=10 * loose, atol=loose * largest, msg=n)
-    # The backward pass runs the blocks again: that is no second call of theirs.
+    # The backward pass runs the blocks again. This does not count as a second call.
     assert list(trace) == list(maps)
     assert len(trace.calls) == 1
     for layer, amap in maps.items():

@@ -1,6 +1,7 @@
-"""Instructions of machine code by kind, read from the text of `cuobjdump -sass` or of an AMDGCN assembly.
+"""Parse machine code into instructions and classify them by kind.
 
-Pure functions of text: no compiler, no GPU, no files.
+The input is the text of `cuobjdump -sass` or of an AMDGCN assembly. These are pure functions of text: they need no
+compiler, no GPU and no files.
 """
 
 import re
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 
 class Kind(Enum):
-    """The unit that an instruction occupies. SLOW conversions run on the special function unit."""
+    """The hardware unit that executes an instruction. SLOW conversions run on the special function unit."""
 
     MATRIX = "matrix"
     EXP = "exp"
@@ -37,8 +38,8 @@ class Kind(Enum):
 class Instruction(NamedTuple):
     """One instruction of a warp (NVIDIA, 32 threads) or wave (AMD, 64).
 
-    fmas: multiply-adds of a matrix instruction per warp. Four warps issue a Hopper matrix instruction together, so each
-        counts a quarter. 0 for UTCHMMA, because its shape is in a register.
+    fmas: multiply-adds of a matrix instruction per warp. Four warps issue a Hopper matrix instruction together, so a
+        quarter is counted for each warp. 0 for UTCHMMA, because its shape is stored in a register.
     """
 
     opcode: str
@@ -60,12 +61,12 @@ class Code(NamedTuple):
         return sum(i.fmas for i in self.instructions)
 
     def matrix(self) -> Counter[str]:
-        """Number of occurrences of each matrix instruction: {"HGMMA": 8}."""
+        """Number of occurrences of each matrix instruction, such as {"HGMMA": 8}."""
         return Counter(re.split(r"[._]f32|\.", i.opcode)[0] for i in self.instructions if i.kind is Kind.MATRIX)
 
 
 def parse(text: str) -> Code:
-    """The code of one kernel, given as SASS or AMDGCN."""
+    """Parse the code of one kernel, SASS or AMDGCN."""
     return parse_amdgcn(text) if "amdgcn" in text[:4096] else parse_sass(text)
 
 
@@ -76,12 +77,12 @@ SASS_LINE = re.compile(
 
 
 def parse_sass(text: str) -> Code:
-    """The code of one function of `cuobjdump -sass`."""
+    """Parse one function of the output of `cuobjdump -sass`."""
     return Code(tuple(sass_instruction(opcode) for _, _, opcode, _ in SASS_LINE.findall(text)))
 
 
 def parse_amdgcn(text: str) -> Code:
-    """The code of the first kernel of an AMDGCN assembly."""
+    """Parse the first kernel of an AMDGCN assembly."""
     kernel = re.split(r"^\.Lfunc_end", text, maxsplit=1, flags=re.MULTILINE)[0]
     lines = (line.partition(";")[0] for line in kernel.splitlines())
     # Labels and directives are not instructions.
@@ -90,7 +91,7 @@ def parse_amdgcn(text: str) -> Code:
 
 
 _HMMA = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
-# Prefixes of opcodes; the longest matching prefix decides.
+# Opcode prefixes of each kind. The longest matching prefix determines the kind.
 _SASS_KINDS = {
     Kind.MATRIX: "HGMMA HMMA UTCHMMA",
     Kind.EXP: "MUFU.EX2",
@@ -136,7 +137,7 @@ _AMD_KINDS = {
 
 
 def _longest_first(kinds: dict[Kind, str]) -> list[tuple[str, Kind]]:
-    """(prefix, kind) pairs, longest prefix first."""
+    """(prefix, kind) pairs, sorted by length, longest prefix first."""
     return sorted(((n, k) for k, names in kinds.items() for n in names.split()), key=lambda pair: -len(pair[0]))
 
 
@@ -144,7 +145,7 @@ _SASS_NAMES, _AMD_NAMES = _longest_first(_SASS_KINDS), _longest_first(_AMD_KINDS
 
 
 def sass_instruction(opcode: str) -> Instruction:
-    """The NVIDIA instruction of this opcode."""
+    """Classify an NVIDIA opcode."""
     kind = next((kind for name, kind in _SASS_NAMES if opcode.startswith(name)), Kind.UNKNOWN)
     fmas = 0
     if found := re.match(r"HGMMA\.64x(\d+)x(\d+)", opcode):
@@ -155,7 +156,7 @@ def sass_instruction(opcode: str) -> Instruction:
 
 
 def amdgcn_instruction(opcode: str) -> Instruction:
-    """The AMD instruction of this opcode."""
+    """Classify an AMD opcode."""
     kind = next((kind for name, kind in _AMD_NAMES if opcode.startswith(name)), Kind.UNKNOWN)
     if re.match(r"v_cmpx?_\w+_f(16|32)", opcode):
         kind = Kind.SELECT

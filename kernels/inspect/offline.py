@@ -1,6 +1,6 @@
-"""Compile launches for any target and read their resources from the compiler's output. No GPU is needed.
+"""Compile kernels for any target and read their resource usage from the compiler's output. No GPU is needed.
 
-`attnx kernels` prints the resources of every kernel in its default configurations.
+`attnx kernels` prints the resource usage of every kernel in its default configurations.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ from attnx.kernels.one_pass import one_pass_launch
 from attnx.kernels.vecmat import vecmat_launch
 
 TARGETS = (*(Target("cuda", arch) for arch in (80, 86, 89, 90, 100)), Target("hip", "gfx942"))
-# Bytes of shared memory per program.
+# Maximum shared memory per program, in bytes.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
 
@@ -46,18 +46,21 @@ COLUMNS = {
 
 
 class Resources(NamedTuple):
-    """Resources of a kernel on a target, and instruction counts of its machine code.
+    """Resource usage of a kernel on a target, and instruction counts of its machine code.
 
-    registers: per thread; on AMD the vector registers, including accumulation registers.
+    registers: registers per thread. On AMD, vector registers including accumulation registers.
     spills: spilled bytes per thread.
-    shared, limit: bytes of shared memory per program, used and allowed.
+    shared: bytes of shared memory that a program uses.
+    limit: bytes of shared memory that a program may use.
     matrix: names of the matrix instructions, such as "HGMMA+HMMA", or of the fp32 instruction if there are none.
-    dots: multiply-adds of the matrix instructions as a multiple of one tile's product of queries and keys. None if
-        their shape is unknown. More than the source has means that warps duplicate work.
-    batches: number of groups in which Hopper's matrix instructions are issued. If it equals their number, ptxas issues
-        them one by one.
-    sgpr_spills: AMD scalar registers kept in lanes of vector registers. agprs: AMD accumulation registers.
-    undefined: the first instruction that reads an unwritten register, see `kernels/inspect/undefined.py`.
+    dots: multiply-adds of the matrix instructions, divided by those of one tile's product of queries and keys. None
+        if the shape of an instruction is unknown. If it is larger than in the source, warps duplicate work.
+    batches: number of groups in which Hopper's matrix instructions are issued. If it equals `matrix_count`, ptxas
+        issues them one by one.
+    exp_count: number of exponential instructions.
+    sgpr_spills: AMD scalar registers that are spilled to lanes of vector registers.
+    agprs: AMD accumulation registers.
+    undefined: the first instruction that reads an unwritten register, else "". See `kernels/inspect/undefined.py`.
     error: message of the compiler error, else "".
     """
 
@@ -82,10 +85,10 @@ class Resources(NamedTuple):
 
 
 def launches(head_dim: int, dtype: torch.dtype, target: Target) -> Iterator[tuple[str, Launch]]:
-    """(name, launch) of every kernel as the backend launches it for a packed ViT qkv, with shape-only tensors.
+    """(name, launch) of every kernel, as the backend launches it for a packed ViT qkv. Tensors are on the meta device.
 
-    "map" has no bias, "map_bias" an additive bias, "map_mask" a boolean one; "map_row" computes selected rows.
-    "one_pass" is the one-pass kernel at 197 keys, "one_pass_50" at 50, and so on.
+    "map" has no bias, "map_bias" has an additive bias, and "map_mask" has a boolean mask. "map_row" computes selected
+    rows. "one_pass" is the one-pass kernel with 197 keys, "one_pass_50" with 50 keys, and so on.
     """
     for kind, bias_dtype in (("", None), ("_bias", dtype), ("_mask", torch.bool)):
         for name, launch in _launches(head_dim, dtype, target, bias_dtype):
@@ -97,7 +100,8 @@ def _launches(
 ) -> Iterator[tuple[str, Launch]]:
     for name, n in _KERNELS.items():
         if bias_dtype is not None and n in (224, 257):
-            continue  # with a bias, all lengths use one layout
+            # With a bias, all lengths use one layout.
+            continue
         qkv = torch.empty(2, n, 3, 12, head_dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         rows = torch.empty(1, dtype=torch.int64, device="meta") if name == "map_row" else None
@@ -132,7 +136,10 @@ def _launches(
 
 
 def compile_for(launch: Launch, target: Target) -> Any:
-    """The compiled kernel of a launch, with the specialisations (divisible by 16, equal to 1) a real call would get."""
+    """Compile the kernel of a launch for the target.
+
+    Arguments are specialised (divisible by 16, equal to 1) as in a real call.
+    """
     values = {**launch.args, "BLOCK_M": launch.config.block_m, "BLOCK_N": launch.config.block_n}
     signature, constants, attrs = {}, {}, {}
     for i, param in enumerate(launch.kernel.params):
@@ -153,12 +160,12 @@ def compile_for(launch: Launch, target: Target) -> Any:
 
 
 def target_name(target: Target) -> str:
-    """ "sm_90", "gfx942"."""
+    """Name of the target, such as "sm_90" or "gfx942"."""
     return f"{'sm_' if target.backend == 'cuda' else ''}{target.arch}"
 
 
 def resources(name: str, launch: Launch, target: Target) -> Resources:
-    """Resources of the launch on the target, read from the machine code."""
+    """Compile the launch for the target and read its resource usage from the machine code."""
     compiled = compile_for(launch, target)
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -168,45 +175,49 @@ def resources(name: str, launch: Launch, target: Target) -> Resources:
         code = parse(text)
         usage = cuobjdump(compiled.asm["cubin"], "-res-usage")
         registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
-        # Stack slots are reused, so a count of the stores would be too large.
+        # The stack size is used because stack slots are reused: counting the stores would give too many bytes.
         found = dict[str, Any](registers=registers, spills=stack if code.count(Kind.SPILL) else 0)
         found["undefined"] = next(iter(undefined(text)), "")
     units = code.matrix()
     fp32 = sum(i.opcode.startswith(("FFMA", "v_fma", "v_pk_fma")) for i in code.instructions)
-    asked = _multiply_adds(launch)
+    product_fmas = _multiply_adds(launch)
     return _described(name, launch, target)._replace(
         **found,
         shared=compiled.metadata.shared,
         matrix="+".join(unit.removeprefix("v_").upper() for unit in sorted(units)) or ("FFMA" if fp32 else ""),
         matrix_count=sum(units.values()) or fp32,
-        dots=code.fmas() * launch.config.num_warps / asked if code.fmas() and asked else None,
+        dots=code.fmas() * launch.config.num_warps / product_fmas if code.fmas() and product_fmas else None,
         batches=sum(i.opcode == "WARPGROUP.ARRIVE" for i in code.instructions),
         exp_count=code.count(Kind.EXP),
     )
 
 
 def _multiply_adds(launch: Launch) -> int:
-    """Multiply-adds of one product of a tile of queries with its keys, padding included."""
+    """Multiply-adds of the product of one tile of queries with its keys, including padding."""
     args = launch.args
     keys = launch.config.block_n * args.get("PARTS", 1) + args.get("TAIL", 0)
     return launch.config.block_m * keys * (args.get("BLOCK_D", 0) + args.get("REST_D", 0))
 
 
 def _described(name: str, launch: Launch, target: Target) -> Resources:
-    """A row with name, target, dtype and configuration; dtype of q, or of the first tensor if there is no q."""
+    """A row with name, target, dtype and configuration only.
+
+    The dtype is that of q, or of the first tensor if the launch has no q.
+    """
     tensor = launch.args.get("q_ptr", next(v for v in launch.args.values() if isinstance(v, torch.Tensor)))
     described = (name, target_name(target), _TYPES[tensor.dtype], launch.args.get("D", 0), tuple(launch.config))
     return Resources(*described, limit=SHARED_LIMIT.get(target.arch, 0))
 
 
 def _amd_usage(text: str) -> dict[str, Any]:
+    """Registers and spills from the metadata of an AMDGCN assembly."""
     keys = ("vgpr_count", "agpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
     vgprs, agprs, spilled, scalars, stack = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in keys)  # type: ignore[index]
     return dict(registers=vgprs, agprs=agprs, spills=max(4 * spilled, stack), sgpr_spills=scalars)
 
 
 def cuobjdump(cubin: bytes, flag: str) -> str:
-    """Output of `cuobjdump FLAG`, from Triton's wheel, for a compiled kernel."""
+    """Run `cuobjdump FLAG` from Triton's wheel on a compiled kernel and return its output."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -217,7 +228,7 @@ def cuobjdump(cubin: bytes, flag: str) -> str:
 def compile_defaults(
     targets: list[Target], head_dims: list[int], dtypes: list[torch.dtype], jobs: int
 ) -> list[Resources]:
-    """Resources of every kernel in its default configurations, compiled by `jobs` processes."""
+    """Compile every kernel in its default configurations in `jobs` processes and return its resource usage."""
     tasks = list(product(targets, head_dims, dtypes))
     rows: list[Resources] = []
     for (target, head_dim, dtype), found in zip(tasks, in_processes(_compile_some, tasks, jobs), strict=True):
@@ -232,11 +243,12 @@ def compile_defaults(
 
 
 def in_processes(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], jobs: int) -> list[Any]:
-    """function(*task) for each task in `jobs` processes. A task that fails yields its exception instead of a result.
+    """Results of function(*task) for each task, computed in `jobs` processes.
 
-    A compiler crash ends its process and breaks the pool. The tasks without a result are then run again, each alone.
+    The result of a task that fails is its exception. A compiler crash ends its process and breaks the pool. The tasks
+    without a result are then run again, each in a pool of its own.
     """
-    # torch has threads, and a fork of a process with threads may hang.
+    # torch starts threads, and forking a process with threads can deadlock.
     with ProcessPoolExecutor(max(1, min(jobs, len(tasks))), multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(function, *task) for task in tasks]
     results = []
@@ -250,20 +262,23 @@ def in_processes(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]],
 
 
 def _compile_some(target: Target, head_dim: int, dtype: torch.dtype) -> list[Resources]:
+    """Resource usage of every kernel for one target, head dim and dtype. A compiler error becomes a row's `error`."""
     rows = []
     for name, launch in launches(head_dim, dtype, target):
         try:
             rows.append(resources(name, launch, target))
-        except FileNotFoundError:  # cuobjdump is missing, so every kernel would fail
+        except FileNotFoundError:
+            # cuobjdump is missing, so every kernel would fail.
             raise
-        except Exception as error:  # the compiler's errors have no common base class
+        # The compiler's errors have no common base class.
+        except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
             rows.append(_described(name, launch, target)._replace(error=f"{type(error).__name__}: {first}"[:200]))
     return rows
 
 
 def failures(rows: list[Resources]) -> Iterator[str]:
-    """An error line for every row that doesn't compile, spills, reads unwritten registers, or exceeds shared memory."""
+    """Error lines: one for each compiler error, spill, read of an unwritten register and shared memory overflow."""
     for row in rows:
         name = f"{row.kernel} on {row.target}, head dim {row.head_dim}, {row.dtype}"
         if row.error:
@@ -277,7 +292,7 @@ def failures(rows: list[Resources]) -> Iterator[str]:
 
 
 def table(rows: list[Resources]) -> Iterator[str]:
-    """Lines of a text table: a header, then one line per row."""
+    """Lines of a text table: a header, then one line for each row."""
     yield _line(list(COLUMNS))
     for row in rows:
         block_m, block_n, warps, stages, parts = row.config
@@ -293,5 +308,5 @@ def table(rows: list[Resources]) -> Iterator[str]:
 
 
 def _line(cells: list[Any]) -> str:
-    """The cells, aligned as their columns."""
+    """The cells, aligned to their columns."""
     return " ".join(f"{cell!s:{form}}" for cell, form in zip(cells, COLUMNS.values(), strict=False)).rstrip()

@@ -1,7 +1,7 @@
-"""Uniform registers that machine code reads before any instruction writes them, which shows a compiler bug.
+"""Find uniform registers that machine code reads before any instruction writes them. Such a read is a compiler bug.
 
-ptxas 12.8, which Triton 3.6 uses, takes descriptors of some matrix products from a register that is never written. The
-operand is then arbitrary memory. The interpreter has no registers, so its tests don't catch this.
+ptxas 12.8, which Triton 3.6 uses, reads the descriptors of some matrix products from a register that is never written.
+The operand is then arbitrary memory. The interpreter has no registers, so tests in the interpreter don't find this bug.
 """
 
 import re
@@ -13,20 +13,25 @@ _WIDE = re.compile(r"\.(?:WIDE|64)\b")
 
 
 def undefined(text: str) -> list[str]:
-    """Lines of one function of `cuobjdump -sass`, in order, that read a register which no earlier line writes.
+    """Lines that read a register before any earlier line has written it, in order.
 
-    A register written on one branch counts as written on all, so there are no false positives but there may be misses.
+    A register that is written on one branch counts as written on all branches. So there are no false positives, but
+    reads on other branches can be missed.
+
+    Args:
+        text: one function of the output of `cuobjdump -sass`.
     """
     written: set[int] = set()
     found = []
     for address, _, opcode, operands in SASS_LINE.findall(text):
-        aim, _, rest = operands.partition(",")
-        target = re.fullmatch(r"UR(\d+)", aim.strip())
+        destination, _, rest = operands.partition(",")
+        target = re.fullmatch(r"UR(\d+)", destination.strip())
         read = _read(opcode, rest if target else operands)
         if missing := sorted(read - written):
             names = ", ".join(f"UR{register}" for register in missing)
             found.append(f"{address}: {opcode} {operands.strip()}: nothing wrote {names}")
-        written |= read  # report each register once
+        # Each register is reported once.
+        written |= read
         if target:
             first = int(target[1])
             written.update(range(first, first + (4 if ".128" in opcode else 2 if _WIDE.search(opcode) else 1)))
@@ -36,7 +41,7 @@ def undefined(text: str) -> list[str]:
 def _read(opcode: str, operands: str) -> set[int]:
     """Numbers of the uniform registers that an instruction reads."""
     read: set[int] = set()
-    # A descriptor of HGMMA has four registers, for A and B. Only B's are read if A is in registers.
+    # A descriptor of HGMMA has four registers: two for A and two for B. If A is in registers, only B's are read.
     hopper = opcode.startswith("HGMMA")
     both = hopper and not re.match(r"R\d+", operands.partition(",")[2].strip())
     for descriptor, number, wide in _REGISTER.findall(operands):

@@ -1,11 +1,15 @@
-"""Train the demo pair on captioned scenes and write its weights: python -m attnx.demo.training.albef --out FILE.
+"""Train the demo ALBEF on captioned scenes and write its weights: python -m attnx.demo.training.albef --out FILE.
 
-ALBEF's three losses: contrastive, image-text matching and masked words, without its momentum teacher and its queue. The
-image encoder begins with the demo network's first blocks, as the original begins with DeiT's. Matching sees captions
-that say almost the truth, beside the batch's hard negatives, which contrastive similarities choose; and phrases about
-one object, down to a single word, true of the picture or not: that way words learn to look at what they name. Half of
-the scenes, with phrases only, lack one object or both (`attnx.demo.training.objective`). Half of the pictures are
-mirrored, and left and right are swapped in their captions.
+The losses are ALBEF's: contrastive, image-text matching and masked language modelling, without the momentum teacher and
+the queue. The image encoder is initialised from the demo network's first blocks, as the original is from DeiT's.
+
+The matching loss has two kinds of texts (`attnx.demo.training.objective`):
+- Captions. The negatives are the batch's hard negatives, sampled by contrastive similarity, and captions with one
+  random change.
+- Phrases of one or two words about one object, true or false. They train each word to attend to the object it names.
+  Half of the scenes lack one object or both; these scenes have phrases only.
+
+Half of the pictures are mirrored, and left and right are swapped in their captions.
 """
 
 from __future__ import annotations
@@ -29,17 +33,22 @@ from attnx.demo.vit import demo_model
 from attnx.models.albef import Albef
 
 VISION_RATE = 0.3
-"""The image encoder's learning rate, relative to the other weights, because it is pretrained."""
+"""Learning rate of the image encoder relative to the other weights. It is lower because the encoder is pretrained."""
 BOTH = (True, True)
 SHOWN = (*[BOTH] * 6, *[(True, False), (False, True), (False, False)] * 2)
-"""(first, second): the objects that training scenes show, in turn. If both were always there, a word could look at the
-other object. The bundled weights were trained with this order."""
+"""(first, second): the objects that training scenes show, repeated in this order. If every scene showed both, a word
+could attend to the other object. The bundled weights were trained with this order."""
 
 
 def load_pairs(seeds: range, shown: Sequence[tuple[bool, bool]] = (BOTH,)) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw captioned scenes, which show what `shown` says, in turn.
+    """Draw captioned scenes.
 
-    Images uint8 [S, 3, H, W], facts int64 [S, 5], shown bool [S, 2].
+    Args:
+        seeds: one seed for each scene.
+        shown: (first, second), the objects that a scene shows. The scenes take these in turn.
+
+    Returns:
+        Images uint8 [S, 3, H, W], facts int64 [S, 5] and shown bool [S, 2].
     """
     images = torch.empty(len(seeds), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     facts = torch.empty(len(seeds), 5, dtype=torch.int64)
@@ -52,7 +61,11 @@ def load_pairs(seeds: range, shown: Sequence[tuple[bool, bool]] = (BOTH,)) -> tu
 
 
 def mirror(images: Tensor, facts: Tensor, shown: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mirror the first half of a batch left to right, captions too, and say every second one from the other object."""
+    """Augment a batch of images, facts and shown.
+
+    The first half is mirrored left to right, and left and right are swapped in its facts. Every second caption
+    describes the relation from the other object.
+    """
     half = len(images) // 2
     images, facts, shown = torch.cat([images[:half].flip(3), images[half:]]), facts.clone(), shown.clone()
     relation = facts[:half, 2]
@@ -64,9 +77,12 @@ def mirror(images: Tensor, facts: Tensor, shown: Tensor) -> tuple[Tensor, Tensor
 def train(
     objective: Objective, images: Tensor, facts: Tensor, shown: Tensor, phase: Phase, args: argparse.Namespace
 ) -> None:
-    """Train the model in place, and save it whenever a line is printed.
+    """Train the model in place, and save it whenever a log line is printed.
 
-    images: uint8 [S, 3, H, W]; facts: int64 [S, 5]; shown: bool [S, 2].
+    Args:
+        images: uint8 [S, 3, H, W].
+        facts: int64 [S, 5].
+        shown: bool [S, 2].
     """
     started = time.time()
     rng = np.random.default_rng(args.seed)
@@ -102,14 +118,14 @@ def train(
 
 
 def begin(model: Albef) -> None:
-    """Give the image encoder the weights of the demo network, as many blocks of it as it has."""
+    """Copy the demo network's first blocks into the image encoder."""
     own = model.visual_encoder.state_dict()
     model.visual_encoder.load_state_dict({k: v for k, v in demo_model().state_dict().items() if k in own})
 
 
 @torch.no_grad()
 def judge(model: Albef, seeds: range) -> dict[str, float]:
-    """The share of true captions that the model takes for true, and of falsified ones that it doesn't."""
+    """Share of true captions that the model accepts, and share of false captions that it refuses."""
     images, facts, _ = load_pairs(seeds)
     false = falsify(facts, 1, torch.Generator().manual_seed(0))[:, 0]
     assert model.tokenizer is not None
@@ -125,7 +141,7 @@ def judge(model: Albef, seeds: range) -> dict[str, float]:
 
 
 def main() -> None:
-    """Train, save, and print how good the saved weights are on held-out scenes."""
+    """Train, save, and print the scores of the saved weights on held-out scenes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="weights file to write (.safetensors)")
     parser.add_argument("--seed", type=int, default=0)
@@ -151,7 +167,7 @@ def main() -> None:
     objective = Objective(model, args)
     train(objective, images, facts, shown, Phase("pair", args.steps, args.lr, 50, 0.0), args)
     print(f"trained in {(time.time() - started) / 60:.0f} min")
-    # The test reads what float16 keeps of the weights.
+    # Weights are saved in float16, so they are tested with float16 precision.
     model.half().float()
     held_out = range(HELD_OUT, HELD_OUT + args.held_out)
     scores = judge(model, held_out) | point_at_phrases(len(held_out), HELD_OUT, model).shares

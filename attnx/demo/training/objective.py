@@ -22,56 +22,62 @@ SIZES = (len(COLORS), len(SHAPES), len(RELATIONS), len(COLORS), len(SHAPES))
 """Number of values of each of the five facts."""
 OPPOSITE = torch.arange(len(RELATIONS)) ^ 1
 FALSE = 2
-"""Falsified captions for every true one."""
+"""Number of false captions for each true caption."""
 PHRASE, CAPTION, MASKED = 1.0, 0.5, 0.3
-"""Weights of the matching losses of phrases and captions, and of masked words, beside the contrastive one's of 1."""
+"""Weights of the phrase matching, caption matching and masked word losses. The contrastive loss has weight 1."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Every possible text of a kind as the model reads it: ids int64 and mask bool, both [*sizes, T]."""
+    """Token ids int64 and mask bool, both [*sizes, T], of every possible text of a kind."""
 
     ids: Tensor
     mask: Tensor
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, sizes: tuple[int, ...], text: Callable[..., str]) -> Table:
-        """text: of one index for each of the sizes."""
+        """Tokenize every text.
+
+        Args:
+            tokenizer: the tokenizer of the model.
+            sizes: number of values of each index.
+            text: function from one index for each of the sizes to a text.
+        """
         read = [tokenizer(text(*indices)).ids for indices in itertools.product(*map(range, sizes))]
         length, pad = max(map(len, read)), tokenizer.id_of("[PAD]")
         ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in read]).view(*sizes, length)
         return cls(ids, ids != pad)
 
     def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices [P, len(sizes)] -> ids and mask [P, T]."""
+        """Ids and mask [P, T] of indices [P, len(sizes)]."""
         return self.ids[indices.unbind(-1)], self.mask[indices.unbind(-1)]
 
 
 def captions(tokenizer: Tokenizer) -> Table:
-    """Every caption, by its facts."""
+    """Table of all captions, indexed by their facts."""
     return Table.of(tokenizer, SIZES, lambda *facts: describe(facts))
 
 
 def phrase(color: int, shape: int) -> str:
-    """Text such as "a red circle"; "a red" or "a circle" if the other index is one past the end."""
+    """A text such as "a red circle", or "a red" or "a circle" if the other index is one past the end."""
     named = ((*COLORS, "")[color], (*SHAPES, "")[shape])
     return " ".join(("a", *filter(None, named)))
 
 
 def converse(facts: Tensor) -> Tensor:
-    """[..., 5]: the same said from the other object, "a blue square right of a red circle"."""
+    """Facts [..., 5] of the same scene described from the other object: "a blue square right of a red circle"."""
     color, shape, relation, color2, shape2 = facts.unbind(-1)
     return torch.stack([color2, shape2, OPPOSITE[relation], color, shape], -1)
 
 
 def meaning(facts: Tensor) -> Tensor:
-    """[..., 5] -> [...] int64: equal where two captions say the same."""
+    """Numbers int64 [...] of facts [..., 5], equal for captions with the same meaning."""
     weights = torch.tensor([int(np.prod(SIZES[i + 1 :])) for i in range(5)])
     return torch.minimum((facts * weights).sum(-1), (converse(facts) * weights).sum(-1))
 
 
 def falsify(facts: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Captions [B, count, 5] that are nearly those of `facts` [B, 5], and not true: one change each, at random."""
+    """False captions [B, count, 5], each with one random change of the true captions `facts` [B, 5]."""
     color, shape, relation, color2, shape2 = facts.unbind(-1)
 
     def other(values: Tensor, kinds: int) -> Tensor:
@@ -88,17 +94,17 @@ def falsify(facts: Tensor, count: int, generator: torch.Generator) -> Tensor:
         (color, shape, relation, color2, other(shape2, len(SHAPES))),
     ]
     candidates = torch.stack([torch.stack(facts_of, -1) for facts_of in changed], 1)
-    # An exchange of two equal colours changes nothing.
+    # Exchanging two equal colours changes nothing.
     false = meaning(candidates) != meaning(facts)[:, None]
     order = torch.rand(false.shape, generator=generator).masked_fill(~false, -1.0).argsort(1, descending=True)
     return candidates.gather(1, order[:, :count, None].expand(-1, -1, 5))
 
 
 def parts(facts: Tensor, generator: torch.Generator) -> Tensor:
-    """Phrases about one object of each scene: indices for `phrase` [B, 5, 2].
+    """Phrases about one object of each scene: indices [B, 5, 2] for `phrase`.
 
-    Its own, and one word of it; and with the other object's colour, with the other object's shape, and with a colour or
-    shape that neither has, which at times is the only word.
+    The five phrases have, in order: the object's colour and shape; only one of the two; the other object's shape; the
+    other object's colour; a colour or shape that neither object has, which is sometimes the only word.
     """
     own = torch.arange(len(facts))
 
@@ -140,7 +146,7 @@ def holds(said: Tensor, facts: Tensor, shown: Tensor) -> Tensor:
 
 
 class Evidence:
-    """Random scales of the outputs of cross-attention in training.
+    """Randomly scale the outputs of cross-attention in training.
 
     For most pairs the outputs are multiplied by a random share, and the target of a true pair is that share. So the
     logit grows with the image evidence of each word, and Grad-CAM's gradients get a consistent sign. For some pairs one
@@ -165,7 +171,7 @@ class Evidence:
             module.register_forward_hook(partial(self._scale, i))
 
     def withhold(self, naming: Tensor) -> Tensor:
-        """Draw the scales of the next passes, and return each pair's share, [pairs].
+        """Draw the scales of the next forward passes, and return each pair's share [pairs].
 
         Args:
             naming: bool [pairs, T], True at content words.
@@ -183,7 +189,7 @@ class Evidence:
         return left
 
     def restore(self) -> None:
-        """Stop scaling from the next pass on."""
+        """Stop scaling, from the next forward pass on."""
         self.scales = [None] * len(self.scales)
 
     def _random(self, count: int) -> Tensor:
@@ -195,7 +201,7 @@ class Evidence:
 
 
 class Objective(nn.Module):
-    """The model and its losses; the head that names masked words is used in training only."""
+    """The model and its losses. The head that predicts masked words is used in training only."""
 
     def __init__(self, model: Albef, args: argparse.Namespace) -> None:
         super().__init__()
@@ -210,7 +216,7 @@ class Objective(nn.Module):
         self.evidence = Evidence(model, self.generator)
 
     def forward(self, images: Tensor, facts: Tensor, shown: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The losses by name, and the matching accuracies on pairs of image and caption, and of image and phrase.
+        """The losses by name, and the matching accuracies of image-caption and image-phrase pairs.
 
         Args:
             images: float32 [B, 3, H, W].
@@ -238,7 +244,7 @@ class Objective(nn.Module):
         return losses, {"captions right": right, "phrases right": phrases_right}
 
     def _contrast(self, image: Tensor, words: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-        """The contrastive loss, and similarities [B, B] of images (rows) and captions."""
+        """The contrastive loss, and the similarities [B, B] of images (rows) and captions (columns)."""
         model = self.model
         assert model.vision_proj is not None
         assert model.text_proj is not None
@@ -250,9 +256,10 @@ class Objective(nn.Module):
         return 0.5 * (F.cross_entropy(similar, target) + F.cross_entropy(similar.T, target)), similar.detach()
 
     def _match(self, image: Tensor, ids: Tensor, mask: Tensor, words: Tensor, true: Tensor) -> tuple[Tensor, float]:
-        """The matching loss, and the share of pairs left whole that it gets right.
+        """The matching loss, and the accuracy on pairs whose outputs are not scaled.
 
-        As many texts for every image, in order; those that are true, bool [texts], weigh as much as the others.
+        Every image has the same number of texts, and they are in the order of the images. `true`, bool [texts], is True
+        for true texts. True and false texts have equal weight in total.
         """
         assert self.model.itm_head is not None
         left = self.evidence.withhold(ids >= self.names)
@@ -265,7 +272,7 @@ class Objective(nn.Module):
         return 0.5 * (loss[true].mean() + loss[~true].mean()), right
 
     def _name_masked(self, image: Tensor, facts: Tensor) -> Tensor:
-        """Cross-entropy of masked words, among those that say something: colours, shapes, relations."""
+        """Cross-entropy of masked words. Only content words are masked: colours, shapes and relations."""
         ids, mask = self.captions(facts)
         hidden = (torch.rand(ids.shape, generator=self.generator) < self.masked) & (ids >= self.names)
         words = self.model.encode_text(ids.masked_fill(hidden, self.mask_id), mask, image)

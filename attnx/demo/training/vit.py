@@ -27,9 +27,9 @@ HELD_OUT = 10_000_000
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with its own learning rate schedule.
+    """A phase of training with its own learning rate schedule.
 
-    patch_drop: share of the patches that are left out of each picture, at random.
+    patch_drop: share of patches that are randomly dropped from each picture.
     """
 
     name: str
@@ -60,13 +60,13 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 
 def mirror_half(images: torch.Tensor) -> torch.Tensor:
-    """Mirror the first half of a batch [B, 3, H, W] left to right: every class keeps its look."""
+    """Mirror the first half of a batch [B, 3, H, W] left to right. Mirroring does not change the class."""
     half = len(images) // 2
     return torch.cat([images[:half].flip(3), images[half:]])
 
 
 def learning_rate(step: int, phase: Phase) -> float:
-    """Linear warmup to the phase's peak, then half a cosine down to zero."""
+    """Learning rate of a step: linear warmup to the phase's peak, then cosine decay to zero."""
     if step < phase.warmup:
         return phase.peak * (step + 1) / phase.warmup
     done = (step - phase.warmup) / max(1, phase.steps - phase.warmup)
@@ -74,7 +74,10 @@ def learning_rate(step: int, phase: Phase) -> float:
 
 
 def optimizer_for(model: nn.Module, weight_decay: float, skip: tuple[str, ...]) -> torch.optim.AdamW:
-    """AdamW that decays matrices only, not biases, norms, or parameters whose names end with one of ``skip``."""
+    """AdamW with weight decay on matrices only.
+
+    Biases, norms and parameters whose names end with one of ``skip`` are not decayed.
+    """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -86,9 +89,11 @@ def optimizer_for(model: nn.Module, weight_decay: float, skip: tuple[str, ...]) 
 def train(
     model: VisionTransformer, images: torch.Tensor, labels: torch.Tensor, phase: Phase, args: argparse.Namespace
 ) -> None:
-    """Train ``model`` in place with plain cross-entropy on the class of the scene.
+    """Train ``model`` in place with cross-entropy on the scene's class.
 
-    images: uint8 [S, 3, H, W]; labels: int64 [S].
+    Args:
+        images: uint8 [S, 3, H, W].
+        labels: int64 [S].
     """
     started = time.time()
     rng = np.random.default_rng(args.seed)
@@ -127,7 +132,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: VisionTransformer, seeds: range, device: str = "cpu") -> dict[str, float]:
-    """Accuracy on the scenes of ``seeds``, and by method the share of maps that peak inside the target's box."""
+    """Accuracy on the scenes of ``seeds``, and the share of each method's maps that peak inside the target's box."""
     images, labels, boxes = load_scenes(seeds)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, list[torch.Tensor]] = {"accuracy": [], "rollout": [], "cls": [], "random": []}
@@ -149,7 +154,7 @@ def save(model: nn.Module, path: Path) -> None:
 
 
 def main() -> None:
-    """Train, save, and print how good the saved weights are on held-out scenes."""
+    """Train, save, and print the scores of the saved weights on held-out scenes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="weights file to write (.safetensors)")
     parser.add_argument("--seed", type=int, default=0)
@@ -174,12 +179,12 @@ def main() -> None:
     started = time.time()
     images, labels, _ = load_scenes(range(args.scenes))
     print(f"drew {args.scenes} scenes in {time.time() - started:.0f} s", flush=True)
-    # With patches missing, the class must be read from several places on the target, not from one corner.
+    # With patches dropped, the model must use several parts of the target, not one corner.
     train(model, images, labels, Phase("sparse", args.steps, args.lr, 300, args.patch_drop), args)
     train(model, images, labels, Phase("whole", args.whole_steps, args.lr / 2, 100, 0.0), args)
     print(f"trained in {(time.time() - started) / 60:.0f} min")
     save(model, args.out)
-    # The test reads what float16 keeps of the weights.
+    # Weights are saved in float16, so they are tested with float16 precision.
     model.half().float()
     scores = evaluate(model, range(HELD_OUT, HELD_OUT + args.held_out), args.device)
     print(f"{args.held_out} held-out scenes: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
