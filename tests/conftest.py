@@ -10,6 +10,7 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_CUDA = torch.cuda.is_available()
+LONG = 300  # `on_backends.LONG`: numbers of keys for the kernels of long rows
 if not HAS_CUDA:
     # Triton reads this when it is imported; no test module is imported before this file.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -51,11 +52,15 @@ def poisoned():
 def pytest_collection_modifyitems(items):
     """Without CUDA, skip `gpu` tests; with CUDA, mark every test that uses `device` as `gpu`.
 
-    `triton_kernels` tests are skipped where the interpreter does not work.
+    `triton_kernels` tests are skipped where the interpreter does not work. There, tests with many keys are `long`: the
+    table of cases still runs both lengths.
     """
     interpreted = [item for item in items if item.get_closest_marker("triton_kernels")]
     broken = not HAS_CUDA and interpreted and not interpreter_works()
     for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if not HAS_CUDA and params.get("backend") == "triton" and params.get("N") == LONG:
+            item.add_marker(pytest.mark.long)
         if broken and item in interpreted:
             item.add_marker(pytest.mark.skip(reason="this Triton's interpreter does not run with this numpy"))
         if HAS_CUDA and "device" in getattr(item, "fixturenames", ()):

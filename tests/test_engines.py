@@ -101,6 +101,7 @@ def block(part: Path) -> Callable[[int, int], None]:
     return progress
 
 
+@pytest.mark.long
 def test_a_process_for_each_device_and_one_that_is_killed_costs_a_shard(
     made: Runtime,
     whole: Path,

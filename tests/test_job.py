@@ -234,6 +234,7 @@ def test_fifty_kills_lose_nothing(made: Runtime, whole: Path, tmp_path: Path) ->
         assert files(out) == files(whole), out
 
 
+@pytest.mark.long
 def test_an_interrupt_leaves_whole_shards(tmp_path: Path) -> None:
     """The signal is sent to every process of the command, as a terminal does."""
     pictures, out = draw(tmp_path / "pictures", 300), tmp_path / "out"

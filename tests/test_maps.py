@@ -67,7 +67,7 @@ def test_rows_by_place_and_by_key(out: Path) -> None:
         maps[20]
     with pytest.raises(KeyError, match="no row has the key 'nothing', of 20"):
         maps["nothing"]
-    with pytest.raises(FileNotFoundError, match=r"expected a folder with part-\*\.parquet files"):
+    with pytest.raises(FileNotFoundError, match=r"expected the output of a job, with part-\*\.parquet files"):
         attnx.open(out / "nothing")
 
 

@@ -205,6 +205,7 @@ def test_items_wait_for_their_keys_and_for_those_before_them(openmp, monkeypatch
         torch.testing.assert_close(alone[1], want[1], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP runtime elsewhere")
 def test_torchs_own_threads_are_used():
     code = (
@@ -442,6 +443,7 @@ def test_a_compiler_may_have_arguments_and_the_cache_a_relative_path(tmp_path):
     assert list(tmp_path.glob("*.so"))
 
 
+@pytest.mark.long
 def test_a_cache_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "cache").write_text("a file")
     run = in_a_new_cache(tmp_path, CALL.format(", backend='native'"))

@@ -212,6 +212,7 @@ def test_a_job_whose_decoders_read_from_a_server(bucket: str, tmp_path: Path) ->
         assert not path.is_file() or b"attnx-secret" not in path.read_bytes(), path
 
 
+@pytest.mark.long
 def test_a_picture_that_is_gone_is_an_error_row(bucket: str, tmp_path: Path) -> None:
     table = b"path\n" + b"\n".join(name.encode() for name in (*NAMES, "none.jpg")) + b"\n"
     fill(bucket, {**files(), "list.csv": table})

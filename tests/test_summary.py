@@ -177,7 +177,7 @@ def test_the_command(scenes: Path, out: Path, tmp_path: Path) -> None:
         assert (colours.max(1).astype(int) - colours.min(1) > 60).mean() > 0.02  # maps in colour over the scenes
     assert "expected a folder of masks" in fails("summary", out, "--masks", tmp_path / "nothing")
     assert "no image of this job has a usable mask" in fails("summary", out, "--masks", tmp_path)
-    assert "expected a folder with part-*.parquet" in fails("summary", tmp_path)
+    assert "expected the output of a job, with part-*.parquet files" in fails("summary", tmp_path)
 
 
 def test_masks_that_are_none_are_said(scenes: Path, out: Path, tmp_path: Path) -> None:
