@@ -142,7 +142,8 @@ def test_command_prints_a_table():
 
 
 def test_failures_name_spills_shared_memory_and_errors():
-    from attnx.kernels.inspect.offline import Resources, failures
+    from attnx.kernels.inspect.offline import Resources
+    from attnx.kernels.inspect.table import failures
 
     good = Resources("map", "sm_90", "bf16", 64, (128, 128, 8, 3), shared=100, limit=200)
     bad = [good._replace(spills=8), good._replace(shared=300), good._replace(error="PassManager failed")]
@@ -182,6 +183,7 @@ def test_unwritten_registers_are_found():
 WIDTHS = """
 import json, torch
 from attnx.kernels.inspect import offline
+from attnx.kernels.inspect.table import failures
 from attnx.kernels.arguments import shared_args, value_args
 from attnx.kernels.configs import Target, gradient_config
 from attnx.kernels.forward import forward_launch
@@ -197,7 +199,7 @@ for head_dim, value_dim in (32, 16), (64, 16), (64, 32), (48, 48), (16, 64):
         config = gradient_config(max(head_dim, value_dim), 2, rows, hopper)
         for name, launch in (("forward", forward_launch(shared, value_args(q, v, out), lse, hopper)),
                              ("gradient", gradient_launch(shared, out, v, lse, maps, 0, True, 1, config))):
-            found += list(offline.failures([offline.resources(name, launch, hopper)]))
+            found += list(failures([offline.resources(name, launch, hopper)]))
 print(json.dumps(found))
 """
 

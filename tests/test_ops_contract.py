@@ -12,6 +12,7 @@ from torch.library import opcheck
 import attnx
 from attnx import testing
 from attnx.ops.backends import eager, native
+from attnx.ops.reducers import Reduction
 from attnx.ops.scores import Scores
 from attnx.testing import Case, assert_attention, random_inputs
 from on_backends import LONG, SHORT, on_all
@@ -360,3 +361,14 @@ def test_triton_and_eager_hide_below_the_same_bias(backend, n, device):
     amap = attnx.attention_map(q, k, bias=bias, backend=backend)
     assert (amap[:, 0].sum(-1) > 0.5).all()
     assert not amap[:, 1:3].any()
+
+
+def test_a_backend_refuses_a_reduction_that_it_does_not_have(monkeypatch, on_cpu):
+    monkeypatch.setattr(native, "REDUCTIONS", (Reduction.MEAN,))
+    q, k, v, _ = random_inputs(Case())
+    with pytest.raises(NotImplementedError, match=r"backend='native' can't take these inputs: it has no heads='max'"):
+        attnx.attention(q, k, v, heads="max", backend="native")
+    attnx.attention(q, k, v, heads="max")
+    assert on_cpu == ["eager.attention"]
+    attnx.attention(q, k, v)
+    assert on_cpu == ["eager.attention", "native.attention"]

@@ -184,7 +184,8 @@ def kernels(
 
     import torch
 
-    from attnx.kernels.inspect.offline import TARGETS, compile_defaults, failures, table, target_name
+    from attnx.kernels.inspect.offline import TARGETS, compile_defaults, target_name
+    from attnx.kernels.inspect.table import failures, table
 
     targets = {target_name(target): target for target in TARGETS}
     names = [f"sm_{name}" if name.isdecimal() else name for name in arch or targets]
