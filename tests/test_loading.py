@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from attnx.demo.vit import load_demo_vit
 from attnx.models.checkpoint import load_checkpoint, read_weights
 from attnx.models.loading import load_model
+from attnx.models.registry import IMAGE_MODELS
 
 NAME = "vit_tiny_patch16_224"
 
@@ -238,3 +240,12 @@ def test_the_folder_of_masks_may_be_text(tmp_path: Path) -> None:
 
     (tmp_path / "a.png").touch()
     assert mask_of("a.jpg", str(tmp_path)) == tmp_path / "a.png"
+
+
+def test_a_registered_name_is_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(IMAGE_MODELS, "mine", lambda pretrained, size: load_demo_vit(pretrained, size))
+    loaded = load_model("mine", image_size=128)
+    assert loaded.size == (128, 128)
+    assert not loaded.model.training
+    with pytest.raises(ValueError, match=r"model: expected timm:NAME, hf:NAME or demo or mine; got 'yours'"):
+        load_model("yours")

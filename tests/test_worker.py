@@ -425,3 +425,23 @@ def test_pictures_say_how_long_they_took(tmp_path: Path) -> None:
     picture = Decode(Files(folder), PIXELS)(Entry("000.jpg", "000.jpg"))
     assert isinstance(picture, Picture)
     assert 0 < picture.seconds < 10
+
+
+def test_the_columns_are_the_fields_of_a_row() -> None:
+    for captions in (False, True):
+        names = Format(captions=captions).schema().names
+        fields = [f.name for f in dataclasses.fields(MapRow) if captions or not f.metadata["captions"]]
+        assert [name for name in names if name not in ("shape", "scale")] == fields
+    assert set(Format(captions=True).schema().names) - set(Format().schema().names) == {
+        "tokens", "word_of", "score", "cut"
+    }  # fmt: skip
+
+
+def test_a_column_that_an_old_shard_lacks_is_null() -> None:
+    form = Format("float32")
+    new = form.table([MapRow("b", map=np.ones((2, 2)), width=3, height=2, crop=(0.0, 0.0, 3.0, 2.0))])
+    old = form.table([MapRow("a", map=np.zeros((2, 2)), width=3, height=2)]).drop_columns(["crop"])
+    whole = form.concatenate([old, new])
+    assert whole.schema == form.schema()
+    assert whole.column("crop").to_pylist() == [None, [0.0, 0.0, 3.0, 2.0]]
+    assert whole.column("map").to_pylist() == [[0.0] * 4, [1.0] * 4]
