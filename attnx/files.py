@@ -8,21 +8,21 @@ import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
-from attnx.remote import is_remote, open_remote
+from attnx.remote import RemotePath
 
 __all__ = ["open_regular", "replacing", "sync_folder"]
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path | RemotePath) -> IO[bytes]:
     """Open a regular or remote file for reading in binary. Pipes, devices, sockets and folders raise without blocking.
 
     Raises:
         OSError: the file is missing, can't be read, or is not a regular file.
     """
-    if is_remote(path):
-        return open_remote(cast("Path", path))
+    if isinstance(path, RemotePath):
+        return path.open()
     # Opening a pipe without a writer would block. O_NONBLOCK has no effect on regular files. Not all systems have
     # these flags.
     flags = (getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))

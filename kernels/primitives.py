@@ -7,12 +7,12 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-MASK_THRESHOLD: tl.constexpr = tl.constexpr(-5.0e4)  # attnx.reducers.MASK_THRESHOLD
+MASK_THRESHOLD: tl.constexpr = tl.constexpr(-5.0e4)  # attnx.ops.reducers.MASK_THRESHOLD
 
 # Triton's interpreter multiplies the bit patterns of bfloat16. Converting to fp32 first gives the correct products.
 WIDEN: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# Head reductions, with the values of attnx.reducers.Heads.
+# Head reductions, with the values of attnx.ops.reducers.Reduction.
 MEAN: tl.constexpr = tl.constexpr(0)
 MAX: tl.constexpr = tl.constexpr(1)
 MIN: tl.constexpr = tl.constexpr(2)

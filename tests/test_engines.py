@@ -175,7 +175,7 @@ def test_processes_that_all_fail_end_the_job(made: Runtime, tmp_path: Path) -> N
     said: list[str] = []
     with opened(made, tmp_path, 5) as job:
         write_run(tmp_path, {**job.run, "settings": {**job.run["settings"], "weights": "0"}})
-        with pytest.raises(RuntimeError, match=r"no device is left: cpu failed 1 times in a row.*weights: '0' there"):
+        with pytest.raises(RuntimeError, match=r"no device is left: cpu failed 1 times.*weights: '0' in the job"):
             run_job(made, job, RUNNING, **TWO, tries=1, say=said.append)
     assert said[0].startswith("cpu is not used any more after 1 failures in a row: ValueError")
     assert not children(os.getpid(), "engines.local")

@@ -622,5 +622,15 @@ def test_a_rollout_never_skips_a_layer() -> None:
         attnx.rollout(trace)
     assert attnx.cls_map(trace).shape == (3, 3, 3)
     assert attnx.rollout(trace, layers=["blocks.0.attn", "blocks.2.attn"]).shape == (3, 3, 3)  # the user's choice
+    for layers in ("blocks.*", "blocks"):
+        with pytest.raises(ValueError, match=gap):
+            attnx.rollout(trace, layers=layers)
+        with torch.no_grad(), attnx.capture(model, layers=layers) as some:
+            model(pictures())
+        with pytest.raises(ValueError, match=gap):
+            attnx.rollout(some)
+    with torch.no_grad(), attnx.capture(model, layers=["blocks.0", "blocks.2"]) as chosen:
+        model(pictures())
+    assert attnx.rollout(chosen).shape == (3, 3, 3)
     with pytest.raises(ValueError, match=gap), pytest.warns(UserWarning, match="not intercepted"):
         Extractor(model)(pictures())

@@ -21,6 +21,7 @@ from attnx.kernels.configs import (
     vecmat_config,
 )
 from attnx.ops.backends import triton as backend
+from attnx.ops.reducers import Reduction
 
 TARGETS = [Target("cuda", arch) for arch in (80, 86, 89, 90, 100, 120)] + [Target("hip", "gfx942")]
 
@@ -156,3 +157,12 @@ def test_triton_makes_each_head_without_partial_maps(launched, device):
     inputs = testing.random_inputs(testing.Case(B=1, H=4, M=5, N=6), device=device)
     attnx.attention(*inputs[:3], heads="each", backend="triton")
     assert names(launched) == ["one_pass_kernel"]
+
+
+def test_the_reductions_are_those_of_the_kernels():
+    from attnx.kernels import primitives
+
+    for reduction in backend.REDUCTIONS:
+        if reduction is not Reduction.EACH:
+            assert getattr(primitives, reduction.name).value == reduction
+    assert set(backend.REDUCTIONS) == set(Reduction)

@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 
 import attnx
 from attnx.cli.main import app
-from attnx.jobs.sources import open_source
-from attnx.remote import location
+from attnx.jobs.sources import Entry, open_source
+from attnx.jobs.sources.reachable import is_unreachable
+from attnx.jobs.sources.tar import Tars
+from attnx.remote import RemotePath, location
 
 fsspec = pytest.importorskip("fsspec")
-pytest.importorskip("upath")
 NAMES = ["a.jpg", "sub/b.png", "sub/deeper/c.jpg"]
 HOW = ("--model", "demo", "--method", "cls", "--device", "cpu", "--batch-size", "2")
 
@@ -133,7 +134,10 @@ def test_a_table_with_pictures(memory: str) -> None:
     source = open_source(f"{memory}/hub.parquet")
     assert list(read(f"{memory}/hub.parquet").values()) == [picture(i) for i in range(40)]
     assert source.fingerprint is not None
-    fill(memory, {"hub.parquet": b""})
+    fsspec.filesystem("memory").rm(f"{memory.removeprefix('memory:/')}/hub.parquet")
+    with pytest.raises(FileNotFoundError) as gone:
+        source.reader()(next(iter([Entry("0.jpg", "hub.parquet", 0)])))
+    assert is_unreachable(gone.value)
 
 
 def test_a_job_in_this_process(memory: str, tmp_path: Path) -> None:
@@ -155,9 +159,15 @@ def test_a_job_in_this_process(memory: str, tmp_path: Path) -> None:
     ("url", "message"),
     [
         ("s3://key:secret@bucket/x", "without credentials"),
-        ("https://host/x.csv?X-Amz-Signature=secret", "without credentials or a query"),
+        ("https://host/x.csv?X-Amz-Signature=secret", "without credentials, a query"),
         ("nothing://x/y", "can't open nothing://"),
-        ("file:///tmp", "other than file"),
+        ("file:///tmp", "expected a path for files of this machine"),
+        ("local:///tmp", "expected a path for files of this machine"),
+        ("zip://a.jpg::https://u:secret@127.0.0.1/x.zip", "another URL in it"),
+        ("simplecache::https://u:secret@127.0.0.1/x.zip", "another URL in it"),
+        ("abfs://c@account/x?sig=secret", "without credentials"),
+        ("ftp://user@127.0.0.1:1/x", "can't open ftp://"),
+        ("S3://bucket/x", "lower case"),
         ("memory://none/here", "which does not exist"),
     ],
 )
@@ -173,7 +183,7 @@ def test_what_is_refused(url: str, message: str, tmp_path: Path) -> None:
 
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "upath", None)
+    monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ValueError, match=r"pip install 'attnx\[fsspec\]'"):
         location("s3://bucket/x")
 
@@ -223,3 +233,91 @@ def test_a_picture_that_is_gone_is_an_error_row(bucket: str, tmp_path: Path) -> 
     errors = dict(attnx.open(out).errors())
     assert list(errors) == ["none.jpg"]
     assert "FileNotFoundError" in errors["none.jpg"]
+
+
+class OutageError(Exception):
+    """An exception of a client, without an errno."""
+
+
+class Failing(fsspec.AbstractFileSystem):
+    """A file system with one tar, whose server is gone from some byte on."""
+
+    protocol = "failing"
+    content, works = b"", 10**9
+
+    def info(self, path: str, **options: object) -> dict[str, object]:
+        return {"name": path, "size": len(self.content), "type": "file"}
+
+    def _open(self, path: str, mode: str = "rb", **options: object) -> io.BytesIO:
+        return Broken(self.content, self.works)
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: object) -> bytes:
+        if (end or 0) > self.works:
+            raise OutageError("timeout")
+        return self.content[start:end]
+
+
+class Broken(io.BytesIO):
+    def __init__(self, content: bytes, works: int) -> None:
+        super().__init__(content)
+        self.works = works
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() + (size or 0) > self.works:
+            raise OutageError("timeout")
+        return super().read(size)
+
+
+@pytest.fixture
+def failing() -> RemotePath:
+    Failing.content, Failing.works = tar(), 10**9
+    return RemotePath(Failing(skip_instance_cache=True), "/x.tar", "failing")
+
+
+def test_an_outage_is_no_broken_tar_and_no_error_row(failing: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Tars(failing)
+    entries = list(source.entries())
+    assert [entry.error for entry in entries] == [None, None]
+    monkeypatch.setattr(Failing, "works", 1000)
+    with pytest.raises(OSError, match="OutageError: timeout") as planning:
+        list(source.entries())
+    with pytest.raises(OSError, match="OutageError: timeout") as reading:
+        source.reader()(entries[1])
+    assert is_unreachable(planning.value)
+    assert is_unreachable(reading.value)
+
+
+def test_a_server_without_byte_ranges_is_named(failing: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Tars(failing)
+    entry = next(iter(source.entries()))
+    monkeypatch.setattr(Failing, "cat_file", lambda self, path, start=None, end=None, **options: self.content)
+    with pytest.raises(OSError, match="the server has no byte ranges"):
+        source.reader()(entry)
+
+
+def test_a_key_that_looks_like_a_url_stays_in_its_folder(memory: str) -> None:
+    fill(memory, {"https://127.0.0.1:1/q.jpg": picture(1), "a.jpg": picture(2)})
+    assert list(read(memory).values()) == [picture(2), picture(1)]
+
+
+def test_rows_with_credentials_are_errors_that_do_not_repeat_them(memory: str) -> None:
+    rows = b"path\na.jpg\nhttps://h/x.jpg?X-Amz-Signature=SECRET\nhttp://u:SECRET@h/x.jpg\n"
+    fill(memory, {"a.jpg": picture(0), "t.csv": rows})
+    entries = list(open_source(f"{memory}/t.csv").entries())
+    assert [entry.error is None for entry in entries] == [True, False, False]
+    assert "SECRET" not in str(entries)
+
+
+def test_words_of_a_remote_table_and_its_summary(memory: str, tmp_path: Path) -> None:
+    table = b"path,caption\n" + b"".join(f"{name},a red circle\n".encode() for name in NAMES)
+    fill(memory, {**files(), "pairs.csv": table})
+    out = tmp_path / "out"
+    options = ["--pairs", f"{memory}/pairs.csv", "--model", "demo", "--device", "cpu", "--workers", "0", "--pictures"]
+    done = CliRunner().invoke(app, ["words", *options, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert [row.tokens for row in attnx.open(out)] == [("[CLS]", "a", "red", "circle", "[SEP]")] * 3
+    assert list(out.rglob("*.png"))
+    again = CliRunner().invoke(app, ["words", *options, "--out", str(out), "--retry-failed"])
+    assert again.exit_code == 0, again.output
+    done = CliRunner().invoke(app, ["summary", str(out)])
+    assert done.exit_code == 0, done.output

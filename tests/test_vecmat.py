@@ -238,7 +238,7 @@ def test_a_cpu_computes_only_the_rows_that_count():
         rows.clear()
         with Watch():
             passed = eager.vecmat(Scores(q, k, bias, True, case.D**-0.5), r, None)
-        assert set(rows) == ({len(used)} if used else set())
+        assert rows == ([len(used)] * case.H if used else [])
         assert_vecmat(passed, r, q, k, bias, True)
         lse = attnx.attention_lse(q, k, v, bias=bias, is_causal=True, backend="eager")[1]
         known = attnx.vecmat(r, q, k, bias=bias, is_causal=True, lse=lse, backend="eager")

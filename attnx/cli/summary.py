@@ -36,6 +36,7 @@ def summary(
     Writes summary.json, levels.png, focus.png (the most and least focused images) and mean.png. An image's entropy is
     the entropy of its map over the patches, averaged over layers and heads. The levels are quarters of the images.
     """
+    mass = mass_of(mass, keep)
     from attnx.figures.one_image import Style
     from attnx.figures.summary import draw_summary, numbers, table, write_numbers
     from attnx.jobs.masks import score
@@ -46,7 +47,7 @@ def summary(
     found = summarise(maps)
     if masks is not None and not masks.is_dir():
         raise ValueError(f"masks: expected a folder of masks; {masks} is not a folder")
-    scored = None if masks is None else score(maps, masks, mass_of(mass, keep))
+    scored = None if masks is None else score(maps, masks, mass)
     target = folder / "summary" if out is None else out
     written = draw_summary(maps, found, target, Style(colormap, alpha, interpolation), examples)
     values = numbers(maps, found, scored)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attnx.extract.inputs import image_call
 from attnx.methods import gradient_rollout, relevance
+from attnx.methods.chain import renamed
 from attnx.trace.capture import capture
 from attnx.trace.layers import Layers
 from attnx.trace.layout import TokenLayout
@@ -60,6 +61,8 @@ def class_maps(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
+    if "rows" in options:
+        options["query"] = renamed(options.get("query"), options.pop("rows"))
     grad: bool | str = True if method == "relevance" else "signed"
     call = image_call(model, model_kwargs or {})
     captured = capture(model, layers, grad=grad, layout=layout, backend=backend)

@@ -218,7 +218,7 @@ class Extractor:
                 if not self._plan.bound:
                     raise
                 # A forward that names SDPA may call it in another function.
-                reason = "its forward names F.scaled_dot_product_attention but calls it elsewhere"
+                reason = "bound forwards ran other layers than the trial: one may attend in another function"
                 self._plan = replace(self._plan, unbound=dict.fromkeys(self._plan.blocks, reason))
                 self._plan.run(self._recorder, self.model, lambda: self._call(images))
         # The layers before `start` were not recorded.

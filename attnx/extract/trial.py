@@ -94,7 +94,7 @@ class Trial:
         if not projects(block):
             return f"all its projections run: attnx does not know those of {type(block).__name__}"
         if x is None or "q" not in call:
-            return "all its projections run: it has more inputs than one tensor"
+            return "all its projections run: it has more inputs than one tensor, or another layer attends after it"
         if call["bias"] is not None or call["is_causal"] or not {"softcap", "sinks"}.isdisjoint(call):
             return "all its projections run: its scores have a mask, a bias, a softcap or sinks"
         q, k = call["q"], call["k"]

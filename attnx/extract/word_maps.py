@@ -55,9 +55,6 @@ def word_maps(
     Warns:
         UserWarning: a caption has more tokens than the model has positions, and was cut at a word.
 
-    Reference:
-        Li et al., "Align before Fuse", https://arxiv.org/abs/2107.07651
-
     Example:
         >>> import torch, attnx
         >>> from attnx.demo.albef import demo_albef
@@ -66,7 +63,8 @@ def word_maps(
         torch.Size([3, 12, 12])
 
     Reference:
-        https://github.com/tabtoyou/VL-DINO; https://github.com/salesforce/ALBEF
+        Li et al., "Align before Fuse", https://arxiv.org/abs/2107.07651; https://github.com/salesforce/ALBEF;
+        https://github.com/tabtoyou/VL-DINO
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: expected None or 'vl-dino'; got {preset!r}")

@@ -12,7 +12,7 @@ from attnx.trace.sides import Tokens, describe, stack_of
 from attnx.trace.trace import Trace
 
 
-def renamed(query: str | int | None, rows: str | int | None) -> str | int | None:
+def renamed(query: str | int | None, rows: str | int | None, stacklevel: int = 3) -> str | int | None:
     """The query, also under its former name `rows`.
 
     Raises:
@@ -25,7 +25,7 @@ def renamed(query: str | int | None, rows: str | int | None) -> str | int | None
         return query
     if query is not None:
         raise ValueError(f"rows: expected query alone, its new name; got query={query!r} and rows={rows!r}")
-    warnings.warn("attnx: rows of rollout, gradient_rollout and relevance is now query", DeprecationWarning, 3)
+    warnings.warn("attnx: rows of rollout, gradient_rollout and relevance is now query", DeprecationWarning, stacklevel)
     return rows
 
 
@@ -33,7 +33,7 @@ def self_attention(trace: Trace) -> tuple[list[tuple[str, LayerRecord]], tuple[s
     """(name, record) of the self-attention layers in order, and of a final pooling layer [1, N] or None.
 
     Raises:
-        ValueError: the layers do not follow one another, or have different tokens.
+        ValueError: the layers do not follow one another, have different tokens, or one of them has no map.
     """
     if trace.rows is not None:
         raise ValueError(f"rollout needs whole maps: expected a capture with rows=None; got rows={list(trace.rows)}")
@@ -45,9 +45,11 @@ def self_attention(trace: Trace) -> tuple[list[tuple[str, LayerRecord]], tuple[s
         )
     gaps = trace.gaps()
     if gaps:
+        others = [name for name in trace if stack_of(name) == stack_of(gaps[0])]
         raise ValueError(
             f"rollout: expected a map of every layer; {', '.join(gaps)} ran without one, so the chain would skip it: "
-            "write an adapter (docs/adding-a-model.md), or choose layers= that follow one another"
+            "write an adapter (docs/adding-a-model.md), or, if it is not part of the chain, choose the others by "
+            f"layers={others}"
         )
     layers: list[tuple[str, LayerRecord]] = []
     pool: tuple[str, LayerRecord] | None = None

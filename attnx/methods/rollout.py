@@ -51,7 +51,7 @@ def rollout(
 
     Raises:
         ValueError: the layers are not one stack of self-attention over the same tokens (the message lists them; select
-            some with `layers`), or an argument is out of range.
+            some with `layers`), a layer of the stack ran without a map, or an argument is out of range.
 
     Reference:
         Abnar & Zuidema, "Quantifying Attention Flow in Transformers", https://arxiv.org/abs/2005.00928;

@@ -97,7 +97,10 @@ def check_float32(name: str, t: Tensor | None, shape: Sequence[int], device: tor
 
 
 def row_index(rows: Sequence[int] | Tensor | None, m: int, device: torch.device) -> Tensor | None:
-    """Row indices as an int64 tensor on the device. Raise ValueError for other than integers in 0..m-1."""
+    """Row indices as an int64 tensor on the device. Raise ValueError for other than integers, or a list outside 0..m-1.
+
+    The operators check the values of a tensor.
+    """
     if rows is None:
         return None
     if not isinstance(rows, Tensor):

@@ -74,7 +74,8 @@ class Interceptor(TorchFunctionMode):
             self.undo += switch_off(self.model)
         _LIVE.add(self)
         self.undo.append(self.model.register_forward_hook(Done(self)).remove)
-        leave, attention = Leave(self), set(attention_layers(self.model)) if self.wanted is None else set()
+        leave = Leave(self)
+        attention = {name for name in attention_layers(self.model) if self._is_wanted(name)}
         for name, module in self.model.named_modules(remove_duplicate=True):
             enter = Enter(self, clean_name(name), clean_name(name) in attention)
             self.undo += [
@@ -85,6 +86,9 @@ class Interceptor(TorchFunctionMode):
         for module in patch_convolutions(self.model):
             hook = NoteGrid(self.trace, names[id(module)], self.thread)
             self.undo.append(module.register_forward_hook(hook).remove)
+
+    def _is_wanted(self, name: str) -> bool:
+        return self.wanted is None or any(matches(pattern, name) for pattern in self.wanted)
 
     def uninstall(self) -> None:
         """Remove all hooks and restore the blocks; other captures of the same blocks continue to work."""
@@ -166,9 +170,7 @@ class Interceptor(TorchFunctionMode):
             return func(*args, **kwargs)
         frame = self.local.frames[-1]
         name = self._name(frame) if func is SDPA else frame.name
-        if self.torn is not None or (
-            self.wanted is not None and not any(matches(pattern, name) for pattern in self.wanted)
-        ):
+        if self.torn is not None or not self._is_wanted(name):
             self._note_layer(name)
             return func(*args, **kwargs)
         if func is MHA:

@@ -166,7 +166,9 @@ class Trace(Mapping[str, Tensor]):
             return self._with(dict(self._records))
         names = select(list(self._records), layers)
         other = self._with({name: self._records[name] for name in names})
-        other._tokens.ran = set()  # the user decides which layers follow one another
+        # The layers of a list follow one another as the user says; a glob or a block's name selects all that ran there.
+        ran = self._tokens.ran if isinstance(layers, str) else ()
+        other._tokens.ran = {name for name in ran if selects(str(layers), name)}
         other.in_a_row = isinstance(layers, Sequence) and not isinstance(layers, str) and len(layers) > 1
         return other
 

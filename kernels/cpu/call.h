@@ -16,7 +16,7 @@ constexpr int OUT_ROWS = REGISTERS == 32 ? 8 : 4;  // rows of a register tile of
 constexpr int CHUNK = 64;                        // keys that are weighted per update of the output
 constexpr int PASSED_KEYS = 192;                 // keys per work item of vecmat
 constexpr double LOG2E = 1.44269504088896341;
-constexpr float MASK_THRESHOLD = -5e4f;  // as attnx.reducers.MASK_THRESHOLD
+constexpr float MASK_THRESHOLD = -5e4f;  // as attnx.ops.reducers.MASK_THRESHOLD
 constexpr float LARGEST = std::numeric_limits<float>::max();
 constexpr float INF = std::numeric_limits<float>::infinity();
 

@@ -170,7 +170,7 @@ class _Cursor:
 
 
 @functools.lru_cache(maxsize=1)
-def _cursor(path: Path, stamp: tuple[int, float]) -> _Cursor:
+def _cursor(path: Path, stamp: tuple[Any, Any]) -> _Cursor:
     return _Cursor(path)
 
 

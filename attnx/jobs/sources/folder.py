@@ -10,7 +10,7 @@ from attnx.images import walk_images
 from attnx.jobs.sources import Entry
 from attnx.jobs.sources.remote import images_below, whole_file
 from attnx.jobs.sources.skipped import UNREAD, Skipped
-from attnx.remote import is_remote, joined
+from attnx.remote import is_remote
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Folder:
 
 @dataclass(frozen=True)
 class Files:
-    """Reads whole files below a root. Absolute paths and URLs are used as they are."""
+    """Reads whole files below a root. Absolute paths are used as they are."""
 
     root: Path
 
     def __call__(self, entry: Entry) -> tuple[Path, IO[bytes] | None]:
         """The image's path, and its content if that is not the file at the path."""
         assert entry.path is not None
-        return whole_file(joined(self.root, entry.path))
+        return whole_file(self.root / entry.path)

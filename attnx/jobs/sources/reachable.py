@@ -113,6 +113,5 @@ class Reachable:
 def _device(path: Path) -> int | None:
     try:
         return path.stat().st_dev
-    # Remote file systems raise exceptions of their own.
-    except Exception:
+    except OSError:
         return None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 from attnx.images import image_suffixes, is_unreadable_image
 from attnx.jobs.sources.skipped import UNREAD, Skipped
 from attnx.limits import PICTURE_BYTES
-from attnx.remote import is_remote, read_range, size_of, walk
+from attnx.remote import RemotePath
 
 __all__ = ["images_below", "whole_file"]
 
@@ -23,7 +23,7 @@ def images_below(folder: Path, skipped: Skipped) -> Iterator[str]:
     Raises:
         ValueError: there are no images.
     """
-    names = walk(folder)
+    names = cast("RemotePath", folder).walk()
     own = set(names)
     jobs = {str(PurePosixPath(name).parent) for name in names if name.endswith(_OF_A_JOB[0])}
     jobs = {job for job in jobs if all((f"{job}/{name}" if job != "." else name) in own for name in _OF_A_JOB)}
@@ -45,9 +45,9 @@ def images_below(folder: Path, skipped: Skipped) -> Iterator[str]:
 
 def whole_file(path: Path) -> tuple[Path, IO[bytes] | None]:
     """The path, and the content of a remote file; None for a local one, which the decoder opens itself."""
-    if not is_remote(path):
+    if not isinstance(path, RemotePath):
         return path, None
-    size = size_of(path)
-    if size > PICTURE_BYTES:
-        raise ValueError(f"expected a picture of at most {PICTURE_BYTES:,} bytes; got one of {size:,}")
-    return path, io.BytesIO(read_range(path, 0, None))
+    content = path.read(0, PICTURE_BYTES + 1)
+    if len(content) > PICTURE_BYTES:
+        raise ValueError(f"expected a picture of at most {PICTURE_BYTES:,} bytes; got a larger one")
+    return path, io.BytesIO(content)

@@ -19,7 +19,7 @@ from attnx.jobs.sources.embedded import Pictures, footer_hash, is_text, picture_
 from attnx.jobs.sources.skipped import Skipped
 from attnx.limits import LINE_BYTES
 from attnx.messages import printable
-from attnx.remote import is_remote, joined
+from attnx.remote import check_no_credentials, is_remote, is_url, joined
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -111,6 +111,11 @@ def _entry(row: Mapping[str, Any] | str, name: str, number: int) -> Entry:
     if not isinstance(path, str) or not path or "\0" in path:
         message = f"{name}: expected a path in {' or '.join(PATH)}; got {text_of(json.dumps(row, default=str))[:80]}"
         return Entry(key or name, None, error=message)
+    if is_url(path):
+        try:
+            check_no_credentials(path)
+        except ValueError as error:
+            return Entry(key or name, None, error=f"{name}: {error}")
     # Numbered even if this row has no caption: other rows of the same image may have one.
     key = key or (f"{text_of(path)}#{number}" if set(CAPTION) & set(row) else text_of(path))
     wrong = wrong_caption(text)

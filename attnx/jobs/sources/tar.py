@@ -17,7 +17,7 @@ from attnx.jobs.sources.skipped import LINK, PART, UNREAD, Skipped
 from attnx.jobs.sources.tar_headers import members_of
 from attnx.limits import CAPTION_BYTES, JSON_BYTES, PICTURE_BYTES
 from attnx.messages import printable
-from attnx.remote import is_remote, read_range
+from attnx.remote import RemotePath
 
 _TEXT = (".txt", ".json", ".caption")
 _SHORT = tarfile.LENGTH_NAME - 20
@@ -78,8 +78,8 @@ class Members:
         if not 0 <= entry.size <= PICTURE_BYTES:
             raise ValueError(f"expected a picture of at most {PICTURE_BYTES:,} bytes; got one of {entry.size:,}")
         path, start = self.root / entry.path, entry.offset - tarfile.BLOCKSIZE
-        if is_remote(path):
-            content = read_range(path, start, tarfile.BLOCKSIZE + entry.size)
+        if isinstance(path, RemotePath):
+            content = path.read(start, tarfile.BLOCKSIZE + entry.size)
         else:
             with open_regular(path) as file:
                 file.seek(start)

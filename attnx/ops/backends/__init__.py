@@ -33,6 +33,8 @@ def choose(backend: str, scores: Scores, v: Tensor | None, reduction: Reduction 
         UserWarning: once, if the device's own backend lacks something it needs, such as a compiler.
     """
     name = backend
+    if backend == "auto" and scores.softcap:
+        return "eager"  # no other backend has it
     if backend == "auto":
         device = scores.q.device.type
         name = "native" if device == "cpu" else "triton" if device == "cuda" else "eager"
@@ -51,6 +53,10 @@ def choose(backend: str, scores: Scores, v: Tensor | None, reduction: Reduction 
                 reasons = native.limits(scores, v, reduction)
                 if not reasons:
                     return "native"
+            case "eager":
+                return "eager"
+            case _:
+                raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {name!r}")
     except ImportError as error:
         reasons = [str(error)]
         if backend == "auto" and name not in _REPORTED:

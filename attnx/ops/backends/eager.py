@@ -113,7 +113,7 @@ def attention_backward(
     additive = bias is not None and bias.dtype != torch.bool
     dbias = torch.zeros(bias.shape, dtype=compute, device=q.device) if bias is not None and additive else None
     k_, v_, grad, out = (t.to(compute) for t in (k, v, grad, out))
-    for block, h, p in _weights(scores, None, None):
+    for block, h, p in _weights(scores._replace(k=k_), None, None):
         hk = h // scores.group
         q_block, grad_block = q[:, h, block].to(compute), grad[:, h, block]
         ds = torch.bmm(grad_block, v_[:, hk].transpose(1, 2))
