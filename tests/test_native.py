@@ -117,8 +117,11 @@ def sanitizer() -> str | None:
     return " ".join(found) if all(Path(path).is_file() for path in found) else None
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "level",
+    # The widest and the narrowest; between them the code differs in the width only.
+    [pytest.param(x, marks=pytest.mark.long if x in (LEVELS[0], LEVELS[-1]) else pytest.mark.slow) for x in LEVELS],
+)
 def test_sanitizers_find_nothing(level):
     library = sanitizer()
     if library is None:
