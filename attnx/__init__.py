@@ -1,7 +1,6 @@
 """attnx: the attention maps of any vision transformer, at the price of its attention."""
 
-from attnx import demo as _demo  # noqa: F401  (registers the bundled models)
-from attnx import huggingface
+from attnx import demo, huggingface
 from attnx.extract.captions import CaptionMaps, WordMaps
 from attnx.extract.class_maps import class_maps
 from attnx.extract.extractor import Extractor
@@ -54,3 +53,5 @@ __all__ = [
     "word_maps",
 ]
 __version__ = VERSION
+
+demo.register()

@@ -10,7 +10,6 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_CUDA = torch.cuda.is_available()
-LONG = 300  # `on_backends.LONG`: numbers of keys for the kernels of long rows
 if not HAS_CUDA:
     # Triton reads this when it is imported; no test module is imported before this file.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -55,6 +54,9 @@ def pytest_collection_modifyitems(items):
     `triton_kernels` tests are skipped where the interpreter does not work. There, tests with many keys are `long`: the
     table of cases still runs both lengths.
     """
+    # Not at the top: it imports attnx, and Triton must find the variable that is set above.
+    from on_backends import LONG
+
     interpreted = [item for item in items if item.get_closest_marker("triton_kernels")]
     broken = not HAS_CUDA and interpreted and not interpreter_works()
     for item in items:

@@ -71,6 +71,9 @@ def test_biases_caps_and_sinks_are_in_the_maps(name: str, heads: str) -> None:
         try:
             huggingface.use(model, heads=heads)
         except NotImplementedError as error:
+            # Every one of these models works since 5.24.
+            if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24):
+                raise
             pytest.skip(f"this transformers: {error}")
         got = model(**given, output_attentions=True)
     key = "attentions" if getattr(want, "attentions", None) else "encoder_attentions"

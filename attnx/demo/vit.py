@@ -54,6 +54,7 @@ def demo_model(pretrained: bool = True) -> VisionTransformer:
         "crop_pct": 1.0,
         "num_classes": len(CLASSES),
     }
+    # timm reads a dict here, too; its type names only PretrainedCfg.
     model.pretrained_cfg = config  # type: ignore[assignment]
     if pretrained:
         from safetensors.torch import load_file

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from attnx.images.formats import image_suffixes, is_unreadable_image
 
-_JOB_FILES = {"manifest.parquet", "run.json"}  # a folder with both was written by a job
+JOB_FILES = {"manifest.parquet", "run.json"}  # a folder with both was written by a job
 
 
 def find_images(source: str | Path) -> list[Path]:
@@ -62,7 +62,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     """Files that look like images, in order of their paths."""
     with os.scandir(folder) as entries:
         seen = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
-    if {name for name, _ in seen} >= _JOB_FILES:
+    if {name for name, _ in seen} >= JOB_FILES:
         return
     # Folders sort with a trailing slash, so that all files come in the order of their paths.
     for name, is_folder in sorted(seen, key=lambda item: f"{item[0]}/" if item[1] else item[0]):

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["MapRow", "schema"]
 
 
-def _column(arrow: str, captions: bool = False) -> Any:
-    """A field that is stored as this Arrow type, "list<...>" included. captions: only in jobs of captions."""
-    return field(default=None, metadata={"arrow": arrow, "captions": captions})
+def _stored(arrow: str, captions: bool = False) -> dict[str, Any]:
+    """The metadata of a field: its Arrow type, "list<...>" included. captions: only in jobs of captions."""
+    return {"arrow": arrow, "captions": captions}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,17 +38,17 @@ class MapRow:
         cut: number of words at the end that exceed the model's length.
     """
 
-    key: str = field(metadata={"arrow": "string", "captions": False})
-    text: str | None = _column("string")
-    map: np.ndarray | None = _column("map")  # noqa: RUF009
-    width: int | None = _column("int32")
-    height: int | None = _column("int32")
-    crop: tuple[float, ...] | None = _column("list<float32>")
-    error: str | None = _column("string")
-    tokens: tuple[str, ...] | None = _column("list<string>", captions=True)
-    word_of: tuple[int | None, ...] | None = _column("list<int32>", captions=True)
-    score: float | None = _column("float32", captions=True)
-    cut: int | None = _column("int32", captions=True)
+    key: str = field(metadata=_stored("string"))
+    text: str | None = field(default=None, metadata=_stored("string"))
+    map: np.ndarray | None = field(default=None, metadata=_stored("map"))
+    width: int | None = field(default=None, metadata=_stored("int32"))
+    height: int | None = field(default=None, metadata=_stored("int32"))
+    crop: tuple[float, ...] | None = field(default=None, metadata=_stored("list<float32>"))
+    error: str | None = field(default=None, metadata=_stored("string"))
+    tokens: tuple[str, ...] | None = field(default=None, metadata=_stored("list<string>", captions=True))
+    word_of: tuple[int | None, ...] | None = field(default=None, metadata=_stored("list<int32>", captions=True))
+    score: float | None = field(default=None, metadata=_stored("float32", captions=True))
+    cut: int | None = field(default=None, metadata=_stored("int32", captions=True))
 
 
 def schema(dtype: str, captions: bool) -> pa.Schema:

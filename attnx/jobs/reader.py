@@ -41,9 +41,11 @@ def open(folder: str | Path) -> Maps:
         DamagedError: a file is damaged; a ValueError that names the file. Maps are checked when they are read.
 
     Example:
-        >>> maps = attnx.open("attnx-out")  # doctest: +SKIP
-        >>> maps["a.jpg"].map.shape  # doctest: +SKIP
-        (14, 14)
+        >>> from attnx.demo.run import run_demo
+        >>> verdict = run_demo("attnx-demo", scenes=2)
+        >>> maps = attnx.open("attnx-demo/rollout")
+        >>> len(maps), maps["00001.png"].map.shape
+        (2, (12, 12))
     """
     return Maps(Path(folder))
 

@@ -1,4 +1,4 @@
-"""Registry of models with a bare name, such as "demo". A package registers its models when it is imported.
+"""Registry of models with a bare name, such as "demo". Packages add their own, see `attnx.demo.register`.
 
 `load_model` and `load_word_model` (`attnx.models.loading`) look names up here.
 """

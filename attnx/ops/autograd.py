@@ -3,6 +3,7 @@
 Importing it registers them with torch. Forward-mode and second derivatives raise.
 """
 
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -42,34 +43,19 @@ operators.attention.register_autograd(_backward_without_map, setup_context=_setu
 operators.attention_lse.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Attention(torch.autograd.Function):
-    """`operators.attention` for the transforms of `torch.func`, which take no gradient of a custom operator."""
+def _transformed(operator: Operator[..., Any], backward: Callable[..., Any]) -> type[torch.autograd.Function]:
+    """The operator for the transforms of `torch.func`, which take no gradient of a custom operator."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
     def forward(*args: Any) -> Any:
-        return operators.attention.registered(*args)
+        return operator.registered(*args)
 
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward_without_map)
-
-
-class _Lse(torch.autograd.Function):
-    """`operators.attention_lse` likewise."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return operators.attention_lse.registered(*args)
-
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
+    functions = {"forward": forward, "setup_context": _setup_context, "backward": backward}
+    body = {name: staticmethod(function) for name, function in functions.items()} | {"generate_vmap_rule": True}
+    return type("Transformed", (torch.autograd.Function,), body)
 
 
 class _Backward(torch.autograd.Function):
-    """`operators.attention_backward` likewise; it has no gradient itself."""
+    """`operators.attention_backward` for the transforms of `torch.func`; it has no gradient itself."""
 
     generate_vmap_rule = True
 
@@ -86,7 +72,10 @@ class _Backward(torch.autograd.Function):
         raise NotImplementedError("attnx: second derivatives are not supported; use F.scaled_dot_product_attention")
 
 
-_TRANSFORMED = {operators.attention: _Attention, operators.attention_lse: _Lse}
+_TRANSFORMED = {
+    operators.attention: _transformed(operators.attention, _backward_without_map),
+    operators.attention_lse: _transformed(operators.attention_lse, _backward),
+}
 
 
 def differentiable(operator: Operator[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -24,7 +24,7 @@ from attnx.trace.adapters import route_to_sdpa
 from attnx.trace.adapters.checkpointing import recomputes, switch_off
 from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
 from attnx.trace.hooks import Done, Enter, Frame, Leave, NoteGrid, ThreadState
-from attnx.trace.layers import Layers, attention_layers, clean_name, matches, names_in_graph, resolve
+from attnx.trace.layers import Layers, clean_name, is_attention, matches, names_in_graph, resolve
 from attnx.trace.layout import patch_convolutions
 from attnx.trace.recorder import Call, Recorder
 from attnx.trace.sides import facts_of
@@ -75,9 +75,8 @@ class Interceptor(TorchFunctionMode):
         _LIVE.add(self)
         self.undo.append(self.model.register_forward_hook(Done(self)).remove)
         leave = Leave(self)
-        attention = {name for name in attention_layers(self.model) if self._is_wanted(name)}
         for name, module in self.model.named_modules(remove_duplicate=True):
-            enter = Enter(self, clean_name(name), clean_name(name) in attention)
+            enter = Enter(self, clean_name(name), is_attention(module) and self._is_wanted(clean_name(name)))
             self.undo += [
                 module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove,
                 module.register_forward_hook(leave, always_call=True).remove,

@@ -20,12 +20,13 @@ def attention_layers(model: nn.Module) -> list[str]:
     found = [
         name
         for name, module in named.items()
-        if _is_attention(module) and not any(name == pool or name.startswith(pool + ".") for pool in pools)
+        if is_attention(module) and not any(name == pool or name.startswith(pool + ".") for pool in pools)
     ]
     return [name for name in found if not any(other.startswith(name + ".") for other in found)]
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
+    """True if the class name, or timm's flag, says that the module attends; see `attention_layers`."""
     name = type(module).__name__
     # vars() instead of hasattr: a failed lookup by nn.Module.__getattr__ takes microseconds.
     return "attention" in name.lower() or name.endswith("Attn") or "fused_attn" in vars(module)

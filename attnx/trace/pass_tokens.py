@@ -16,7 +16,7 @@ class PassTokens:
     Attributes:
         given: the `layout` argument of the capture.
         beside: pairs of modules that had the same input.
-        ran: names of the attention layers that ran, with or without a map.
+        ran: names of the attention modules that ran, with or without a map.
     """
 
     def __init__(self, model: nn.Module, given: TokenLayout | None) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from attnx.trace.calls import Calls, RunningMeans
 from attnx.trace.gradient_record import backward
-from attnx.trace.layers import Layers, matches, select, selects
+from attnx.trace.layers import Layers, attention_layers, matches, select, selects
 from attnx.trace.layout import TokenLayout
 from attnx.trace.pass_tokens import PassTokens
 from attnx.trace.records import LayerRecord, MapRecord
@@ -120,8 +120,9 @@ class Trace(Mapping[str, Tensor]):
         stacks = {stack_of(name) for name in maps}
         return [
             name
-            for name in sorted(self._tokens.ran)
-            if stack_of(name) in stacks
+            for name in attention_layers(self._tokens.model)
+            if name in self._tokens.ran
+            and stack_of(name) in stacks
             and not any(other == name or matches(other, name) or matches(name, other) for other in maps)
         ]
 

@@ -37,7 +37,7 @@ def build(name: str) -> nn.Module:
     if not projections:
         raise ValueError(f"{name}: expected projections called {', '.join(sorted(_PROJECTIONS))}; found none")
     for projection in projections:
-        projection.weight.mul_(4)  # type: ignore[operator]
+        projection.weight.mul_(4)
     return model
 
 

@@ -67,7 +67,7 @@ def hooks(model: nn.Module) -> Rollout:
 
 def output_attentions(model: nn.Module) -> Rollout:
     """A Hugging Face model with eager attention and ``output_attentions=True``, then `explain_rollout`."""
-    model.set_attn_implementation("eager")  # type: ignore[operator]
+    model.set_attn_implementation("eager")
 
     def call(images: Tensor) -> Tensor:
         return explain_rollout(model(images, output_attentions=True).attentions)

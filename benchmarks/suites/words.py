@@ -72,7 +72,7 @@ class Case:
     def __init__(self, run: Run, checkout: Path | None, quick: bool = False, device: str = "cpu") -> None:
         torch.manual_seed(0)
         config = replace(TINY if quick else AlbefConfig(), image_size=(run.pixels, run.pixels))
-        self.model = Albef(config, Tokens()).eval().to(device)  # type: ignore[arg-type]
+        self.model = Albef(config, Tokens()).eval().to(device)
         with torch.no_grad():  # at initialisation attention is almost uniform, and wrong maps pass
             for name, parameter in self.model.named_parameters():
                 if name.endswith(("query.weight", "key.weight")):

@@ -8,13 +8,12 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from attnx.images import image_suffixes, is_unreadable_image
+from attnx.images.folders import JOB_FILES
 from attnx.jobs.sources.skipped import UNREAD, Skipped
 from attnx.limits import PICTURE_BYTES
 from attnx.remote import RemotePath
 
 __all__ = ["images_below", "whole_file"]
-
-_OF_A_JOB = ("manifest.parquet", "run.json")
 
 
 def images_below(folder: Path, skipped: Skipped) -> Iterator[str]:
@@ -25,8 +24,8 @@ def images_below(folder: Path, skipped: Skipped) -> Iterator[str]:
     """
     names = cast("RemotePath", folder).walk()
     own = set(names)
-    jobs = {str(PurePosixPath(name).parent) for name in names if name.endswith(_OF_A_JOB[0])}
-    jobs = {job for job in jobs if all((f"{job}/{name}" if job != "." else name) in own for name in _OF_A_JOB)}
+    folders = {PurePosixPath(name).parent for name in names}
+    jobs = {str(folder) for folder in folders if all(str(folder / name) in own for name in JOB_FILES)}
     listed = 0
     for name in names:
         parts = PurePosixPath(name).parts

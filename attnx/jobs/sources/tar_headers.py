@@ -41,6 +41,7 @@ class _Member(tarfile.TarInfo):
         if re.search(rb"\d{256}", content):
             raise BrokenHeaderError("expected pax records without numbers of 256 digits")
         file.fileobj.seek(start)
+        # A private method of tarfile, which typeshed does not list.
         return super()._proc_pax(file)  # type: ignore[misc]
 
 
@@ -68,6 +69,7 @@ def members_of(content: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """All members, without keeping them in memory. Raises the exceptions of tarfile."""
     content.seek(0)
     headers = _Headers(content)
+    # tarfile needs only the methods that _Headers has; typeshed asks for more.
     with tarfile.open(fileobj=headers, mode="r:", tarinfo=_Member) as file:  # type: ignore[call-overload]
         last = 0
         while True:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -11,9 +12,10 @@ from attnx.trace.adapters.switches import On
 def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
     """Set `fused_attn` where it is False; returns functions that restore it."""
     undo: list[Callable[[], None]] = []
+    module: Any
     for module in model.modules():
         # vars() instead of getattr: a failed lookup by nn.Module.__getattr__ takes microseconds.
         if vars(module).get("fused_attn", getattr(type(module), "fused_attn", True)) is False:
-            setattr(module, "fused_attn", On(True))  # noqa: B010  (nn.Module has no such typed attribute)
+            module.fused_attn = On(True)
             undo.append(partial(setattr, module, "fused_attn", False))
     return undo
