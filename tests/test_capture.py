@@ -385,7 +385,7 @@ def test_bias_causal_and_grouped_heads_are_passed_on() -> None:
     assert list(trace) == [""]
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(trace[""].double(), amap, rtol=1e-5, atol=1e-6)
-    with pytest.raises(RuntimeError, match=r"no map can be made of .*: expected q of \[B, H, M, D\]; got \[4, 5, 8\]"):
+    with pytest.raises(RuntimeError, match=r"no map can be made of the model itself: expected q, k and v of"):
         with attnx.capture(model):
             model(q[0], k[0], v[0], bias)
 
@@ -547,7 +547,7 @@ def test_blocks_that_attend_themselves_have_a_depth() -> None:
 def test_layers_that_stay_silent_are_told() -> None:
     class DeafAttention(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return (x @ x.mT).softmax(-1) @ x
+            return torch.exp(x @ x.mT) @ x
 
     class Half(nn.Module):
         def __init__(self) -> None:
@@ -561,7 +561,7 @@ def test_layers_that_stay_silent_are_told() -> None:
     model = Half().eval()
     with (
         torch.no_grad(),
-        pytest.warns(UserWarning, match="not intercepted.*: deaf_attention: it never"),
+        pytest.warns(UserWarning, match="not intercepted.*: deaf_attention: it called neither"),
     ):
         with attnx.capture(model):
             model(torch.randn(1, 5, 48))

@@ -16,7 +16,7 @@ from attnx.trace.adapters.sharding import is_sharded
 from attnx.trace.explain import unintercepted
 from attnx.trace.interceptor import Interceptor
 from attnx.trace.layers import Layers, attention_layers, clean_name, matches
-from attnx.trace.layout import patch_convolutions
+from attnx.trace.layout import grid_modules
 from attnx.trace.recorder import Recorder
 from attnx.trace.records import LayerRecord, MapRecord, QKRecord
 
@@ -70,7 +70,7 @@ class Trial:
         """
         last = wanted[-1]
         modules = {clean_name(name): module for name, module in self.model.named_modules()}
-        convolutions = {id(module) for module in patch_convolutions(self.model)}
+        convolutions = {id(module) for module in grid_modules(self.model)}
         blocks = {name.partition("#")[0]: modules[name.partition("#")[0]] for name in wanted}  # "x#2" is x again
         split = None if row is None else self._split(last, modules.get(last), row)
         reasons = {name: unbound_reason(block) for name, block in blocks.items()}
@@ -88,7 +88,7 @@ class Trial:
 
     def _split(self, last: str, block: nn.Module | None, row: int) -> Split | str:
         """The `Split` of the last layer, or the reason that one query and the keys can't be projected alone."""
-        call, x = self.calls[last], self.inputs.get(last)
+        call, x = self.calls.get(last, {}), self.inputs.get(last)
         if block is None:
             return "all its projections run: it attends several times in a pass"
         if not projects(block):
@@ -151,7 +151,9 @@ class Trial:
             return "row " + ", ".join(map(str, self.recorder.trace.rows))
         if isinstance(record, QKRecord):
             return "q, k"
-        smaller = self.calls[name]["nbytes"] < record.nbytes and self.recorder.trace.heads == "mean"
+        # A layer that computes its softmax itself has no q and k.
+        call = self.calls.get(name, {"nbytes": record.nbytes})
+        smaller = call["nbytes"] < record.nbytes and self.recorder.trace.heads == "mean"
         later = " (q, k for large batches)" if self.recorder.keep == "auto" and smaller else ""
         return f"map {list(record.shape[1:])}{later}" if isinstance(record, MapRecord) else "rows"
 

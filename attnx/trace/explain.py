@@ -11,7 +11,7 @@ from attnx.trace.layers import attention_layers, matches
 if TYPE_CHECKING:
     from attnx.trace.interceptor import Interceptor
 
-_NEVER = "it never called F.scaled_dot_product_attention"
+_NEVER = "it called neither F.scaled_dot_product_attention nor a softmax whose weights multiply values"
 _ADVICE = (
     "no adapter covers these blocks: call F.scaled_dot_product_attention or attnx.attention in them, use the model's "
     "own maps (output_attentions=True), or write an adapter (docs/adding-a-model.md)"
@@ -61,7 +61,7 @@ def _nothing_reason(interceptor: "Interceptor") -> str:
     if skipped:
         name, reason = next(iter(skipped.items()))
         others = f" and {len(skipped) - 1} other layers" if len(skipped) > 1 else ""
-        return f"no map can be made of {name}{others}: {reason}; attnx supports no other dimensions yet"
+        return f"no map can be made of {name or 'the model itself'}{others}: {reason}"
     if isinstance(model, fx.GraphModule) and "scaled_dot_product_attention" in model.code:
         return (
             "its graph calls attention by torch.ops.aten, which can't be intercepted: capture the model that the graph "

@@ -18,46 +18,36 @@ from attnx.trace.records import LayerRecord, MapRecord, no_autocast
 class GradientRecord:
     """A layer whose map is weighted by its own gradient, see `attnx.gradient_map`.
 
-    Each backward pass through the output `out` computes the map from q, k, v and the gradient of `out`. Before the
-    first one there is no map.
+    Each backward pass through `out` computes the map from the gradient of `out`. Before the first one there is no map.
 
     Attributes:
-        q, k, v: detached inputs of the attention, as in `attnx.attention`.
-        out: output of the attention, with its graph; None once the graph was freed.
-        call: the other arguments of `gradient_map`.
+        shape: shape of the map.
+        held: the detached tensors from which `weigh` computes the map.
+        weigh: gradient of `out` -> the map.
+        out: output of the attention, or its weights, with its graph; None once the graph was freed.
         amap: the map; None before the first backward pass.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    shape: tuple[int, ...]
+    held: tuple[Tensor, ...]
+    weigh: Callable[[Tensor], Tensor]
     out: Tensor | None
-    call: dict[str, Any]
     amap: Tensor | None = None
 
-    def weigh(self, grad: Tensor) -> None:
-        """Compute the map; a hook that autograd calls with the gradient of the output."""
-        with no_autocast(self.q):
-            # transformers packs the heads of a group into rows of the output.
-            grad = grad.reshape(*self.q.shape[:3], -1)
-            self.amap = gradient_map(grad, self.q, self.k, self.v, **self.call)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the map."""
-        (B, H, M, _), rows = self.q.shape, self.call["rows"]
-        M = M if rows is None else len(rows)
-        return (B, H, M, self.k.shape[2]) if self.call["heads"] == "each" else (B, M, self.k.shape[2])
+    def note(self, grad: Tensor) -> None:
+        """Compute the map; a hook that autograd calls with the gradient of `out`."""
+        with no_autocast(grad):
+            self.amap = self.weigh(grad)
 
     @property
     def device(self) -> torch.device:
         """Device of the stored tensors."""
-        return self.q.device
+        return self.held[0].device
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
-        return sum(t.nbytes for t in (self.q, self.k, self.v, self.amap) if t is not None)
+        return sum(t.nbytes for t in (*self.held, self.amap) if t is not None)
 
     @property
     def rows_sum_to_one(self) -> bool:
@@ -88,32 +78,83 @@ class GradientRecord:
 
 
 def attend_with_gradient(
-    sdpa: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, **call: Any
+    sdpa: Callable[[], Tensor], fold: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, **call: Any
 ) -> tuple[Tensor, GradientRecord]:
     """Output of SDPA, and a record whose map is computed in the backward pass.
 
     If nothing below the layer requires a gradient, the graph starts at this output.
 
+    Args:
+        sdpa: computes the output.
+        fold: turns a gradient of the output into [B, H, M, Dv].
+        q, k, v, call: as in `attnx.gradient_map`.
+
+    Raises:
+        ValueError: as `starts_graph`.
+    """
+    _check_enabled()
+    out = starts_graph(sdpa())
+    q, k, v = (t.detach() for t in cast_as_sdpa(q, k, v))
+    (B, H, M, _), N, rows = q.shape, k.shape[2], call["rows"]
+    M = M if rows is None else len(rows)
+    shape = (B, H, M, N) if call["heads"] == "each" else (B, M, N)
+    record = GradientRecord(shape, (q, k, v), lambda grad: gradient_map(fold(grad), q, k, v, **call), out)
+    out.register_hook(record.note)
+    return out, record
+
+
+def weigh_weights(
+    weights: Tensor,
+    fold: Callable[[Tensor], Tensor],
+    rows: Tensor | None,
+    fuse: Callable[[Tensor], Tensor],
+    clamp: bool,
+) -> GradientRecord:
+    """A record of weights that the model computed itself: dP P with the heads fused, computed in the backward pass.
+
+    Args:
+        weights: the weights with their graph.
+        fold: turns weights, or their gradient, into [B, H, M, N].
+        rows: indices of the queries; None: all.
+        fuse: fuses the heads of a detached [B, H, M, N].
+        clamp: set negative products to 0.
+    """
+    p = fold(weights.detach())
+    p = p if rows is None else p[..., rows, :]
+
+    def weigh(grad: Tensor) -> Tensor:
+        dp = fold(grad)
+        weighted = (dp if rows is None else dp[..., rows, :]).float() * p.float()
+        return fuse(weighted.clamp(min=0) if clamp else weighted)
+
+    record = GradientRecord((len(p), *fuse(p[:1]).shape[1:]), (p,), weigh, weights)
+    weights.register_hook(record.note)
+    return record
+
+
+def starts_graph(out: Tensor) -> Tensor:
+    """The tensor if it has a graph, else a copy without one that requires a gradient.
+
     Raises:
         ValueError: gradients are off, or the graph would start inside a checkpointed function.
     """
+    _check_enabled()
+    if out.requires_grad:
+        return out
+    if is_checkpointed():
+        raise ValueError(
+            "grad: expected no torch.utils.checkpoint around layers whose input needs no gradient; switch gradient "
+            "checkpointing off, or let the model's input or parameters require gradients"
+        )
+    return out.detach().requires_grad_()
+
+
+def _check_enabled() -> None:
     if not torch.is_grad_enabled():
         raise ValueError(
             "grad: expected gradients to be enabled; got them disabled: leave torch.no_grad, torch.inference_mode, and "
             "torch.utils.checkpoint with use_reentrant=True"
         )
-    out = sdpa()
-    if not out.requires_grad:
-        if is_checkpointed():
-            raise ValueError(
-                "grad: expected no torch.utils.checkpoint around layers whose input needs no gradient; switch gradient "
-                "checkpointing off, or let the model's input or parameters require gradients"
-            )
-        out = out.detach().requires_grad_()
-    q, k, v = (t.detach() for t in cast_as_sdpa(q, k, v))
-    record = GradientRecord(q, k, v, out, call)
-    out.register_hook(record.weigh)
-    return out, record
 
 
 def backward(records: Sequence[LayerRecord], score: Tensor, retain_graph: bool) -> None:

@@ -16,12 +16,20 @@ if TYPE_CHECKING:
 
 
 class Frame:
-    """A running module and the arguments of its call."""
+    """A running module and the arguments of its call.
 
-    __slots__ = ("args", "attended", "kwargs", "module", "name")
+    Attributes:
+        attended: number of its calls of SDPA, in a traced graph.
+        fused: True if it called SDPA or `nn.MultiheadAttention`'s function.
+        weights: results of its softmaxes that have not multiplied values yet.
+    """
+
+    __slots__ = ("args", "attended", "fused", "kwargs", "module", "name", "weights")
 
     def __init__(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.name, self.module, self.args, self.kwargs, self.attended = name, module, args, kwargs, 0
+        self.fused = False
+        self.weights: list[Tensor] = []
 
     def main_input(self) -> Tensor | None:
         """The module's input tensor: its first argument, or its first keyword argument that is a 3-D float tensor."""
@@ -88,7 +96,7 @@ class Leave(Hook):
         local = interceptor.local
         if not local.frames:
             return  # Enter raised
-        local.frames.pop()
+        interceptor.note_unused(local.frames.pop())
         if not local.frames:
             interceptor.leave()
 
@@ -122,7 +130,7 @@ class NoteGrid:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Store the grid of the output, if it has one."""
-        grid = grid_of(output)
+        grid = grid_of(module, args, output)
         if grid is not None and self.thread in (None, get_ident()):
             self.trace.add_grid(self.name, grid)
 

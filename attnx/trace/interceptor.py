@@ -1,8 +1,9 @@
 """Intercepts a model's attention calls and passes them to a recorder, which computes the output and stores the map.
 
 Two hooks on each module track which layer is running (`hooks`). While a layer runs, a `TorchFunctionMode` intercepts
-calls of `F.scaled_dot_product_attention`, `F.multi_head_attention_forward` and `attnx.attention`. No module is
-replaced, and all hooks are removed when the capture ends. Copies of the model made during a capture are not captured.
+calls of `F.scaled_dot_product_attention`, `F.multi_head_attention_forward` and `attnx.attention`, and the softmax of
+blocks that call none of these (`explicit`). No module is replaced, and all hooks are removed when the capture ends.
+Copies of the model made during a capture are not captured.
 """
 
 import threading
@@ -19,15 +20,19 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from attnx.ops.functional import attention
-from attnx.trace import explain
+from attnx.trace import explain, explicit
 from attnx.trace.adapters import route_to_sdpa
 from attnx.trace.adapters.checkpointing import recomputes, switch_off
 from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
+from attnx.trace.folding import folding
 from attnx.trace.hooks import Done, Enter, Frame, Leave, NoteGrid, ThreadState
 from attnx.trace.layers import Layers, clean_name, is_attention, matches, names_in_graph, resolve
-from attnx.trace.layout import patch_convolutions
+from attnx.trace.layout import grid_modules
 from attnx.trace.recorder import Call, Recorder
-from attnx.trace.sides import facts_of
+from attnx.trace.sides import Facts, facts_of
+from attnx.trace.windows import windows_of
+
+_INTERCEPTED = frozenset({SDPA, MHA, attention}) | explicit.SOFTMAX | explicit.PRODUCTS
 
 
 class Interceptor(TorchFunctionMode):
@@ -53,6 +58,7 @@ class Interceptor(TorchFunctionMode):
         self.before: dict[str, int] = {}  # every intercepted layer: index of its last call
         self.calls = 0  # number of calls that have begun
         self.skipped: dict[str, str] = {}  # layers without a map: reason
+        self.explicit: set[str] = set()  # layers that computed their softmax themselves
         self.undo: list[Callable[[], None]] = []
         self.routes: list[Callable[[], None]] = []
         self.local = ThreadState()
@@ -76,17 +82,18 @@ class Interceptor(TorchFunctionMode):
         self.undo.append(self.model.register_forward_hook(Done(self)).remove)
         leave = Leave(self)
         for name, module in self.model.named_modules(remove_duplicate=True):
-            enter = Enter(self, clean_name(name), is_attention(module) and self._is_wanted(clean_name(name)))
+            enter = Enter(self, clean_name(name), is_attention(module) and self.is_wanted(clean_name(name)))
             self.undo += [
                 module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove,
                 module.register_forward_hook(leave, always_call=True).remove,
             ]
         names = {id(module): clean_name(name) for name, module in self.model.named_modules()}
-        for module in patch_convolutions(self.model):
+        for module in grid_modules(self.model):
             hook = NoteGrid(self.trace, names[id(module)], self.thread)
             self.undo.append(module.register_forward_hook(hook).remove)
 
-    def _is_wanted(self, name: str) -> bool:
+    def is_wanted(self, name: str) -> bool:
+        """True if the capture should have a map of the layer."""
         return self.wanted is None or any(matches(pattern, name) for pattern in self.wanted)
 
     def uninstall(self) -> None:
@@ -163,13 +170,17 @@ class Interceptor(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if (func is not SDPA and func is not MHA and func is not attention) or not self.local.frames:
+        if func not in _INTERCEPTED or not self.local.frames or recomputes():
             return func(*args, **kwargs)
-        if recomputes():
-            return func(*args, **kwargs)
+        if func in explicit.SOFTMAX:
+            return explicit.softmax(self, func, args, kwargs)
+        if func in explicit.PRODUCTS:
+            return explicit.product(self, func, args, kwargs)
         frame = self.local.frames[-1]
+        frame.fused = True
+        frame.weights.clear()
         name = self._name(frame) if func is SDPA else frame.name
-        if self.torn is not None or not self._is_wanted(name):
+        if self.torn is not None or not self.is_wanted(name):
             self._note_layer(name)
             return func(*args, **kwargs)
         if func is MHA:
@@ -187,22 +198,62 @@ class Interceptor(TorchFunctionMode):
         """The output of a requested layer's attention, whose record the recorder stores."""
         # If another capture intercepts this call too, the output must come from SDPA, so that it sees the call.
         only_capture = all(other is self for other in _ACTIVE.interceptors)
-        call = Call.of(func, frame.module, args, kwargs)
-        if call.q.dim() != 4:
-            reason = f"expected q of [B, H, M, D]; got {list(call.q.shape)}"
-            if self.wanted is not None:
-                raise NotImplementedError(f"{name}: {reason}; exclude the layer")
-            self.skipped[name] = reason
+        try:
+            call = Call.of(func, frame.module, args, kwargs, frame.main_input())
+        except NotImplementedError as error:
+            self._skip(name, str(error))
             return func(*args, **kwargs)
         self._note_layer(name)
-        facts = None
-        if not torch.compiler.is_compiling():
-            self._compare_inputs()
-            facts = facts_of(frame.module, frame.args, frame.kwargs)
-        is_whole_model = self.local.frames[0].name == ""
-        key = self.recorder.key(name) if is_whole_model else name
-        out = self.recorder.answer(key, call, only_capture, facts)
+        facts = self._facts(frame, (len(call.q), call.q.shape[2], call.k.shape[2]))
+        out = self.recorder.answer(self._key(name), call, only_capture, facts)
         return (out, call.result[1]) if func is attention else out
+
+    def answer_weights(self, frame: Frame, weights: Tensor) -> None:
+        """Record the weights [..., M, N] that a block computed itself, if its layer is requested."""
+        name = frame.name
+        if self.torn is not None or not self.is_wanted(name):
+            self._note_layer(name)
+            return
+        try:
+            if self.wanted is None and not is_attention(frame.module):
+                raise NotImplementedError(
+                    f"its softmax multiplies values, but the name of its class, {type(frame.module).__name__}, does "
+                    f"not say that it attends; if it does, pass layers=[{name!r}]"
+                )
+            fold = folding(weights.shape, frame.module, frame.main_input()).fold
+        except NotImplementedError as error:
+            self._skip(name, str(error))
+            return
+        self._note_layer(name)
+        self.explicit.add(name)
+        p = fold(weights.detach())
+        facts = self._facts(frame, (len(p), *p.shape[2:]))
+        self.recorder.answer_weights(self._key(name), p, weights, fold, facts)
+
+    def note_unused(self, frame: Frame) -> None:
+        """Store the reason that a module, which has run, has no map although it computed a softmax."""
+        if frame.weights and not frame.fused and is_attention(frame.module) and frame.name not in self.intercepted:
+            self.skipped.setdefault(frame.name, "its softmax is no attention: its weights multiply no matrix of values")
+
+    def _skip(self, name: str, reason: str) -> None:
+        """Store the reason that a layer has no map; raises NotImplementedError if the layer was requested."""
+        if self.wanted is not None:
+            raise NotImplementedError(f"{name}: {reason}; exclude the layer")
+        self.skipped[name] = reason
+
+    def _key(self, name: str) -> str:
+        """Name of the layer in the trace; parts that are called by themselves number no calls."""
+        return self.recorder.key(name) if self.local.frames[0].name == "" else name
+
+    def _facts(self, frame: Frame, shape: tuple[int, ...]) -> Facts | None:
+        """Facts about a call with maps of this shape, [items, M, N]."""
+        if torch.compiler.is_compiling():
+            return None
+        self._compare_inputs()
+        facts = facts_of(frame.module, frame.args, frame.kwargs)
+        around = (windows_of(f.module, f.args, f.kwargs) for f in reversed(self.local.frames))
+        windows = next((w for w in around if w is not None and w.fits(shape)), None)
+        return facts._replace(items=shape[0], windows=windows)
 
     def _compare_inputs(self) -> None:
         """Report to the trace which of the running modules had the same input as an earlier sibling."""

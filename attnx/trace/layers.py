@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 import torch.nn.functional as F
 from torch import fx, nn
 
+_ATTENTION = ("GPSA", "MHSA")  # names of classes that attend, beside those that say so
+
 Layers = str | int | Sequence[str | int] | None
 
 
@@ -29,7 +31,8 @@ def is_attention(module: nn.Module) -> bool:
     """True if the class name, or timm's flag, says that the module attends; see `attention_layers`."""
     name = type(module).__name__
     # vars() instead of hasattr: a failed lookup by nn.Module.__getattr__ takes microseconds.
-    return "attention" in name.lower() or name.endswith("Attn") or "fused_attn" in vars(module)
+    named = "attention" in name.lower() or name.endswith("Attn") or name in _ATTENTION
+    return named or "fused_attn" in vars(module)
 
 
 def clean_name(name: str) -> str:

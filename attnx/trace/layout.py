@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,18 @@ from torch import Tensor, nn
 _HF_PREFIX = {
     "vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 1, "dinov3_vit": 1, "ijepa": 0,
     "clip": 1, "clip_vision_model": 1, "siglip": 0, "siglip_vision_model": 0, "siglip2_vision_model": 0, "beit": 1,
+    "videomae": 0, "vivit": 1, "detr": 0,
 }  # fmt: skip
 
-# Parameter names of class tokens, and attributes that count register tokens, in the code of DINOv2, DINOv3 and DeiT.
-_CLASS_TOKENS = {"cls_token", "class_token", "class_embedding"}
+# Parameter names of class tokens [1, n, C] or [C], names of register tokens [1, n, C], and attributes that count
+# register tokens, in the code of DINOv2, DINOv3 and DeiT.
+_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
+_REGISTER_TOKENS = ("register_tokens", "storage_tokens")
 _REGISTERS = ("num_register_tokens", "n_storage_tokens", "num_registers")
+
+# Class names of embeddings that know their grid although they have no convolution.
+_EMBEDDINGS = ("NaFlexEmbeds", "Siglip2VisionEmbeddings")
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 @dataclass(frozen=True)
@@ -25,9 +33,10 @@ class TokenLayout:
         prefix: number of tokens before the patches.
         grid: (rows, columns) of patches.
         cls: True if token 0 is a class token; None: True if there is a prefix.
+        frames: number of grids that follow one another: the frames, or tubelets of frames, of a video.
 
     Raises:
-        ValueError: a negative prefix, an empty grid, or a class token without a prefix.
+        ValueError: a negative prefix, an empty grid, no frames, or a class token without a prefix.
 
     Example:
         >>> import torch, attnx
@@ -42,10 +51,13 @@ class TokenLayout:
     prefix: int
     grid: tuple[int, int]
     cls: bool | None = None
+    frames: int = 1
 
     def __post_init__(self) -> None:
-        if self.prefix < 0 or len(self.grid) != 2 or min(self.grid) < 1:
-            raise ValueError(f"TokenLayout: expected prefix >= 0 and a grid of (rows, columns) >= 1; got {self}")
+        if self.prefix < 0 or len(self.grid) != 2 or min(*self.grid, self.frames) < 1:
+            raise ValueError(
+                f"TokenLayout: expected prefix >= 0, a grid of (rows, columns) >= 1 and frames >= 1; got {self}"
+            )
         if self.cls and not self.prefix:
             raise ValueError("TokenLayout: expected a prefix of at least 1 with cls=True; got prefix=0")
         object.__setattr__(self, "grid", tuple(self.grid))
@@ -55,17 +67,17 @@ class TokenLayout:
     @property
     def tokens(self) -> int:
         """Number of prefix tokens and patches: the N of a map."""
-        return self.prefix + self.grid[0] * self.grid[1]
+        return self.prefix + self.frames * self.grid[0] * self.grid[1]
 
     def patches(self, values: Tensor) -> Tensor:
-        """The values of the patches: [..., N] -> [..., h, w].
+        """The values of the patches: [..., N] -> [..., h, w], or [..., t, h, w] for t > 1 frames.
 
         Raises:
             ValueError: the last dimension is not the number of tokens.
         """
         if values.shape[-1] != self.tokens:
             raise ValueError(f"expected {self.tokens} tokens for {self}; got {list(values.shape)}")
-        image: Tensor = values[..., self.prefix :].unflatten(-1, self.grid)
+        image: Tensor = values[..., self.prefix :].unflatten(-1, (self.frames, *self.grid)[self.frames == 1 :])
         return image
 
 
@@ -82,11 +94,20 @@ def declared_prefix(model: nn.Module) -> tuple[int, bool] | None:
             return None  # ViT-MAE shuffles its patches: they form no grid
         if kind in _HF_PREFIX:
             return _HF_PREFIX[kind] + (getattr(config, "num_register_tokens", 0) or 0), _HF_PREFIX[kind] > 0
-    own = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
-    if not own & _CLASS_TOKENS:
-        return None
-    counts = (getattr(model, name, 0) for name in _REGISTERS)
-    return 1 + ("dist_token" in own) + next((n for n in counts if isinstance(n, int) and n), 0), True
+    own = {_own_prefix(module) for module in model.modules()} - {0}
+    return (own.pop(), True) if len(own) == 1 else None
+
+
+def _own_prefix(module: nn.Module) -> int:
+    """Number of prefix tokens that a module has as parameters; 0 if it has no class token."""
+    own = dict(module.named_parameters(recurse=False))
+    classes = next((own[name] for name in _CLASS_TOKENS if name in own), None)
+    if classes is None:
+        return 0
+    counts = [own[name].shape[1] for name in _REGISTER_TOKENS if name in own and own[name].dim() == 3]
+    counts += [n for name in _REGISTERS if isinstance(n := getattr(module, name, 0), int) and n]
+    registers = counts[0] if counts else 0
+    return (classes.shape[1] if classes.dim() == 3 else 1) + ("dist_token" in own) + registers
 
 
 def declared_input(model: nn.Module) -> tuple[int, int, int] | None:
@@ -107,32 +128,105 @@ def patch_convolutions(model: nn.Module) -> list[nn.Conv2d]:
     return [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride != (1, 1)]
 
 
-def infer_layout(model: nn.Module, grids: Sequence[tuple[int, int]], tokens: int) -> TokenLayout:
+class Grid(NamedTuple):
+    """The grid of the output of a convolution, a pool or an embedding.
+
+    Attributes:
+        shape: (rows, columns).
+        channels: number of features of each position.
+        frames: number of frames, or tubelets of frames.
+        items: number of images of the batch; 0 if unknown.
+        problem: reason that the images of the batch have no common grid; "" if they have one.
+    """
+
+    shape: tuple[int, int]
+    channels: int = 0
+    frames: int = 1
+    items: int = 0
+    problem: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Number of positions; 0 if there is no common grid."""
+        return 0 if self.problem else self.frames * self.shape[0] * self.shape[1]
+
+    def __str__(self) -> str:
+        return " * ".join(str(n) for n in (self.frames, *self.shape)[self.frames == 1 :])
+
+
+def grid_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose output has the grid of tokens, or may have it: convolutions, pools, and some embeddings."""
+    return [m for m in model.modules() if isinstance(m, _CONVOLUTIONS) or type(m).__name__ in _EMBEDDINGS]
+
+
+def infer_layout(model: nn.Module, grids: Sequence[Grid], tokens: int) -> TokenLayout:
     """The layout of maps over `tokens` tokens.
 
     Args:
         model: the model, which declares its prefix tokens.
-        grids: (rows, columns) of the outputs of the patch convolutions for the actual input.
+        grids: grids that the tokens may have, for the actual input.
         tokens: number of tokens.
 
     Raises:
-        ValueError: prefix and grid do not add up to `tokens`, or are unknown.
+        ValueError: prefix and grid do not add up to `tokens`, are unknown, or several grids do.
     """
     advice = "pass layout=attnx.TokenLayout(prefix=..., grid=(rows, columns))"
+    problem = next((grid.problem for grid in grids if grid.problem), None)
+    if problem is not None:
+        raise ValueError(f"{type(model).__name__}: {problem}")
     declared = declared_prefix(model)
     if declared is None or not grids:
         missing = "number of prefix tokens" if declared is None else "patch grid"
         raise ValueError(f"{type(model).__name__} does not declare its {missing}; {advice}")
     prefix, cls = declared
-    for grid in grids:
-        if prefix + grid[0] * grid[1] == tokens:
-            return TokenLayout(prefix, grid, cls)
-    sums = ", ".join(f"{prefix} + {h} * {w}" for h, w in grids)
+    fitting = {(g.shape, g.frames) for g in grids if prefix + g.tokens == tokens}
+    if len(fitting) == 1:
+        shape, frames = fitting.pop()
+        return TokenLayout(prefix, shape, cls, frames)
+    sums = ", ".join(dict.fromkeys(f"{prefix} + {grid}" for grid in grids))
+    if fitting:
+        raise ValueError(f"{type(model).__name__}: several grids make {tokens} tokens: {sums}; {advice}")
     raise ValueError(f"{type(model).__name__}: expected {sums} tokens; got maps of {tokens}; {advice}")
 
 
-def grid_of(output: object) -> tuple[int, int] | None:
-    """(rows, columns) of a patch convolution's output [B, C, h, w] or [C, h, w]; None for other outputs."""
-    if isinstance(output, torch.Tensor) and output.dim() in (3, 4):
-        return int(output.shape[-2]), int(output.shape[-1])
+def grid_of(module: nn.Module, args: Sequence[Any], output: object) -> Grid | None:
+    """The grid of a module of `grid_modules` from a call: its output is [B, C, h, w], [C, h, w] or [B, C, t, h, w].
+
+    None for other outputs.
+    """
+    kind = type(module).__name__
+    if kind == "NaFlexEmbeds":
+        x, shape = output if isinstance(output, tuple) and len(output) == 2 else (None, None)
+        return Grid((int(shape[0]), int(shape[1])), x.shape[-1], 1, len(x)) if isinstance(x, Tensor) and shape else None
+    if not isinstance(output, Tensor):
+        return None
+    if kind == "Siglip2VisionEmbeddings":
+        shapes = args[1] if len(args) > 1 else None
+        return _common_grid(shapes, output) if isinstance(shapes, Tensor) else None
+    if isinstance(module, nn.Conv3d):
+        if output.dim() != 5:
+            return None
+        shape = int(output.shape[-2]), int(output.shape[-1])
+        return Grid(shape, int(output.shape[1]), int(output.shape[2]), len(output))
+    if output.dim() in (3, 4):
+        shape = int(output.shape[-2]), int(output.shape[-1])
+        return Grid(shape, int(output.shape[-3]), items=len(output) if output.dim() == 4 else 1)
     return None
+
+
+def _common_grid(shapes: Tensor, embedded: Tensor) -> Grid | None:
+    """The grid that all images of a batch have.
+
+    Args:
+        shapes: (rows, columns) of each image, [B, 2].
+        embedded: the embedded patches [B, N, C], with padding after the patches of an image.
+    """
+    if shapes.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    own = sorted({(int(h), int(w)) for h, w in shapes.tolist()})
+    (h, w), n, problem = own[0], embedded.shape[1], ""
+    if len(own) > 1:
+        problem = f"the images have different grids, {own}; pass one image at a time, without padding"
+    elif h * w != n:
+        problem = f"expected {h} * {w} patches; got {n}, with padding; pass max_num_patches={h * w} to the processor"
+    return Grid((h, w), embedded.shape[-1], 1, len(embedded), problem)

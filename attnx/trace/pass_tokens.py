@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from attnx.trace.layout import TokenLayout, infer_layout
+from attnx.trace.layout import Grid, TokenLayout, infer_layout
 from attnx.trace.sides import Facts, Parts, Tokens, of_layout, sides
 
 __all__ = ["PassTokens"]
@@ -24,7 +24,9 @@ class PassTokens:
         self.given = given
         self.beside: list[tuple[str, str]] = []
         self.ran: set[str] = set()
-        self._grids: dict[str, tuple[int, int]] = {}
+        # The dict is replaced, not changed: layers share it.
+        self._grids: dict[str, Grid] = {}
+        self._before: dict[str, dict[str, Grid]] = {}  # {layer: grids of the modules that ran before it}
         self._queries: dict[str, int] = {}
         self._facts: dict[str, Facts] = {}
         self._sides: dict[str, tuple[Tokens, Tokens]] = {}
@@ -36,6 +38,7 @@ class PassTokens:
         """A copy for another trace of the same pass."""
         other = self.next_pass()
         other._grids, other._queries, other._facts = dict(self._grids), dict(self._queries), dict(self._facts)
+        other._before = dict(self._before)
         other.beside, other.ran = list(self.beside), set(self.ran)
         return other
 
@@ -48,6 +51,7 @@ class PassTokens:
     def add(self, layer: str, queries: int | None) -> None:
         """Store the number of queries of a layer, if given. The layer's map is new, so its tokens are found again."""
         self._sides.pop(layer, None)
+        self._before[layer] = self._grids
         if queries is not None:
             self._queries[layer] = queries
 
@@ -55,11 +59,9 @@ class PassTokens:
         """Store facts about the sides of a layer's map; they hold for later passes without facts, too."""
         self._facts[layer] = self._known[layer.partition("#")[0]] = facts
 
-    def add_grid(self, convolution: str, grid: tuple[int, int]) -> None:
-        """Store the grid (rows, columns) of a patch convolution's output; the newest grid comes first."""
-        self._grids.pop(convolution, None)
-        self._grids = {convolution: grid, **self._grids}
-        self._sides.clear()
+    def add_grid(self, module: str, grid: Grid) -> None:
+        """Store the grid of a module's output; the newest grid comes first."""
+        self._grids = {module: grid} | {name: other for name, other in self._grids.items() if name != module}
 
     def sides(self, name: str, shape: tuple[int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
         """(queries, keys): the tokens that the rows and the columns of a layer's map stand for.
@@ -72,8 +74,13 @@ class PassTokens:
             self._sides[name] = self._find_sides(name, shape, layers)
         return self._sides[name]
 
-    def layout(self, keys: Tokens, layers: Iterable[str]) -> TokenLayout:
-        """Token layout of keys of an image.
+    def layout(self, name: str, keys: Tokens, layers: Iterable[str]) -> TokenLayout:
+        """Token layout of the keys of a layer over an image.
+
+        Args:
+            name: of the layer.
+            keys: its keys, as `sides` returns them.
+            layers: names of all layers of the trace.
 
         Raises:
             ValueError: the model does not declare its layout.
@@ -82,18 +89,20 @@ class PassTokens:
         if layout is not None:
             return layout
         parts = self._structure(layers)
-        own = parts.kinds.get(keys.part, {})
-        grids = [grid for name, grid in self._grids.items() if name in own]
+        grids = parts.grids(keys.part, self._before.get(name, self._grids), self._facts_of(name).width)
         return infer_layout(parts.modules.get(keys.part, self.model), grids, keys.count)
 
     def _find_sides(self, name: str, shape: tuple[int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
-        facts = self._facts.get(name) or self._known.get(name.partition("#")[0], Facts())
+        facts = self._facts_of(name)
         size = self._queries.get(name, shape[0]), shape[1]
-        queries, keys = sides(self._structure(layers), name, size, facts, self._grids)
+        queries, keys = sides(self._structure(layers), name, size, facts, self._before.get(name, self._grids))
         if self.given is not None and keys.count == self.given.tokens and keys.kind in ("image", "tokens"):
             given = of_layout(self.given, keys.part)
             return (given if queries == keys else queries), given
         return queries, keys
+
+    def _facts_of(self, name: str) -> Facts:
+        return self._facts.get(name) or self._known.get(name.partition("#")[0], Facts())
 
     def _structure(self, layers: Iterable[str]) -> Parts:
         names = tuple(dict.fromkeys(name.partition("#")[0] for name in layers))

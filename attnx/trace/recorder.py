@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from attnx.ops.functional import attention, attention_map
-from attnx.ops.reducers import MASK_THRESHOLD, Reduction
+from attnx.ops.reducers import MASK_THRESHOLD, Reduction, fuse_heads
 from attnx.trace.adapters.huggingface import unpacked
 from attnx.trace.attend import attend, check_keep
-from attnx.trace.gradient_record import attend_with_gradient
+from attnx.trace.folding import folding, same
+from attnx.trace.gradient_record import attend_with_gradient, weigh_weights
 from attnx.trace.layout import TokenLayout
-from attnx.trace.records import MapRecord, RowsRecord, qk_bytes
+from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, qk_bytes
 from attnx.trace.sides import Facts
 from attnx.trace.trace import CALLS, Trace
 
@@ -30,7 +31,8 @@ class Call:
         scores: further arguments of `attnx.attention`: is_causal and scale, and softcap and sinks of a model that calls
             `attnx.attention`.
         own: runs the model's own attention.
-        shape: leading dimensions of the output that the model expects.
+        unfold: turns an output [B, H, M, Dv] into one of the model's shape.
+        fold: turns a gradient of the model's output into [B, H, M, Dv].
         ours: True if the model called `attnx.attention`, which returns a map with the output.
         result: return value of the model's own attention, once it ran.
     """
@@ -42,25 +44,43 @@ class Call:
     dropout: float
     scores: dict[str, Any]
     own: Callable[[], Any]
-    shape: tuple[int, ...]
+    unfold: Callable[[Tensor], Tensor] = same
+    fold: Callable[[Tensor], Tensor] = same
     ours: bool = False
     result: Any = field(default=None)
 
     @classmethod
-    def of(cls, func: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
-        """A call of `F.scaled_dot_product_attention` or `attnx.attention` with these arguments."""
+    def of(
+        cls,
+        func: Callable[..., Any],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor | None = None,
+    ) -> "Call":
+        """A call of `F.scaled_dot_product_attention` or `attnx.attention` with these arguments.
+
+        Args:
+            func, args, kwargs: the call.
+            module: the module that attends; with its input `x` it tells where the heads are if q has not 4 dimensions.
+            x: input of the module.
+
+        Raises:
+            NotImplementedError: q has another shape than [B, H, M, D], and the module does not tell its heads.
+        """
         if func is attention:
             q, k, v, *_ = args
             names = ("is_causal", "scale", "softcap", "sinks")
             scores = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            return cls(q, k, v, kwargs.get("bias"), 0.0, scores, lambda: func(*args, **kwargs), q.shape[:3], True)
-        return cls._of_sdpa(func, module, *args, **kwargs)
+            return cls(q, k, v, kwargs.get("bias"), 0.0, scores, lambda: func(*args, **kwargs), ours=True)
+        return cls._of_sdpa(func, module, x, *args, **kwargs)
 
     @classmethod
     def _of_sdpa(
         cls,
         func: Callable[..., Tensor],
         module: nn.Module,
+        x: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -73,11 +93,22 @@ class Call:
         def own() -> Tensor:
             return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
-        q, bias = query, attn_mask
+        scores: dict[str, Any] = dict(is_causal=is_causal, scale=scale)
         if query.dim() == 4:
             q, bias = unpacked(module, query, key, attn_mask) or (query, attn_mask)
-        scores: dict[str, Any] = dict(is_causal=is_causal, scale=scale)
-        return cls(q, key, value, bias, dropout_p, scores, own, query.shape[:3])
+            packed, heads = query.shape[:3], q.shape[:3]
+            if packed == heads:
+                return cls(q, key, value, bias, dropout_p, scores, own)
+            return cls(q, key, value, bias, dropout_p, scores, own, _reshaped(packed), _reshaped(heads))
+        folded = folding(query.shape, module, x)
+        if key.shape[:-2] != query.shape[:-2] or value.shape[:-2] != query.shape[:-2]:
+            raise NotImplementedError(
+                f"expected q, k and v of the same leading dimensions; got {list(query.shape)}, {list(key.shape)} and "
+                f"{list(value.shape)}"
+            )
+        q, k, v = (folded.fold(t) for t in (query, key, value))
+        bias = None if attn_mask is None else folded.fold(attn_mask)
+        return cls(q, k, v, bias, dropout_p, scores, own, folded.unfold, folded.fold)
 
     def output(self) -> Tensor:
         """The output of the model's own attention."""
@@ -197,7 +228,8 @@ class Recorder:
             rows = None if self.trace.rows is None else self._index(self.trace.rows, q)
             options = dict(heads=self.trace.heads, rows=rows, **given)
             if self.grad:
-                answer, weighted = attend_with_gradient(call.output, q, k, v, clamp=self.grad != "signed", **options)
+                clamp = self.grad != "signed"
+                answer, weighted = attend_with_gradient(call.output, call.fold, q, k, v, clamp=clamp, **options)
                 self.trace.add(layer, weighted, q.shape[2])
                 return answer
             use_kernel = (
@@ -213,7 +245,54 @@ class Recorder:
             raise StopForward
         if out is None:
             return call.output()
-        return out if out.shape[:3] == call.shape else out.reshape(len(out), *call.shape[1:], -1)
+        return call.unfold(out)
+
+    def answer_weights(
+        self, layer: str, p: Tensor, weights: Tensor, fold: Callable[[Tensor], Tensor], facts: Facts | None
+    ) -> None:
+        """Store the record of a layer that computed its weights itself.
+
+        Args:
+            layer: name in the trace.
+            p: [B, H, M, N], the weights.
+            weights: the same in the model's shape, with their graph if gradients are enabled.
+            fold: turns tensors of the model's shape into [B, H, M, N].
+            facts: facts about the sides of the map.
+
+        Raises:
+            NotImplementedError: keep="qk".
+            ValueError: rows out of range.
+            StopForward: this was the last layer that is wanted.
+        """
+        if self.keep == "qk":
+            raise NotImplementedError(
+                f"{layer}: expected keep='map' or 'auto', since it computes its softmax itself; got keep='qk'"
+            )
+        if facts is not None:
+            self.trace.note(layer, facts)
+        alone = self.stop_row is not None and layer == self.stop_after and self.trace.rows is None
+        chosen = (self.stop_row or 0,) if alone else self.trace.rows
+        try:
+            rows = None if chosen is None else self._index(chosen, p)
+        except ValueError as error:
+            raise ValueError(f"{layer}: {error}") from error
+        record: LayerRecord
+        if self.grad:
+            record = weigh_weights(weights, fold, rows, self._fused, clamp=self.grad != "signed")
+        else:
+            amap = self._fused(p if rows is None else p[..., rows, :])
+            record = RowsRecord(amap, chosen or (), p.shape[2]) if alone else MapRecord(amap)
+        self.trace.add(layer, record, p.shape[2])
+        if layer == self.stop_after:
+            raise StopForward
+
+    def _fused(self, p: Tensor) -> Tensor:
+        """[B, H, M, N] weights with their heads fused, in a tensor of its own: float32."""
+        kind = Reduction.parse(self.trace.heads)
+        if kind is Reduction.MEAN:
+            return p.mean(1, dtype=torch.float32)
+        fused = fuse_heads(p, kind).float()
+        return fused.clone() if kind is Reduction.EACH and fused.dtype == p.dtype else fused
 
     def _needs_own_output(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
         """True if the output must come from the model's own attention instead of the kernel that computes the map.
@@ -265,3 +344,8 @@ class Recorder:
         if key not in self._rows:
             self._rows[key] = torch.tensor(rows, dtype=torch.int64, device=q.device)
         return self._rows[key]
+
+
+def _reshaped(sizes: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """A function that gives a tensor these leading dimensions."""
+    return lambda t: t.reshape(*sizes, -1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from attnx.trace.calls import Calls, RunningMeans
 from attnx.trace.gradient_record import backward
 from attnx.trace.layers import Layers, attention_layers, matches, select, selects
-from attnx.trace.layout import TokenLayout
+from attnx.trace.layout import Grid, TokenLayout
 from attnx.trace.pass_tokens import PassTokens
 from attnx.trace.records import LayerRecord, MapRecord
 from attnx.trace.sides import Facts, Tokens, describe, stack_of
@@ -187,9 +187,9 @@ class Trace(Mapping[str, Tensor]):
         other._records, other._tokens = records, self._tokens.copy()
         return other
 
-    def add_grid(self, convolution: str, grid: tuple[int, int]) -> None:
-        """Store the grid (rows, columns) of a patch convolution's output; the newest grid comes first."""
-        self._tokens.add_grid(convolution, grid)
+    def add_grid(self, module: str, grid: Grid) -> None:
+        """Store the grid of a module's output; the newest grid comes first."""
+        self._tokens.add_grid(module, grid)
 
     def note_ran(self, layer: str) -> None:
         """Store that an attention layer ran in this pass."""
@@ -278,6 +278,7 @@ class Trace(Mapping[str, Tensor]):
                 `layout=`.
         """
         keys = self.sides(layer)[1]
-        if keys.kind in ("text", "channels"):
+        if keys.kind in ("text", "channels", "queries"):
             raise ValueError(f"layout: expected maps over patches of an image; got maps over {keys}")
-        return self._tokens.layout(keys, self._records)
+        name = list(self._records)[layer] if isinstance(layer, int) else layer
+        return self._tokens.layout(name, keys, self._records)

@@ -9,14 +9,20 @@ from collections.abc import Callable
 
 from torch import nn
 
-from attnx.trace.adapters import albef, dino, huggingface, timm
+from attnx.trace.adapters import albef, bert_like, blip, crossvit, dino, huggingface, lavt, mvit, plain, swin, timm
+from attnx.trace.adapters.rewriting import Rewrite, bind_rewritten
 
 Undo = Callable[[], None]
+
+_BLOCKS: dict[str, list[Rewrite]] = {}  # {class name: functions that give the forward to bind}
+for _adapter in (albef, bert_like, blip, crossvit, dino, lavt, mvit, plain, swin):
+    for _name, _rewrite in _adapter.BLOCKS.items():
+        _BLOCKS.setdefault(_name, []).append(_rewrite)
 
 
 def route_to_sdpa(model: nn.Module) -> list[Undo]:
     """Make the model's unfused blocks call SDPA; returns functions that undo it, to be called in any order."""
-    return [*timm.use_sdpa(model), *huggingface.use_sdpa(model), *albef.use_sdpa(model), *dino.use_sdpa(model)]
+    return [*timm.use_sdpa(model), *huggingface.use_sdpa(model), *bind_rewritten(model, _BLOCKS)]
 
 
 def unfused_blocks(model: nn.Module) -> dict[str, str]:

@@ -22,13 +22,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnx.trace.adapters.masks import as_bias
 from attnx.trace.adapters.rewriting import (
     VIT_NEEDS,
     VIT_USES,
-    bind_rewritten,
     drops,
     makes_graph,
     output,
@@ -48,11 +47,6 @@ _BERT_USES = _BERT_NEEDS | {
     "sqrt", "to", "torch", "transpose", "view",
 }  # fmt: skip
 _VIT_SAVES = {"save_attention_map", "save_attn_gradients", "register_hook"}
-
-
-def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
-    """Bind forwards that call SDPA to ALBEF's blocks; returns functions that undo it."""
-    return bind_rewritten(model, ("BertSelfAttention", "Attention"), _rewritten)
 
 
 @cache
@@ -131,3 +125,6 @@ def _save(self: Any, probabilities: Any, out: Tensor, v: Tensor) -> None:
     self.save_attention_map(probabilities)
     if out.requires_grad:
         out.register_hook(weigh)
+
+
+BLOCKS = dict.fromkeys(("BertSelfAttention", "Attention"), _rewritten)

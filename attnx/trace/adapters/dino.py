@@ -20,7 +20,6 @@ from torch.nn.modules import module as registry
 from attnx.trace.adapters.rewriting import (
     VIT_NEEDS,
     VIT_USES,
-    bind_rewritten,
     drops,
     makes_graph,
     output,
@@ -30,11 +29,6 @@ from attnx.trace.adapters.rewriting import (
 )
 
 _BLOCK = {"norm1", "attn", "drop_path", "norm2", "mlp"}
-
-
-def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
-    """Bind forwards that call SDPA to DINO's blocks; returns functions that undo it."""
-    return bind_rewritten(model, ("Attention", "Block"), _rewritten)
 
 
 @cache
@@ -75,3 +69,6 @@ def _has_foreign_hooks(module: nn.Module) -> bool:
     """True if hooks of other packages see the module's output; hooks of this package do not read it."""
     hooks = (*module._forward_hooks.values(), *registry._global_forward_hooks.values())
     return any(not str(getattr(hook, "__module__", "")).startswith("attnx.") for hook in hooks)
+
+
+BLOCKS = dict.fromkeys(("Attention", "Block"), _rewritten)

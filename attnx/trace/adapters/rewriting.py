@@ -1,11 +1,12 @@
 """Helpers for adapters that replace the forward of a known block by one that calls SDPA.
 
-A block is recognised by its class name, and by the arguments and the names that its `forward` uses; no foreign code is
-imported. A block whose forward uses more names, or fewer, is left as it is.
+A block is recognised by its class name, and by the arguments, the names and the operators that its `forward` uses; no
+foreign code is imported. A block whose forward uses more names, or fewer, is left as it is.
 """
 
 import dis
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -22,21 +23,22 @@ Rewrite = Callable[[str, FunctionType], Callable[..., Any] | None]
 """(class name, forward) -> the forward to bind in its place; None for an unknown block."""
 
 
-def bind_rewritten(model: nn.Module, names: tuple[str, ...], rewrite: Rewrite) -> list[Callable[[], None]]:
+def bind_rewritten(model: nn.Module, known: Mapping[str, Sequence[Rewrite]]) -> list[Callable[[], None]]:
     """Bind the rewritten forwards to the known blocks of a model; returns functions that undo it.
 
     Args:
         model: the model.
-        names: class names of the blocks.
-        rewrite: gives the forward to bind. timm's and transformers' classes of the same names are skipped.
+        known: {class name: functions that give the forward to bind}; the first that is not None is bound.
     """
     undo: list[Callable[[], None]] = []
     for module in model.modules():
         kind = type(module)
-        if kind.__name__ not in names or not own_forward_only(module):
+        rewrites = known.get(kind.__name__, ())
+        if not rewrites or not isinstance(kind.forward, FunctionType) or not own_forward_only(module):
             continue
-        forward = rewrite(kind.__name__, kind.forward) if isinstance(kind.forward, FunctionType) else None
-        if forward is not None and not kind.__module__.startswith(("transformers.", "timm.")):
+        forwards = (rewrite(kind.__name__, kind.forward) for rewrite in rewrites)
+        forward = next((forward for forward in forwards if forward is not None), None)
+        if forward is not None:
             undo.append(bind(module, forward))
     return undo
 
@@ -46,6 +48,12 @@ def returns_pair(function: FunctionType) -> bool:
     steps = list(dis.get_instructions(function))
     returned = [steps[i - 1] for i, step in enumerate(steps) if step.opname == "RETURN_VALUE"]
     return bool(returned) and all((step.opname, step.arg) == ("BUILD_TUPLE", 2) for step in returned)
+
+
+def arithmetic(function: FunctionType) -> Counter[str]:
+    """Number of uses of each binary operator in a function: {"@": 2, "*": 1}. Sizes and indices are left out."""
+    used = [step.argrepr for step in dis.get_instructions(function) if step.opname == "BINARY_OP"]
+    return Counter(name for name in used if name not in ("//", "[]"))
 
 
 def project(self: Any, x: Tensor) -> Any:

@@ -1,0 +1,126 @@
+"""LAVT's maps of images for each word of an expression: the attention of its stages from pixels to words."""
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnx.models.lavt import Lavt
+from attnx.models.tokenizer import Caption
+from attnx.trace.capture import capture
+
+
+@overload
+def lavt_word_maps(
+    model: nn.Module, images: Tensor, ids: Tensor, mask: Tensor, stage: None = None, *, backend: str = "auto"
+) -> list[Tensor]: ...
+@overload
+def lavt_word_maps(
+    model: nn.Module, images: Tensor, ids: Tensor, mask: Tensor, stage: int, *, backend: str = "auto"
+) -> Tensor: ...
+def lavt_word_maps(
+    model: nn.Module, images: Tensor, ids: Tensor, mask: Tensor, stage: int | None = None, *, backend: str = "auto"
+) -> list[Tensor] | Tensor:
+    """The attention from every pixel of a stage's grid to each word piece, mean of the heads.
+
+    Pixels are queries and words are keys: ``map[b, t, y, x] = P[b, (y, x), t]``. At every pixel the weights of all
+    pieces, [CLS] and [SEP] included, sum to 1, and those of padding are 0. The forward pass ends with the last stage
+    that is asked for.
+
+    Args:
+        model: an `attnx.models.lavt.Lavt` in eval mode.
+        images: [B, 3, height, width] float, normalised with ImageNet's mean and std.
+        ids, mask: [B, T] word pieces, int64, and bool, False for padding; see `pad_captions`.
+        stage: 0 to 3; None: all stages.
+        backend: as in `attnx.attention`.
+
+    Returns:
+        [B, T, h_s, w_s] float32 of stage s, with h_s = ceil(ceil(height / 4) / 2^s); for stage=None the list of all.
+
+    Raises:
+        ValueError: no Lavt in eval mode, another stage, or invalid images, ids or masks.
+
+    Reference:
+        Yang et al., "LAVT", https://arxiv.org/abs/2112.02244; https://github.com/yz93/LAVT-RIS
+
+    Example:
+        >>> import torch
+        >>> from attnx.models.lavt import Lavt, LavtConfig
+        >>> config = LavtConfig(24, (1, 1, 1, 1), (1, 2, 4, 8), 4, text_width=32, text_depth=1, text_heads=2)
+        >>> ids, mask = torch.tensor([[101, 3899, 102]]), torch.ones(1, 3, dtype=torch.bool)
+        >>> maps = lavt_word_maps(Lavt(config).eval(), torch.rand(1, 3, 64, 48), ids, mask)
+        >>> [list(m.shape) for m in maps]
+        [[1, 3, 16, 12], [1, 3, 8, 6], [1, 3, 4, 3], [1, 3, 2, 2]]
+    """
+    lavt = _checked(model, images, ids, mask)
+    if stage not in (None, 0, 1, 2, 3):
+        raise ValueError(f"stage: expected 0, 1, 2 or 3, or None for all; got {stage!r}")
+    stages = range(4) if stage is None else range(stage, stage + 1)
+    names = [f"layers.{s}.fusion.image_lang_att" for s in stages]
+    with torch.inference_mode():
+        words = lavt.encode_text(ids, mask)
+        with capture(lavt.backbone, names, backend=backend) as trace:
+            lavt.backbone(images, words, mask, last=stages[-1])
+        grids = lavt.grids(images)
+        maps = [trace[name].mT.unflatten(2, grids[s]) for name, s in zip(names, stages, strict=True)]
+    return maps if stage is None else maps[0]
+
+
+def sum_pieces(maps: Tensor, caption: Caption) -> Tensor:
+    """[T, h, w] maps of pieces -> [W, h, w] maps of words: the sum over the pieces of each word.
+
+    Pieces are keys, so a pixel's weight for a word is the sum of its weights for the word's pieces. T may include
+    padding. The weights of [CLS] and [SEP] belong to no word.
+    """
+    return torch.stack(
+        [
+            maps[[t for t, word in enumerate(caption.word_of) if word == w]].sum(0)
+            for w in range(len(caption.words))
+        ]
+    )  # fmt: skip
+
+
+def mean_of_stages(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """The mean of maps [..., K, h_s, w_s], each interpolated to `size` (bilinear): [..., K, height, width]."""
+    scaled = [
+        F.interpolate(m.reshape(1, -1, *m.shape[-2:]), size=size, mode="bilinear", align_corners=False) for m in maps
+    ]
+    return torch.stack(scaled).mean(0).view(*maps[0].shape[:-2], *size)
+
+
+def pad_captions(
+    model: Lavt, captions: Sequence[str], device: torch.device | None = None
+) -> "tuple[list[Caption], Tensor, Tensor]":
+    """The tokenised captions, their ids [B, T] padded to the model's 20 pieces, and the mask [B, T]: False for padding.
+
+    Raises:
+        ValueError: the model has no tokenizer, or an invalid caption.
+
+    Warns:
+        UserWarning: a caption has more pieces and was cut at a word.
+    """
+    if model.tokenizer is None:
+        raise ValueError("model: expected one with a tokenizer; got none; set model.tokenizer")
+    found = [model.tokenizer(text) for text in captions]
+    length, pad = model.tokenizer.max_tokens, model.tokenizer.id_of("[PAD]")
+    ids = torch.tensor([[*c.ids, *[pad] * (length - len(c.ids))] for c in found], device=device)
+    lengths = torch.tensor([len(c.ids) for c in found], device=device)
+    return found, ids, torch.arange(length, device=device) < lengths[:, None]
+
+
+def _checked(model: nn.Module, images: Tensor, ids: Tensor, mask: Tensor) -> Lavt:
+    """The model, after a check of the arguments of `lavt_word_maps`."""
+    if not isinstance(model, Lavt):
+        raise ValueError(f"model: expected an attnx.models.lavt.Lavt; got {type(model).__name__}")
+    if model.training:
+        raise ValueError("model: expected eval mode; got training mode; call model.eval()")
+    model.grids(images)
+    if ids.dim() != 2 or len(ids) != len(images) or ids.dtype != torch.int64:
+        raise ValueError(f"ids: expected int64 [{len(images)}, T]; got {ids.dtype} {list(ids.shape)}")
+    if mask.shape != ids.shape or mask.dtype != torch.bool or not mask.any(1).all():
+        raise ValueError(
+            f"mask: expected bool {list(ids.shape)}, with a True in each row; got {mask.dtype} {list(mask.shape)}"
+        )
+    return model

@@ -1,0 +1,274 @@
+"""Capture of blocks that compute their own softmax: the weights that multiply the values are the map."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import attnx
+from attnx.trace.folding import folding
+
+X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Attention(nn.Module):
+    """Explicit attention of 4 heads; `form` is how it multiplies the weights with the values."""
+
+    def __init__(self, form: str = "matmul") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.num_heads = 4
+        self.form = form
+        self.qkv = nn.Linear(16, 48)
+        self.mix = nn.Linear(4, 4)
+        self.attend = nn.Softmax(dim=-1)
+        self.drop = nn.Dropout(0.5)
+        self.weights: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        if self.form == "three dimensions":
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        scores = q @ k.transpose(-2, -1) / 2
+        p = self.weights = self.attend(scores)
+        if self.form == "transposed":
+            out = (v.transpose(-2, -1) @ p.transpose(-2, -1)).transpose(-2, -1)
+        elif self.form == "einsum":
+            out = torch.einsum("bhij,bhjd->bhid", self.drop(p), v)
+        elif self.form == "heads mixed":
+            out = self.mix(p.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+        elif self.form == "another dtype":
+            out = (p.to(torch.bfloat16) @ v.to(torch.bfloat16)).float()
+        else:
+            out = torch.bmm(p, v).unflatten(0, (2, 4)) if p.dim() == 3 else torch.matmul(p, v)
+        return out.transpose(1, 2).flatten(2)
+
+
+FORMS = ("matmul", "transposed", "einsum", "heads mixed", "another dtype", "three dimensions")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_weights_are_the_map(form: str) -> None:
+    model = nn.Sequential(Attention(form)).eval()
+    with torch.no_grad():
+        plain = model(X)
+        with attnx.capture(model, heads="each") as trace:
+            assert torch.equal(model(X), plain)
+    assert list(trace) == ["0"]
+    torch.testing.assert_close(trace["0"], model[0].weights.view(2, 4, 6, 6), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("heads", "fused"), [("mean", Tensor.mean), ("max", Tensor.amax), ("min", Tensor.amin)])
+def test_heads_and_rows(heads: str, fused: Any) -> None:
+    model = nn.Sequential(Attention()).eval()
+    with torch.no_grad(), attnx.capture(model, heads=heads, rows=[3, 0]) as trace:
+        model(X)
+    torch.testing.assert_close(trace["0"], fused(model[0].weights, 1)[:, [3, 0]], rtol=0, atol=1e-7)
+
+
+def test_a_map_is_no_view_of_the_weights() -> None:
+    class ReusingAttention(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            self.kept = self.weights.clone()
+            self.weights.zero_()
+            return out
+
+    model = nn.Sequential(ReusingAttention()).eval()
+    with torch.no_grad(), attnx.capture(model, heads="each") as trace:
+        model(X)
+    assert torch.equal(trace["0"], model[0].kept)
+
+
+@pytest.mark.parametrize("form", ["matmul", "three dimensions", "heads mixed"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradient_weighted_maps(form: str, frozen: bool) -> None:
+    model = nn.Sequential(Attention(form)).eval().requires_grad_(not frozen)
+    with attnx.capture(model, grad="signed") as trace:
+        score = model(X).square().sum()
+    trace.backward(score)
+    p = model[0].weights.detach().requires_grad_()
+    _, _, v = model[0].qkv(X).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+    whole = p.view(2, 4, 6, 6)
+    mixed = model[0].mix(whole.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if form == "heads mixed" else whole
+    (dp,) = torch.autograd.grad((mixed @ v).square().sum(), p)
+    torch.testing.assert_close(trace["0"], (dp * p).view(2, 4, 6, 6).mean(1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_backward_pass_of_the_model_is_its_own() -> None:
+    model = nn.Sequential(Attention())
+    model.eval()
+    model(X).sum().backward()
+    want = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    with attnx.capture(model):
+        model(X).sum().backward()
+    got = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(got) == len(want) > 0
+    assert all(map(torch.equal, got, want))
+
+
+def test_two_softmaxes_of_one_product_are_combined() -> None:
+    class PositionAttention(nn.Module):
+        """As in ConViT: a gate between content and positions."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            content = (x @ x.transpose(1, 2)).softmax(-1)
+            position = torch.eye(6).expand(2, 6, 6).softmax(-1)
+            self.both = 0.3 * content + 0.7 * position
+            return self.both @ x
+
+    model = nn.Sequential(PositionAttention()).eval()
+    with torch.no_grad(), attnx.capture(model) as trace:
+        model(X)
+    assert list(trace) == ["0"]
+    torch.testing.assert_close(trace["0"], model[0].both)
+
+
+def test_columns_of_sinks_are_left_out() -> None:
+    class SinkAttention(nn.Module):
+        num_heads = 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = torch.cat([x @ x.transpose(1, 2), torch.zeros(2, 6, 1)], -1)
+            self.p = F.softmax(scores, dim=-1)[..., :-1]
+            return self.p @ x
+
+    model = nn.Sequential(SinkAttention()).eval()
+    with torch.no_grad(), attnx.capture(model) as trace:
+        model(X)
+    torch.testing.assert_close(trace["0"], model[0].p)
+    assert trace["0"].shape == (2, 6, 6)
+
+
+class SamplingAttention(nn.Module):
+    """As in deformable attention: the weights multiply samples, element by element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.score(x).softmax(-1)
+
+
+def test_weights_that_multiply_no_matrix_are_no_map() -> None:
+    model = nn.Sequential(Attention(), SamplingAttention()).eval()
+    with torch.no_grad(), pytest.warns(UserWarning, match="1: its softmax is no attention"):
+        with attnx.capture(model) as trace:
+            model(X)
+    assert list(trace) == ["0"]
+
+
+def test_a_softmax_beside_sdpa_is_ignored() -> None:
+    class FusedAttention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.unflatten(-1, (4, 4)).transpose(1, 2)
+            unused = (q @ q.transpose(-2, -1)).softmax(-1)
+            out = F.scaled_dot_product_attention(q, q, q, scale=0.1)
+            after = (q @ q.transpose(-2, -1)).softmax(-1) @ q
+            return (out + 0 * after + 0 * unused.sum()).transpose(1, 2).flatten(2)
+
+    model = nn.Sequential(FusedAttention()).eval()
+    with torch.no_grad(), attnx.capture(model, heads="each") as trace:
+        model(X)
+    q = X.unflatten(-1, (4, 4)).transpose(1, 2)
+    assert list(trace) == ["0"]
+    torch.testing.assert_close(trace["0"], (0.1 * q @ q.transpose(-2, -1)).softmax(-1))
+
+
+def test_other_modules_are_captured_on_request() -> None:
+    class Router(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.softmax(-1) @ torch.ones(16, 16)
+
+    model = nn.Sequential(Attention(), Router()).eval()
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"1: its softmax multiplies values, but .* Router"):
+        with attnx.capture(model) as trace:
+            model(X)
+    assert list(trace) == ["0"]
+    with torch.no_grad(), attnx.capture(model, layers=["1"]) as trace:
+        model(X)
+    torch.testing.assert_close(trace["1"], model[0](X).softmax(-1))
+
+
+def test_qk_is_refused() -> None:
+    model = nn.Sequential(Attention()).eval()
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="0: expected keep='map' or 'auto'"):
+        with attnx.capture(model, keep="qk"):
+            model(X)
+    with torch.no_grad(), attnx.capture(model, keep="auto") as trace:
+        model(X)
+    assert trace["0"].shape == (2, 6, 6)
+
+
+def test_heads_that_do_not_fit_are_refused() -> None:
+    """As in Longformer, whose weights are [B, M, H, window]."""
+
+    class LocalAttention(nn.Module):
+        num_heads = 3
+
+        def forward(self, x: Tensor) -> Tensor:
+            p = torch.randn(2, 6, 3, 4).softmax(-1)
+            return (p @ torch.ones(4, 2)).flatten(2)
+
+    model = nn.Sequential(LocalAttention()).eval()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"got \[2, 6, 3, 4\]; LocalAttention has 3 heads"):
+        with attnx.capture(model):
+            model(X)
+
+
+class Folds(nn.Module):
+    """SDPA over the dimensions that a family uses."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.num_heads, self.kind = 4, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (4, 4))  # [B, N, H, D]
+        if self.kind == "heads in the batch":
+            q = q.transpose(1, 2).flatten(0, 1)
+            return F.scaled_dot_product_attention(q, q, q).unflatten(0, (-1, 4)).transpose(1, 2).flatten(2)
+        q = q.unflatten(1, (3, 2))  # [B, windows, 2, H, D]
+        order = (0, 1, 3, 2, 4) if self.kind == "windows first" else (0, 3, 1, 2, 4)
+        back = (0, 1, 3, 2, 4) if self.kind == "windows first" else (0, 2, 3, 1, 4)
+        q = q.permute(order)
+        mask = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).tril()
+        return F.scaled_dot_product_attention(q, q, q, mask).permute(back).flatten(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("kind", ["heads in the batch", "windows first", "heads first"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_sdpa_over_other_dimensions(kind: str, grad: bool) -> None:
+    attention = type("Attention", (Folds,), {})(kind)
+    model = nn.Sequential(attention, nn.Linear(16, 16)).eval()
+    x = torch.randn(5, 6, 16)
+    q = x.unflatten(-1, (4, 4)).transpose(1, 2)  # [B, H, N, D]
+    if kind != "heads in the batch":
+        q = x.unflatten(1, (3, 2)).flatten(0, 1).unflatten(-1, (4, 4)).transpose(1, 2)
+    scores = (q @ q.transpose(-2, -1) / 2).double()
+    if kind != "heads in the batch":
+        scores = scores.masked_fill(~torch.ones(2, 2, dtype=torch.bool).tril(), -torch.inf)
+    p = scores.softmax(-1)
+    with torch.set_grad_enabled(grad):
+        plain = model(x)
+        with attnx.capture(model, heads="each", grad="signed" if grad else False) as trace:
+            out = model(x)
+    torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-6)
+    if grad:
+        (gradient,) = torch.autograd.grad(plain.square().sum(), plain)
+        upstream = (gradient @ model[1].weight).unflatten(-1, (4, 4))
+        upstream = upstream if kind == "heads in the batch" else upstream.unflatten(1, (3, 2)).flatten(0, 1)
+        p = p * (upstream.transpose(1, 2).double() @ q.double().transpose(-2, -1))
+        trace.backward(out.square().sum())
+    torch.testing.assert_close(trace["0"].double(), p, rtol=1e-4, atol=1e-6)
+
+
+def test_ambiguous_dimensions_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"got \[2, 4, 4, 6, 6\]; Attention has 4 heads"):
+        folding((2, 4, 4, 6, 6), Attention(), X)
+    with pytest.raises(NotImplementedError, match=r"got \[7, 6, 6\]"):
+        folding((7, 6, 6), Attention(), X)

@@ -1,0 +1,151 @@
+"""Windows of real blocks against dense maps: one-hot images go through a block's own roll, pad and partition."""
+
+import pytest
+import timm
+import torch
+import transformers
+from timm.models import swin_transformer_v2_cr
+from torch import nn
+from torchvision.models import swin_transformer as vision
+from windowed_blocks import CASES, dense_map, lavt_code, samvit, windowed_calls
+
+from attnx.ops.reducers import Reduction
+from attnx.trace.records import MapRecord, QKRecord
+from attnx.trace.window_record import PatchMerge, WindowRecord
+from attnx.trace.windows import Windows, grid_index, merges, window_index, windows_of
+
+PADDED = {
+    "transformers donut", "transformers maskformer", "torchvision swin", "torchvision swinv2", "lavt", "davit",
+    "samvit", "sam", "twins",
+}  # fmt: skip
+
+
+def largest_difference(a, b):
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_block_and_its_windows_have_the_same_map(name):
+    torch.manual_seed(0)
+    calls = windowed_calls(*CASES[name]())
+    assert calls
+    padded = False
+    for block, args, kwargs in calls:
+        grid = windows_of(block, args, kwargs).grid
+        dense, parts = [], []
+        for seed in (1, 2):
+            whole, windows, maps = dense_map(block, args, kwargs, grid, seed)
+            dense.append(whole / whole.sum(-1, keepdim=True))
+            parts.append(maps)
+        dense = torch.stack(dense)
+        record = WindowRecord(MapRecord(torch.cat(parts), rows_sum_to_one=True), windows)
+        padded |= windows.padded
+        assert record.shape == dense.shape
+        assert largest_difference(record.map(), dense) < 1e-12
+        assert largest_difference(record.map().sum(-1), torch.ones(())) < 1e-12
+        assert largest_difference(record.row_sums(), torch.ones(())) < 1e-12
+        r = torch.randn(2, 3, windows.tokens, dtype=torch.float64)
+        assert largest_difference(record.vecmat(r), r @ dense) < 1e-12
+        for i in (0, windows.tokens // 2, -1):
+            assert largest_difference(record.row(i), dense[:, i]) < 1e-12
+    assert padded == (name in PADDED or "padded" in name)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_q_and_k_give_the_same_as_maps(shift):
+    windows = Windows(window_index((9, 10), (4, 5), (shift, shift), False), (9, 10))
+    q, k = torch.randn(2, 2 * windows.count, 3, windows.size, 8).unbind(0)
+    scores = q @ k.transpose(-1, -2) / 8**0.5
+    inner = QKRecord(q, k, scores.logsumexp(-1), None, False, None)
+    record, each = WindowRecord(inner, windows), WindowRecord(MapRecord(scores.softmax(-1)), windows)
+    held = each.fused(Reduction.MEAN)
+    r = torch.rand(2, 4, 90)
+    assert each.shape == (2, 3, 90, 90) == each.map().shape
+    assert each.row(7).shape == (2, 3, 90)
+    assert largest_difference(each.row(7), each.map()[:, :, 7]) < 1e-6
+    assert largest_difference(record.vecmat(r), held.vecmat(r)) < 1e-6
+    assert largest_difference(record.row(11), held.row(11)) < 1e-6
+    assert largest_difference(record.map(), held.map()) < 1e-6
+    assert largest_difference(record.row_sums(), held.row_sums()) < 1e-6
+
+
+def test_without_renormalisation_the_weight_of_padding_is_lost():
+    windows = Windows(window_index((3, 3), (2, 2), (0, 0), False), (3, 3))
+    maps = torch.randn(4, 4, 4, dtype=torch.float64)
+    record = WindowRecord(MapRecord(maps), windows, renormalise=False)
+    whole = record.map()
+    assert whole[0, 8, 8] == maps[3, 0, 0]
+    assert torch.equal(whole[0, 2, [2, 5]], maps[1, 0, [0, 2]])
+    r = torch.randn(1, 2, 9, dtype=torch.float64)
+    assert largest_difference(record.vecmat(r), r @ whole) < 1e-12
+    assert largest_difference(record.row_sums(), whole.sum(-1)) < 1e-12
+
+
+def test_gradients_flow_through_an_index_made_under_inference_mode():
+    with torch.inference_mode():
+        index = grid_index((6, 10), (3, 5))
+    maps = torch.rand(4, 15, 15, requires_grad=True)
+    WindowRecord(MapRecord(maps), Windows(index, (6, 10))).vecmat(torch.rand(1, 1, 60)).sum().backward()
+    assert maps.grad.abs().sum() > 0
+
+
+def test_errors_name_what_was_expected():
+    windows = Windows(window_index((128, 256), (8, 8), (0, 0), False), (128, 256))
+    with pytest.raises(ValueError, match=r"2\^28 elements"):
+        WindowRecord(MapRecord(torch.zeros(512, 64, 64)), windows).map()
+    with pytest.raises(ValueError, match="windows of 64 tokens"):
+        WindowRecord(MapRecord(torch.zeros(512, 49, 49)), windows)
+    with pytest.raises(ValueError, match="each of the 4 positions"):
+        Windows(torch.tensor([[0, 1, 1, 2]]), (2, 2))
+    with pytest.raises(IndexError, match="got 32768"):
+        WindowRecord(MapRecord(torch.zeros(512, 64, 64)), windows).row(32768)
+    with pytest.raises(ValueError, match="divisor of the grid"):
+        grid_index((5, 4), (2, 2))
+    with pytest.raises(ValueError, match="merged: expected"):
+        PatchMerge((5, 4), (2, 2))
+
+
+def test_blocks_without_windows_have_none():
+    x = torch.rand(1, 4, 16)
+    block = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=16, num_heads=2, depth=1).blocks[0]
+    assert windows_of(block, (x,), {}) is None
+    model, _ = samvit((64, 56))
+    assert windows_of(model.blocks[1], (torch.rand(1, 8, 7, 32),), {}) is None
+    assert windows_of(nn.Linear(2, 2), (), {}) is None
+
+
+class SumOfFour(nn.Module):
+    def forward(self, x):
+        return x.unflatten(-1, (4, -1)).sum(-2)
+
+
+MERGES = {
+    "timm": (lambda: timm.models.swin_transformer.PatchMerging(8), "square"),
+    "timm v2": (lambda: timm.models.swin_transformer_v2.PatchMerging(8), "square"),
+    "timm v2 cr": (lambda: swin_transformer_v2_cr.PatchMerging(8), "square"),
+    "torchvision": (lambda: vision.PatchMerging(8), "square"),
+    "torchvision v2": (lambda: vision.PatchMergingV2(8), "square"),
+    "transformers": (lambda: transformers.models.swin.modeling_swin.SwinPatchMerging(8), "pair"),
+    "transformers v2": (lambda: transformers.models.swinv2.modeling_swinv2.Swinv2PatchMerging((5, 4), 8), "pair"),
+    "lavt": (lambda: lavt_code().PatchMerging(8), "sizes"),
+}
+
+
+@pytest.mark.parametrize("grid", [(6, 4), (5, 4), (5, 7), (1, 1)])
+@pytest.mark.parametrize("name", MERGES)
+def test_merging_passes_equal_parts_to_the_patches(name, grid):
+    make, form = MERGES[name]
+    module, n = make(), grid[0] * grid[1]
+    assert merges(module)
+    module.norm, module.reduction = nn.Identity(), SumOfFour()
+    eye = torch.eye(n, dtype=torch.float64).view(1, *grid, n)
+    rest = {"square": (), "pair": (grid,), "sizes": grid}[form]
+    whole = module(eye if form == "square" else eye.flatten(1, 2), *rest).reshape(-1, n)
+    whole = whole / whole.sum(-1, keepdim=True)
+    merged = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+    assert largest_difference(PatchMerge(grid, merged).vecmat(torch.eye(len(whole))[None].double()), whole) < 1e-12
+
+
+def test_other_classes_of_that_name_do_not_merge():
+    assert not merges(timm.models.fasternet.PatchMerging(8))
+    assert not merges(nn.Linear(4, 2))
