@@ -136,12 +136,12 @@ def test_one_layer_of_another_shape_does_not_end_the_pass() -> None:
     with torch.no_grad():
         plain = model(x)
         with pytest.warns(
-            UserWarning, match=r"windows: expected \[B, H, M, D\], or a shape .*; got \[2, 1, 2, 3, 48\]"
+            UserWarning, match=r"windows: expected .*; got \[2, 1, 2, 3, 48\]"
         ):
             with attnx.capture(model) as trace:
                 heard = model(x)
         with (
-            pytest.raises(NotImplementedError, match=r"windows: expected \[B, H, M, D\]"),
+            pytest.raises(NotImplementedError, match="windows: expected"),
             attnx.capture(model, layers="windows"),
         ):
             model(x)
