@@ -135,9 +135,7 @@ def test_one_layer_of_another_shape_does_not_end_the_pass() -> None:
     model, x = Mixed().eval(), torch.randn(2, 6, 48)
     with torch.no_grad():
         plain = model(x)
-        with pytest.warns(
-            UserWarning, match=r"windows: expected .*; got \[2, 1, 2, 3, 48\]"
-        ):
+        with pytest.warns(UserWarning, match=r"windows: expected .*; got \[2, 1, 2, 3, 48\]"):
             with attnx.capture(model) as trace:
                 heard = model(x)
         with (

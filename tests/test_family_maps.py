@@ -37,17 +37,10 @@ NATIVE = {"HF Grounding DINO": ("text_backbone",)}
 # Families that run a part without gradients: the layers with gradients.
 WITH_GRADIENTS = {"HF CLIPSeg": "decoder"}
 
-# Families of which some attentions are intercepted.
-PARTIAL = {
-    "timm cait", "timm crossvit", "timm hiera", "timm davit", "timm volo", "timm twins svt", "HF MaskFormer",
-    "HF Mask2Former", "HF Grounding DINO", "HF BridgeTower", "HF TrOCR", "HF Donut",
-}  # fmt: skip
-
-
-def expected_to_fail(names: set[str]) -> list[Any]:
-    """The parameters of `EACH`; those in `names` are expected to fail."""
-    mark = pytest.mark.xfail(reason="attentions with an explicit softmax are not intercepted", strict=False)
-    return [pytest.param(*p.values, marks=[*p.marks, mark] if p.values[0] in names else p.marks) for p in EACH]
+# Families whose blocks combine two softmaxes before the product with the values; they have their own test.
+COMBINED = {"timm convit"}
+MAPPED = [p for p in EACH if p.values[0] not in UNFUSED]
+COMPARED = [p for p in MAPPED if p.values[0] not in COMBINED]
 
 
 def model_and_call(name: str) -> tuple[nn.Module, Callable[[], Any]]:
@@ -102,7 +95,7 @@ def difference(got: Tensor, attention: Attention, want: Tensor) -> float:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", expected_to_fail(UNFUSED | PARTIAL))
+@pytest.mark.parametrize("name", COMPARED)
 def test_the_maps_are_those_of_the_eager_softmax(name: str) -> None:
     model, call = model_and_call(name)
     with torch.no_grad():
@@ -116,7 +109,7 @@ def test_the_maps_are_those_of_the_eager_softmax(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", expected_to_fail(UNFUSED))
+@pytest.mark.parametrize("name", MAPPED)
 def test_under_autocast_the_output_is_as_close_as_without_a_capture(name: str) -> None:
     model, call, _ = built(name)
     with torch.no_grad():
@@ -147,7 +140,7 @@ def score_of(output: Any) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", expected_to_fail(UNFUSED | PARTIAL))
+@pytest.mark.parametrize("name", COMPARED)
 def test_gradient_maps_are_those_of_the_eager_softmax(name: str) -> None:
     model, call = model_and_call(name)
     model.requires_grad_(True)
@@ -175,6 +168,21 @@ def test_gradient_maps_are_those_of_the_eager_softmax(name: str) -> None:
         assert float(off.max()) <= GRADIENT_TOLERANCE * largest + 1e-12, (layer, float(off.max()), largest)
         checked += largest > 0
     assert checked
+
+
+def test_convits_map_is_the_gated_sum_of_its_softmaxes() -> None:
+    model, call = model_and_call("timm convit")
+    blocks = {name: module for name, module in model.named_modules() if type(module).__name__ == "GPSA"}
+    inputs: dict[str, Tensor] = {}
+    for name, block in blocks.items():
+        block.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+    with torch.no_grad():
+        with attnx.capture(model) as trace:
+            call()
+        assert len(blocks) == 2
+        for name, block in blocks.items():
+            want = block.get_attention(inputs[name]).mean(1)
+            torch.testing.assert_close(trace[name], want, rtol=0, atol=TOLERANCE)
 
 
 def row_of(name: str) -> str:

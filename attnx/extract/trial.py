@@ -74,6 +74,9 @@ class Trial:
         blocks = {name.partition("#")[0]: modules[name.partition("#")[0]] for name in wanted}  # "x#2" is x again
         split = None if row is None else self._split(last, modules.get(last), row)
         reasons = {name: unbound_reason(block) for name, block in blocks.items()}
+        if any(self.recorder.trace.windows(name) is not None for name in wanted):
+            # Only an interceptor sees the blocks around the attention.
+            reasons = dict.fromkeys(blocks, "its windows are read from the block around it")
         return Plan(
             steps=tuple(self._steps(wanted, row, split, list(modules))),
             wanted=tuple(wanted),
@@ -123,7 +126,9 @@ class Trial:
             else:
                 record, why = trace.kept(name), ""
                 runs, keeps = "attention with its map", self._description(name, record)
-                nbytes = record.nbytes // max(1, record.shape[0])
+                windows = trace.windows(name)
+                images = record.shape[0] // (1 if windows is None else windows.count)
+                nbytes = record.nbytes // max(1, images)
                 if name == last:
                     alone = isinstance(split, Split)
                     runs = f"keys, and the query of row {row}" if alone else "projections and its map"
@@ -155,7 +160,9 @@ class Trial:
         call = self.calls.get(name, {"nbytes": record.nbytes})
         smaller = call["nbytes"] < record.nbytes and self.recorder.trace.heads == "mean"
         later = " (q, k for large batches)" if self.recorder.keep == "auto" and smaller else ""
-        return f"map {list(record.shape[1:])}{later}" if isinstance(record, MapRecord) else "rows"
+        windows = self.recorder.trace.windows(name)
+        many = "map" if windows is None else f"{windows.count} maps"
+        return f"{many} {list(record.shape[1:])}{later}" if isinstance(record, MapRecord) else "rows"
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """The layers of a trace that form a chain of self-attention, and the vectors that the chain starts from."""
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord
 from attnx.trace.sides import Tokens, describe, stack_of
 from attnx.trace.trace import Trace
+from attnx.trace.window_record import PatchMerge, WindowRecord
+from attnx.trace.windows import Pair
 
 
 def renamed(query: str | int | None, rows: str | int | None, stacklevel: int = 3) -> str | int | None:
@@ -29,39 +32,67 @@ def renamed(query: str | int | None, rows: str | int | None, stacklevel: int = 3
     return rows
 
 
-def self_attention(trace: Trace) -> tuple[list[tuple[str, LayerRecord]], tuple[str, LayerRecord] | None]:
-    """(name, record) of the self-attention layers in order, and of a final pooling layer [1, N] or None.
+@dataclass(frozen=True)
+class Chain:
+    """The layers of a trace that follow one another.
+
+    Attributes:
+        steps: (name, record) of the self-attention layers in order; between them, the mergings of patches.
+        pool: (name, record) of a final pooling layer [1, N]; None if there is none.
+        grids: grid of each self-attention layer, if some attend in windows; else empty.
+    """
+
+    steps: list[tuple[str, LayerRecord | PatchMerge]]
+    pool: tuple[str, LayerRecord] | None = None
+    grids: tuple[Pair, ...] = ()
+
+    @property
+    def windowed(self) -> bool:
+        """True if some layers attend in windows."""
+        return bool(self.grids)
+
+    @property
+    def layers(self) -> list[tuple[str, LayerRecord]]:
+        """(name, record) of the self-attention layers."""
+        return [(name, record) for name, record in self.steps if not isinstance(record, PatchMerge)]
+
+    def layout(self, trace: Trace, start: int = 0) -> TokenLayout:
+        """Layout of the tokens of self-attention layer `start`.
+
+        Raises:
+            ValueError: the model does not declare it.
+        """
+        if not self.windowed:
+            return trace.layout
+        return TokenLayout(0, self.grids[start])
+
+    def since(self, start: int) -> list[tuple[str, LayerRecord | PatchMerge]]:
+        """The steps from self-attention layer `start` on."""
+        return self.steps[self.steps.index(self.layers[start]) :]
+
+
+def self_attention(trace: Trace, weighted: bool = False) -> Chain:
+    """The self-attention layers of a trace, and a final pooling layer, as a chain.
+
+    Args:
+        trace: a capture of all rows.
+        weighted: True if the maps are weighted by gradients, so that their rows do not sum to 1.
 
     Raises:
         ValueError: the layers do not follow one another, have different tokens, or one of them has no map.
     """
-    if trace.rows is not None:
-        raise ValueError(f"rollout needs whole maps: expected a capture with rows=None; got rows={list(trace.rows)}")
-    beside = trace.side_by_side()
-    if beside is not None:
-        raise ValueError(
-            f"rollout: expected layers in a row; {beside[1]} runs beside {beside[0]}: both have the same input; "
-            "choose layers= of one"
-        )
-    gaps = trace.gaps()
-    if gaps:
-        others = [name for name in trace if stack_of(name) == stack_of(gaps[0])]
-        raise ValueError(
-            f"rollout: expected a map of every layer; {', '.join(gaps)} ran without one, so the chain would skip it: "
-            "write an adapter (docs/adding-a-model.md), or, if it is not part of the chain, choose the others by "
-            f"layers={others}"
-        )
+    _check_rows(trace)
+    _check_order(trace)
+    if any(trace.windows(name) is not None for name in trace):
+        return _windowed(trace, weighted)
     layers: list[tuple[str, LayerRecord]] = []
     pool: tuple[str, LayerRecord] | None = None
     rows: set[tuple[Tokens, str]] = set()
     fits = True
     for name in trace:
-        if "#" in name:
-            first = name.partition("#")[0] or "the model itself"
-            raise ValueError(f"rollout: expected layers in a row; {first} attends more than once in a pass ({name})")
         record = trace.kept(name)
         queries, keys = trace.sides(name)
-        if queries == keys and keys.kind != "channels" and pool is None:
+        if queries == keys and keys.kind not in ("channels", "windows") and pool is None:
             layers.append((name, record))
             rows.add((keys, "" if trace.in_a_row else stack_of(name)))
         elif record.shape[-2] == 1 and pool is None and layers and keys == trace.sides(layers[-1][0])[1]:
@@ -83,7 +114,81 @@ def self_attention(trace: Trace) -> tuple[list[tuple[str, LayerRecord]], tuple[s
         )
     if not layers:
         raise ValueError("rollout: expected at least one self-attention layer in the trace; got none")
-    return layers, pool
+    _check_mixing(trace, layers[0][0], layers[-1][0])
+    return Chain(list(layers), pool)
+
+
+def _check_rows(trace: Trace) -> None:
+    """Raise ValueError unless the trace has whole maps of layers that attend once in a pass."""
+    if trace.rows is not None:
+        raise ValueError(f"rollout needs whole maps: expected a capture with rows=None; got rows={list(trace.rows)}")
+    again = next((name for name in trace if "#" in name), None)
+    if again is not None:
+        first = again.partition("#")[0] or "the model itself"
+        raise ValueError(f"rollout: expected layers in a row; {first} attends more than once in a pass ({again})")
+
+
+def _check_order(trace: Trace) -> None:
+    """Raise ValueError if layers ran side by side, or without a map."""
+    beside = trace.side_by_side()
+    if beside is not None:
+        raise ValueError(
+            f"rollout: expected layers in a row; {beside[1]} runs beside {beside[0]}: both have the same input; "
+            "choose layers= of one"
+        )
+    gaps = trace.gaps()
+    if gaps:
+        others = [name for name in trace if stack_of(name) == stack_of(gaps[0])]
+        raise ValueError(
+            f"rollout: expected a map of every layer; {', '.join(gaps)} ran without one, so the chain would skip it: "
+            "write an adapter (docs/adding-a-model.md), or, if it is not part of the chain, choose the others by "
+            f"layers={others}"
+        )
+
+
+def _check_mixing(trace: Trace, first: str, last: str) -> None:
+    """Raise ValueError if something else than attention mixes tokens between two layers."""
+    mixed = trace.mixed_between(first, last)
+    if mixed is not None:
+        raise ValueError(
+            f"rollout: expected layers between which only attention mixes tokens; {mixed} mixes neighbouring tokens "
+            f"between {first} and {last}; choose layers= on one side of it"
+        )
+
+
+def _windowed(trace: Trace, weighted: bool) -> Chain:
+    """The chain of a model with windows: maps of the windows, and the mergings of patches between the stages.
+
+    Raises:
+        ValueError: a layer over other tokens than a grid of the image, or grids that no merging connects.
+    """
+    steps: list[tuple[str, LayerRecord | PatchMerge]] = []
+    grids: list[Pair] = []
+    before: tuple[str, Pair] | None = None
+    # A layer over as many tokens as the windows of another is over the same grid.
+    known = {windows.tokens: windows.grid for name in trace if (windows := trace.windows(name)) is not None}
+    for name in trace:
+        record, windows, (queries, keys) = trace.kept(name), trace.windows(name), trace.sides(name)
+        grid = keys.grid or (known.get(keys.count) if keys.kind == "image" else None)
+        if grid is None or queries != keys or keys.prefix or keys.frames > 1:
+            raise ValueError(
+                "rollout: expected layers over the windows of a grid, or over the whole grid; got "
+                f"{describe(trace.all_sides(), by_stack=True)}; choose layers= among these"
+            )
+        if before is not None:
+            _check_mixing(trace, before[0], name)
+            merges, half = trace.merges_between(before[0], name), ((before[1][0] + 1) // 2, (before[1][1] + 1) // 2)
+            if (merges, grid) == (1, half):
+                steps.append((name, PatchMerge(before[1], grid)))
+            elif (merges, grid) != (0, before[1]):
+                raise ValueError(
+                    f"rollout: expected the grid {before[1]} of {before[0]}, or half of it after one patch merging; "
+                    f"got {grid} in {name} after {merges} mergings"
+                )
+        steps.append((name, record if windows is None else WindowRecord(record, windows, renormalise=not weighted)))
+        grids.append(grid)
+        before = name, grid
+    return Chain(steps, grids=tuple(grids))
 
 
 def _choice(trace: Trace) -> str:

@@ -6,6 +6,7 @@ from attnx.methods.chain import chain_start, renamed, self_attention
 from attnx.methods.maps import fusion
 from attnx.trace.layers import Layers
 from attnx.trace.trace import Trace
+from attnx.trace.window_record import PatchMerge
 
 
 def relevance(
@@ -49,12 +50,14 @@ def relevance(
     """
     query = renamed(query, rows)
     trace = trace if layers is None else trace.select(layers)
-    chain, pool = self_attention(trace)
-    layout = None if query == "all" else trace.layout
-    if not -len(chain) <= start < len(chain):
-        raise ValueError(f"start: expected a layer index in -{len(chain)}..{len(chain) - 1}; got {start}")
+    chain = self_attention(trace, weighted=True)
+    depth = len(chain.layers)
+    if not -depth <= start < depth:
+        raise ValueError(f"start: expected a layer index in -{depth}..{depth - 1}; got {start}")
+    layout = None if query == "all" else chain.layout(trace, start)
     kind = fusion(trace, None)
-    result, _ = chain_start(chain[-1][1], pool, kind, query, layout)
-    for _, record in reversed(chain[start:]):
-        result = result + record.fused(kind).vecmat(result)
+    result, _ = chain_start(chain.layers[-1][1], chain.pool, kind, query, layout)
+    for _, record in reversed(chain.since(start)):
+        passed = record.vecmat(result) if isinstance(record, PatchMerge) else record.fused(kind).vecmat(result)
+        result = passed if isinstance(record, PatchMerge) else result + passed
     return result if layout is None else layout.patches(result[:, 0])

@@ -9,8 +9,9 @@ from attnx.methods.chain import chain_start, renamed, self_attention
 from attnx.methods.maps import fusion
 from attnx.ops.reducers import Reduction
 from attnx.trace.layers import Layers
-from attnx.trace.records import MapRecord
+from attnx.trace.records import LayerRecord, MapRecord
 from attnx.trace.trace import Trace
+from attnx.trace.window_record import PatchMerge
 
 
 def rollout(
@@ -138,15 +139,21 @@ def _rollout(
     if heads == "each":
         raise ValueError("heads: expected mean, max or min; got 'each': rollout fuses the heads of every layer")
     kind = fusion(trace, heads)
-    layers, pool = self_attention(trace)
-    layout = None if query == "all" else trace.layout
+    chain = self_attention(trace, weighted=not spare)
+    layers = chain.layers
+    if chain.windowed and (discard or preset):
+        raise ValueError(f"discard, preset: expected 0 and None for layers with windows; got {discard} and {preset!r}")
     if not 0 <= start < len(layers):
         raise ValueError(f"start: expected a layer index in 0..{len(layers) - 1}; got {start}")
+    layout = None if query == "all" else chain.layout(trace, start)
     mean = "mean" in (trace.heads, kind.name.lower())
     whole = query == "all" or discard > 0 or not mean
-    result, row = chain_start(layers[-1][1], pool, kind, query, layout)
-    for _, record in reversed(layers[start:]):
-        layer = record.fused(kind)
+    result, row = chain_start(layers[-1][1], chain.pool, kind, query, layout)
+    for _, record in reversed(chain.since(start)):
+        if isinstance(record, PatchMerge):
+            result = record.vecmat(result)
+            continue
+        layer: LayerRecord = record.fused(kind)
         if row is not None and preset is None and not discard:
             # A chain that starts from one row reads only that row of the last layer.
             passed, row = layer.row(row)[:, None], None
@@ -154,7 +161,7 @@ def _rollout(
             result = step * _inverse((1 - residual) * passed.sum(-1, keepdim=True) + residual)
             continue
         row = None
-        if whole:
+        if whole and not chain.windowed:
             layer = MapRecord(
                 _discard(layer.map(), discard, spare) if discard else layer.map(), layer.rows_sum_to_one and not discard
             )
@@ -174,10 +181,10 @@ def _rollout(
 
 def last_needed(trace: Trace, *, query: str | int | None = None, **options: Any) -> tuple[str, int | None]:
     """The last layer that `rollout` with these options reads, and the only row that it reads there (None: all)."""
-    layers, pool = self_attention(trace)
-    layout = trace.layout
-    if query is None and layout.cls is not True and pool is not None:
-        return pool[0], None
+    chain = self_attention(trace)
+    layers, layout = chain.layers, chain.layout(trace)
+    if query is None and layout.cls is not True and chain.pool is not None:
+        return chain.pool[0], None
     row = chain_start(layers[-1][1], None, Reduction.EACH, query, layout)[1]
     alone = options.get("preset") is None and not options.get("discard") and options.get("start", 0) < len(layers)
     return layers[-1][0], row if alone else None

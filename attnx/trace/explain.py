@@ -46,7 +46,8 @@ def unintercepted_layers(interceptor: "Interceptor", intercepted: Collection[str
 def unintercepted(interceptor: "Interceptor", intercepted: Collection[str]) -> dict[str, str]:
     """{layer: reason} of the attention layers that were not intercepted."""
     names = dict.fromkeys([*attention_layers(interceptor.model), *interceptor.skipped])
-    missing = [name for name in names if name not in intercepted]
+    # A layer that attends several times may have a map of only some of its calls.
+    missing = [name for name in names if name not in intercepted or name in interceptor.skipped]
     unfused = unfused_blocks(interceptor.model) if missing else {}
     return {name: _reason(interceptor, name, unfused) for name in missing}
 
@@ -90,7 +91,7 @@ def _reason(interceptor: "Interceptor", pattern: str, unfused: dict[str, str]) -
             "calls='all' keeps the maps of every call"
         )
     for name, reason in interceptor.skipped.items():
-        if matches(pattern, name):
+        if matches(pattern, name) or matches(name, pattern):
             return reason
     around = [name for name in unfused if not name or pattern == name or pattern.startswith(name + ".")]
     return unfused[max(around, key=len)] if around else _NEVER

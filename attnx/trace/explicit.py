@@ -38,7 +38,7 @@ def product(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[An
     """The matrix product; if it multiplies values by remembered weights, these are recorded first."""
     frame = next((frame for frame in reversed(interceptor.local.frames) if frame.weights), None)
     if frame is not None:
-        used, p = _used(frame.weights, (*args, *kwargs.values()))
+        used, p = _used(frame.weights, (*args, *kwargs.values()), sinks=hasattr(frame.module, "sinks"))
         if p is not None:
             frame.weights = [weights for weights in frame.weights if not any(weights is u for u in used)]
             interceptor.answer_weights(frame, p)
@@ -63,12 +63,17 @@ def _over_keys(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return isinstance(x, Tensor) and x.dim() >= 3 and dim in (-1, x.dim() - 1)
 
 
-def _used(pending: Sequence[Tensor], values: Sequence[Any]) -> tuple[list[Tensor], Tensor | None]:
+def _used(pending: Sequence[Tensor], values: Sequence[Any], sinks: bool) -> tuple[list[Tensor], Tensor | None]:
     """The weights that a product with these operands uses, and the weights that are recorded; None if it uses none.
 
-    An operand is a view of the weights, or has their shape: after dropout, a change of dtype, or a mixing of heads. A
-    view of fewer columns leaves out attention sinks. An operand that can come from several softmaxes combines them. In
-    both cases the operand itself is recorded.
+    An operand is a view of the weights, or has their shape: after dropout, a change of dtype, or a mixing of heads. An
+    operand without the columns of attention sinks, or one that can come from several softmaxes and so combines them, is
+    recorded itself.
+
+    Args:
+        pending: weights that have not been used yet.
+        values: arguments of the product.
+        sinks: True if the module has attention sinks: the last column of the weights, which has no value.
     """
     operands = list(_tensors(values))
     for operand in operands:
@@ -82,6 +87,9 @@ def _used(pending: Sequence[Tensor], values: Sequence[Any]) -> tuple[list[Tensor
         alike = [w for w in pending if w.shape[-2:] == operand.shape[-2:] and w.numel() == operand.numel()]
         if alike:
             return alike, alike[0] if len(alike) == 1 else operand.reshape(alike[0].shape)
+        cut = [w for w in pending if sinks and operand.shape == (*w.shape[:-1], w.shape[-1] - 1)]
+        if cut:
+            return cut[:1], operand
     return [], None
 
 

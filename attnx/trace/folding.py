@@ -24,10 +24,10 @@ class Folding(NamedTuple):
 
 
 def folding(shape: tuple[int, ...], module: nn.Module, x: Tensor | None) -> Folding:
-    """The folding of tensors with the leading dimensions of `shape`.
+    """The folding of q, k, v and of weights with the leading dimensions of `shape`.
 
     Args:
-        shape: of q [..., M, D] or of the weights [..., M, N], with 3 to 5 dimensions.
+        shape: of the weights, [..., M, N], with 3 to 5 dimensions.
         module: the module that attends; it tells its number of heads.
         x: its input, which tells the size of the batch.
 
@@ -38,11 +38,13 @@ def folding(shape: tuple[int, ...], module: nn.Module, x: Tensor | None) -> Fold
     if len(shape) == 4 and heads in (None, shape[1]):
         return Folding(same, same)
     if len(shape) == 3:
-        batch = _batch_of(x, shape[1])
-        if batch == shape[0]:
-            return Folding(lambda t: t.unsqueeze(-3), lambda t: t.squeeze(-3))
-        if batch is not None and heads is not None and batch * heads == shape[0]:
-            return Folding(lambda t: _split(t, batch, heads), lambda t: t.flatten(0, 1))
+        # Sizes of the batch, each with one head or with the module's heads.
+        fitting = {(b, n) for b in _batches(x, shape[1:]) for n in (1, heads) if n is not None and b * n == shape[0]}
+        if len(fitting) == 1:
+            batch, split = fitting.pop()
+            if split == 1:
+                return Folding(lambda t: t.unsqueeze(-3), lambda t: t.squeeze(-3))
+            return Folding(lambda t: _split(t, batch, split), lambda t: t.flatten(0, 1))
     if len(shape) == 5 and heads in shape[1:3]:
         name = type(module).__name__
         axis = 2 if name in _WINDOWS_FIRST or (heads != shape[1] and name not in _HEADS_FIRST) else 1
@@ -77,10 +79,10 @@ def _heads_of(module: Any) -> int | None:
     return next((n for n in found if isinstance(n, int)), None)
 
 
-def _batch_of(x: Tensor | None, queries: int) -> int | None:
-    """Size of the batch of a module's input [B, M, C], [M, B, C] or [B, h, w, C]; None if unknown."""
-    if x is None:
-        return None
-    if x.dim() == 3 and queries in x.shape[:2]:
-        return x.shape[0] if x.shape[1] == queries else x.shape[1]
-    return x.shape[0] if x.dim() == 4 else None
+def _batches(x: Tensor | None, tokens: tuple[int, ...]) -> set[int]:
+    """Possible sizes of the batch of a module's input: [B, M or N, C], [M or N, B, C] or [B, h, w, C]."""
+    if x is None or x.dim() not in (3, 4):
+        return set()
+    if x.dim() == 4:
+        return {x.shape[0]}
+    return {x.shape[1 - axis] for axis in (0, 1) if x.shape[axis] in tokens}

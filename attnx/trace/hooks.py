@@ -135,6 +135,15 @@ class NoteGrid:
             self.trace.add_grid(self.name, grid)
 
 
+class CountMerge(Hook):
+    """Hook of a patch merging: counts that it ran in this pass."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Count the merging, if a call of the model is running in this thread."""
+        if self.interceptor.local.frames:
+            self.interceptor.merges += 1
+
+
 class ThreadState(threading.local):
     """Running modules of this thread, outermost first, and a token that identifies the thread."""
 

@@ -25,12 +25,12 @@ from attnx.trace.adapters import route_to_sdpa
 from attnx.trace.adapters.checkpointing import recomputes, switch_off
 from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
 from attnx.trace.folding import folding
-from attnx.trace.hooks import Done, Enter, Frame, Leave, NoteGrid, ThreadState
+from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, ThreadState
 from attnx.trace.layers import Layers, clean_name, is_attention, matches, names_in_graph, resolve
 from attnx.trace.layout import grid_modules
 from attnx.trace.recorder import Call, Recorder
 from attnx.trace.sides import Facts, facts_of
-from attnx.trace.windows import windows_of
+from attnx.trace.windows import merges, windows_of
 
 _INTERCEPTED = frozenset({SDPA, MHA, attention}) | explicit.SOFTMAX | explicit.PRODUCTS
 
@@ -65,6 +65,7 @@ class Interceptor(TorchFunctionMode):
         self.running: dict[object, threading.Thread] = {}  # threads that are running the model
         self.entered: set[str] = set()  # modules called from outside the model, in this call
         self.inputs: dict[str, dict[str, ref[Tensor]]] = {}  # of a module: main input of each child, in this call
+        self.merges = 0  # number of patch mergings that ran in this call
         self.torn: str | None = None  # a layer that several threads ran in one call
         self.lock = threading.Lock()
         self.graphs: dict[nn.Module, tuple[str, ...]] = {}  # names of the layers in traced graphs
@@ -87,6 +88,8 @@ class Interceptor(TorchFunctionMode):
                 module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove,
                 module.register_forward_hook(leave, always_call=True).remove,
             ]
+            if merges(module):
+                self.undo.append(module.register_forward_hook(CountMerge(self)).remove)
         names = {id(module): clean_name(name) for name, module in self.model.named_modules()}
         for module in grid_modules(self.model):
             hook = NoteGrid(self.trace, names[id(module)], self.thread)
@@ -159,6 +162,7 @@ class Interceptor(TorchFunctionMode):
             return
         self.entered = {name}
         self.inputs.clear()
+        self.merges = 0
         if self.recorder.calls == "last":
             self.torn = None
         self.recorder.begin_call(self.finished)
@@ -253,7 +257,7 @@ class Interceptor(TorchFunctionMode):
         facts = facts_of(frame.module, frame.args, frame.kwargs)
         around = (windows_of(f.module, f.args, f.kwargs) for f in reversed(self.local.frames))
         windows = next((w for w in around if w is not None and w.fits(shape)), None)
-        return facts._replace(items=shape[0], windows=windows)
+        return facts._replace(items=shape[0], windows=windows, merges=self.merges)
 
     def _compare_inputs(self) -> None:
         """Report to the trace which of the running modules had the same input as an earlier sibling."""

@@ -4,8 +4,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from attnx.trace.layers import clean_name
 from attnx.trace.layout import Grid, TokenLayout, infer_layout
 from attnx.trace.sides import Facts, Parts, Tokens, of_layout, sides
+from attnx.trace.windows import Windows
 
 __all__ = ["PassTokens"]
 
@@ -63,6 +65,23 @@ class PassTokens:
         """Store the grid of a module's output; the newest grid comes first."""
         self._grids = {module: grid} | {name: other for name, other in self._grids.items() if name != module}
 
+    def windows(self, layer: str) -> Windows | None:
+        """The windows of a layer; None if it attends in none, or in windows that are not known."""
+        return self._facts_of(layer).windows
+
+    def merges(self, layer: str) -> int:
+        """Number of patch mergings that ran before a layer."""
+        return self._facts_of(layer).merges
+
+    def mixes(self, first: str, last: str) -> str | None:
+        """Name of a convolution or pool, outside attention layers, that mixes tokens between two layers; else None."""
+        before, after = list(self._before.get(first, {})), list(self._before.get(last, {}))
+        newest = before[0] if before else None
+        between = after[: after.index(newest)] if newest in after else after
+        modules = {clean_name(name): module for name, module in self.model.named_modules()}
+        inside = tuple(f"{layer}." for layer in self._before)
+        return next((n for n in between if _mixes(modules[n]) and not n.startswith(inside)), None)
+
     def sides(self, name: str, shape: tuple[int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
         """(queries, keys): the tokens that the rows and the columns of a layer's map stand for.
 
@@ -109,3 +128,9 @@ class PassTokens:
         if names not in self._parts:
             self._parts[names] = Parts(self.model, names)
         return self._parts[names]
+
+
+def _mixes(module: nn.Module) -> bool:
+    """True for a convolution or pool over more than one position."""
+    size = getattr(module, "kernel_size", 1)
+    return (size if isinstance(size, int) else max(size, default=1)) > 1

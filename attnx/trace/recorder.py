@@ -100,7 +100,7 @@ class Call:
             if packed == heads:
                 return cls(q, key, value, bias, dropout_p, scores, own)
             return cls(q, key, value, bias, dropout_p, scores, own, _reshaped(packed), _reshaped(heads))
-        folded = folding(query.shape, module, x)
+        folded = folding((*query.shape[:-1], key.shape[-2]), module, x)
         if key.shape[:-2] != query.shape[:-2] or value.shape[:-2] != query.shape[:-2]:
             raise NotImplementedError(
                 f"expected q, k and v of the same leading dimensions; got {list(query.shape)}, {list(key.shape)} and "

@@ -60,6 +60,9 @@ class Tokens:
         return TokenLayout(self.prefix, self.grid, self.cls, self.frames)
 
     def __str__(self) -> str:
+        if self.kind == "windows":
+            grid = f" of {self.grid[0]} x {self.grid[1]}" if self.grid else ""
+            return f"windows of {self.count}{grid} tokens" + (f" of {self.part}" if self.part else "")
         return f"{self.count} {self.kind}" + (f" of {self.part}" if self.part else "")
 
 
@@ -71,6 +74,7 @@ class Facts(NamedTuple):
     width: number of features of its input tokens; 0 if unknown.
     items: number of maps, windows included; 0 if unknown.
     windows: the windows of the grid that its maps are of; None: it has none, or attnx does not know them.
+    merges: number of patch mergings that ran before it in the pass.
     """
 
     crosses: bool = False
@@ -78,6 +82,7 @@ class Facts(NamedTuple):
     width: int = 0
     items: int = 0
     windows: Windows | None = None
+    merges: int = 0
 
 
 def facts_of(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Facts:

@@ -11,6 +11,7 @@ from attnx.trace.layout import Grid, TokenLayout
 from attnx.trace.pass_tokens import PassTokens
 from attnx.trace.records import LayerRecord, MapRecord
 from attnx.trace.sides import Facts, Tokens, describe, stack_of
+from attnx.trace.windows import Windows
 
 CALLS = ("last", "all", "mean")
 
@@ -240,6 +241,35 @@ class Trace(Mapping[str, Tensor]):
         shape = record.shape
         return self._tokens.sides(name, (shape[-2 if self.rows is None else -1], shape[-1]), self._records)
 
+    def windows(self, layer: str | int) -> Windows | None:
+        """The windows in which a layer attends: their index into the grid of the image.
+
+        A map of the layer is [B * nW, K, K]: item b * nW + w is window w of image b. None if the layer does not attend
+        in windows, or in windows that attnx does not know.
+
+        Raises:
+            KeyError: no such layer was captured.
+
+        Example:
+            >>> import timm, torch, attnx
+            >>> model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1, 1, 1)).eval()
+            >>> with torch.no_grad(), attnx.capture(model) as trace:
+            ...     logits = model(torch.zeros(2, 3, 56, 56))
+            >>> windows = trace.windows("layers.0.blocks.0.attn")
+            >>> windows.grid, windows.index.shape, trace["layers.0.blocks.0.attn"].shape
+            ((14, 14), torch.Size([4, 49]), torch.Size([8, 49, 49]))
+        """
+        self.kept(layer)
+        return self._tokens.windows(list(self._records)[layer] if isinstance(layer, int) else layer)
+
+    def merges_between(self, first: str, last: str) -> int:
+        """Number of patch mergings that ran between two layers."""
+        return self._tokens.merges(last) - self._tokens.merges(first)
+
+    def mixed_between(self, first: str, last: str) -> str | None:
+        """Name of a convolution or pool that mixes tokens between two layers, outside attention; None if none does."""
+        return self._tokens.mixes(first, last)
+
     def all_sides(self) -> dict[str, tuple[Tokens, Tokens]]:
         """{layer: (queries, keys)} of every layer."""
         return {layer: self.sides(layer) for layer in self}
@@ -278,6 +308,11 @@ class Trace(Mapping[str, Tensor]):
                 `layout=`.
         """
         keys = self.sides(layer)[1]
+        if keys.kind == "windows":
+            raise ValueError(
+                f"layout: expected maps over whole images; got {keys} in {layer!r}; trace.windows(layer) has the index "
+                "of their tokens, and attnx.rollout follows known windows"
+            )
         if keys.kind in ("text", "channels", "queries"):
             raise ValueError(f"layout: expected maps over patches of an image; got maps over {keys}")
         name = list(self._records)[layer] if isinstance(layer, int) else layer

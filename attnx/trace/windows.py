@@ -176,8 +176,12 @@ def _pair(value: Any) -> Pair:
 
 
 def _windows(grid: Any, window: Any, shift: Any = 0, roll_first: bool = False) -> Windows:
-    grid = _pair(grid)
-    return Windows(window_index(grid, _pair(window), _pair(shift), roll_first), grid)
+    return _cached(_pair(grid), _pair(window), _pair(shift), roll_first)
+
+
+@lru_cache(maxsize=256)
+def _cached(grid: Pair, window: Pair, shift: Pair, roll_first: bool) -> Windows:
+    return Windows(window_index(grid, window, shift, roll_first), grid)
 
 
 def _swin(module: Any, x: Tensor, size: Any) -> Windows | None:
