@@ -7,9 +7,11 @@ from attnx.extract.extractor import Extractor
 from attnx.extract.word_maps import gradcam, word_maps
 from attnx.jobs.reader import open
 from attnx.methods import (
+    branch_rollout,
     cls_map,
     entropy,
     entropy_levels,
+    fuse_branches,
     gradient_rollout,
     layer_maps,
     mass_mask,
@@ -33,11 +35,13 @@ __all__ = [
     "attention",
     "attention_lse",
     "attention_map",
+    "branch_rollout",
     "capture",
     "class_maps",
     "cls_map",
     "entropy",
     "entropy_levels",
+    "fuse_branches",
     "gradcam",
     "gradient_map",
     "gradient_rollout",

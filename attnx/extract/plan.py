@@ -14,10 +14,11 @@ from attnx.extract.projections import HeadDims, queries_and_keys
 from attnx.extract.rebind import own_forward
 from attnx.trace.adapters import route_to_sdpa
 from attnx.trace.adapters.mha import SDPA
+from attnx.trace.attention_call import Call
 from attnx.trace.hooks import NoteGrid
 from attnx.trace.interceptor import Interceptor, is_intercepted, route_again
 from attnx.trace.layers import clean_name
-from attnx.trace.recorder import Call, Recorder, StopForward
+from attnx.trace.recorder import Recorder, StopForward
 
 
 class Step(NamedTuple):

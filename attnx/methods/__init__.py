@@ -1,5 +1,6 @@
 """Methods on maps: rollout, relevance, CLS maps, layer-wise maps, masks, entropy. Pure functions of traces or maps."""
 
+from attnx.methods.branches import branch_rollout, fuse_branches
 from attnx.methods.maps import LayerMaps, cls_map, layer_maps
 from attnx.methods.metrics import entropy, entropy_levels, mass_mask, pointing_game
 from attnx.methods.relevance import relevance
@@ -7,9 +8,11 @@ from attnx.methods.rollout import gradient_rollout, rollout
 
 __all__ = [
     "LayerMaps",
+    "branch_rollout",
     "cls_map",
     "entropy",
     "entropy_levels",
+    "fuse_branches",
     "gradient_rollout",
     "layer_maps",
     "mass_mask",

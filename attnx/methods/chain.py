@@ -148,7 +148,7 @@ def _check_order(trace: Trace) -> None:
 
 def _check_mixing(trace: Trace, first: str, last: str) -> None:
     """Raise ValueError if something else than attention mixes tokens between two layers."""
-    mixed = trace.mixed_between(first, last)
+    mixed = trace.tokens.mixes(first, last)
     if mixed is not None:
         raise ValueError(
             f"rollout: expected layers between which only attention mixes tokens; {mixed} mixes neighbouring tokens "
@@ -177,7 +177,7 @@ def _windowed(trace: Trace, weighted: bool) -> Chain:
             )
         if before is not None:
             _check_mixing(trace, before[0], name)
-            merges, half = trace.merges_between(before[0], name), ((before[1][0] + 1) // 2, (before[1][1] + 1) // 2)
+            merges, half = trace.tokens.merges(before[0], name), ((before[1][0] + 1) // 2, (before[1][1] + 1) // 2)
             if (merges, grid) == (1, half):
                 steps.append((name, PatchMerge(before[1], grid)))
             elif (merges, grid) != (0, before[1]):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnx.methods.branches import branch_rollout, branches_of, fuse_branches
 from attnx.methods.chain import chain_start, renamed, self_attention
 from attnx.methods.maps import fusion
 from attnx.ops.reducers import Reduction
@@ -30,7 +31,8 @@ def rollout(
 
     ``M_l = (1 - residual) F_l + residual I`` with rows normalised, where F_l is the map of layer l with heads fused.
     The result is the row of ``M_L ... M_start`` that belongs to the class token, over the patches. It is computed as a
-    chain of vector products from the last layer to the first. For layers captured with keep="qk" no map is computed
+    chain of vector products from the last layer to the first. For CrossViT it is the picture of both branches, see
+    `attnx.branch_rollout`. For layers captured with keep="qk" no map is computed
     (`attnx.vecmat`), unless query="all", discard, or heads other than "mean" require it; then one layer at a time.
 
     Args:
@@ -138,6 +140,10 @@ def _rollout(
         raise ValueError(f"preset: expected None or 'vit-explain'; got {preset!r}")
     if heads == "each":
         raise ValueError("heads: expected mean, max or min; got 'each': rollout fuses the heads of every layer")
+    branches = branches_of(trace)
+    if branches is not None:
+        _check_defaults(discard=discard, start=start, preset=preset, query=query)
+        return fuse_branches(branch_rollout(trace, residual, heads=heads))
     kind = fusion(trace, heads)
     chain = self_attention(trace, weighted=not spare)
     layers = chain.layers
@@ -181,6 +187,8 @@ def _rollout(
 
 def last_needed(trace: Trace, *, query: str | int | None = None, **options: Any) -> tuple[str, int | None]:
     """The last layer that `rollout` with these options reads, and the only row that it reads there (None: all)."""
+    if branches_of(trace) is not None:
+        return list(trace)[-1], None
     chain = self_attention(trace)
     layers, layout = chain.layers, chain.layout(trace)
     if query is None and layout.cls is not True and chain.pool is not None:
@@ -188,6 +196,15 @@ def last_needed(trace: Trace, *, query: str | int | None = None, **options: Any)
     row = chain_start(layers[-1][1], None, Reduction.EACH, query, layout)[1]
     alone = options.get("preset") is None and not options.get("discard") and options.get("start", 0) < len(layers)
     return layers[-1][0], row if alone else None
+
+
+def _check_defaults(**options: Any) -> None:
+    """Raise ValueError for options that the rollout of CrossViT does not have."""
+    given = [f"{name}={value!r}" for name, value in options.items() if value]
+    if given:
+        raise ValueError(
+            f"rollout of CrossViT: expected only residual, heads and layers; got {', '.join(given)}"
+        )
 
 
 def _inverse(sums: Tensor) -> Tensor:

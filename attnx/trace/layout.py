@@ -16,7 +16,7 @@ _HF_PREFIX = {
 
 # Parameter names of class tokens [1, n, C] or [C], names of register tokens [1, n, C], and attributes that count
 # register tokens, in the code of DINOv2, DINOv3 and DeiT.
-_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
+_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "cls_token_0")
 _REGISTER_TOKENS = ("register_tokens", "storage_tokens")
 _REGISTERS = ("num_register_tokens", "n_storage_tokens", "num_registers")
 
@@ -102,6 +102,9 @@ def _own_prefix(module: nn.Module) -> int:
     """Number of prefix tokens that a module has as parameters; 0 if it has no class token."""
     own = dict(module.named_parameters(recurse=False))
     classes = next((own[name] for name in _CLASS_TOKENS if name in own), None)
+    branches = getattr(module, "cls_token", None)
+    if isinstance(branches, nn.ParameterList):
+        classes = next(branches.parameters(), None)  # one for each branch of CrossViT
     if classes is None:
         return 0
     counts = [own[name].shape[1] for name in _REGISTER_TOKENS if name in own and own[name].dim() == 3]

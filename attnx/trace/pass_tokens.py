@@ -69,9 +69,9 @@ class PassTokens:
         """The windows of a layer; None if it attends in none, or in windows that are not known."""
         return self._facts_of(layer).windows
 
-    def merges(self, layer: str) -> int:
-        """Number of patch mergings that ran before a layer."""
-        return self._facts_of(layer).merges
+    def merges(self, first: str, last: str) -> int:
+        """Number of patch mergings that ran between two layers."""
+        return self._facts_of(last).merges - self._facts_of(first).merges
 
     def mixes(self, first: str, last: str) -> str | None:
         """Name of a convolution or pool, outside attention layers, that mixes tokens between two layers; else None."""

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from attnx.trace.branch_layers import BranchLayer, branch_layer, branch_layout
 from attnx.trace.layers import attention_layers, clean_name
 from attnx.trace.layout import Grid, TokenLayout, declared_prefix, grid_modules, patch_convolutions
 from attnx.trace.windows import Windows
@@ -209,8 +210,7 @@ def sides(
 
     Args:
         parts, facts: of the model and of the layer's call.
-        layer: name of the layer.
-        size: (rows, columns).
+        layer, size: name of the layer, and (rows, columns) of its map.
         grids: {module: grid} of the modules that ran before the layer, the newest first.
     """
     layer = layer.partition("#")[0]
@@ -220,6 +220,8 @@ def sides(
         return tokens, tokens
     if facts.channels:
         return Tokens("channels", count=rows, part=part), Tokens("channels", count=columns, part=part)
+    if (branch := branch_layer(parts.modules, layer)) is not None:
+        return _of_branch(parts, branch, columns, grids)
     if facts.crosses:
         return _crossing(parts, part, size, width, grids)
     keys = parts.tokens(part, grids, columns, width)
@@ -255,6 +257,14 @@ def _crossing(
     if queries.kind == "tokens" or queries == keys:
         return Tokens("queries", count=rows, part=part), keys
     return queries, keys
+
+
+def _of_branch(parts: Parts, layer: BranchLayer, count: int, grids: Mapping[str, Grid]) -> tuple[Tokens, Tokens]:
+    """(queries, keys) of a layer of CrossViT with `count` keys."""
+    part, own = layer.part(layer.keys), Tokens("queries", count=1, part=layer.part(layer.branch))
+    layout = branch_layout(parts.modules, layer, grids, count)
+    keys = Tokens("image", count=count, part=part) if layout is None else of_layout(layout, part)
+    return (keys if layer.fusion is None else own), (own if layer.fusion else keys)
 
 
 def of_layout(layout: TokenLayout, part: str) -> Tokens:

@@ -49,7 +49,7 @@ class Trace(Mapping[str, Tensor]):
         self.rows = rows
         self._mode = calls
         self._records: dict[str, LayerRecord] = {}
-        self._tokens = PassTokens(model, layout)
+        self.tokens = PassTokens(model, layout)
         self.in_a_row = False  # True if the user selected layers that follow one another, whatever their names
         self._calls: list[Trace] = []
         self._means = RunningMeans()
@@ -98,19 +98,19 @@ class Trace(Mapping[str, Tensor]):
     def add(self, layer: str, record: Tensor | LayerRecord, queries: int | None = None) -> None:
         """Store a layer's map or record; `queries`: number of queries of the layer, if the map has fewer rows."""
         self._records[layer] = MapRecord(record) if isinstance(record, Tensor) else record
-        self._tokens.add(layer, queries)
+        self.tokens.add(layer, queries)
 
     def note(self, layer: str, facts: Facts) -> None:
         """Store facts about the sides of a layer's map; they hold for later passes without facts, too."""
-        self._tokens.note(layer, facts)
+        self.tokens.note(layer, facts)
 
     def note_beside(self, module: str, other: str) -> None:
         """Store that two modules had the same input: they run side by side, not one after the other."""
-        self._tokens.beside.append((module, other))
+        self.tokens.beside.append((module, other))
 
     def side_by_side(self) -> tuple[str, str] | None:
         """Two modules that have layers in this trace and had the same input; None if there are none."""
-        for pair in self._tokens.beside:
+        for pair in self.tokens.beside:
             if all(any(matches(module, name.partition("#")[0]) for name in self._records) for module in pair):
                 return pair
         return None
@@ -121,8 +121,8 @@ class Trace(Mapping[str, Tensor]):
         stacks = {stack_of(name) for name in maps}
         return [
             name
-            for name in attention_layers(self._tokens.model)
-            if name in self._tokens.ran
+            for name in attention_layers(self.tokens.model)
+            if name in self.tokens.ran
             and stack_of(name) in stacks
             and not any(other == name or matches(other, name) or matches(name, other) for other in maps)
         ]
@@ -169,8 +169,8 @@ class Trace(Mapping[str, Tensor]):
         names = select(list(self._records), layers)
         other = self._with({name: self._records[name] for name in names})
         # The layers of a list follow one another as the user says; a glob or a block's name selects all that ran there.
-        ran = self._tokens.ran if isinstance(layers, str) else ()
-        other._tokens.ran = {name for name in ran if selects(str(layers), name)}
+        ran = self.tokens.ran if isinstance(layers, str) else ()
+        other.tokens.ran = {name for name in ran if selects(str(layers), name)}
         other.in_a_row = isinstance(layers, Sequence) and not isinstance(layers, str) and len(layers) > 1
         return other
 
@@ -184,17 +184,17 @@ class Trace(Mapping[str, Tensor]):
 
     def _with(self, records: dict[str, LayerRecord]) -> "Trace":
         """A trace of the same pass with these records."""
-        other = Trace(self._tokens.model, self.heads, self.rows, self._tokens.given)
-        other._records, other._tokens = records, self._tokens.copy()
+        other = Trace(self.tokens.model, self.heads, self.rows, self.tokens.given)
+        other._records, other.tokens = records, self.tokens.copy()
         return other
 
     def add_grid(self, module: str, grid: Grid) -> None:
         """Store the grid of a module's output; the newest grid comes first."""
-        self._tokens.add_grid(module, grid)
+        self.tokens.add_grid(module, grid)
 
     def note_ran(self, layer: str) -> None:
         """Store that an attention layer ran in this pass."""
-        self._tokens.ran.add(layer)
+        self.tokens.ran.add(layer)
 
     def begin_call(self, finished: bool = True) -> None:
         """Start a new pass: store the maps of the last pass, fold them into the mean, or drop them.
@@ -207,14 +207,14 @@ class Trace(Mapping[str, Tensor]):
         elif self._calls:
             self._calls.pop()
         call = self._with({})
-        call._tokens = self._tokens.next_pass()
+        call.tokens = self.tokens.next_pass()
         # The trace and the call's own trace share the records and tokens of the pass.
-        self._records, self._tokens = call._records, call._tokens
+        self._records, self.tokens = call._records, call.tokens
         self._calls = [*self._calls, call] if self._mode == "all" else [call]
 
     def clear(self) -> None:
         """Drop all passes."""
-        self._records, self._tokens, self._calls, self._means = {}, self._tokens.next_pass(), [], RunningMeans()
+        self._records, self.tokens, self._calls, self._means = {}, self.tokens.next_pass(), [], RunningMeans()
 
     def fold(self) -> None:
         """End a pass: with calls="mean" replace its maps by the mean over all passes so far.
@@ -239,7 +239,7 @@ class Trace(Mapping[str, Tensor]):
         record = self.kept(layer)
         name = list(self._records)[layer] if isinstance(layer, int) else layer
         shape = record.shape
-        return self._tokens.sides(name, (shape[-2 if self.rows is None else -1], shape[-1]), self._records)
+        return self.tokens.sides(name, (shape[-2 if self.rows is None else -1], shape[-1]), self._records)
 
     def windows(self, layer: str | int) -> Windows | None:
         """The windows in which a layer attends: their index into the grid of the image.
@@ -260,15 +260,7 @@ class Trace(Mapping[str, Tensor]):
             ((14, 14), torch.Size([4, 49]), torch.Size([8, 49, 49]))
         """
         self.kept(layer)
-        return self._tokens.windows(list(self._records)[layer] if isinstance(layer, int) else layer)
-
-    def merges_between(self, first: str, last: str) -> int:
-        """Number of patch mergings that ran between two layers."""
-        return self._tokens.merges(last) - self._tokens.merges(first)
-
-    def mixed_between(self, first: str, last: str) -> str | None:
-        """Name of a convolution or pool that mixes tokens between two layers, outside attention; None if none does."""
-        return self._tokens.mixes(first, last)
+        return self.tokens.windows(list(self._records)[layer] if isinstance(layer, int) else layer)
 
     def all_sides(self) -> dict[str, tuple[Tokens, Tokens]]:
         """{layer: (queries, keys)} of every layer."""
@@ -277,7 +269,7 @@ class Trace(Mapping[str, Tensor]):
     @property
     def given_layout(self) -> TokenLayout | None:
         """The `layout` argument of the capture."""
-        return self._tokens.given
+        return self.tokens.given
 
     @property
     def layout(self) -> TokenLayout:
@@ -287,8 +279,8 @@ class Trace(Mapping[str, Tensor]):
             ValueError: the layers have different tokens (the message lists them), or the model does not declare its
                 layout: pass `layout=`.
         """
-        if self._tokens.given is not None and not self._records:
-            return self._tokens.given
+        if self.tokens.given is not None and not self._records:
+            return self.tokens.given
         if not self._records:
             raise ValueError("layout: no layer was captured yet")
         keys = {self.sides(layer)[1]: layer for layer in self._records}
@@ -316,4 +308,4 @@ class Trace(Mapping[str, Tensor]):
         if keys.kind in ("text", "channels", "queries"):
             raise ValueError(f"layout: expected maps over patches of an image; got maps over {keys}")
         name = list(self._records)[layer] if isinstance(layer, int) else layer
-        return self._tokens.layout(name, keys, self._records)
+        return self.tokens.layout(name, keys, self._records)

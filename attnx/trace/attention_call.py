@@ -1,0 +1,112 @@
+"""One attention call of a model: its arguments as [B, H, M, D], and the way back to the model's shape."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from attnx.ops.functional import attention
+from attnx.trace.adapters.huggingface import unpacked
+from attnx.trace.folding import folding, same
+
+
+@dataclass
+class Call:
+    """One attention call of a model.
+
+    Attributes:
+        q, k, v, bias: as in `attnx.attention`. Heads that the model packed into rows are unpacked: one row per query.
+        dropout: dropout probability of the weights.
+        scores: further arguments of `attnx.attention`: is_causal and scale, and softcap and sinks of a model that calls
+            `attnx.attention`.
+        own: runs the model's own attention.
+        unfold: turns an output [B, H, M, Dv] into one of the model's shape.
+        fold: turns a gradient of the model's output into [B, H, M, Dv].
+        ours: True if the model called `attnx.attention`, which returns a map with the output.
+        result: return value of the model's own attention, once it ran.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    dropout: float
+    scores: dict[str, Any]
+    own: Callable[[], Any]
+    unfold: Callable[[Tensor], Tensor] = same
+    fold: Callable[[Tensor], Tensor] = same
+    ours: bool = False
+    result: Any = field(default=None)
+
+    @classmethod
+    def of(
+        cls,
+        func: Callable[..., Any],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor | None = None,
+    ) -> "Call":
+        """A call of `F.scaled_dot_product_attention` or `attnx.attention` with these arguments.
+
+        Args:
+            func, args, kwargs: the call.
+            module: the module that attends; with its input `x` it tells where the heads are if q has not 4 dimensions.
+            x: input of the module.
+
+        Raises:
+            NotImplementedError: q has another shape than [B, H, M, D], and the module does not tell its heads.
+        """
+        if func is attention:
+            q, k, v, *_ = args
+            names = ("is_causal", "scale", "softcap", "sinks")
+            scores = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            return cls(q, k, v, kwargs.get("bias"), 0.0, scores, lambda: func(*args, **kwargs), ours=True)
+        return cls._of_sdpa(func, module, x, *args, **kwargs)
+
+    @classmethod
+    def _of_sdpa(
+        cls,
+        func: Callable[..., Tensor],
+        module: nn.Module,
+        x: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> "Call":
+        def own() -> Tensor:
+            return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+        scores: dict[str, Any] = dict(is_causal=is_causal, scale=scale)
+        if query.dim() == 4:
+            q, bias = unpacked(module, query, key, attn_mask) or (query, attn_mask)
+            packed, heads = query.shape[:3], q.shape[:3]
+            if packed == heads:
+                return cls(q, key, value, bias, dropout_p, scores, own)
+            return cls(q, key, value, bias, dropout_p, scores, own, _reshaped(packed), _reshaped(heads))
+        folded = folding((*query.shape[:-1], key.shape[-2]), module, x)
+        if key.shape[:-2] != query.shape[:-2] or value.shape[:-2] != query.shape[:-2]:
+            raise NotImplementedError(
+                f"expected q, k and v of the same leading dimensions; got {list(query.shape)}, {list(key.shape)} and "
+                f"{list(value.shape)}"
+            )
+        q, k, v = (folded.fold(t) for t in (query, key, value))
+        bias = None if attn_mask is None else folded.fold(attn_mask)
+        return cls(q, k, v, bias, dropout_p, scores, own, folded.unfold, folded.fold)
+
+    def output(self) -> Tensor:
+        """The output of the model's own attention."""
+        self.result = self.own()
+        output: Tensor = self.result[0] if self.ours else self.result
+        return output
+
+
+def _reshaped(sizes: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """A function that gives a tensor these leading dimensions."""
+    return lambda t: t.reshape(*sizes, -1)
