@@ -10,5 +10,9 @@ setup(
         "attnx.kernels.inspect",
     ],
     package_dir={"attnx": "attnx", "attnx.kernels": "kernels"},
-    package_data={"attnx.demo": ["weights.safetensors", "pair.safetensors"], "attnx.kernels.cpu": ["*.cpp", "*.h"]},
+    package_data={
+        "attnx.demo": ["weights.safetensors", "pair.safetensors"],
+        "attnx.kernels.cpu": ["*.cpp", "*.h"],
+        "attnx.models": ["table.json"],
+    },
 )

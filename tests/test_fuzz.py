@@ -37,7 +37,11 @@ OUT = [
     "\x00",
     "x" * 300,
 ]
-MODELS = ["demo", "", "x", "timm:", "timm:nope", "hf:", "hf:/missing", "hf:pictures", "hf:pipe", "\x00", "demo:", "🙂"]
+MODELS = [
+    "demo", "", "x", "timm:", "timm:nope", "hf:", "hf:/missing", "hf:pictures", "hf:pipe", "\x00", "demo:", "🙂",
+    "torchvision:", "torchvision:nope", "open_clip:", "open_clip:x/y", "open_clip:ViT-B-32", "torchhub:", "torchhub:x",
+    "torchhub:pictures:x", "torchhub:pipe:x", "torchhub::",
+]  # fmt: skip
 NUMBERS = ["1", "2", "16", "0", "-1", "nan", "1e999", "1" * 30, "0.5", "x", ""]
 COMMON: dict[str, list[str] | None] = {
     "--out": OUT, "--checkpoint": HOSTILE, "--image-size": ["64", "16x32", "0", "1x", "-1", "nan", "", "x", "1e9"],

@@ -32,7 +32,7 @@ CAPTIONS = ["the man skateboarding on a red circle", "a dog"]
 
 def small_lavt(config=CONFIG, seed=0):
     torch.manual_seed(seed)
-    model = Lavt(config, Tokenizer(VOCAB, 20)).eval().requires_grad_(False)
+    model = Lavt(config, Tokenizer(VOCAB, 20, plain=True)).eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_()

@@ -135,7 +135,7 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("vit_base", ValueError, "expected timm:NAME, hf:NAME or demo; got 'vit_base'"),
+        ("vit_base", ValueError, "expected timm:NAME, hf:NAME, torchvision:NAME, .* or demo; got 'vit_base'"),
         ("timm:vit_tiny_patch16_22", ValueError, "did you mean vit_tiny_patch16_224"),
     ],
 )
@@ -247,5 +247,7 @@ def test_a_registered_name_is_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_model("mine", image_size=128)
     assert loaded.size == (128, 128)
     assert not loaded.model.training
-    with pytest.raises(ValueError, match=r"model: expected timm:NAME, hf:NAME or demo or mine; got 'yours'"):
+    with pytest.raises(
+        ValueError, match=r"model: expected timm:NAME, hf:NAME, .*FOLDER:ENTRY or demo or mine; got 'yours'"
+    ):
         load_model("yours")

@@ -93,7 +93,8 @@ def extract(
     pixels: Annotated[
         str | None,
         typer.Option(
-            help="[bold]timm[/bold]: timm's evaluation transform with its crop (default for timm: models); "
+            help="[bold]timm[/bold]: timm's evaluation transform with its crop (default for timm:, torchvision: and "
+            "open_clip: models, with their own settings); "
             "[bold]whole[/bold]: the whole picture (default for others); [bold]processor[/bold]: the image processor "
             "of an hf: model."
         ),
@@ -165,5 +166,9 @@ def extract(
 
 def _absolute(model: str) -> str:
     """The model's name, with an absolute path if it is a folder."""
+    from attnx.models.torchhub import absolute_name
+
     kind, _, name = model.partition(":")
+    if kind == "torchhub":
+        return absolute_name(model)
     return f"{kind}:{Path(name).absolute()}" if kind == "hf" and Path(name).is_dir() else model

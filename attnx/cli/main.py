@@ -1,4 +1,4 @@
-"""The command line: attnx demo | show | extract | words | summary | kernels."""
+"""The command line: attnx demo | show | extract | words | summary | models | kernels."""
 
 import importlib.util
 import os
@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from attnx.cli.extract import extract
+from attnx.cli.models import models
 from attnx.cli.options import (
     PATH,
     Alpha,
@@ -83,8 +84,8 @@ app = typer.Typer(
     [bold]attnx demo[/bold] shows examples without a download. [bold]attnx show photo.jpg --model demo[/bold] draws
     the maps of one image, [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
     the maps of a folder, and [bold]attnx summary maps/[/bold] computes statistics of them. [bold]attnx words photo.jpg
-    "a dog" --checkpoint ALBEF.pth[/bold] draws the map of each word. [bold]attnx kernels[/bold] compiles the GPU
-    kernels without a GPU.
+    "a dog" --checkpoint ALBEF.pth[/bold] draws the map of each word. [bold]attnx models[/bold] shows what works for
+    each family of models. [bold]attnx kernels[/bold] compiles the GPU kernels without a GPU.
 
     Exit codes: 0 success, 1 some images or captions could not be read or a kernel spills, 2 wrong usage or another
     error.""",
@@ -154,6 +155,7 @@ def show(
 app.command()(extract)
 app.command()(words)
 app.command()(summary)
+app.command()(models)
 
 
 @app.command()

@@ -41,8 +41,9 @@ def source_of(text: str) -> Path:
 
 
 MODEL = typer.Option(
-    help="[bold]demo[/bold] (bundled), [bold]timm:NAME[/bold], or [bold]hf:NAME[/bold] (on the hub, or a folder "
-    "written by save_pretrained)."
+    help="[bold]demo[/bold] (bundled), [bold]timm:NAME[/bold], [bold]hf:NAME[/bold] (on the hub, or a folder "
+    "written by save_pretrained), [bold]torchvision:NAME[/bold], [bold]open_clip:NAME/PRETRAINED[/bold] (its image "
+    "part), or [bold]torchhub:FOLDER:ENTRY[/bold] (runs the code in that folder)."
 )
 Model = Annotated[str, MODEL]
 PATH: dict[str, Any] = {"parser": path_of, "metavar": "PATH"}  # arguments of typer.Option and typer.Argument

@@ -55,11 +55,13 @@ from attnx.cli.run_job import run_recipe
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
+    from attnx.extract.captions import CaptionMaps
     from attnx.figures.one_image import Style
-    from attnx.jobs.recipe import WordsRecipe
     from attnx.jobs.run import Report
     from attnx.jobs.runtime import Runtime
+    from attnx.models.loaded import Loaded
 
 
 @report_errors
@@ -75,7 +77,11 @@ def words(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="[bold]albef[/bold] in the published sizes, or [bold]demo[/bold] (bundled).")
+        str,
+        typer.Option(
+            help="[bold]albef[/bold] in the published sizes, [bold]demo[/bold] (bundled), or "
+            "[bold]lavt:CHECKPOINT[/bold]: a file of LAVT's train.py."
+        ),
     ] = "albef",
     checkpoint: Checkpoint = None,
     pretrained: Annotated[bool, typer.Option(help="--no-pretrained: random weights.")] = True,
@@ -85,6 +91,9 @@ def words(
     out: Out = Path("attnx-words"),
     layer: Annotated[
         int | None, typer.Option(help="Text layer with cross-attention; default: 8 for ALBEF, 2 for the demo.")
+    ] = None,
+    stage: Annotated[
+        int | None, typer.Option(help="LAVT: 0 to 3; default: the mean of all stages, on the grid of stage 0.")
     ] = None,
     method: Annotated[
         str,
@@ -131,7 +140,7 @@ def words(
     interpolation: Interpolation = "bilinear",
     seed: Seed = 0,
 ) -> None:
-    """Draws a map for each word of a caption: cross-attention, or its Grad-CAM.
+    """Draws a map for each word of a caption: cross-attention (ALBEF, LAVT), or its Grad-CAM (ALBEF).
 
     Writes one picture per word (00-a.png), words.png with all of them, and words.npz. With --pairs, writes Parquet
     shards like attnx extract: one row per pair, maps [T, h, w], and the columns tokens (the T word pieces), word_of
@@ -140,6 +149,7 @@ def words(
     """
     options = JobOptions.of(locals())
     from attnx.figures.one_image import Style
+    from attnx.images import read_image
     from attnx.jobs.packing import DTYPES
     from attnx.jobs.recipe import WordsRecipe
     from attnx.jobs.sources import open_source
@@ -149,8 +159,20 @@ def words(
     given = [name for name, value in arguments.items() if value is not None]
     if given not in (["IMAGE", "CAPTION"], ["--pairs"]):
         raise ValueError(f'expected IMAGE "CAPTION", or --pairs FILE; got {" and ".join(given) or "neither"}')
-    autocast_of(dtype)
+    autocast = autocast_of(dtype)
     one_of("map-dtype", map_dtype, DTYPES)
+    style = Style(colormap, alpha, interpolation)
+    if model.partition(":")[0] == "lavt":
+        if image is None or caption is None:
+            raise NotImplementedError("pairs: LAVT's maps are drawn for one IMAGE and CAPTION; got --pairs")
+        _only_stage(layer, method, heads, preset)
+        size, on, picture = pixels_of(image_size), device_of(device), read_image(image)
+        loaded = _load_lavt(model, checkpoint, pretrained, vocab, size, seed)
+        maps = _lavt_maps(loaded, picture, caption, stage, on, autocast)
+        _draw(picture, maps, out, style)
+        return
+    if stage is not None:
+        raise ValueError(f"stage: expected --model lavt:CHECKPOINT, since only LAVT has stages; got {model!r}")
     images = None if pairs is None else open_source(pairs, kind, root, split)
     if images is not None and images.kind == "folder":
         raise ValueError(f"pairs: expected a source with captions; {pairs} is a folder of images")
@@ -161,21 +183,70 @@ def words(
         max_pixels=options.pixels, vocab=absolute(vocab), layer=default_layer(model) if layer is None else layer,
         preset=preset,
     )  # fmt: skip
-    style = Style(colormap, alpha, interpolation)
     if images is not None:
         run_recipe(recipe, images, out, options, "pairs", partial(_finish, out, style if pictures else None))
     elif image is not None and caption is not None:
-        _draw(recipe, image, caption, out, device_of(device), style)
+        on, picture = device_of(device), read_image(image)
+        loaded, find = recipe.load_words(on)
+        _draw(picture, find(loaded.prepare(picture)[None].to(on), [[caption]])[0], out, style)
 
 
-def _draw(recipe: "WordsRecipe", image: Path, caption: str, out: Path, on: "torch.device", style: "Style") -> None:
-    """Draw the pictures of one image and its caption."""
+def _only_stage(layer: int | None, method: str, heads: str, preset: str | None) -> None:
+    """Raise ValueError if an option that LAVT does not have is given."""
+    given = {
+        "layer": (layer, None),
+        "method": (method, "attention"),
+        "heads": (heads, "mean"),
+        "preset": (preset, None),
+    }
+    for name, (value, only) in given.items():
+        if value != only:
+            raise ValueError(f"{name}: expected {'none' if only is None else only} with LAVT; got {value!r}")
+
+
+def _load_lavt(
+    name: str,
+    checkpoint: Path | None,
+    pretrained: bool,
+    vocab: Path | None,
+    image_size: tuple[int, int] | None,
+    seed: int,
+) -> "Loaded":
+    """The LAVT called `lavt:CHECKPOINT`, or `lavt` with a checkpoint or random weights."""
+    import torch
+
+    from attnx.models.lavt_checkpoint import load_lavt
+
+    file = name.partition(":")[2]
+    if file and checkpoint is not None:
+        raise ValueError(f"checkpoint: expected one; got --model {name} and --checkpoint {checkpoint}")
+    path = Path(file) if file else checkpoint
+    if path is None and pretrained:
+        raise ValueError(
+            "checkpoint: expected LAVT's weights as --model lavt:FILE (https://github.com/yz93/LAVT-RIS has them to "
+            "download), or --no-pretrained for random ones; got none"
+        )
+    torch.manual_seed(seed)
+    return load_lavt(path, vocab, image_size)
+
+
+def _lavt_maps(
+    loaded: "Loaded", picture: "Image", caption: str, stage: int | None, on: "torch.device", dtype: "torch.dtype | None"
+) -> "CaptionMaps":
+    """LAVT's maps of one image and its caption, computed on a device, with autocast to `dtype` unless None."""
+    import torch
+
+    from attnx.extract.word_maps import word_maps
+
+    images = loaded.prepare(picture)[None].to(on)
+    with torch.autocast(on.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        return word_maps(loaded.model.to(on), images, caption, stage=stage)
+
+
+def _draw(picture: "Image", maps: "CaptionMaps", out: Path, style: "Style") -> None:
+    """Draw the pictures of one image and the words of its caption."""
     from attnx.figures.words import draw_words
-    from attnx.images import read_image
 
-    picture = read_image(image)
-    loaded, find = recipe.load_words(on)
-    maps = find(loaded.prepare(picture)[None].to(on), [[caption]])[0]
     for path, what in draw_words(picture, maps, out, style).items():
         typer.echo(f"{path}  {what}")
 

@@ -1,14 +1,18 @@
 """LAVT's maps of images for each word of an expression: the attention of its stages from pixels to words."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnx.extract.captions import CaptionMaps, WordMaps
+from attnx.extract.pairs import flat, padded
 from attnx.models.lavt import Lavt
-from attnx.models.tokenizer import Caption
+from attnx.models.tokenizer import Caption, pre_caption
 from attnx.trace.capture import capture
 
 
@@ -68,6 +72,55 @@ def lavt_word_maps(
     return maps if stage is None else maps[0]
 
 
+@dataclass(frozen=True, eq=False)
+class ExpressionMaps(CaptionMaps):
+    """The maps of one expression's words, where word pieces are keys: weights are added, not averaged."""
+
+    @cached_property
+    def word_maps(self) -> Tensor:
+        """The maps of the words, [W, h, w]: the sum over the pieces of each word."""
+        return sum_pieces(self.maps, self.caption)
+
+    def phrase(self, phrase: str) -> Tensor:
+        """The sum of the maps of the words of a phrase, [h, w], at its first occurrence; punctuation is not compared.
+
+        Raises:
+            ValueError: the phrase is not in the caption.
+        """
+        wanted, own = ([pre_caption(word) for word in words] for words in (phrase.split(), self.words))
+        for start in range(len(own) - len(wanted) + 1):
+            if wanted and own[start : start + len(wanted)] == wanted:
+                return self.word_maps[start : start + len(wanted)].sum(0)
+        raise ValueError(f"phrase: expected consecutive words of {self.caption.text!r}; got {phrase!r}")
+
+
+def expression_maps(
+    model: Lavt,
+    images: Tensor,
+    captions: Sequence[str] | Sequence[Sequence[str]],
+    stage: int | None = None,
+    *,
+    backend: str = "auto",
+) -> WordMaps:
+    """LAVT's word maps, see `attnx.word_maps`: [T, h, w] of each caption, on the grid of its stage, or of stage 0.
+
+    The mean of the stages is exact for images whose sides are multiples of 32. With other sides, the grids of the
+    stages reach beyond the image by up to one cell.
+    """
+    model.grids(images)
+    texts, owner = flat(captions, len(images))
+    read, ids, mask = pad_captions(model, texts, images.device)
+    if owner != list(range(len(images))):
+        images = images[owner]
+    if stage is None:
+        stages = lavt_word_maps(model, images, ids, mask, backend=backend)
+        height, width = stages[0].shape[-2:]
+        maps = mean_of_stages(stages, (height, width))
+    else:
+        maps = lavt_word_maps(model, images, ids, mask, stage, backend=backend)
+    return WordMaps([ExpressionMaps(caption, maps[i, : len(caption.ids)]) for i, caption in enumerate(read)])
+
+
 def sum_pieces(maps: Tensor, caption: Caption) -> Tensor:
     """[T, h, w] maps of pieces -> [W, h, w] maps of words: the sum over the pieces of each word.
 
@@ -92,22 +145,17 @@ def mean_of_stages(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 
 def pad_captions(
     model: Lavt, captions: Sequence[str], device: torch.device | None = None
-) -> "tuple[list[Caption], Tensor, Tensor]":
+) -> tuple[list[Caption], Tensor, Tensor]:
     """The tokenised captions, their ids [B, T] padded to the model's 20 pieces, and the mask [B, T]: False for padding.
 
     Raises:
         ValueError: the model has no tokenizer, or an invalid caption.
 
     Warns:
-        UserWarning: a caption has more pieces and was cut at a word.
+        UserWarning: a caption has more pieces and was cut.
     """
-    if model.tokenizer is None:
-        raise ValueError("model: expected one with a tokenizer; got none; set model.tokenizer")
-    found = [model.tokenizer(text) for text in captions]
-    length, pad = model.tokenizer.max_tokens, model.tokenizer.id_of("[PAD]")
-    ids = torch.tensor([[*c.ids, *[pad] * (length - len(c.ids))] for c in found], device=device)
-    lengths = torch.tensor([len(c.ids) for c in found], device=device)
-    return found, ids, torch.arange(length, device=device) < lengths[:, None]
+    length = None if model.tokenizer is None else model.tokenizer.max_tokens
+    return padded(model.tokenizer, captions, device, length)
 
 
 def _checked(model: nn.Module, images: Tensor, ids: Tensor, mask: Tensor) -> Lavt:

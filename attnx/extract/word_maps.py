@@ -3,57 +3,95 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import get_ident
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor, nn
 
 from attnx.extract.captions import CaptionMaps, WordMaps
 from attnx.extract.class_maps import frozen
+from attnx.extract.pairs import flat, padded
 from attnx.trace.capture import capture, uncompiled
 from attnx.trace.interceptor import Interceptor, is_intercepted
 from attnx.trace.recorder import Recorder, StopForward
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from attnx.models.albef import Albef
 
 WORD_METHODS = ("attention", "gradcam")
 PRESETS = (None, "vl-dino")
+_ALBEF_LAYER = 8  # the layer that ALBEF's authors use
 
 
-def word_maps(
+@overload
+def word_maps(  # type: ignore[overload-overlap]  # a str is also a sequence of str
     model: nn.Module,
-    images: Tensor,
-    captions: Sequence[str] | Sequence[Sequence[str]],
-    layer: int = 8,
+    images: "Tensor | Image",
+    captions: str,
+    layer: int | None = None,
     heads: str = "mean",
     *,
+    stage: int | None = None,
     preset: str | None = None,
     backend: str = "auto",
-) -> WordMaps:
-    """Cross-attention from each word of a caption to the patches of its image, in one text layer, heads fused.
+) -> CaptionMaps: ...
+@overload
+def word_maps(
+    model: nn.Module,
+    images: "Tensor | Image",
+    captions: Sequence[str] | Sequence[Sequence[str]],
+    layer: int | None = None,
+    heads: str = "mean",
+    *,
+    stage: int | None = None,
+    preset: str | None = None,
+    backend: str = "auto",
+) -> WordMaps: ...
+def word_maps(
+    model: nn.Module,
+    images: "Tensor | Image",
+    captions: str | Sequence[str] | Sequence[Sequence[str]],
+    layer: int | None = None,
+    heads: str = "mean",
+    *,
+    stage: int | None = None,
+    preset: str | None = None,
+    backend: str = "auto",
+) -> WordMaps | CaptionMaps:
+    """The maps of the words of captions, from the attention between words and image, heads fused.
 
-    The weight of the class token is dropped and the weights of the patches are not renormalised. The forward pass stops
-    in that layer, before its values are used. An image with several captions is encoded once.
+    ALBEF: the cross-attention from each word to the patches, in one text layer. The weight of the class token is
+    dropped and the weights of the patches are not renormalised. The forward pass stops in that layer, before its
+    values are used. An image with several captions is encoded once. A word's map is the mean over its pieces.
+
+    LAVT: the attention from each pixel of a stage's grid to the words. The words are keys, so a word's map is the sum
+    over its pieces. The image is encoded once for each caption. See `attnx.extract.lavt_maps`.
 
     Args:
-        model: an `attnx.models.albef.Albef` with a tokenizer, in eval mode.
-        images: [I, 3, height, width] float, normalised; height and width are multiples of the patch size.
-        captions: one caption per image; or any number of captions for a single image; or a list of captions per image.
-        layer: index among all text layers. ALBEF has cross-attention in layers 6 to 11, and its authors use 8.
-        heads: "mean", "max" or "min".
-        preset: "vl-dino" passes the word embeddings to the fusion layers without the text layers, like that script.
+        model: an `attnx.models.albef.Albef` or an `attnx.models.lavt.Lavt` with a tokenizer, in eval mode.
+        images: [I, 3, height, width] float, normalised; for ALBEF, height and width are multiples of the patch size.
+            Or one PIL image, which is prepared as the model's loader prepares it.
+        captions: one caption per image; or any number of captions for a single image; or a list of captions per image;
+            or, for a single image, one str.
+        layer: ALBEF: index among all text layers. It has cross-attention in layers 6 to 11, and its authors use 8, the
+            default.
+        heads: "mean", "max" or "min"; for LAVT "mean".
+        stage: LAVT: 0 to 3. None: the mean of all stages, interpolated to the grid of stage 0.
+        preset: ALBEF: "vl-dino" passes the word embeddings to the fusion layers without the text layers, like that
+            script.
         backend: as in `attnx.attention`.
 
     Returns:
-        a `WordMaps` with one `CaptionMaps` per caption; its maps are [T, h, w] float32.
+        a `WordMaps` with one `CaptionMaps` per caption; its maps are [T, h, w] float32. For a str, its `CaptionMaps`.
 
     Raises:
-        ValueError: a layer without cross-attention (the message lists those with it), an empty caption, an image
-            without a caption, or invalid images or models.
+        ValueError: a layer without cross-attention (the message lists those with it), an option of the other model, an
+            empty caption, an image without a caption, or invalid images or models.
 
     Warns:
-        UserWarning: a caption has more tokens than the model has positions, and was cut at a word.
+        UserWarning: a caption has more tokens than the model takes, and was cut.
 
     Example:
         >>> import torch, attnx
@@ -64,8 +102,39 @@ def word_maps(
 
     Reference:
         Li et al., "Align before Fuse", https://arxiv.org/abs/2107.07651; https://github.com/salesforce/ALBEF;
-        https://github.com/tabtoyou/VL-DINO
+        https://github.com/tabtoyou/VL-DINO; Yang et al., "LAVT", https://arxiv.org/abs/2112.02244;
+        https://github.com/yz93/LAVT-RIS
     """
+    from attnx.models.lavt import Lavt
+
+    if not isinstance(images, Tensor):
+        images = _prepared(model, images, preset)
+    if isinstance(captions, str) and len(images) == 1:
+        return word_maps(model, images, [captions], layer, heads, stage=stage, preset=preset, backend=backend)[0]
+    if not isinstance(model, Lavt):
+        if stage is not None:
+            raise ValueError(f"stage: expected None, since only LAVT has stages; got {stage!r}")
+        return _albef_maps(model, images, captions, _ALBEF_LAYER if layer is None else layer, heads, preset, backend)
+    from attnx.extract.lavt_maps import expression_maps
+
+    if layer is not None or preset is not None or heads != "mean":
+        raise ValueError(
+            f"LAVT: expected no layer, heads 'mean' and no preset; got {layer!r}, {heads!r}, {preset!r}; its option is "
+            "stage"
+        )
+    return expression_maps(model, images, captions, stage, backend=backend)
+
+
+def _albef_maps(
+    model: nn.Module,
+    images: Tensor,
+    captions: Sequence[str] | Sequence[Sequence[str]],
+    layer: int,
+    heads: str,
+    preset: str | None,
+    backend: str,
+) -> WordMaps:
+    """ALBEF's word maps, see `word_maps`."""
     if preset not in PRESETS:
         raise ValueError(f"preset: expected None or 'vl-dino'; got {preset!r}")
     if heads == "each":
@@ -178,21 +247,8 @@ class _Pairs:
         if not isinstance(images, Tensor):
             raise ValueError(f"images: expected a tensor [I, 3, height, width]; got {type(images).__name__}")
         self.grid = model.grid(images)
-        if model.tokenizer is None:
-            raise ValueError("model: expected one with a tokenizer; got none; set model.tokenizer")
-        texts, owner = _flat(captions, len(images))
-        self.captions = []
-        for i, text in enumerate(texts):
-            try:
-                self.captions.append(model.tokenizer(text))
-            except ValueError as error:
-                raise ValueError(f"captions: number {i}: {error}") from error
-        length = max(len(caption.ids) for caption in self.captions)
-        pad = model.tokenizer.id_of("[PAD]")
-        rows = [list(caption.ids) + [pad] * (length - len(caption.ids)) for caption in self.captions]
-        self.ids = torch.tensor(rows, device=images.device)
-        lengths = torch.tensor([len(caption.ids) for caption in self.captions], device=images.device)
-        self.mask = torch.arange(length, device=images.device) < lengths[:, None]
+        texts, owner = flat(captions, len(images))
+        self.captions, self.ids, self.mask = padded(model.tokenizer, texts, images.device)
         one_each = owner == list(range(len(images)))
         self.owner = None if one_each else torch.tensor(owner, device=images.device)
 
@@ -207,6 +263,26 @@ class _Pairs:
         )
 
 
+def _prepared(model: nn.Module, image: object, preset: str | None) -> Tensor:
+    """[1, 3, height, width]: a PIL image, prepared as the model's loader does it, on the model's device."""
+    from PIL.Image import Image
+
+    from attnx.images import to_tensor
+    from attnx.models.albef import CLIP_MEAN, CLIP_STD, Albef
+    from attnx.models.lavt import INTERPOLATION, Lavt
+    from attnx.models.loaded import IMAGENET
+
+    if not isinstance(image, Image):
+        raise ValueError(f"images: expected a tensor [I, 3, height, width], or a PIL image; got {type(image).__name__}")
+    if isinstance(model, Lavt):
+        pixels = to_tensor(image, model.config.image_size, *IMAGENET, INTERPOLATION)
+    elif isinstance(model, Albef):
+        pixels = to_tensor(image, model.config.image_size, *(IMAGENET if preset else (CLIP_MEAN, CLIP_STD)))
+    else:
+        raise ValueError(f"model: expected an Albef or a Lavt of attnx.models; got {type(model).__name__}")
+    return pixels[None].to(next(model.parameters()).device)
+
+
 def _cross_attention(model: nn.Module, layer: int) -> "tuple[Albef, nn.Module]":
     """The model and the module around the layer's cross-attention."""
     from attnx.models.albef import Albef
@@ -216,22 +292,3 @@ def _cross_attention(model: nn.Module, layer: int) -> "tuple[Albef, nn.Module]":
     if model.training:
         raise ValueError("model: expected eval mode; got training mode; call model.eval()")
     return model, model.get_submodule(model.cross_attention(layer).rpartition(".")[0])
-
-
-def _flat(captions: Sequence[str] | Sequence[Sequence[str]], images: int) -> tuple[list[str], list[int]]:
-    """All captions in one list, and the index of each caption's image."""
-    if isinstance(captions, str) or not isinstance(captions, Sequence) or not len(captions):
-        raise ValueError(f"captions: expected a list of texts, at least one for every image; got {captions!r}")
-    if images == 1 and all(isinstance(caption, str) for caption in captions):
-        captions = [[str(caption) for caption in captions]]
-    if len(captions) != images:
-        raise ValueError(f"captions: expected one, or a list, for each of {images} images; got {len(captions)}")
-    texts: list[str] = []
-    owner: list[int] = []
-    for i, own in enumerate(captions):
-        several = [own] if isinstance(own, str) else own
-        if not isinstance(several, Sequence) or not len(several):
-            raise ValueError(f"captions: expected a text or a list of them for image {i}; got {own!r}")
-        texts += several
-        owner += [i] * len(several)
-    return texts, owner

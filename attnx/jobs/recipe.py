@@ -195,7 +195,7 @@ def _size(size: tuple[int, int] | list[int] | None) -> tuple[int, int] | None:
 def _pixels(loaded: Loaded, kind: str | None) -> Pixels:
     library, _, name = loaded.name.partition(":")
     return Pixels(
-        kind=kind or ("timm" if library == "timm" else "whole"),
+        kind=kind or ("timm" if library in ("timm", "torchvision", "open_clip") else "whole"),
         size=(int(loaded.size[0]), int(loaded.size[1])),
         mean=tuple(map(float, loaded.mean)),
         std=tuple(map(float, loaded.std)),

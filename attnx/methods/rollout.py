@@ -202,9 +202,7 @@ def _check_defaults(**options: Any) -> None:
     """Raise ValueError for options that the rollout of CrossViT does not have."""
     given = [f"{name}={value!r}" for name, value in options.items() if value]
     if given:
-        raise ValueError(
-            f"rollout of CrossViT: expected only residual, heads and layers; got {', '.join(given)}"
-        )
+        raise ValueError(f"rollout of CrossViT: expected only residual, heads and layers; got {', '.join(given)}")
 
 
 def _inverse(sums: Tensor) -> Tensor:

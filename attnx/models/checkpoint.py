@@ -36,7 +36,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ValueError: not a file of weights only.
     """
     path = weights_file(path)
-    return _unwrap(_read(path), path)
+    return _unwrap(read_checkpoint(path), path)
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -106,7 +106,12 @@ def _kind(dtype: torch.dtype) -> str:
     return "complex" if dtype.is_complex else "boolean" if dtype == torch.bool else "integer"
 
 
-def _read(path: Path) -> Any:
+def read_checkpoint(path: Path) -> Any:
+    """The content of a file of weights: of a safetensors file, or of a torch file, read with weights_only=True.
+
+    Raises:
+        ValueError: neither of the two, or a torch file with more than weights.
+    """
     with path.open("rb") as file:
         head = file.read(9)
     # A safetensors file is the length of its header, then the header, which is JSON.

@@ -19,13 +19,16 @@ from attnx.models.lavt_swin import PATCH, PatchEmbed, PatchMerging, SwinBlock
 from attnx.models.tokenizer import Tokenizer
 
 Four = tuple[int, int, int, int]
+INTERPOLATION = "bilinear"
+"""The interpolation of images, as in `attnx.images.to_tensor`."""
 
 
 @dataclass(frozen=True)
 class LavtConfig:
     """Sizes of a LAVT. Defaults are those of published checkpoints: Swin-B with windows of 12 x 12, and BERT-base.
 
-    `heads`: of the windows of each stage; `fusion_heads`: of its attention to words, the original's option `mha`.
+    `heads`: of the windows of each stage; `fusion_heads`: of its attention to words, the original's option `mha`;
+    `image_size`: (height, width) in pixels to which images are resized. The model takes any other size, too.
     """
 
     embed_dim: int = 128
@@ -38,6 +41,7 @@ class LavtConfig:
     text_heads: int = 12
     vocab_size: int = 30522
     max_positions: int = 512
+    image_size: tuple[int, int] = (480, 480)
 
 
 SIZES: dict[str, tuple[int, Four, Four]] = {

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from attnx.messages import printable
-from attnx.models.checkpoint import _read, check_values, misfit, weights_file
-from attnx.models.lavt import Four, Lavt, LavtConfig
+from attnx.models.checkpoint import check_values, misfit, read_checkpoint, weights_file
+from attnx.models.lavt import INTERPOLATION, Four, Lavt, LavtConfig
 from attnx.models.loaded import IMAGENET, Loaded, height_and_width
 from attnx.models.tokenizer import Tokenizer
 
@@ -29,8 +30,8 @@ def load_lavt(
 ) -> Loaded:
     """A LAVT in eval mode, on the CPU, with its tokenizer and the preparation of its images.
 
-    Images are resized to 480 x 480 pixels and normalised with ImageNet's mean and std. Expressions have at most 20 word
-    pieces.
+    Images are resized to 480 x 480 pixels and normalised with ImageNet's mean and std. Expressions are read by BERT's
+    plain tokenizer and cut to 20 word pieces.
 
     Args:
         checkpoint: a file that the original's train.py saves, with --model lavt (the text encoder stands in its entry
@@ -45,22 +46,29 @@ def load_lavt(
     Raises:
         FileNotFoundError: no such file.
         ValueError: no file of weights, weights that don't fit LAVT (the message lists the keys), heads that are
-            unknown or don't divide the channels, or an invalid image size.
+            unknown or don't divide the channels, an invalid image size, or a vocabulary of more pieces than embeddings.
         ConnectionError: the vocabulary could not be downloaded.
     """
-    size = height_and_width(image_size) or (480, 480)
+    size = height_and_width(image_size)
     weights: dict[str, Tensor] | None = None
     if checkpoint is not None:
         path = weights_file(checkpoint)
         content = read_lavt(path)
         weights = _weights(content, path)
         config = _config(weights, fusion_heads or _heads_of(content.get("args"), path), path)
-    model = Lavt(config, Tokenizer(vocab, MAX_TOKENS))
+    config = config or LavtConfig()
+    config = replace(config, image_size=size or config.image_size)
+    tokenizer = Tokenizer(vocab, MAX_TOKENS, plain=True)
+    if tokenizer.size > config.vocab_size:
+        raise ValueError(
+            f"vocab: expected at most {config.vocab_size} word pieces, as LAVT's embeddings; got {tokenizer.size}"
+        )
+    model = Lavt(config, tokenizer)
     if weights is not None:
         _load(model, weights, path)
     model.eval().requires_grad_(False)
     name = "lavt" if checkpoint is None else f"lavt:{checkpoint}"
-    return Loaded(name, model, size, *IMAGENET, interpolation="bilinear")
+    return Loaded(name, model, config.image_size, *IMAGENET, interpolation=INTERPOLATION)
 
 
 def read_lavt(path: Path) -> Mapping[str, Any]:
@@ -70,7 +78,7 @@ def read_lavt(path: Path) -> Mapping[str, Any]:
         ValueError: no file of weights only, or no entry `model`.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):
-        content = _read(path)
+        content = read_checkpoint(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
         raise ValueError(
             f"checkpoint {printable(path, None)}: expected one of LAVT's train.py, a dict with `model` and, for "

@@ -1,22 +1,25 @@
 """Load models by name, with their own weights, those of a checkpoint file, or random weights.
 
-`load_model`: "timm:NAME", "hf:NAME or folder", or a name of `registry.IMAGE_MODELS`. `load_word_model`: "albef", or a
+`load_model`: "timm:NAME", "hf:NAME or folder", "torchvision:NAME", "open_clip:NAME/PRETRAINED",
+"torchhub:FOLDER:ENTRY", or a name of `registry.IMAGE_MODELS`. `load_word_model`: "albef", or a
 name of `registry.WORD_MODELS`.
 """
 
+import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from attnx.models.checkpoint import load_checkpoint, weights_file
+from attnx.models.checkpoint import first_line, load_checkpoint, weights_file
 from attnx.models.loaded import IMAGENET, Loaded, height_and_width
 from attnx.models.registry import IMAGE_MODELS, WORD_MODELS
 from attnx.trace.layout import patch_convolutions
 
+_NAMES = "timm:NAME, hf:NAME, torchvision:NAME, open_clip:NAME/PRETRAINED, torchhub:FOLDER:ENTRY"
 _VL_DINO_SIZE = (480, 480)
 _ALBEF_LAYER = 8  # the layer that ALBEF's authors use
 
@@ -31,8 +34,10 @@ def load_model(
     """The model called `name`, on the CPU, in eval mode.
 
     Args:
-        name: "timm:NAME", "hf:NAME", or "demo". For "hf:", NAME is a model of the hub, a local folder, or, with
-            pretrained=False, a model type such as dinov2_with_registers in its default size.
+        name: "timm:NAME", "hf:NAME", "torchvision:NAME", "open_clip:NAME/PRETRAINED" (the image tower; PRETRAINED
+            may be omitted for other weights), "torchhub:FOLDER:ENTRY", which runs the code in that folder, or "demo".
+            For "hf:", NAME is a model of the hub, a local folder, or, with pretrained=False, a model type such as
+            dinov2_with_registers in its default size.
         pretrained: download the model's own weights; False: random weights.
         checkpoint: a file of weights (.safetensors, or a torch file, read with weights_only=True) to load instead.
         image_size: (height, width) in pixels, or one number for a square; None: the model's own size. Position
@@ -42,31 +47,55 @@ def load_model(
         ValueError: an unknown name, an invalid image size, or a checkpoint that doesn't fit (the message lists keys).
         FileNotFoundError: no such checkpoint.
         ConnectionError: the weights could not be downloaded; the message lists alternatives.
+        ImportError: torchvision or open_clip can't be imported.
+        NotImplementedError: a model of torchvision that doesn't classify images; images that need padding.
     """
     path = None if checkpoint is None else weights_file(checkpoint)
     size = height_and_width(image_size)
     kind, _, rest = name.partition(":")
     download = pretrained and path is None
     with _quiet_hub():
-        if name in IMAGE_MODELS:
-            loaded = IMAGE_MODELS[name](pretrained, size)
-        elif kind == "timm" and rest:
-            from attnx.models.timm import load_timm
-
-            loaded = load_timm(rest, download, size)
-        elif kind == "hf" and rest:
-            from attnx.models.huggingface import load_huggingface
-
-            loaded = load_huggingface(rest, download, size)
-        else:
-            expected = f"timm:NAME, hf:NAME or {' or '.join(IMAGE_MODELS)}"
-            raise ValueError(f"model: expected {expected}; got {name!r}")
+        loaded = (
+            IMAGE_MODELS[name](pretrained, size) if name in IMAGE_MODELS else _load(name, kind, rest, download, size)
+        )
     if size is not None:
         _check_size(name, loaded.model, size)
-    if path is not None:
+    if path is not None and kind == "open_clip":
+        from attnx.models.open_clip import load_visual
+
+        load_visual(loaded.model, path)
+    elif path is not None:
         load_checkpoint(loaded.model, path)
     loaded.model.eval().requires_grad_(False)
     return loaded
+
+
+def _load(name: str, kind: str, rest: str, pretrained: bool, size: tuple[int, int] | None) -> Loaded:
+    """The model `rest` of the library `kind`; `name` is both, for messages."""
+    load: Callable[[str, bool, tuple[int, int] | None], Loaded]
+    if kind == "timm" and rest:
+        from attnx.models.timm import load_timm as load
+    elif kind == "hf" and rest:
+        from attnx.models.huggingface import load_huggingface as load
+    elif kind == "torchvision" and rest:
+        _check_import("torchvision", "pip install torchvision, in the version for this torch")
+        from attnx.models.torchvision import load_torchvision as load
+    elif kind == "open_clip" and rest:
+        _check_import("open_clip", "pip install 'attnx[open_clip]'")
+        from attnx.models.open_clip import load_open_clip as load
+    elif kind == "torchhub" and rest:
+        from attnx.models.torchhub import load_torchhub as load
+    else:
+        raise ValueError(f"model: expected {_NAMES} or {' or '.join(IMAGE_MODELS)}; got {name!r}")
+    return load(rest, pretrained, size)
+
+
+def _check_import(library: str, install: str) -> None:
+    """Raise ImportError unless the library can be imported; a library built for another torch raises other errors."""
+    try:
+        importlib.import_module(library)
+    except Exception as error:
+        raise ImportError(f"model: {library} can't be imported ({first_line(error)}); {install}") from error
 
 
 def load_word_model(

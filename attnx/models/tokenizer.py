@@ -23,8 +23,8 @@ class Caption:
     """A tokenised caption.
 
     Attributes:
-        text: the caption after `pre_caption`.
-        ids, tokens: ids and texts of the T word pieces, [CLS] first and [SEP] last.
+        text: the caption after `pre_caption`, or as given (a plain tokenizer).
+        ids, tokens: ids and texts of the T word pieces, [CLS] first and [SEP] last (not if a plain tokenizer cut it).
         words: the W words of `text`, in order.
         word_of: index of the word of each token; None for [CLS] and [SEP].
         cut: number of words that were cut at the end.
@@ -57,6 +57,8 @@ class Tokenizer:
         vocab: a file with one piece per line (vocab.txt), or the pieces; None: those of bert-base-uncased from the
             Hugging Face hub.
         max_tokens: number of positions of the model, including [CLS] and [SEP].
+        plain: read captions as BERT's own tokenizer does: punctuation is kept, and a longer caption is cut to its first
+            `max_tokens` pieces, without [SEP]. False: ALBEF's `pre_caption`, and a cut after a whole word.
 
     Raises:
         FileNotFoundError: no such file.
@@ -64,8 +66,10 @@ class Tokenizer:
         ConnectionError: the vocabulary could not be downloaded; the message lists alternatives.
     """
 
-    def __init__(self, vocab: str | Path | Sequence[str] | None = None, max_tokens: int = 512) -> None:
-        self.max_tokens = max_tokens
+    def __init__(
+        self, vocab: str | Path | Sequence[str] | None = None, max_tokens: int = 512, *, plain: bool = False
+    ) -> None:
+        self.max_tokens, self.plain = max_tokens, plain
         if vocab is None:
             self._tokenizer = _from_hub()
             return
@@ -89,15 +93,15 @@ class Tokenizer:
         return int(self._tokenizer.token_to_id(piece))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the pieces, their ids and `max_tokens`."""
+        """SHA-256 of the pieces, their ids, `max_tokens` and `plain`."""
         pieces = sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return hashlib.sha256(repr((pieces, self.max_tokens)).encode()).hexdigest()
+        return hashlib.sha256(repr((pieces, self.max_tokens, *["plain"] * self.plain)).encode()).hexdigest()
 
     def __call__(self, caption: str) -> Caption:
-        """The tokenised caption. Words at the end that exceed `max_tokens` are cut, with a warning.
+        """The tokenised caption. What exceeds `max_tokens` is cut at the end, with a warning.
 
         Raises:
-            ValueError: not a str, invalid Unicode, empty after `pre_caption`, or the first word is too long.
+            ValueError: not a str, invalid Unicode, without words, or the first word is too long.
 
         Warns:
             UserWarning: the caption was cut, or words are not in the vocabulary (the warning lists them).
@@ -106,26 +110,22 @@ class Tokenizer:
             raise ValueError(f"caption: expected text; got {type(caption).__name__}")
         if any("\ud800" <= c <= "\udfff" for c in caption):
             raise ValueError(f"caption: expected valid Unicode; got {caption[:80]!r}")
-        text = pre_caption(caption)
+        text = caption.strip() if self.plain else pre_caption(caption)
         if not text:
             raise ValueError(f"caption: expected words; got {caption[:80]!r}")
         encoded = self._tokenizer.encode(text)
         word_of = _words(encoded)
         words = max((w for w in word_of if w is not None), default=-1) + 1
-        kept = words
-        if len(encoded.ids) > self.max_tokens:
-            end = self.max_tokens - 1
-            kept = next(w for w in word_of[end:] if w is not None)
-            if kept == 0:
-                raise ValueError(
-                    f"caption: expected a first word of at most {self.max_tokens - 2} pieces; got {text[:40]!r}..."
-                )
-        last = len(encoded.ids) - 1
-        chosen = [i for i, w in enumerate(word_of) if w is None or w < kept]
-        if kept < words:
+        if not words:
+            raise ValueError(f"caption: expected words; got {caption[:80]!r}")
+        chosen = self._chosen(word_of, text)
+        kept = max(w for w in (word_of[i] for i in chosen) if w is not None) + 1
+        if len(chosen) < len(word_of):
+            lost = next(word for i, word in enumerate(word_of) if i not in chosen)
+            side = "in" if lost is not None and lost < kept else "before"
+            place = f"{side} {'[SEP]' if lost is None else f'word {lost + 1} of {words}'}"
             warnings.warn(
-                f"caption: {last + 1} tokens, and the model takes {self.max_tokens}: cut before word {kept + 1} of "
-                f"{words}: {text[:40]!r}...",
+                f"caption: {len(word_of)} tokens, and the model takes {self.max_tokens}: cut {place}: {text[:40]!r}...",
                 stacklevel=2,
             )
         spans: list[tuple[int, int]] = [(len(text), 0)] * kept
@@ -135,7 +135,7 @@ class Tokenizer:
                 start, end = encoded.offsets[i]
                 spans[w] = min(spans[w][0], start), max(spans[w][1], end)
         result = Caption(
-            text=text[: spans[-1][1]] if kept < words else text,
+            text=text[: spans[-1][1]] if len(chosen) < len(word_of) else text,
             ids=tuple(encoded.ids[i] for i in chosen),
             tokens=tuple(encoded.tokens[i] for i in chosen),
             words=tuple(text[start:end] for start, end in spans),
@@ -146,6 +146,19 @@ class Tokenizer:
         if message:
             warnings.warn(message, stacklevel=2)
         return result
+
+    def _chosen(self, word_of: Sequence[int | None], text: str) -> list[int]:
+        """The indices of the tokens that are kept."""
+        if len(word_of) <= self.max_tokens:
+            return list(range(len(word_of)))
+        if self.plain:
+            return list(range(self.max_tokens))
+        kept = next(w for w in word_of[self.max_tokens - 1 :] if w is not None)
+        if kept == 0:
+            raise ValueError(
+                f"caption: expected a first word of at most {self.max_tokens - 2} pieces; got {text[:40]!r}..."
+            )
+        return [i for i, w in enumerate(word_of) if w is None or w < kept]
 
 
 def _read(path: Path) -> list[str]:

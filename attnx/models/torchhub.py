@@ -1,0 +1,107 @@
+"""Models of a torch.hub folder on this machine: "torchhub:FOLDER:ENTRY". It runs the code in that folder."""
+
+import difflib
+import importlib.util
+import inspect
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import nn
+
+from attnx.messages import printable
+from attnx.models.checkpoint import first_line
+from attnx.models.loaded import Loaded, no_download
+from attnx.trace.layout import declared_input
+
+
+def absolute_name(model: str) -> str:
+    """The name of a model with an absolute folder, so that it is valid in any process."""
+    kind, _, rest = model.partition(":")
+    folder, colon, entry = rest.rpartition(":")
+    return f"{kind}:{Path(folder).absolute()}:{entry}" if kind == "torchhub" and colon and folder else model
+
+
+def load_torchhub(name: str, pretrained: bool, image_size: tuple[int, int] | None) -> Loaded:
+    """The model of `torch.hub.load(FOLDER, ENTRY, source="local")`. This runs the code in FOLDER.
+
+    Images get ImageNet's mean and std and bicubic interpolation, because an entry declares no preprocessing.
+
+    Args:
+        name: FOLDER:ENTRY. FOLDER has a hubconf.py; nothing is fetched from a repository.
+        pretrained: the entry's argument `pretrained`. An entry without it chooses its weights itself; with
+            pretrained=False that is a warning.
+        image_size: (height, width) in pixels; None: the size that the model declares, or 224.
+
+    Raises:
+        ValueError: no such folder, hubconf.py or entry; the entry fails or gives no model.
+        ConnectionError: the entry could not download its weights.
+    """
+    path, entry_name = _parts(name)
+    try:
+        entry = _entry(path, entry_name)
+        options = {"pretrained": pretrained} if "pretrained" in inspect.signature(entry).parameters else {}
+        if not pretrained and not options:
+            text = f"torchhub:{printable(name, 150)} has no argument pretrained; it chooses its weights itself"
+            warnings.warn(text, stacklevel=2)
+        model = torch.hub.load(str(path), entry_name, source="local", **options)
+    except _NoEntryError:
+        raise
+    except (Exception, SystemExit) as error:
+        if pretrained and isinstance(error, (URLError, ConnectionError, TimeoutError)):
+            raise no_download(f"torchhub:{name}", error) from error
+        raise _failed(name, error) from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: torchhub:{printable(name, 150)}: expected an nn.Module; got {type(model).__name__}")
+    declared = declared_input(model)
+    return Loaded(f"torchhub:{name}", model, image_size or (declared[1:] if declared else (224, 224)))
+
+
+def _parts(name: str) -> tuple[Path, str]:
+    """The folder and the entry of FOLDER:ENTRY."""
+    folder, _, entry = name.rpartition(":")
+    if not folder or not entry:
+        raise ValueError(f"model: expected torchhub:FOLDER:ENTRY; got torchhub:{printable(name, 150)}")
+    path = Path(folder)
+    if not (path / "hubconf.py").is_file():
+        raise ValueError(
+            f"model: torchhub: expected a folder on this machine with a hubconf.py; got {printable(folder, 150)!r}"
+        )
+    return path.absolute(), entry
+
+
+def _failed(name: str, error: BaseException) -> ValueError:
+    message = first_line(error) if isinstance(error, Exception) else "it exits"
+    return ValueError(f"model: torchhub:{printable(name, 150)} fails: {type(error).__name__}: {message}")
+
+
+def _entry(path: Path, name: str) -> Callable[..., Any]:
+    """The function `name` of the folder's hubconf.py, which is run.
+
+    Raises:
+        ValueError: no such function; the message lists those that exist.
+    """
+    spec = importlib.util.spec_from_file_location("hubconf", path / "hubconf.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path))
+    entries = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    if name not in entries:
+        close = difflib.get_close_matches(name, entries, 3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"it has {', '.join(entries) or 'none'}"
+        raise _NoEntryError(f"model: {printable(path, 150)}/hubconf.py has no entry {printable(name, 80)!r}; {hint}")
+    entry: Callable[..., Any] = getattr(module, name)
+    return entry
+
+
+class _NoEntryError(ValueError):
+    """hubconf.py has no such function."""
