@@ -183,6 +183,10 @@ def test_convits_map_is_the_gated_sum_of_its_softmaxes() -> None:
         for name, block in blocks.items():
             want = block.get_attention(inputs[name]).mean(1)
             torch.testing.assert_close(trace[name], want, rtol=0, atol=TOLERANCE)
+    model.requires_grad_(False)
+    with attnx.capture(model, grad=True) as trace:
+        trace.backward(score_of(call()))
+    assert all(trace[name].sum() > 0 for name in trace)
 
 
 def row_of(name: str) -> str:

@@ -59,8 +59,9 @@ def capture(
 
     Args:
         model: any torch model whose attention calls `F.scaled_dot_product_attention`, `nn.MultiheadAttention` or
-            `attnx.attention`. timm and Hugging Face models that were built without SDPA are switched to it inside the
-            `with`. A `nn.MultiheadAttention` called with need_weights=True (the default) computes its attention twice.
+            `attnx.attention`, or multiplies its values by a softmax over the keys. timm and Hugging Face models that
+            were built without SDPA are switched to it inside the `with`. A `nn.MultiheadAttention` called with
+            need_weights=True (the default) computes its attention twice.
         layers: the layers to capture: module names ("blocks.11.attn", or "blocks.11" for the attention inside), globs
             ("blocks.*"), or depth indices among the self-attention blocks (-1 is the last). None: every layer that can
             be intercepted.
@@ -83,17 +84,19 @@ def capture(
 
     Yields:
         the `Trace` that receives the maps: float32 [B, M, N] per layer, or [B, R, N] for R rows, or [B, H, M, N] for
-        heads="each".
+        heads="each". For a layer with nW windows B is the number of images times nW, see `Trace.windows`.
 
     Raises:
         ValueError: a pattern or index that matches nothing, active dropout, an unknown `keep`, `heads` or `calls`; grad
             with gradients disabled; calls="mean" with maps of different shapes.
-        NotImplementedError: a requested layer whose q is not [B, H, M, D].
+        NotImplementedError: a requested layer whose q has not 4 dimensions, and whose heads attnx can't tell; keep="qk"
+            of a layer that computes its softmax itself.
         RuntimeError: on exit, if a requested layer was not intercepted (with the reason, or the earlier pass in which
             it was), if no layer was intercepted, or if several threads ran the same layer at once.
 
     Warns:
-        UserWarning: on exit, with layers=None, if attention blocks were not intercepted; gives the reasons.
+        UserWarning: on exit, with layers=None, if attention blocks were not intercepted; gives the reasons. Once for
+            each model: it computes its softmax itself, so it holds the weights of all heads.
 
     Example:
         >>> import torch, attnx

@@ -52,6 +52,17 @@ def unintercepted(interceptor: "Interceptor", intercepted: Collection[str]) -> d
     return {name: _reason(interceptor, name, unfused) for name in missing}
 
 
+def own_weights(interceptor: "Interceptor") -> str:
+    """Warning message for layers that compute their softmax themselves, which takes memory."""
+    names = sorted(interceptor.explicit)
+    which = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} layers)"
+    model = type(interceptor.model).__name__
+    return (
+        f"attnx: {model} computes the softmax of {which} itself, so it holds the weights of all heads, [B, H, M, N]; "
+        "attnx adds none"
+    )
+
+
 def nothing_captured(interceptor: "Interceptor") -> str:
     """Error message for a model that ran without an attention call that could be captured."""
     return f"nothing was captured: {type(interceptor.model).__name__} ran, but {_nothing_reason(interceptor)}"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnx.trace.folding import folding
 from attnx.trace.gradient_record import starts_graph
 from attnx.trace.layers import is_attention
 
@@ -41,8 +42,38 @@ def product(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[An
         used, p = _used(frame.weights, (*args, *kwargs.values()), sinks=hasattr(frame.module, "sinks"))
         if p is not None:
             frame.weights = [weights for weights in frame.weights if not any(weights is u for u in used)]
-            interceptor.answer_weights(frame, p)
+            _record(interceptor, frame, p)
     return func(*args, **kwargs)
+
+
+def note_unused(interceptor: "Interceptor", frame: "Frame") -> None:
+    """Store the reason that a module, which has run, has no map although it computed a softmax."""
+    if frame.weights and not frame.fused and is_attention(frame.module) and frame.name not in interceptor.intercepted:
+        reason = "its softmax is no attention: its weights multiply no matrix of values"
+        interceptor.skipped.setdefault(frame.name, reason)
+
+
+def _record(interceptor: "Interceptor", frame: "Frame", weights: Tensor) -> None:
+    """Record the weights [..., M, N] that a block computed itself, if its layer is requested."""
+    name, kind = frame.name, type(frame.module).__name__
+    if interceptor.torn is not None or not interceptor.is_wanted(name):
+        interceptor.note_layer(name)
+        return
+    try:
+        if interceptor.wanted is None and not is_attention(frame.module):
+            raise NotImplementedError(
+                f"its softmax multiplies values, but the name of its class, {kind}, does not say that it attends; if "
+                f"it does, pass layers=[{name!r}]"
+            )
+        fold = folding(weights.shape, frame.module, frame.main_input()).fold
+    except NotImplementedError as error:
+        interceptor.skip(name, str(error))
+        return
+    interceptor.note_layer(name)
+    interceptor.explicit.add(name)
+    p = fold(weights.detach())
+    facts = interceptor.facts(frame, (len(p), *p.shape[2:]))
+    interceptor.recorder.answer_weights(interceptor.key(name), p, weights, fold, facts)
 
 
 def _attending(frames: Sequence["Frame"]) -> "Frame":
@@ -86,7 +117,7 @@ def _used(pending: Sequence[Tensor], values: Sequence[Any], sinks: bool) -> tupl
     for operand in operands:
         alike = [w for w in pending if w.shape[-2:] == operand.shape[-2:] and w.numel() == operand.numel()]
         if alike:
-            return alike, alike[0] if len(alike) == 1 else operand.reshape(alike[0].shape)
+            return alike, alike[0] if len(alike) == 1 else operand
         cut = [w for w in pending if sinks and operand.shape == (*w.shape[:-1], w.shape[-1] - 1)]
         if cut:
             return cut[:1], operand

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnx.trace.adapters.switches import DOES_NOTHING
+from attnx.trace.explicit import note_unused
 from attnx.trace.layout import grid_of
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Enter(Hook):
             interceptor.enter(self.name, module)
         local.frames.append(Frame(self.name, module, args, kwargs))
         if self.attends:
-            interceptor.trace.note_ran(self.name)
+            interceptor.trace.tokens.ran.add(self.name)
 
 
 class Leave(Hook):
@@ -96,7 +97,7 @@ class Leave(Hook):
         local = interceptor.local
         if not local.frames:
             return  # Enter raised
-        interceptor.note_unused(local.frames.pop())
+        note_unused(interceptor, local.frames.pop())
         if not local.frames:
             interceptor.leave()
 
@@ -132,7 +133,7 @@ class NoteGrid:
         """Store the grid of the output, if it has one."""
         grid = grid_of(module, args, output)
         if grid is not None and self.thread in (None, get_ident()):
-            self.trace.add_grid(self.name, grid)
+            self.trace.tokens.add_grid(self.name, grid)
 
 
 class CountMerge(Hook):

@@ -25,7 +25,6 @@ from attnx.trace.adapters import route_to_sdpa
 from attnx.trace.adapters.checkpointing import recomputes, switch_off
 from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
 from attnx.trace.attention_call import Call
-from attnx.trace.folding import folding
 from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, ThreadState
 from attnx.trace.layers import Layers, clean_name, is_attention, matches, names_in_graph, resolve
 from attnx.trace.layout import grid_modules
@@ -135,6 +134,9 @@ class Interceptor(TorchFunctionMode):
                 warnings.warn(message, stacklevel=3)
         if not self.before:
             raise RuntimeError(explain.nothing_captured(self))
+        if self.explicit and not self.recorder.internal and self.model not in _REPORTED:
+            _REPORTED.add(self.model)
+            warnings.warn(explain.own_weights(self), stacklevel=3)
 
     def enter(self, name: str, module: nn.Module) -> None:
         """Start capturing in this thread: a module was called from outside the model."""
@@ -186,7 +188,7 @@ class Interceptor(TorchFunctionMode):
         frame.weights.clear()
         name = self._name(frame) if func is SDPA else frame.name
         if self.torn is not None or not self.is_wanted(name):
-            self._note_layer(name)
+            self.note_layer(name)
             return func(*args, **kwargs)
         if func is MHA:
             exact = not self.recorder.grad
@@ -206,51 +208,24 @@ class Interceptor(TorchFunctionMode):
         try:
             call = Call.of(func, frame.module, args, kwargs, frame.main_input())
         except NotImplementedError as error:
-            self._skip(name, str(error))
+            self.skip(name, str(error))
             return func(*args, **kwargs)
-        self._note_layer(name)
-        facts = self._facts(frame, (len(call.q), call.q.shape[2], call.k.shape[2]))
-        out = self.recorder.answer(self._key(name), call, only_capture, facts)
+        self.note_layer(name)
+        facts = self.facts(frame, (len(call.q), call.q.shape[2], call.k.shape[2]))
+        out = self.recorder.answer(self.key(name), call, only_capture, facts)
         return (out, call.result[1]) if func is attention else out
 
-    def answer_weights(self, frame: Frame, weights: Tensor) -> None:
-        """Record the weights [..., M, N] that a block computed itself, if its layer is requested."""
-        name = frame.name
-        if self.torn is not None or not self.is_wanted(name):
-            self._note_layer(name)
-            return
-        try:
-            if self.wanted is None and not is_attention(frame.module):
-                raise NotImplementedError(
-                    f"its softmax multiplies values, but the name of its class, {type(frame.module).__name__}, does "
-                    f"not say that it attends; if it does, pass layers=[{name!r}]"
-                )
-            fold = folding(weights.shape, frame.module, frame.main_input()).fold
-        except NotImplementedError as error:
-            self._skip(name, str(error))
-            return
-        self._note_layer(name)
-        self.explicit.add(name)
-        p = fold(weights.detach())
-        facts = self._facts(frame, (len(p), *p.shape[2:]))
-        self.recorder.answer_weights(self._key(name), p, weights, fold, facts)
-
-    def note_unused(self, frame: Frame) -> None:
-        """Store the reason that a module, which has run, has no map although it computed a softmax."""
-        if frame.weights and not frame.fused and is_attention(frame.module) and frame.name not in self.intercepted:
-            self.skipped.setdefault(frame.name, "its softmax is no attention: its weights multiply no matrix of values")
-
-    def _skip(self, name: str, reason: str) -> None:
+    def skip(self, name: str, reason: str) -> None:
         """Store the reason that a layer has no map; raises NotImplementedError if the layer was requested."""
         if self.wanted is not None:
             raise NotImplementedError(f"{name}: {reason}; exclude the layer")
         self.skipped[name] = reason
 
-    def _key(self, name: str) -> str:
+    def key(self, name: str) -> str:
         """Name of the layer in the trace; parts that are called by themselves number no calls."""
         return self.recorder.key(name) if self.local.frames[0].name == "" else name
 
-    def _facts(self, frame: Frame, shape: tuple[int, ...]) -> Facts | None:
+    def facts(self, frame: Frame, shape: tuple[int, ...]) -> Facts | None:
         """Facts about a call with maps of this shape, [items, M, N]."""
         if torch.compiler.is_compiling():
             return None
@@ -269,10 +244,11 @@ class Interceptor(TorchFunctionMode):
             others = self.inputs.setdefault(outer.name, {})
             for other, earlier in others.items():
                 if other != frame.name and earlier() is x:
-                    self.trace.note_beside(other, frame.name)
+                    self.trace.tokens.beside.append((other, frame.name))
             others[frame.name] = ref(x)
 
-    def _note_layer(self, name: str) -> None:
+    def note_layer(self, name: str) -> None:
+        """Store that a layer attended in this call."""
         if self.intercepted.setdefault(name, self.local.token) is not self.local.token:
             self.torn = name
         self.before[name] = self.calls - 1
@@ -312,3 +288,4 @@ class _Active(threading.local):
 
 _ACTIVE = _Active()
 _LIVE: "weakref.WeakSet[Interceptor]" = weakref.WeakSet()  # installed, in any thread
+_REPORTED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models whose own weights were reported

@@ -32,7 +32,8 @@ def is_attention(module: nn.Module) -> bool:
     name = type(module).__name__
     # vars() instead of hasattr: a failed lookup by nn.Module.__getattr__ takes microseconds.
     named = "attention" in name.lower() or name.endswith("Attn") or name in _ATTENTION
-    return named or "fused_attn" in vars(module)
+    # The projection after an attention is called so, too: LxmertAttentionOutput.
+    return (named and not name.endswith("Output")) or "fused_attn" in vars(module)
 
 
 def clean_name(name: str) -> str:

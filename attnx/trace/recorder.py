@@ -123,7 +123,7 @@ class Recorder:
                 earlier.pop("q", None), earlier.pop("k", None)
             self.attended[layer] = dict(given, q=q, k=k, nbytes=qk_bytes(q, k, call.bias))
         if facts is not None:
-            self.trace.note(layer, facts)
+            self.trace.tokens.note(layer, facts)
         if layer == self.stop_after and self.stop_row is not None:
             self.keep_row(layer, q, k, q.shape[2], rows=self._index((self.stop_row,), q), **given)
         try:
@@ -171,7 +171,7 @@ class Recorder:
                 f"{layer}: expected keep='map' or 'auto', since it computes its softmax itself; got keep='qk'"
             )
         if facts is not None:
-            self.trace.note(layer, facts)
+            self.trace.tokens.note(layer, facts)
         alone = self.stop_row is not None and layer == self.stop_after and self.trace.rows is None
         chosen = (self.stop_row or 0,) if alone else self.trace.rows
         try:

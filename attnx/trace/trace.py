@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from attnx.trace.calls import Calls, RunningMeans
 from attnx.trace.gradient_record import backward
 from attnx.trace.layers import Layers, attention_layers, matches, select, selects
-from attnx.trace.layout import Grid, TokenLayout
+from attnx.trace.layout import TokenLayout
 from attnx.trace.pass_tokens import PassTokens
 from attnx.trace.records import LayerRecord, MapRecord
-from attnx.trace.sides import Facts, Tokens, describe, stack_of
+from attnx.trace.sides import Tokens, describe, stack_of
 from attnx.trace.windows import Windows
 
 CALLS = ("last", "all", "mean")
@@ -49,7 +49,7 @@ class Trace(Mapping[str, Tensor]):
         self.rows = rows
         self._mode = calls
         self._records: dict[str, LayerRecord] = {}
-        self.tokens = PassTokens(model, layout)
+        self.tokens = PassTokens(model, layout)  # of the current pass
         self.in_a_row = False  # True if the user selected layers that follow one another, whatever their names
         self._calls: list[Trace] = []
         self._means = RunningMeans()
@@ -99,14 +99,6 @@ class Trace(Mapping[str, Tensor]):
         """Store a layer's map or record; `queries`: number of queries of the layer, if the map has fewer rows."""
         self._records[layer] = MapRecord(record) if isinstance(record, Tensor) else record
         self.tokens.add(layer, queries)
-
-    def note(self, layer: str, facts: Facts) -> None:
-        """Store facts about the sides of a layer's map; they hold for later passes without facts, too."""
-        self.tokens.note(layer, facts)
-
-    def note_beside(self, module: str, other: str) -> None:
-        """Store that two modules had the same input: they run side by side, not one after the other."""
-        self.tokens.beside.append((module, other))
 
     def side_by_side(self) -> tuple[str, str] | None:
         """Two modules that have layers in this trace and had the same input; None if there are none."""
@@ -187,14 +179,6 @@ class Trace(Mapping[str, Tensor]):
         other = Trace(self.tokens.model, self.heads, self.rows, self.tokens.given)
         other._records, other.tokens = records, self.tokens.copy()
         return other
-
-    def add_grid(self, module: str, grid: Grid) -> None:
-        """Store the grid of a module's output; the newest grid comes first."""
-        self.tokens.add_grid(module, grid)
-
-    def note_ran(self, layer: str) -> None:
-        """Store that an attention layer ran in this pass."""
-        self.tokens.ran.add(layer)
 
     def begin_call(self, finished: bool = True) -> None:
         """Start a new pass: store the maps of the last pass, fold them into the mean, or drop them.
