@@ -1,10 +1,13 @@
 """ALBEF's and DINO's own code, from the checkouts in ATTNX_ALBEF and ATTNX_DINO. Without them, tests are skipped."""
 
-import importlib.util
 import os
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,17 +41,36 @@ def original_albef(config: AlbefConfig = CONFIG) -> torch.nn.Module:
 
 def original_dino() -> torch.nn.Module:
     """DINO's small vision transformer with random weights. A stub replaces its training module `utils`."""
-    path = checkout("ATTNX_DINO", "facebookresearch/dino") / "vision_transformer.py"
-    utils = types.ModuleType("utils")
-    utils.trunc_normal_ = torch.nn.init.trunc_normal_
-    before = sys.modules.get("utils")
-    sys.modules["utils"] = utils
+    folder = checkout("ATTNX_DINO", "facebookresearch/dino")
+    with importing(folder, "vision_transformer", utils=stub("utils", trunc_normal_=torch.nn.init.trunc_normal_)):
+        code = import_module("vision_transformer")
+    return code.VisionTransformer([32], 8, embed_dim=48, depth=3, num_heads=3, qkv_bias=True).eval()
+
+
+def stub(name: str, **members: Any) -> types.ModuleType:
+    """A module with the given members."""
+    made = types.ModuleType(name)
+    made.__dict__.update(members)
+    return made
+
+
+@contextmanager
+def importing(folder: Path, *own: str, **stubs: types.ModuleType) -> Iterator[None]:
+    """A context in which the top-level packages `own` are those of a checkout, and stubs stand in for other modules.
+
+    After it, `sys.modules` has neither.
+    """
+    before = dict(sys.modules)
+    for name in list(sys.modules):
+        if name.partition(".")[0] in own:
+            del sys.modules[name]
+    sys.modules.update(stubs)
+    sys.path.insert(0, str(folder))
     try:
-        spec = importlib.util.spec_from_file_location("original_dino", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        yield
     finally:
-        del sys.modules["utils"]
-        if before is not None:
-            sys.modules["utils"] = before
-    return module.VisionTransformer([32], 8, embed_dim=48, depth=3, num_heads=3, qkv_bias=True).eval()
+        sys.path.remove(str(folder))
+        for name in [name for name in sys.modules if name.partition(".")[0] in own or name in stubs]:
+            del sys.modules[name]
+            if name in before:
+                sys.modules[name] = before[name]

@@ -1,49 +1,26 @@
 """LAVT's own code, from the checkout in ATTNX_LAVT. Stubs replace mmcv and mmseg, which only its training needs."""
 
-import sys
-import types
-from contextlib import contextmanager
 from importlib import import_module
 
 import torch
-from original_code import checkout
-
-_OWN = ("lib", "bert")
+from original_code import checkout, importing, stub
 
 
-@contextmanager
-def _stubs(folder):
-    """Names that the checkout imports: `mmseg`, its own mmcv code, and a module that left timm."""
-
-    def module(name, **members):
-        made = types.ModuleType(name)
-        made.__dict__.update(members)
-        return made
-
+def _stubs():
+    """Modules that the checkout imports: `mmseg`, its own mmcv code, and one that left timm."""
     from timm import layers
 
-    stubs = {
-        "mmseg": module("mmseg", __path__=[]),
-        "mmseg.utils": module("mmseg.utils", get_root_logger=None),
+    return {
+        "mmseg": stub("mmseg", __path__=[]),
+        "mmseg.utils": stub("mmseg.utils", get_root_logger=None),
         "timm.models.layers": layers,
-        "lib.mmcv_custom": module("lib.mmcv_custom", load_checkpoint=None),
+        "lib.mmcv_custom": stub("lib.mmcv_custom", load_checkpoint=None),
     }
-    before = dict(sys.modules)
-    sys.modules.update(stubs)
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        for name in [name for name in sys.modules if name.split(".")[0] in _OWN or name in stubs]:
-            del sys.modules[name]
-            if name in before:
-                sys.modules[name] = before[name]
 
 
 def original_lavt(config):
     """The original's model and its text encoder, both with random weights and in eval mode."""
-    with _stubs(checkout("ATTNX_LAVT", "yz93/LAVT-RIS")):
+    with importing(checkout("ATTNX_LAVT", "yz93/LAVT-RIS"), "lib", "bert", **_stubs()):
         backbone, parts = import_module("lib.backbone"), import_module("lib._utils")
         decoder = import_module("lib.mask_predictor").SimpleDecoding
         bert, options = import_module("bert.modeling_bert"), import_module("bert.configuration_bert")

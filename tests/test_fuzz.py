@@ -67,7 +67,10 @@ OPTIONS: dict[str, dict[str, list[str] | None]] = {
         **COMMON, **JOB, **ROLLING, "--store": ["map", "rows", "full", "x", ""], "--keep": ["map", "qk", "auto", "x"],
         "--pixels": ["timm", "whole", "processor", "x", ""], "--compile": None,
     },
-    "words": {**COMMON, **JOB, **STYLE, "--pairs": ["pairs.jsonl", *HOSTILE], "--vocab": HOSTILE, "--pictures": None},
+    "words": {
+        **COMMON, **JOB, **STYLE, "--pairs": ["pairs.jsonl", *HOSTILE], "--vocab": HOSTILE, "--pictures": None,
+        "--stage": ["0", "3", "4", "-1", "1" * 30, "x", ""],
+    },
     "show": {**COMMON, **STYLE, **ROLLING, "--mass": NUMBERS, "--keep": NUMBERS},
     "summary": {
         **STYLE, "--out": OUT, "--masks": HOSTILE, "--examples": ["1", "2", "0", "-1", "x"], "--mass": NUMBERS,

@@ -15,7 +15,7 @@ from test_lavt import CAPTIONS, CONFIG, save, small_lavt
 
 import attnx
 from attnx.extract.captions import CaptionMaps, WordMaps
-from attnx.extract.lavt_maps import lavt_word_maps, mean_of_stages, pad_captions, sum_pieces
+from attnx.extract.lavt_maps import expression_maps, lavt_word_maps, mean_of_stages, pad_captions, sum_pieces
 from attnx.models.lavt_checkpoint import load_lavt
 from attnx.models.tokenizer import Tokenizer
 
@@ -110,6 +110,21 @@ def test_the_command_draws_the_maps(files, picture, flags):
         assert arrays["tokens"].tolist() == ["[CLS]", "a", "dog", "[UNK]", "x", "[SEP]"]
 
 
+@pytest.mark.parametrize("flags", [["--stage", 2], []])
+def test_the_command_draws_the_rollout(files, picture, flags):
+    args = ["--vocab", files / "vocab.txt", "--image-size", "64x96", "--device", "cpu", "--out", files / "out"]
+    model = f"lavt:{files / 'lavt.pth'}"
+    result = run("words", files / "a.png", "a dog", "--model", model, "--method", "rollout", *args, *flags)
+    assert result.exit_code == 0, result.output
+    loaded = load_lavt(files / "lavt.pth", VOCAB, (64, 96))
+    images = loaded.prepare(picture)[None]
+    (want,) = expression_maps(loaded.model, images, ["a dog"], 2 if flags else None, method="rollout")
+    with np.load(files / "out" / "words.npz") as arrays:
+        assert arrays["maps"].shape == (2, 16, 24)
+        np.testing.assert_allclose(arrays["maps"], want.word_maps, atol=1e-6)
+        np.testing.assert_allclose(arrays["maps"].sum((1, 2)), 1, atol=1e-5)
+
+
 def test_mistakes_are_one_line(files):
     out, vocab, image = files / "out", ["--vocab", files / "vocab.txt"], files / "a.png"
     model = f"lavt:{files / 'lavt.pth'}"
@@ -130,7 +145,7 @@ def test_mistakes_are_one_line(files):
     assert "embeddings.word_embeddings.weight with 2 dimensions; got none" in told(model=f"lavt:{files / 'extra.pth'}")
     for flags, message in (
         (["--layer", 8], "layer: expected none with LAVT; got 8"),
-        (["--method", "gradcam"], "method: expected attention with LAVT; got 'gradcam'"),
+        (["--method", "gradcam"], "method: expected attention or rollout with LAVT; got 'gradcam'"),
         (["--heads", "max"], "heads: expected mean with LAVT; got 'max'"),
         (["--preset", "vl-dino"], "preset: expected none with LAVT; got 'vl-dino'"),
         (["--stage", 4, "--image-size", 64], "stage: expected 0, 1, 2 or 3"),
@@ -138,6 +153,8 @@ def test_mistakes_are_one_line(files):
     ):
         assert message in told(*flags)
     assert "stage: expected --model lavt:CHECKPOINT" in told("--stage", 1, model="demo")
+    only = "method: expected attention or gradcam, since only LAVT has rollout; got 'rollout'"
+    assert only in told("--method", "rollout", model="demo")
     (files / "pairs.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a dog"}))
     pairs = fails("words", "--pairs", files / "pairs.jsonl", "--model", model, *vocab, "--out", out)
     assert "pairs: LAVT's maps are drawn for one IMAGE and CAPTION; got --pairs" in pairs

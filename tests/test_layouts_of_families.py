@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+from families_timm import sharpen
 from torch import Tensor, nn
 
 import attnx
@@ -133,10 +134,43 @@ def test_siglip2_images_of_one_grid() -> None:
 
 
 def test_siglip2_images_of_several_grids_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"images have different grids, \[\(2, 3\), \(3, 2\)\]; pass one image at a"):
+    with pytest.raises(ValueError, match=r"images have different grids, \[\(2, 3\), \(3, 2\)\]; trace.item"):
         siglip2([[2, 3], [3, 2]], 6).layout  # noqa: B018
-    with pytest.raises(ValueError, match=r"expected 2 \* 3 patches; got 9, with padding; .*max_num_patches=6"):
+    with pytest.raises(ValueError, match=r"expected 2 \* 3 patches; got 9, with padding; trace.item"):
         siglip2([[2, 3]], 9).layout  # noqa: B018
+
+
+@pytest.mark.parametrize("keep", ["map", "qk"])
+def test_an_image_of_a_padded_batch_has_its_own_grid(keep: str) -> None:
+    import transformers
+
+    config = transformers.Siglip2VisionConfig(**SMALL, num_patches=16, patch_size=16)
+    model = sharpen(transformers.Siglip2VisionModel(config).eval())
+    patches, shapes = torch.randn(2, 9, 768), [[2, 3], [3, 3]]
+    mask = torch.tensor([[i < h * w for i in range(9)] for h, w in shapes]).long()
+    with torch.no_grad():
+        with attnx.capture(model, keep=keep) as trace:
+            model(patches, pixel_attention_mask=mask, spatial_shapes=torch.tensor(shapes))
+        for i, (h, w) in enumerate(shapes):
+            one = trace.item(i)
+            alone = {"pixel_attention_mask": torch.ones(1, h * w).long(), "spatial_shapes": torch.tensor([[h, w]])}
+            with attnx.capture(model) as own:
+                model(patches[i : i + 1, : h * w], **alone)
+            assert one.layout == TokenLayout(0, (h, w))
+            assert list(one) == list(own)
+            for layer in own:
+                torch.testing.assert_close(one[layer], own[layer], rtol=0, atol=1e-5)
+            torch.testing.assert_close(attnx.rollout(one), attnx.rollout(own), rtol=0, atol=1e-5)
+    with pytest.raises(IndexError, match=r"every layer \(2 items\); got 2"):
+        trace.item(2)
+
+
+def test_an_image_of_a_batch_with_windows() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 2, 1, 1)).eval()
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad(), attnx.capture(model) as trace:
+        model(images)
+    torch.testing.assert_close(attnx.rollout(trace.item(1)), attnx.rollout(trace)[1:], rtol=0, atol=1e-6)
 
 
 def test_videos_have_frames() -> None:

@@ -283,7 +283,7 @@ def test_mistakes_are_told_before_work(photos: Path, weights: Path, tmp_path: Pa
     assert "expected mean, max or min; got 'each'" in fails("words", image, "a star", *demo, "--heads", "each")
     assert "expected vl-dino; got 'dino'" in fails("words", image, "a star", *demo, "--preset", "dino")
     assert "expected heads mean" in fails("words", image, "a star", *demo, "--method", "gradcam", "--heads", "max")
-    assert "expected albef or demo; got 'blip'" in fails("words", image, "a star", "--model", "blip", *out)
+    assert "expected albef, lavt or demo; got 'blip'" in fails("words", image, "a star", "--model", "blip", *out)
     assert "expected ALBEF's weights" in fails("words", image, "a star", *out)
     assert "multiples of the patch of 8; got 90x90" in fails("words", image, "a star", *demo, "--image-size", 90)
     assert "expected pixels such as 480" in fails("words", image, "a star", *demo, "--image-size", "big")

@@ -138,7 +138,9 @@ def show(
     """Draws the maps of one image, at the image's own size.
 
     Writes overlay.png (the method's map), heads.png (the class token's map of each head), masks.png (the patches
-    with 60 % of each head's mass) and layers.png (every layer, then max, min, mean, and rollout).
+    with 60 % of each head's mass) and layers.png (every layer, then max, min, mean, and rollout). A model without a
+    rollout gets the class token's map, or, without a class token, received.png: how much the last layer attends to
+    each patch. The output says so.
     """
     from attnx.figures.one_image import Style, draw
     from attnx.images import read_image

@@ -98,7 +98,8 @@ def words(
     method: Annotated[
         str,
         typer.Option(
-            help="[bold]attention[/bold], or [bold]gradcam[/bold]: attention weighted by the gradient of the match."
+            help="[bold]attention[/bold]; ALBEF: [bold]gradcam[/bold], attention weighted by the match's gradient; "
+            "LAVT: [bold]rollout[/bold], attention carried on through the image encoder to the grid of stage 0."
         ),
     ] = "attention",
     heads: Annotated[str, typer.Option(help="How heads are fused: mean, max or min (gradcam: mean).")] = "mean",
@@ -140,7 +141,7 @@ def words(
     interpolation: Interpolation = "bilinear",
     seed: Seed = 0,
 ) -> None:
-    """Draws a map for each word of a caption: cross-attention (ALBEF, LAVT), or its Grad-CAM (ALBEF).
+    """Draws a map for each word of a caption: cross-attention, its Grad-CAM (ALBEF), or its rollout (LAVT).
 
     Writes one picture per word (00-a.png), words.png with all of them, and words.npz. With --pairs, writes Parquet
     shards like attnx extract: one row per pair, maps [T, h, w], and the columns tokens (the T word pieces), word_of
@@ -165,14 +166,16 @@ def words(
     if model.partition(":")[0] == "lavt":
         if image is None or caption is None:
             raise NotImplementedError("pairs: LAVT's maps are drawn for one IMAGE and CAPTION; got --pairs")
-        _only_stage(layer, method, heads, preset)
+        _check_options(layer, method, heads, preset)
         size, on, picture = pixels_of(image_size), device_of(device), read_image(image)
         loaded = _load_lavt(model, checkpoint, pretrained, vocab, size, seed)
-        maps = _lavt_maps(loaded, picture, caption, stage, on, autocast)
+        maps = _lavt_maps(loaded, picture, caption, stage, method, on, autocast)
         _draw(picture, maps, out, style)
         return
     if stage is not None:
         raise ValueError(f"stage: expected --model lavt:CHECKPOINT, since only LAVT has stages; got {model!r}")
+    if method == "rollout":
+        raise ValueError(f"method: expected attention or gradcam, since only LAVT has rollout; got {method!r}")
     images = None if pairs is None else open_source(pairs, kind, root, split)
     if images is not None and images.kind == "folder":
         raise ValueError(f"pairs: expected a source with captions; {pairs} is a folder of images")
@@ -191,15 +194,13 @@ def words(
         _draw(picture, find(loaded.prepare(picture)[None].to(on), [[caption]])[0], out, style)
 
 
-def _only_stage(layer: int | None, method: str, heads: str, preset: str | None) -> None:
-    """Raise ValueError if an option that LAVT does not have is given."""
-    given = {
-        "layer": (layer, None),
-        "method": (method, "attention"),
-        "heads": (heads, "mean"),
-        "preset": (preset, None),
-    }
-    for name, (value, only) in given.items():
+def _check_options(layer: int | None, method: str, heads: str, preset: str | None) -> None:
+    """Raise ValueError if an option, or a method, that LAVT does not have is given."""
+    from attnx.extract.lavt_maps import LAVT_METHODS
+
+    if method not in LAVT_METHODS:
+        raise ValueError(f"method: expected {' or '.join(LAVT_METHODS)} with LAVT; got {method!r}")
+    for name, value, only in (("layer", layer, None), ("heads", heads, "mean"), ("preset", preset, None)):
         if value != only:
             raise ValueError(f"{name}: expected {'none' if only is None else only} with LAVT; got {value!r}")
 
@@ -231,16 +232,22 @@ def _load_lavt(
 
 
 def _lavt_maps(
-    loaded: "Loaded", picture: "Image", caption: str, stage: int | None, on: "torch.device", dtype: "torch.dtype | None"
+    loaded: "Loaded",
+    picture: "Image",
+    caption: str,
+    stage: int | None,
+    method: str,
+    on: "torch.device",
+    dtype: "torch.dtype | None",
 ) -> "CaptionMaps":
     """LAVT's maps of one image and its caption, computed on a device, with autocast to `dtype` unless None."""
     import torch
 
-    from attnx.extract.word_maps import word_maps
+    from attnx.extract.lavt_maps import expression_maps
 
     images = loaded.prepare(picture)[None].to(on)
     with torch.autocast(on.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        return word_maps(loaded.model.to(on), images, caption, stage=stage)
+        return expression_maps(loaded.model.to(on), images, [caption], stage, method=method)[0]
 
 
 def _draw(picture: "Image", maps: "CaptionMaps", out: Path, style: "Style") -> None:

@@ -269,6 +269,6 @@ class Extractor:
         """
         block = layer.partition("#")[0]
         depth = attention_layers(self.model)
-        if block in depth and depth[-1] != block:
+        if block in depth and depth[-1] != block and depth[-1] not in names:
             raise RuntimeError(f"not intercepted: {depth[-1]}, the model's last attention layer; pass layers={block!r}")
         return [name for name in names if name.partition("#")[0] == block]

@@ -10,10 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnx.extract.captions import CaptionMaps, WordMaps
+from attnx.extract.lavt_rollout import lavt_word_rollout
 from attnx.extract.pairs import flat, padded
 from attnx.models.lavt import Lavt
 from attnx.models.tokenizer import Caption, pre_caption
 from attnx.trace.capture import capture
+from attnx.trace.trace import Trace
+
+LAVT_METHODS = ("attention", "rollout")
+_WORDS = "layers.{}.fusion.image_lang_att"
 
 
 @overload
@@ -58,15 +63,10 @@ def lavt_word_maps(
         >>> [list(m.shape) for m in maps]
         [[1, 3, 16, 12], [1, 3, 8, 6], [1, 3, 4, 3], [1, 3, 2, 2]]
     """
-    lavt = _checked(model, images, ids, mask)
-    if stage not in (None, 0, 1, 2, 3):
-        raise ValueError(f"stage: expected 0, 1, 2 or 3, or None for all; got {stage!r}")
-    stages = range(4) if stage is None else range(stage, stage + 1)
-    names = [f"layers.{s}.fusion.image_lang_att" for s in stages]
+    lavt, stages = _checked(model, images, ids, mask), _stages(stage)
+    names = [_WORDS.format(s) for s in stages]
     with torch.inference_mode():
-        words = lavt.encode_text(ids, mask)
-        with capture(lavt.backbone, names, backend=backend) as trace:
-            lavt.backbone(images, words, mask, last=stages[-1])
+        trace = _captured(lavt, images, ids, mask, names, stages[-1], backend)
         grids = lavt.grids(images)
         maps = [trace[name].mT.unflatten(2, grids[s]) for name, s in zip(names, stages, strict=True)]
     return maps if stage is None else maps[0]
@@ -95,30 +95,70 @@ class ExpressionMaps(CaptionMaps):
 
 
 def expression_maps(
-    model: Lavt,
+    model: nn.Module,
     images: Tensor,
     captions: Sequence[str] | Sequence[Sequence[str]],
     stage: int | None = None,
     *,
+    method: str = "attention",
     backend: str = "auto",
 ) -> WordMaps:
-    """LAVT's word maps, see `attnx.word_maps`: [T, h, w] of each caption, on the grid of its stage, or of stage 0.
+    """LAVT's word maps, see `attnx.word_maps`: [T, h, w] of each caption.
 
-    The mean of the stages is exact for images whose sides are multiples of 32. With other sides, the grids of the
-    stages reach beyond the image by up to one cell.
+    Args:
+        model: an `attnx.models.lavt.Lavt` with a tokenizer, in eval mode.
+        images, captions, backend: as in `attnx.word_maps`.
+        stage: 0 to 3. None: the mean of all stages; for "attention" interpolated to the grid of stage 0, which is exact
+            for images whose sides are multiples of 32. With other sides, the grids of the stages reach beyond the image
+            by up to one cell.
+        method: "attention": the attention of the stage, on its grid. "rollout": carried on to the grid of stage 0
+            through the Swin blocks, see `attnx.extract.lavt_rollout`; each word's map sums to 1.
+
+    Raises:
+        ValueError: another method or stage, an invalid model or image, or a caption without words.
+
+    Warns:
+        UserWarning: a caption has more pieces than the model takes and was cut.
+
+    Example:
+        >>> import torch
+        >>> from attnx.models.lavt import Lavt, LavtConfig
+        >>> from attnx.models.tokenizer import Tokenizer
+        >>> config = LavtConfig(24, (1, 1, 1, 1), (1, 2, 4, 8), 4, text_width=32, text_depth=1, text_heads=2)
+        >>> vocab = Tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog"], 20, plain=True)
+        >>> model = Lavt(config, vocab).eval()
+        >>> (found,) = expression_maps(model, torch.rand(1, 3, 64, 48), ["a dog"], 2, method="rollout")
+        >>> found.word_maps.shape
+        torch.Size([2, 16, 12])
     """
-    model.grids(images)
+    if method not in LAVT_METHODS:
+        raise ValueError(f"method: expected attention or rollout with LAVT; got {method!r}")
+    lavt = _lavt(model)
+    lavt.grids(images)
     texts, owner = flat(captions, len(images))
-    read, ids, mask = pad_captions(model, texts, images.device)
+    read, ids, mask = pad_captions(lavt, texts, images.device)
     if owner != list(range(len(images))):
         images = images[owner]
-    if stage is None:
-        stages = lavt_word_maps(model, images, ids, mask, backend=backend)
+    if method == "rollout":
+        maps = _rolled(lavt, images, ids, mask, read, _stages(stage), backend)
+    elif stage is None:
+        stages = lavt_word_maps(lavt, images, ids, mask, backend=backend)
         height, width = stages[0].shape[-2:]
         maps = mean_of_stages(stages, (height, width))
     else:
-        maps = lavt_word_maps(model, images, ids, mask, stage, backend=backend)
+        maps = lavt_word_maps(lavt, images, ids, mask, stage, backend=backend)
     return WordMaps([ExpressionMaps(caption, maps[i, : len(caption.ids)]) for i, caption in enumerate(read)])
+
+
+def _rolled(
+    lavt: Lavt, images: Tensor, ids: Tensor, mask: Tensor, captions: Sequence[Caption], stages: range, backend: str
+) -> Tensor:
+    """The mean of the stages' rollouts, [B, T, h_0, w_0]; see `lavt_word_rollout`."""
+    blocks = [f"layers.{s}.blocks.{b}.attn" for s in range(stages[-1] + 1) for b in range(lavt.config.depths[s])]
+    names = [*blocks, *(_WORDS.format(s) for s in stages)]
+    with torch.inference_mode():
+        trace = _captured(lavt, images, ids, mask, names, stages[-1], backend)
+        return torch.stack([lavt_word_rollout(trace, s, captions) for s in stages]).mean(0)
 
 
 def sum_pieces(maps: Tensor, caption: Caption) -> Tensor:
@@ -158,12 +198,35 @@ def pad_captions(
     return padded(model.tokenizer, captions, device, length)
 
 
-def _checked(model: nn.Module, images: Tensor, ids: Tensor, mask: Tensor) -> Lavt:
-    """The model, after a check of the arguments of `lavt_word_maps`."""
+def _captured(
+    lavt: Lavt, images: Tensor, ids: Tensor, mask: Tensor, names: list[str], last: int, backend: str
+) -> Trace:
+    """A capture of layers of the backbone, whose pass ends with stage `last`."""
+    words = lavt.encode_text(ids, mask)
+    with capture(lavt.backbone, names, backend=backend) as trace:
+        lavt.backbone(images, words, mask, last=last)
+    return trace
+
+
+def _stages(stage: int | None) -> range:
+    """The chosen stage, or all for None."""
+    if stage not in (None, 0, 1, 2, 3):
+        raise ValueError(f"stage: expected 0, 1, 2 or 3, or None for all; got {stage!r}")
+    return range(4) if stage is None else range(stage, stage + 1)
+
+
+def _lavt(model: nn.Module) -> Lavt:
+    """The model, after a check of its class and mode."""
     if not isinstance(model, Lavt):
         raise ValueError(f"model: expected an attnx.models.lavt.Lavt; got {type(model).__name__}")
     if model.training:
         raise ValueError("model: expected eval mode; got training mode; call model.eval()")
+    return model
+
+
+def _checked(model: nn.Module, images: Tensor, ids: Tensor, mask: Tensor) -> Lavt:
+    """The model, after a check of the arguments of `lavt_word_maps`."""
+    model = _lavt(model)
     model.grids(images)
     if ids.dim() != 2 or len(ids) != len(images) or ids.dtype != torch.int64:
         raise ValueError(f"ids: expected int64 [{len(images)}, T]; got {ids.dtype} {list(ids.shape)}")

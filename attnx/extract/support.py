@@ -22,7 +22,7 @@ from attnx.trace.explain import unintercepted
 from attnx.trace.interceptor import Interceptor
 from attnx.trace.layers import attention_layers, clean_name, matches
 from attnx.trace.recorder import Recorder
-from attnx.trace.sides import Tokens
+from attnx.trace.tokens import Tokens
 from attnx.trace.trace import Trace
 
 TOLERANCE = 1e-4  # of the largest number in a tensor

@@ -34,6 +34,7 @@ def word_maps(  # type: ignore[overload-overlap]  # a str is also a sequence of 
     heads: str = "mean",
     *,
     stage: int | None = None,
+    method: str = "attention",
     preset: str | None = None,
     backend: str = "auto",
 ) -> CaptionMaps: ...
@@ -46,6 +47,7 @@ def word_maps(
     heads: str = "mean",
     *,
     stage: int | None = None,
+    method: str = "attention",
     preset: str | None = None,
     backend: str = "auto",
 ) -> WordMaps: ...
@@ -57,6 +59,7 @@ def word_maps(
     heads: str = "mean",
     *,
     stage: int | None = None,
+    method: str = "attention",
     preset: str | None = None,
     backend: str = "auto",
 ) -> WordMaps | CaptionMaps:
@@ -79,6 +82,7 @@ def word_maps(
             default.
         heads: "mean", "max" or "min"; for LAVT "mean".
         stage: LAVT: 0 to 3. None: the mean of all stages, interpolated to the grid of stage 0.
+        method: "attention"; for LAVT also "rollout": carried on through the Swin blocks to stage 0, mass 1 a word.
         preset: ALBEF: "vl-dino" passes the word embeddings to the fusion layers without the text layers, like that
             script.
         backend: as in `attnx.attention`.
@@ -110,19 +114,20 @@ def word_maps(
     if not isinstance(images, Tensor):
         images = _prepared(model, images, preset)
     if isinstance(captions, str) and len(images) == 1:
-        return word_maps(model, images, [captions], layer, heads, stage=stage, preset=preset, backend=backend)[0]
+        return word_maps(
+            model, images, [captions], layer, heads, stage=stage, method=method, preset=preset, backend=backend
+        )[0]
     if not isinstance(model, Lavt):
         if stage is not None:
             raise ValueError(f"stage: expected None, since only LAVT has stages; got {stage!r}")
+        if method != "attention":
+            raise ValueError(f"method: expected 'attention', since only LAVT has rollout; got {method!r}")
         return _albef_maps(model, images, captions, _ALBEF_LAYER if layer is None else layer, heads, preset, backend)
     from attnx.extract.lavt_maps import expression_maps
 
     if layer is not None or preset is not None or heads != "mean":
-        raise ValueError(
-            f"LAVT: expected no layer, heads 'mean' and no preset; got {layer!r}, {heads!r}, {preset!r}; its option is "
-            "stage"
-        )
-    return expression_maps(model, images, captions, stage, backend=backend)
+        raise ValueError(f"LAVT: expected no layer, heads 'mean' and no preset; got {layer!r}, {heads!r}, {preset!r}")
+    return expression_maps(model, images, captions, stage, method=method, backend=backend)
 
 
 def _albef_maps(

@@ -1,6 +1,7 @@
 """Pictures of one image for `attnx show`."""
 
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,13 @@ from torch import Tensor
 from attnx.extract.extractor import Extractor
 from attnx.figures.picture import mask_contour, overlay, save
 from attnx.figures.sheets import contact_sheet, heads_grid, layers_figure
-from attnx.methods import cls_map, layer_maps, mass_mask
+from attnx.messages import one_line
+from attnx.methods import LayerMaps, cls_map, layer_maps, mass_mask, rollout
+from attnx.methods.maps import cls_layer
+from attnx.methods.received import last_on_grid, received
 from attnx.trace.capture import capture
 from attnx.trace.layers import Layers
+from attnx.trace.trace import Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,11 +55,14 @@ def draw(
 ) -> dict[Path, str]:
     """Write overlay.png, heads.png, masks.png and layers.png to `out`; {path: description} of the written files.
 
-    For a model without a class token, only overlay.png of the rollout is written, and its description says so.
+    A model without a rollout gets the class token's map as overlay.png, or, without a class token, received.png: the
+    attention that each patch receives in the last layer over a known grid. The descriptions give the reasons.
+
+    Raises:
+        ValueError: the method has no map and is not rollout with default options, or no layer is over a known grid.
     """
     out.mkdir(parents=True, exist_ok=True)
     images = loaded.prepare(picture)[None].to(device)
-    kwargs = loaded.model_kwargs
     colours: dict[str, Any] = {"colormap": style.colormap, "alpha": style.alpha}
     written: dict[Path, str] = {}
 
@@ -62,24 +70,28 @@ def draw(
         save(image, out / name)
         written[out / name] = what
 
+    fused = "mean" if heads == "each" else heads
+    rolled: Tensor | None = None
+    name = "overlay.png"
     if method == "rollout":
-        amap = Extractor(loaded.model, "rollout", layers=layers, heads=heads, model_kwargs=kwargs, **rolling)(images)[0]
-        rolled, what = amap, "rollout"
+        rolled, why = _rolled(loaded, images, rolling, layers=layers, heads=heads)
+        amap, what = rolled, "rollout"
+        if amap is None:
+            amap, name, what = _without_rollout(loaded, images, layers, heads)
+            what += f" (no rollout: {why})"
     else:
-        fused = "mean" if heads == "each" else heads
-        extractor = Extractor(loaded.model, method, layers=layers, heads=fused, model_kwargs=kwargs)
-        amap = extractor(images)[0]
+        amap = Extractor(loaded.model, method, layers=layers, heads=fused, model_kwargs=loaded.model_kwargs)(images)[0]
         what = "class token's map" if amap.dim() == 2 else "class token's map, mean over layers"
         amap = amap if amap.dim() == 2 else amap.mean(0)
-        rolled = None
-    write("overlay.png", overlay(picture, amap, interpolation=style.interpolation, **colours), what)
+    main = overlay(picture, amap, interpolation=style.interpolation, **colours)
+    write(name, main if name == "overlay.png" else contact_sheet([main], ["attention received"], columns=1), what)
     try:
-        per_layer, each = _class_token(loaded, images, layers, "mean" if heads == "each" else heads)
+        per_layer, each = _class_token(loaded, images, layers, fused)
     except ValueError as error:
-        written[out / "overlay.png"] += f" (no heads.png, masks.png and layers.png: {error})"
+        written[out / name] += f" (no heads.png, masks.png and layers.png: {error})"
         return written
-    if rolled is None:
-        rolled = Extractor(loaded.model, "rollout", model_kwargs=kwargs, **rolling)(images)[0]
+    if method != "rollout":
+        rolled, _ = _rolled(loaded, images, rolling)
     write("heads.png", heads_grid(picture, each, **colours), f"class token's map in {per_layer.names[-1]}, by head")
     masks = [mask_contour(picture, mask) for mask in mass_mask(each, style.keep)]
     titles = [f"head {i}" for i in range(len(masks))]
@@ -88,13 +100,62 @@ def draw(
     figure = layers_figure(
         picture, per_layer.names, per_layer.maps[0], rolled, interpolation=style.interpolation, **colours
     )
-    write("layers.png", figure, "class token's map in every layer; max, min, mean over layers; rollout")
+    what = "class token's map in every layer; max, min, mean over layers"
+    write("layers.png", figure, what if rolled is None else f"{what}; rollout")
     return written
 
 
-def _class_token(loaded: "Loaded", images: Tensor, layers: Layers, heads: str) -> tuple[Any, Tensor]:
-    """The class token's maps in all layers (`LayerMaps`), and in each head of the last one, [H, h, w]."""
-    with torch.inference_mode(), capture(loaded.model, layers=layers, heads="each", rows=[0]) as trace:
+def _rolled(loaded: "Loaded", images: Tensor, rolling: dict[str, Any], **options: Any) -> tuple[Tensor | None, str]:
+    """(rollout [h, w], ""), or None and the reason that the model has none.
+
+    Raises:
+        ValueError: the rollout fails with other options than the defaults.
+    """
+    extractor = Extractor(loaded.model, "rollout", model_kwargs=loaded.model_kwargs, **options, **rolling)
+    try:
+        return extractor(images)[0], ""
+    except ValueError as error:
+        defaults = signature(rollout).parameters
+        if any(value != defaults[name].default for name, value in rolling.items()):
+            raise
+        return None, one_line(str(error).removeprefix("rollout: "), 160)
+
+
+def _without_rollout(loaded: "Loaded", images: Tensor, layers: Layers, heads: str) -> tuple[Tensor, str, str]:
+    """The map [h, w] of a model without a rollout, the name of its picture, and its description.
+
+    Raises:
+        ValueError: no layer is over a known grid.
+    """
+    with torch.inference_mode(), capture(loaded.model, layers=layers, heads=heads) as trace:
         loaded.model(images, **loaded.model_kwargs)
     with torch.inference_mode():
-        return layer_maps(trace, heads), cls_map(trace)[0]
+        try:
+            return cls_map(trace)[0], "overlay.png", f"class token's map in {cls_layer(trace)}"
+        except ValueError:
+            layer = last_on_grid(trace)
+            return received(trace, layer)[0], "received.png", f"attention received in {layer}, mean over its queries"
+
+
+def _class_token(loaded: "Loaded", images: Tensor, layers: Layers, heads: str) -> tuple[LayerMaps, Tensor]:
+    """The class token's maps in all layers, and in each head of the last one, [H, h, w].
+
+    Raises:
+        ValueError: there is no class token, or not the same in all layers; one short sentence.
+    """
+    with torch.inference_mode(), capture(loaded.model, layers=layers, heads="each", rows=[0]) as trace:
+        loaded.model(images, **loaded.model_kwargs)
+    try:
+        with torch.inference_mode():
+            return layer_maps(trace, heads), cls_map(trace)[0]
+    except ValueError as error:
+        raise ValueError(_no_class_token(trace)) from error
+
+
+def _no_class_token(trace: Trace) -> str:
+    """The reason that the layers of a trace have no class token in common."""
+    keys = [side for _, side in trace.all_sides().values()]
+    if any(side.cls for side in keys):
+        return "the layers attend to different tokens"
+    windows = any(side.kind == "windows" for side in keys)
+    return "the model attends in windows, without a class token" if windows else "the model has no class token"

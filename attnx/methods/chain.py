@@ -9,7 +9,7 @@ from torch import Tensor
 from attnx.ops.reducers import Reduction
 from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord
-from attnx.trace.sides import Tokens, describe, stack_of
+from attnx.trace.tokens import Tokens, describe, stack_of
 from attnx.trace.trace import Trace
 from attnx.trace.window_record import PatchMerge, WindowRecord
 from attnx.trace.windows import Pair

@@ -136,7 +136,7 @@ def load_word_model(
             )
         loaded = load_albef(checkpoint, vocab, image_size)
     else:
-        raise ValueError(f"model: expected {' or '.join(('albef', *WORD_MODELS))}; got {name!r}")
+        raise ValueError(f"model: expected albef, lavt or {' or '.join(WORD_MODELS)}; got {name!r}")
     return replace(loaded, mean=IMAGENET[0], std=IMAGENET[1]) if preset else loaded
 
 

@@ -29,7 +29,7 @@ def softmax(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[An
     frame = _attending(interceptor.local.frames)
     if frame.fused or not _over_keys(args, kwargs):
         return weights
-    if interceptor.recorder.grad and interceptor.is_wanted(frame.name):
+    if interceptor.recorder.grad and interceptor.is_wanted(frame.name) and torch.is_grad_enabled():
         weights = starts_graph(weights)
     frame.weights.append(weights)
     return weights
@@ -109,7 +109,7 @@ def _used(pending: Sequence[Tensor], values: Sequence[Any], sinks: bool) -> tupl
     operands = list(_tensors(values))
     for operand in operands:
         for weights in pending:
-            if operand.data_ptr() == weights.data_ptr() and operand.numel():
+            if _is_view(operand, weights):
                 if operand.numel() == weights.numel():
                     return [weights], weights
                 if operand.shape[:-1] == weights.shape[:-1]:
@@ -122,6 +122,14 @@ def _used(pending: Sequence[Tensor], values: Sequence[Any], sinks: bool) -> tupl
         if cut:
             return cut[:1], operand
     return [], None
+
+
+def _is_view(operand: Tensor, weights: Tensor) -> bool:
+    """True if both start at the same place of memory; False for tensors without memory of their own."""
+    try:
+        return operand.data_ptr() == weights.data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:

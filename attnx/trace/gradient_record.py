@@ -118,7 +118,11 @@ def weigh_weights(
         rows: indices of the queries; None: all.
         fuse: fuses the heads of a detached [B, H, M, N].
         clamp: set negative products to 0.
+
+    Raises:
+        ValueError: gradients are off.
     """
+    _check_enabled()
     p = fold(weights.detach())
     p = p if rows is None else p[..., rows, :]
 

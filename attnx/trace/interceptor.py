@@ -25,11 +25,11 @@ from attnx.trace.adapters import route_to_sdpa
 from attnx.trace.adapters.checkpointing import recomputes, switch_off
 from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
 from attnx.trace.attention_call import Call
+from attnx.trace.facts import Facts, facts_of
 from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, ThreadState
 from attnx.trace.layers import Layers, clean_name, is_attention, matches, names_in_graph, resolve
 from attnx.trace.layout import grid_modules
 from attnx.trace.recorder import Recorder
-from attnx.trace.sides import Facts, facts_of
 from attnx.trace.windows import merges, windows_of
 
 _INTERCEPTED = frozenset({SDPA, MHA, attention}) | explicit.SOFTMAX | explicit.PRODUCTS

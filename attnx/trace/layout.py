@@ -140,6 +140,7 @@ class Grid(NamedTuple):
         frames: number of frames, or tubelets of frames.
         items: number of images of the batch; 0 if unknown.
         problem: reason that the images of the batch have no common grid; "" if they have one.
+        each: (rows, columns) of each image, if there is padding after the patches of some.
     """
 
     shape: tuple[int, int]
@@ -147,11 +148,16 @@ class Grid(NamedTuple):
     frames: int = 1
     items: int = 0
     problem: str = ""
+    each: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
         """Number of positions; 0 if there is no common grid."""
         return 0 if self.problem else self.frames * self.shape[0] * self.shape[1]
+
+    def of_item(self, index: int) -> "Grid":
+        """The grid of one image of the batch."""
+        return self._replace(shape=self.each[index] if self.each else self.shape, items=1, problem="", each=())
 
     def __str__(self) -> str:
         return " * ".join(str(n) for n in (self.frames, *self.shape)[self.frames == 1 :])
@@ -226,10 +232,11 @@ def _common_grid(shapes: Tensor, embedded: Tensor) -> Grid | None:
     """
     if shapes.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
-    own = sorted({(int(h), int(w)) for h, w in shapes.tolist()})
+    each = tuple((int(h), int(w)) for h, w in shapes.tolist())
+    own = sorted(set(each))
     (h, w), n, problem = own[0], embedded.shape[1], ""
     if len(own) > 1:
-        problem = f"the images have different grids, {own}; pass one image at a time, without padding"
+        problem = f"the images have different grids, {own}; trace.item(i) gives the maps of image i"
     elif h * w != n:
-        problem = f"expected {h} * {w} patches; got {n}, with padding; pass max_num_patches={h * w} to the processor"
-    return Grid((h, w), embedded.shape[-1], 1, len(embedded), problem)
+        problem = f"expected {h} * {w} patches; got {n}, with padding; trace.item(i) has the maps of image i alone"
+    return Grid((h, w), embedded.shape[-1], 1, len(embedded), problem, each if problem else ())

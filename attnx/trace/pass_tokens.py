@@ -1,12 +1,15 @@
 """The tokens of the maps of one pass, from the model, the grids of its patches, and facts about its attention calls."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from attnx.trace.facts import Facts
 from attnx.trace.layers import clean_name
 from attnx.trace.layout import Grid, TokenLayout, infer_layout
-from attnx.trace.sides import Facts, Parts, Tokens, of_layout, sides
+from attnx.trace.parts import Parts
+from attnx.trace.sides import sides
+from attnx.trace.tokens import Tokens, of_layout
 from attnx.trace.windows import Windows
 
 __all__ = ["PassTokens"]
@@ -49,6 +52,27 @@ class PassTokens:
         other = PassTokens(self.model, self.given)
         other._known, other._parts = self._known, self._parts
         return other
+
+    def item(self, index: int, queries: Mapping[str, int]) -> "PassTokens":
+        """The tokens of one item of the batch; `queries`: number of queries of the layers that had padding."""
+        other = self.copy()
+        other._queries |= queries
+        other._grids = {name: grid.of_item(index) for name, grid in self._grids.items()}
+        other._before = {
+            layer: {name: grid.of_item(index) for name, grid in grids.items()} for layer, grids in self._before.items()
+        }
+        for layer, facts in self._facts.items():
+            other._facts[layer] = facts._replace(items=1 if facts.windows is None else facts.windows.count)
+        return other
+
+    def unpadded(self, layer: str, keys: Tokens, index: int, layers: Iterable[str]) -> int | None:
+        """Number of tokens of one image among the padded keys of a layer; None if there is no padding."""
+        if keys.kind not in ("image", "tokens"):
+            return None
+        parts = self._structure(layers)
+        grids = parts.grids(keys.part, self._before.get(layer, self._grids), self._facts_of(layer).width)
+        padded = next((grid for grid in grids if grid.each), None)
+        return None if padded is None else padded.of_item(index).tokens
 
     def add(self, layer: str, queries: int | None) -> None:
         """Store the number of queries of a layer, if given. The layer's map is new, so its tokens are found again."""

@@ -12,10 +12,10 @@ from attnx.ops.functional import attention_map
 from attnx.ops.reducers import MASK_THRESHOLD, Reduction, fuse_heads
 from attnx.trace.attend import attend, check_keep
 from attnx.trace.attention_call import Call
+from attnx.trace.facts import Facts
 from attnx.trace.gradient_record import attend_with_gradient, weigh_weights
 from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, qk_bytes
-from attnx.trace.sides import Facts
 from attnx.trace.trace import CALLS, Trace
 
 

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from attnx.trace.calls import Calls, RunningMeans
 from attnx.trace.gradient_record import backward
+from attnx.trace.items import item
 from attnx.trace.layers import Layers, attention_layers, matches, select, selects
 from attnx.trace.layout import TokenLayout
 from attnx.trace.pass_tokens import PassTokens
 from attnx.trace.records import LayerRecord, MapRecord
-from attnx.trace.sides import Tokens, describe, stack_of
+from attnx.trace.tokens import Tokens, describe, stack_of
 from attnx.trace.windows import Windows
 
 CALLS = ("last", "all", "mean")
@@ -169,6 +170,19 @@ class Trace(Mapping[str, Tensor]):
     def select_names(self, pattern: str) -> list[str]:
         """Names of the layers that a name, glob or block name selects; empty if it selects none."""
         return [name for name in self._records if selects(pattern, name)]
+
+    def item(self, index: int) -> "Trace":
+        """A trace of one image: the maps [1, M, N] of item `index` of the batch.
+
+        If the images have grids of their own (SigLIP 2), padding is cut off, and the layout is that of the image.
+
+        Raises:
+            IndexError: no such item, or the layers have different numbers of items.
+        """
+        records, tokens = item(self, self._records, index)
+        other = self._with(records)
+        other.tokens = tokens
+        return other
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Trace":
         """A trace of the same pass with `function` applied to each map."""

@@ -239,7 +239,15 @@ def _twins(module: Any, x: Tensor, size: Any) -> Windows | None:
     return None if size is None else _windows(size, module.ws)
 
 
+def _attnx_swin(module: Any, x: Tensor, size: Any) -> Windows | None:
+    """Blocks of `attnx.models.lavt_swin`: [B, H * W, C], and (H, W) as second argument."""
+    if size is None or not hasattr(module, "window") or not hasattr(module, "shift"):
+        return None
+    return _windows(size, module.window, module.shift)
+
+
 _READERS: dict[str, Callable[[Any, Tensor, Any], Windows | None]] = {
+    "SwinBlock": _attnx_swin,
     "SwinTransformerBlock": _swin,
     "SwinTransformerBlockV2": _swin,
     "SwinTransformerV2Block": _swin,

@@ -1,0 +1,73 @@
+"""The maps of one item of a batch."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from attnx.trace.pass_tokens import PassTokens
+from attnx.trace.records import LayerRecord, MapRecord, QKRecord, RowsRecord
+
+if TYPE_CHECKING:
+    from attnx.trace.trace import Trace
+
+
+def item(trace: "Trace", records: Mapping[str, LayerRecord], index: int) -> tuple[dict[str, LayerRecord], PassTokens]:
+    """The records and the tokens of one item, see `Trace.item`.
+
+    Args:
+        trace: the trace of the batch.
+        records: its records.
+        index: of the item.
+
+    Raises:
+        IndexError: no such item, or the layers have different numbers of items.
+    """
+    windows = {name: of.count for name in trace if (of := trace.windows(name)) is not None}
+    items = {name: record.shape[0] // windows.get(name, 1) for name, record in records.items()}
+    if len(set(items.values())) != 1 or not 0 <= index < min(items.values()):
+        counts = ", ".join(map(str, sorted(set(items.values())))) or "no"
+        raise IndexError(f"item: expected an index into the items of every layer ({counts} items); got {index}")
+    found: dict[str, LayerRecord] = {}
+    unpadded: dict[str, int] = {}  # {layer: number of queries without padding}
+    for name, record in records.items():
+        count, (queries, keys) = windows.get(name, 1), trace.sides(name)
+        tokens = trace.tokens.unpadded(name, keys, index, records)
+        if tokens is not None and queries == keys:
+            unpadded[name] = tokens
+        rows = unpadded.get(name) if trace.rows is None else None
+        found[name] = _of_items(record, slice(index * count, (index + 1) * count), rows, tokens)
+    return found, trace.tokens.item(index, unpadded)
+
+
+def _of_items(record: LayerRecord, items: slice, rows: int | None, columns: int | None) -> LayerRecord:
+    """The record of some items of the batch.
+
+    Args:
+        record: of the whole batch.
+        items: their indices.
+        rows, columns: number of rows and columns of the map to keep; None: all.
+    """
+    if isinstance(record, QKRecord):
+        return replace(
+            record,
+            q=record.q[items, :, :rows],
+            k=record.k[items, :, :columns],
+            lse=record.lse[items, :, :rows],
+            bias=_of_bias(record.bias, items, rows, columns),
+            versions=(),
+        )
+    if isinstance(record, RowsRecord):
+        return replace(record, amap=record.amap[items][..., :columns])
+    rows_sum_to_one = record.rows_sum_to_one and rows is None and columns is None
+    return MapRecord(record.map()[items][..., :rows, :columns], rows_sum_to_one)
+
+
+def _of_bias(bias: Tensor | None, items: slice, rows: int | None, columns: int | None) -> Tensor | None:
+    """The part of a bias that broadcasts to [B, H, M, N]; dimensions of size 1 stay as they are."""
+    if bias is None:
+        return None
+    bias = bias if bias.dim() < 4 or bias.shape[0] == 1 else bias[items]
+    bias = bias if bias.dim() < 2 or bias.shape[-2] == 1 else bias[..., :rows, :]
+    return bias if bias.shape[-1] == 1 else bias[..., :columns]
