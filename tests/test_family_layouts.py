@@ -25,16 +25,31 @@ OF_IMAGES = [p for p in MAPPED if FAMILIES[p.values[0]].images_only]
 
 # Families of images of which no layer is over a known grid, so that only the counts of tokens can be checked.
 NO_GRID = {
-    *("timm samvit", "timm coatnet", "timm coatnet rmlp", "timm hiera", "timm pvt v2", "timm levit", "timm levit conv"),
-    *("timm volo", "timm twins pcpvt", "timm mobilevit", "timm tiny vit", "timm efficientformer", "timm nest"),
-    *("timm efficientformerv2", "timm visformer", "timm tnt", "timm caformer", "timm gcvit", "timm efficientvit m0"),
-    *("timm mobilenetv4 hybrid", "timm resnet50 clip", "open_clip resnet visual", "HF YOLOS", "HF Hiera", "HF PVT v2"),
-    *("HF MobileViT", "HF SegFormer", "HF Deformable DETR", "HF RT-DETR", "HF Pixtral"),
+    *("timm coatnet", "timm coatnet rmlp", "timm hiera", "timm levit conv"),
+    *("timm volo", "timm mobilevit", "timm nest"),
+    *("timm efficientformerv2", "timm visformer", "timm tnt", "timm efficientvit m0"),
+    *("timm mobilenetv4 hybrid", "timm resnet50 clip", "open_clip resnet visual", "HF YOLOS", "HF Hiera"),
+    *("HF MobileViT", "HF Deformable DETR"),
 }
 # Stems whose fields of view overlap: the largest change may be in a neighbour of the patch.
-OVERLAPPING = {"timm vitamin", "timm maxvit", "timm maxvit tf", "timm davit", "timm pit"}
+OVERLAPPING = {
+    "timm vitamin",
+    "timm maxvit",
+    "timm maxvit tf",
+    "timm davit",
+    "timm pit",
+    "timm levit",
+    "timm efficientformer",
+    "timm caformer",
+}
 # Families of images where the place of a patch can't be seen in the first layer.
 NOT_PLACED = {
+    **dict.fromkeys(
+        ("timm pvt v2", "timm twins pcpvt", "timm tiny vit", "timm gcvit", "HF PVT v2", "HF SegFormer"),
+        "its first layer is over pooled keys, or windows that are not known",
+    ),
+    "HF Pixtral": "it packs the images of a batch into one sequence",
+    "HF RT-DETR": "a ResNet: every cell of its 2 x 2 grid depends on the whole image",
     "timm vit hybrid": "a ResNet with group norm: every cell of its 2 x 2 grid depends on the whole image",
     "HF DETR": "a ResNet: every cell of its 2 x 2 grid depends on the whole image",
     "timm cait": "only the last two layers have the class token",
@@ -45,7 +60,8 @@ NOT_PLACED = {
 # Families without a rollout and without a class token, of which a layer is over a known grid.
 RECEIVED = {
     *("timm maxvit", "timm maxvit tf", "timm mvitv2", "timm davit", "timm twins svt"),
-    *("HF DETR", "HF MaskFormer", "HF Mask2Former"),
+    *("HF DETR", "HF MaskFormer", "HF Mask2Former", "HF PVT v2", "HF SegFormer", "HF RT-DETR"),
+    *("timm pvt v2", "timm levit", "timm twins pcpvt", "timm tiny vit", "timm gcvit"),
 }
 PLACED = [p for p in OF_IMAGES if p.values[0] not in NO_GRID | NOT_PLACED.keys()]
 # Pixtral packs the images of a batch into one sequence.
@@ -148,8 +164,7 @@ def captured(model: nn.Module, images: Tensor) -> attnx.Trace:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", PLACED)
 def test_a_patch_of_the_image_changes_its_own_column(name: str) -> None:
-    model, _, images = built(name)
-    assert images is not None
+    model, images = model_and_images(name)
     trace = captured(model, images[:1])
     layer = next(iter(trace))
     grid = trace.sides(layer)[1].grid
@@ -190,12 +205,17 @@ def result(call: Callable[[], Tensor]) -> Tensor | str:
     return message
 
 
+def model_and_images(name: str) -> tuple[nn.Module, Tensor]:
+    model, _, images = built(name)
+    assert images is not None
+    return model, images[:1] if name in PACKED else images
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", ["rollout", "cls"])
 @pytest.mark.parametrize("name", OF_IMAGES)
 def test_an_extractor_gives_what_a_capture_gives(name: str, method: str) -> None:
-    model, _, images = built(name)
-    assert images is not None
+    model, images = model_and_images(name)
     trace = captured(model, images)
     want = result(lambda: attnx.rollout(trace) if method == "rollout" else attnx.cls_map(trace))
     got = result(lambda: attnx.Extractor(model, method)(images))
@@ -208,8 +228,7 @@ def test_an_extractor_gives_what_a_capture_gives(name: str, method: str) -> None
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", OF_IMAGES)
 def test_received_is_the_mean_of_the_columns(name: str) -> None:
-    model, _, images = built(name)
-    assert images is not None
+    model, images = model_and_images(name)
     trace = captured(model, images)
     if name in NO_GRID:
         with pytest.raises(ValueError, match="expected a layer over a known grid of patches; got "):
@@ -228,8 +247,7 @@ def test_received_is_the_mean_of_the_columns(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", OF_IMAGES)
 def test_show_draws_the_family(name: str, tmp_path: Path) -> None:
-    model, _, images = built(name)
-    assert images is not None
+    model, images = model_and_images(name)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     loaded = Loaded(name, model, (images.shape[-2], images.shape[-1]))
 

@@ -74,6 +74,7 @@ class Trial:
         blocks = {name.partition("#")[0]: modules[name.partition("#")[0]] for name in wanted}  # "x#2" is x again
         split = None if row is None else self._split(last, modules.get(last), row)
         reasons = {name: unbound_reason(block) for name, block in blocks.items()}
+        reasons |= dict.fromkeys(self.interceptor.folded & blocks.keys(), "its heads are read from its input")
         if any(self.recorder.trace.windows(name) is not None for name in wanted):
             # Only an interceptor sees the blocks around the attention.
             reasons = dict.fromkeys(blocks, "its windows are read from the block around it")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnx.ops.reducers import Reduction
+from attnx.trace.layers import attention_layers, matches
 from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord
 from attnx.trace.tokens import Tokens, describe, stack_of
@@ -130,13 +131,13 @@ def _check_rows(trace: Trace) -> None:
 
 def _check_order(trace: Trace) -> None:
     """Raise ValueError if layers ran side by side, or without a map."""
-    beside = trace.side_by_side()
+    beside = _side_by_side(trace)
     if beside is not None:
         raise ValueError(
             f"rollout: expected layers in a row; {beside[1]} runs beside {beside[0]}: both have the same input; "
             "choose layers= of one"
         )
-    gaps = trace.gaps()
+    gaps = _gaps(trace)
     if gaps:
         others = [name for name in trace if stack_of(name) == stack_of(gaps[0])]
         raise ValueError(
@@ -144,6 +145,27 @@ def _check_order(trace: Trace) -> None:
             "write an adapter (docs/adding-a-model.md), or, if it is not part of the chain, choose the others by "
             f"layers={others}"
         )
+
+
+def _side_by_side(trace: Trace) -> tuple[str, str] | None:
+    """Two modules that have layers in the trace and had the same input; None if there are none."""
+    for pair in trace.tokens.beside:
+        if all(any(matches(module, name.partition("#")[0]) for name in trace) for module in pair):
+            return pair
+    return None
+
+
+def _gaps(trace: Trace) -> list[str]:
+    """Names of attention layers that ran without a map, beside layers of the trace in the same stack of blocks."""
+    maps = [name.partition("#")[0] for name in trace]
+    stacks = {stack_of(name) for name in maps}
+    return [
+        name
+        for name in attention_layers(trace.tokens.model)
+        if name in trace.tokens.ran
+        and stack_of(name) in stacks
+        and not any(other == name or matches(other, name) or matches(name, other) for other in maps)
+    ]
 
 
 def _check_mixing(trace: Trace, first: str, last: str) -> None:

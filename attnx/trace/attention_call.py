@@ -23,6 +23,7 @@ class Call:
         own: runs the model's own attention.
         unfold: turns an output [B, H, M, Dv] into one of the model's shape.
         fold: turns a gradient of the model's output into [B, H, M, Dv].
+        folded: True if q had not 4 dimensions, so that the input of the module is needed to find its heads.
         ours: True if the model called `attnx.attention`, which returns a map with the output.
         result: return value of the model's own attention, once it ran.
     """
@@ -36,6 +37,7 @@ class Call:
     own: Callable[[], Any]
     unfold: Callable[[Tensor], Tensor] = same
     fold: Callable[[Tensor], Tensor] = same
+    folded: bool = False
     ours: bool = False
     result: Any = field(default=None)
 
@@ -98,7 +100,7 @@ class Call:
             )
         q, k, v = (folded.fold(t) for t in (query, key, value))
         bias = None if attn_mask is None else folded.fold(attn_mask)
-        return cls(q, k, v, bias, dropout_p, scores, own, folded.unfold, folded.fold)
+        return cls(q, k, v, bias, dropout_p, scores, own, folded.unfold, folded.fold, folded=True)
 
     def output(self) -> Tensor:
         """The output of the model's own attention."""

@@ -59,6 +59,7 @@ class Interceptor(TorchFunctionMode):
         self.calls = 0  # number of calls that have begun
         self.skipped: dict[str, str] = {}  # layers without a map: reason
         self.explicit: set[str] = set()  # layers that computed their softmax themselves
+        self.folded: set[str] = set()  # layers whose q had not 4 dimensions
         self.undo: list[Callable[[], None]] = []
         self.routes: list[Callable[[], None]] = []
         self.local = ThreadState()
@@ -211,6 +212,8 @@ class Interceptor(TorchFunctionMode):
             self.skip(name, str(error))
             return func(*args, **kwargs)
         self.note_layer(name)
+        if call.folded:
+            self.folded.add(name)
         facts = self.facts(frame, (len(call.q), call.q.shape[2], call.k.shape[2]))
         out = self.recorder.answer(self.key(name), call, only_capture, facts)
         return (out, call.result[1]) if func is attention else out

@@ -92,6 +92,10 @@ class Parts:
         last = (g for name, g in grids.items() if self.sources.get(name) == part and g.channels == width and width)
         return [*patches, *(grid for grid in [next(last, None)] if grid is not None)]
 
+    def declares(self, part: str) -> bool:
+        """True if a part, or the model, declares its prefix tokens."""
+        return self._declared.get(part) is not None
+
     def is_split(self, part: str, grids: Mapping[str, Grid], items: int) -> bool:
         """True if a layer of the part has several maps for each image: it attends in windows."""
         images = next((grid.items for name, grid in grids.items() if self.sources.get(name) == part), 0)
@@ -101,10 +105,8 @@ class Parts:
         """Layout of an image part's tokens; None unless prefix and exactly one grid add up to `count`."""
         if part not in self._declared:
             self._declared[part] = declared_prefix(self.modules[part]) or declared_prefix(self.modules[""])
-        declared = self._declared[part]
-        if declared is None:
-            return None
-        prefix, cls = declared
+        # Without a declaration there is no prefix if the tokens are as many as the grid has positions.
+        prefix, cls = self._declared[part] or (0, False)
         fitting = {
             (g.shape, g.frames) for g in self.grids(part, grids, width) if g.tokens and prefix + g.tokens == count
         }

@@ -31,7 +31,8 @@ def sides(
     if facts.crosses:
         return _crossing(parts, part, size, width, grids)
     keys = parts.tokens(part, grids, columns, width)
-    if keys.grid is None and keys.kind == "image" and parts.is_split(part, grids, facts.items):
+    known = keys.grid is not None and parts.declares(part)
+    if keys.kind == "image" and not known and parts.is_split(part, grids, facts.items):
         return Tokens("windows", count=rows, part=part), Tokens("windows", count=columns, part=part)
     if rows == columns:
         in_decoder = layer.rpartition(".")[0] in parts.decoders and not CROSS.search(layer.rpartition(".")[2])

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from attnx.trace.calls import Calls, RunningMeans
 from attnx.trace.gradient_record import backward
 from attnx.trace.items import item
-from attnx.trace.layers import Layers, attention_layers, matches, select, selects
+from attnx.trace.layers import Layers, select, selects
 from attnx.trace.layout import TokenLayout
 from attnx.trace.pass_tokens import PassTokens
 from attnx.trace.records import LayerRecord, MapRecord
-from attnx.trace.tokens import Tokens, describe, stack_of
+from attnx.trace.tokens import Tokens, describe
 from attnx.trace.windows import Windows
 
 CALLS = ("last", "all", "mean")
@@ -100,25 +100,6 @@ class Trace(Mapping[str, Tensor]):
         """Store a layer's map or record; `queries`: number of queries of the layer, if the map has fewer rows."""
         self._records[layer] = MapRecord(record) if isinstance(record, Tensor) else record
         self.tokens.add(layer, queries)
-
-    def side_by_side(self) -> tuple[str, str] | None:
-        """Two modules that have layers in this trace and had the same input; None if there are none."""
-        for pair in self.tokens.beside:
-            if all(any(matches(module, name.partition("#")[0]) for name in self._records) for module in pair):
-                return pair
-        return None
-
-    def gaps(self) -> list[str]:
-        """Names of attention layers that ran without a map, beside layers of this trace in the same stack of blocks."""
-        maps = [name.partition("#")[0] for name in self._records]
-        stacks = {stack_of(name) for name in maps}
-        return [
-            name
-            for name in attention_layers(self.tokens.model)
-            if name in self.tokens.ran
-            and stack_of(name) in stacks
-            and not any(other == name or matches(other, name) or matches(name, other) for other in maps)
-        ]
 
     def backward(self, score: Tensor, retain_graph: bool = False) -> None:
         """Compute the maps of a capture with `grad`, from the gradient of `score`. No parameter receives a gradient.
