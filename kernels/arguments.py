@@ -19,7 +19,7 @@ def shared_args(
     Args:
         q: [B, H, M, D].
         k: [B, Hk, N, D].
-        bias: expanded to [B, H, M, N]; additive, or boolean (True: attend).
+        bias: [B, H, M, N], additive or boolean (True: attend); or [P, H, M, N]: item b uses bias[b % P].
         rows: [R] int64, indices of the query rows to compute; None: all.
         scale: factor of the scores.
         is_causal: query m attends to keys 0..m.
@@ -37,12 +37,14 @@ def shared_args(
         GROUP=q.shape[1] // k.shape[1],
         M=q.shape[2] if rows is None else len(rows),
         N=k.shape[2],
+        bias_period=1 if bias is None else bias.shape[0],
         scale_log2=scale * 1.4426950408889634,
         D=q.shape[3],
         BLOCK_D=block_d,
         REST_D=rest_d,
         HAS_ROWS=rows is not None,
         BIAS=0 if bias is None else 2 if bias.dtype == torch.bool else 1,
+        BIAS_REPEATS=bias is not None and bias.shape[0] < q.shape[0],
         CAUSAL=is_causal,
         # A scale that underflows to 0 in fp32 would turn -inf scores into NaN.
         FOLD_SCALE=bias is None and scale >= 2**-126,

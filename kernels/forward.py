@@ -10,6 +10,7 @@ from attnx.kernels.configs import Launch, Target, forward_config
 from attnx.kernels.primitives import (
     LN2,
     NO_BIAS,
+    bias_item,
     dot,
     finite_max,
     head_tiles,
@@ -92,11 +93,12 @@ def forward_kernel(
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_bb, stride_bh, stride_bm, stride_bn,
     stride_ob, stride_oh, stride_om,
-    H, GROUP, M, N, scale_log2,
+    H, GROUP, M, N, bias_period, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, HAS_V: tl.constexpr,
-    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD_SCALE: tl.constexpr,
-    INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, BIAS_REPEATS: tl.constexpr, CAUSAL: tl.constexpr,
+    FOLD_SCALE: tl.constexpr, INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_M rows of one head: out [B, H, M, DV] and lse [B, H, M].
 
@@ -107,6 +109,7 @@ def forward_kernel(
     first_m = (pid % blocks_m) * BLOCK_M
     h = to_int64((pid // blocks_m) % H)
     b = to_int64(pid // blocks_m // H)
+    bias_b = bias_item(pid // blocks_m // H, bias_period, BIAS_REPEATS)
     hk = h // GROUP
 
     offs_m = tl.arange(0, BLOCK_M)
@@ -116,7 +119,7 @@ def forward_kernel(
     q = head_tiles(q_ptr + b * stride_qb + h * stride_qh + q_tile, offs_q, stride_qd, D, BLOCK_D, REST_D)
     k_head = k_ptr + b * stride_kb + hk * stride_kh
     v_head = v_ptr + b * stride_vb + hk * stride_vh
-    bias_head = bias_ptr + b * stride_bb + h * stride_bh
+    bias_head = bias_ptr + bias_b * stride_bb + h * stride_bh
     bias_rows = pos_m.to(tl.int64) * stride_bm
 
     # [BLOCK_M]

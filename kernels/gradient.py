@@ -12,6 +12,7 @@ from torch import Tensor
 from attnx.kernels.arguments import gradient_args, split_args
 from attnx.kernels.configs import Config, Launch
 from attnx.kernels.primitives import (
+    bias_item,
     fuse_into,
     fused_start,
     head_tiles,
@@ -34,12 +35,12 @@ def gradient_kernel(
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_dob, stride_doh, stride_dom, stride_dod,
     stride_bb, stride_bh, stride_bm, stride_bn,
-    H, GROUP, M, N, scale_log2, splits, heads_each, map_share,
+    H, GROUP, M, N, bias_period, scale_log2, splits, heads_each, map_share,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr,
     HEADS: tl.constexpr, CLAMP: tl.constexpr, HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
     FOLD_SCALE: tl.constexpr, INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BIAS_REPEATS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile [BLOCK_M, BLOCK_N] of a map [M, N]: P = exp(s - lse) times dP = do v^T, fused over the heads.
 
@@ -52,6 +53,7 @@ def gradient_kernel(
     plane = pid // (blocks_m * blocks_n)
     first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N
     b = to_int64(plane // splits)
+    bias_b = bias_item(plane // splits, bias_period, BIAS_REPEATS)
     first_head = (plane % splits) * heads_each
     last_head = tl.minimum(first_head + heads_each, H) - 1
 
@@ -79,7 +81,7 @@ def gradient_kernel(
         # [BLOCK_M, BLOCK_N]
         s = masked_scores(
             products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
-            bias_ptr + b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + offs_n, mask_n,
+            bias_ptr + bias_b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + offs_n, mask_n,
             stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE, False,
         )  # fmt: skip
         # [BLOCK_M]

@@ -11,6 +11,7 @@ from attnx.kernels.configs import Config, Launch
 from attnx.kernels.primitives import (
     MEAN,
     NO_BIAS,
+    bias_item,
     fuse_into,
     fused_start,
     head_tiles,
@@ -31,10 +32,11 @@ def map_kernel(
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_bb, stride_bh, stride_bm, stride_bn,
-    H, GROUP, M, N, scale_log2, splits, heads_each, map_share,
+    H, GROUP, M, N, bias_period, scale_log2, splits, heads_each, map_share,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, HEADS: tl.constexpr,
-    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD_SCALE: tl.constexpr,
-    INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, BIAS_REPEATS: tl.constexpr, CAUSAL: tl.constexpr,
+    FOLD_SCALE: tl.constexpr, INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """Compute PARTS adjacent tiles [BLOCK_M, BLOCK_N] of a map [M, N]: P = exp(s - lse), fused over the heads.
@@ -49,6 +51,7 @@ def map_kernel(
     plane = pid // (blocks_m * blocks_n)
     first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N * PARTS
     b = to_int64(plane // splits)
+    bias_b = bias_item(plane // splits, bias_period, BIAS_REPEATS)
     first_head = (plane % splits) * heads_each
     last_head = tl.minimum(first_head + heads_each, H) - 1
 
@@ -84,7 +87,7 @@ def map_kernel(
             # [BLOCK_M, BLOCK_N]
             s = masked_scores(
                 products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
-                bias_ptr + b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + columns,
+                bias_ptr + bias_b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + columns,
                 columns < N - first_n, stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE, False,
             )  # fmt: skip
             p = tl.exp2(s * score_unit(scale_log2, FOLD_SCALE) - lse[:, None])

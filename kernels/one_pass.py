@@ -12,6 +12,7 @@ from attnx.kernels.primitives import (
     EACH,
     MAX,
     MIN,
+    bias_item,
     dot,
     finite_max,
     fuse_into,
@@ -70,11 +71,12 @@ def one_pass_kernel(
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_bb, stride_bh, stride_bm, stride_bn,
     stride_ob, stride_oh, stride_om,
-    H, GROUP, M, N, scale_log2, splits, heads_each, map_share,
+    H, GROUP, M, N, bias_period, scale_log2, splits, heads_each, map_share,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_V: tl.constexpr, HEADS: tl.constexpr,
-    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD_SCALE: tl.constexpr,
-    INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, BIAS_REPEATS: tl.constexpr, CAUSAL: tl.constexpr,
+    FOLD_SCALE: tl.constexpr, INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr, TAIL: tl.constexpr, DELAY_PV: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_M rows, one head after another. Whole rows of keys are on chip: PARTS tiles of BLOCK_N and a TAIL.
@@ -87,6 +89,7 @@ def one_pass_kernel(
     first_m = (pid % blocks_m) * BLOCK_M
     plane = pid // blocks_m
     b = to_int64(plane // splits)
+    bias_b = bias_item(plane // splits, bias_period, BIAS_REPEATS)
     first_head = (plane % splits) * heads_each
     last_head = tl.minimum(first_head + heads_each, H) - 1
 
@@ -134,8 +137,9 @@ def one_pass_kernel(
             # [BLOCK_M, BLOCK_N or TAIL]
             tile = masked_scores(
                 products(q, k, BLOCK_M, BLOCK_N if part < PARTS else TAIL, REST_D, PRECISION),
-                bias_ptr + b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, part * BLOCK_N + offs_n, mask_n,
-                stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE, part == PARTS + (TAIL > 0) - 1,
+                bias_ptr + bias_b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m,
+                part * BLOCK_N + offs_n, mask_n, stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE,
+                part == PARTS + (TAIL > 0) - 1,
             )  # fmt: skip
             m = tl.maximum(m, tl.max(tile, 1))
             s = s + (tile,)

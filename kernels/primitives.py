@@ -31,6 +31,15 @@ def to_int64(index):
 
 
 @triton.jit
+def bias_item(b, bias_period, BIAS_REPEATS: tl.constexpr):
+    """Index in the bias of batch item b, as int64."""
+    if BIAS_REPEATS:
+        return to_int64(b % bias_period)
+    else:
+        return to_int64(b)
+
+
+@triton.jit
 def query_offsets(rows_ptr, first, offs, M, stride, HAS_ROWS: tl.constexpr, INT64_OFFSETS: tl.constexpr):
     """(index of the query of each row [R], offset of the tile, offsets of its rows within the tile [R]).
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from attnx.kernels.configs import Launch, Target, vecmat_config
 from attnx.kernels.primitives import (
     NO_BIAS,
+    bias_item,
     head_tiles,
     lse_to_log2,
     masked_scores,
@@ -26,10 +27,11 @@ def vecmat_kernel(
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_bb, stride_bh, stride_bm, stride_bn,
-    H, GROUP, M, N, scale_log2,
+    H, GROUP, M, N, bias_period, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
-    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, FOLD_SCALE: tl.constexpr,
-    INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, BIAS_REPEATS: tl.constexpr, CAUSAL: tl.constexpr,
+    FOLD_SCALE: tl.constexpr, INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_N entries of r @ P of one head. The keys stay on chip while the loop runs over the queries."""
     pid = tl.program_id(0)
@@ -37,6 +39,7 @@ def vecmat_kernel(
     first_n = (pid % blocks_n) * BLOCK_N
     h = to_int64((pid // blocks_n) % H)
     b = to_int64(pid // blocks_n // H)
+    bias_b = bias_item(pid // blocks_n // H, bias_period, BIAS_REPEATS)
 
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_n = offs_n < N - first_n
@@ -45,7 +48,7 @@ def vecmat_kernel(
     # ([BLOCK_N, BLOCK_D],) or ([BLOCK_N, BLOCK_D], [BLOCK_N, REST_D])
     k = head_tiles(k_tile, offs_k, stride_kd, D, BLOCK_D, REST_D)
     q_head = q_ptr + b * stride_qb + h * stride_qh
-    bias_head = bias_ptr + b * stride_bb + h * stride_bh
+    bias_head = bias_ptr + bias_b * stride_bb + h * stride_bh
 
     # [BLOCK_M, BLOCK_N]; summed over its rows once, after the loop
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

@@ -80,8 +80,10 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, h
     if bias.device != q.device:
         raise ValueError(f"bias: expected device {q.device}; got {bias.device}")
     shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    if len(shape) != 4 or any(have not in (1, want) for have, want in zip(shape, (B, H, M, N), strict=True)):
+    if len(shape) != 4 or any(have not in (1, want) for have, want in zip(shape[1:], (H, M, N), strict=True)):
         raise ValueError(f"bias: expected a shape that broadcasts to {[B, H, M, N]}; got {list(bias.shape)}")
+    if shape[0] != B and (shape[0] == 0 or B % shape[0]):
+        raise ValueError(f"bias: expected a first dimension that divides the batch of {B}; got {list(bias.shape)}")
     return bias.reshape(shape)
 
 

@@ -57,6 +57,7 @@ def attention(
         k: [B, Hk, N, D] of the same dtype and device; H is a multiple of Hk (grouped queries).
         v: [B, Hk, N, Dv] likewise.
         bias: broadcastable to [B, H, M, N]: a float tensor is added to the scores, a boolean one says True = attend.
+            Or [P, ...] where P divides B: it repeats, item b has bias[b % P], as for the windows of several images.
             Below -5e4 it hides a key, so `finfo.min` of any dtype and -1e9 do as minus infinity, and a row of nothing
             else is zero, where SDPA attends by what digits are left.
         is_causal: row i sees the keys 0..i, also where M != N (as in SDPA).

@@ -11,7 +11,8 @@ class Scores(NamedTuple):
     Attributes:
         q: [B, H, M, D].
         k: [B, Hk, N, D]; query head h uses key head h // (H // Hk).
-        bias: [1|B, 1|H, 1|M, 1|N], float (added) or bool (True = attend); None: no bias.
+        bias: [P, 1|H, 1|M, 1|N] where P divides B, float (added) or bool (True = attend); None: no bias. Item b uses
+            bias[b % P].
         is_causal: row i sees the keys 0..i.
         scale: the factor of the products.
         softcap: the bound of the scores' magnitude; 0: no bound.
@@ -28,6 +29,11 @@ class Scores(NamedTuple):
     def group(self) -> int:
         """Query heads per key head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def bias_repeats(self) -> bool:
+        """True if the bias has more than one item and fewer than the batch, so that it does not broadcast."""
+        return self.bias is not None and 1 < self.bias.shape[0] < self.q.shape[0]
 
     @property
     def is_empty(self) -> bool:

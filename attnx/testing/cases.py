@@ -20,7 +20,8 @@ class Inputs(NamedTuple):
 class Case:
     """A test case: sizes, options, and the memory layout of the inputs.
 
-    ``bias`` (additive) and ``mask`` (boolean, True = attend) are shapes: "B1MN" is [B, 1, M, N], "MN" is [M, N].
+    ``bias`` (additive) and ``mask`` (boolean, True = attend) are shapes: "B1MN" is [B, 1, M, N], "MN" is [M, N], and
+    "P" is half of B: a bias that repeats.
     If a mask has rows, its first and last row are False everywhere. If a bias has rows, its row 1 is -inf everywhere.
     ``layout`` is one of LAYOUTS. In every layout but "contiguous", the inputs are surrounded by NaNs or by each other.
     """
@@ -81,7 +82,7 @@ def random_inputs(case: Case, seed: int = 0, device: torch.device | str = "cpu")
         q, k, v = (t.expand(B, -1, -1, -1) for t in (q, k, v))
     bias = None
     if case.bias or case.mask:
-        sizes = {"B": B, "H": H, "M": M, "N": N, "1": 1}
+        sizes = {"B": B, "P": B // 2, "H": H, "M": M, "N": N, "1": 1}
         shape = [sizes[letter] for letter in case.bias or case.mask]
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         bias = (noise if case.bias else noise > -0.5).to(device, case.dtype if case.bias else torch.bool)
@@ -146,6 +147,13 @@ TABLE: tuple[Case, ...] = (
     *(Case(mask=shape, N=300) for shape in ("B1MN", "BHMN")),
     Case(mask="B1MN", N=300, heads="each", dtype=_BF16),
     Case(mask="BHMN", N=300, heads="min"),
+    # a bias or a mask that repeats over the batch
+    *(Case(B=8, H=2, bias=shape) for shape in ("PHMN", "P1MN", "P11N")),
+    *(Case(B=8, H=2, mask=shape, heads="max") for shape in ("PHMN", "P1MN")),
+    Case(B=4, H=2, N=300, bias="PHMN", dtype=_BF16),
+    Case(B=4, H=2, N=300, mask="P1MN"),
+    Case(B=8, H=2, bias="P1MN", heads="each", dtype=_FP64),
+    Case(B=4, H=4, Hk=2, N=300, bias="PHMN", rows=(19, 1, 0), is_causal=True),
     # causal, more rows than keys and fewer
     *(Case(is_causal=True, M=M, N=N) for M, N in ((20, 20), (20, 50), (50, 20))),
     Case(is_causal=True, B=1, H=2, M=20, N=300, dtype=_FP16),

@@ -116,7 +116,7 @@ def torch_reference(
     # A mask instead of is_causal: on CPUs SDPA masks before scaling, so scale <= 0 gives NaN.
     mask = None
     if bias is not None and bias.dtype != torch.bool:
-        mask = bias.to(q.dtype).masked_fill(hidden, -torch.inf)
+        mask = _per_item(bias, q).to(q.dtype).masked_fill(hidden, -torch.inf)
     elif bias is not None or is_causal:
         mask = ~hidden
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -140,7 +140,7 @@ def biased_scores(
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if bias is not None and bias.dtype != torch.bool:
-        s = s + bias.to(dtype)
+        s = s + _per_item(bias, q).to(dtype)
     return s.masked_fill(_hidden(q, k, bias, is_causal), -torch.inf)
 
 
@@ -163,10 +163,17 @@ def _hidden(q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool) -> Tenso
     """[B, H, M, N]: True where a key is masked by the diagonal, a boolean mask, or -inf in a bias."""
     hidden = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
     if bias is not None:
+        bias = _per_item(bias, q)
         hidden = hidden | (~bias if bias.dtype == torch.bool else bias.double() < MASK_THRESHOLD)
     if is_causal:
         hidden = hidden | torch.ones_like(hidden).triu(1)
     return hidden
+
+
+def _per_item(bias: Tensor, q: Tensor) -> Tensor:
+    """The bias with an item for every item of q, copied where it repeats."""
+    repeats = bias.dim() == 4 and 1 < len(bias) < len(q)
+    return bias.repeat(len(q) // len(bias), 1, 1, 1) if repeats else bias
 
 
 def _per_query_head(t: Tensor, q: Tensor) -> Tensor:

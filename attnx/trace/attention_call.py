@@ -82,8 +82,9 @@ class Call:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> "Call":
-        def own() -> Tensor:
-            return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        def own() -> Any:
+            options: dict[str, Any] = dict(scale=scale, enable_gqa=enable_gqa)
+            return sdpa_in_four(func, query, key, value, attn_mask, dropout_p, is_causal, **options)
 
         scores: dict[str, Any] = dict(is_causal=is_causal, scale=scale)
         if query.dim() == 4:
@@ -107,6 +108,31 @@ class Call:
         self.result = self.own()
         output: Tensor = self.result[0] if self.ours else self.result
         return output
+
+
+def sdpa_in_four(
+    func: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """SDPA's output; over 5 dimensions with a mask, that of SDPA over 4, whose kernels are 2 to 3 times as fast.
+
+    The mask is copied for every item, [B * windows, H, M, N].
+
+    Args:
+        func: `F.scaled_dot_product_attention`; the others are its arguments.
+    """
+    sizes = query.shape[:2]
+    same = key.shape[:2] == value.shape[:2] == sizes
+    if query.dim() != 5 or not same or attn_mask is None or attn_mask.dim() < 3:
+        return func(query, key, value, attn_mask, *args, **kwargs)
+    whole = attn_mask[(None,) * (5 - attn_mask.dim())].expand(*sizes, -1, -1, -1).flatten(0, 1)
+    out = func(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), whole, *args, **kwargs)
+    return out.unflatten(0, sizes)
 
 
 def _reshaped(sizes: tuple[int, ...]) -> Callable[[Tensor], Tensor]:

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 # Names under which attention modules store their number of heads.
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 # Class names of modules over [B, windows, H, M, D]; others have the heads before the windows, or sizes that tell.
-_WINDOWS_FIRST = ("LocallyGroupedAttn",)
+_SWIN = ("WindowAttention", "WindowMultiHeadAttention", "Swinv2SelfAttention", "ShiftedWindowAttention",
+         "ShiftedWindowAttentionV2")  # fmt: skip
+_WINDOWS_FIRST = ("LocallyGroupedAttn", *_SWIN)
 _HEADS_FIRST = ("MaskUnitAttention", "HieraMaskUnitAttention", "OutlookAttention")
 
 
@@ -67,11 +69,17 @@ def _split(t: Tensor, batch: int, heads: int) -> Tensor:
 
 
 def _merge(t: Tensor, sizes: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
-    """5 dimensions in another order, the first two merged; a mask is first expanded to these sizes."""
+    """5 dimensions in another order, the first two merged; a mask may have dimensions of 1, or fewer.
+
+    A mask that is the same for all images stays that of one image, [windows, H, M, N], as `attnx.attention` repeats it.
+    One that differs between the images and not between their windows is copied for each window.
+    """
     if t.dim() < 3:
         return t
-    whole = t[(None,) * (5 - t.dim())]
-    return whole.expand(*sizes, -1, -1).permute(order).flatten(0, 1)
+    whole = t[(None,) * (5 - t.dim())].permute(order)
+    if len(whole) > 1:
+        whole = whole.expand(-1, sizes[order[1]], -1, -1, -1)
+    return whole.flatten(0, 1)
 
 
 def _heads_of(module: Any) -> int | None:

@@ -24,7 +24,7 @@ from attnx.trace import explain, explicit
 from attnx.trace.adapters import route_to_sdpa
 from attnx.trace.adapters.checkpointing import recomputes, switch_off
 from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
-from attnx.trace.attention_call import Call
+from attnx.trace.attention_call import Call, sdpa_in_four
 from attnx.trace.facts import Facts, facts_of
 from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, ThreadState
 from attnx.trace.layers import Layers, clean_name, is_attention, matches, names_in_graph, resolve
@@ -190,7 +190,7 @@ class Interceptor(TorchFunctionMode):
         name = self._name(frame) if func is SDPA else frame.name
         if self.torn is not None or not self.is_wanted(name):
             self.note_layer(name)
-            return func(*args, **kwargs)
+            return sdpa_in_four(func, *args, **kwargs) if func is SDPA else func(*args, **kwargs)
         if func is MHA:
             exact = not self.recorder.grad
             sdpa = partial(self._answer_sdpa, frame, name)

@@ -27,7 +27,7 @@ enum BiasKind : int64_t { NO_BIAS, FLOAT, BOOL };
 // absent input, or for an output that is not computed.
 struct Call {
     const void *q, *k, *v;           // [B, H, M, D], [B, Hk, N, D], [B, Hk, N, Dv], the last stride 1
-    const void* bias;                // [B, H, M, N], any strides
+    const void* bias;                // [bias_items, H, M, N], any strides; item b uses bias[b % bias_items]
     const int64_t* rows;             // [R] indices of query rows; null: all M rows
     const float* lse;                // [B, H, M]; if given, weights are exp(score - lse)
     const float* r;                  // [B, M], the vector of vecmat
@@ -35,7 +35,7 @@ struct Call {
     void* out;                       // [B, H, M, Dv], stored as [B, M, H, Dv]
     float *map, *lse_out, *passed;   // [B, R, N] or [B, H, R, N]; [B, H, M]; [B, N], the result of vecmat
     float* scratch;                  // [attnx_scratch_floats(call)]
-    int64_t B, H, Hk, M, N, D, Dv, R;
+    int64_t B, H, Hk, M, N, D, Dv, R, bias_items;
     int64_t q_stride[3], k_stride[3], v_stride[3], bias_stride[4], grad_stride[3];
     int64_t half, heads, bias_kind, causal, threads, clamp;
     double scale;

@@ -57,7 +57,7 @@ static float in_base_2(float x) {
 
 // Writes the bias of keys first..first+T-1, times log2(e), to tile [T][ROWS]; -inf masks.
 static void load_bias(const Call& c, const Block& block, int64_t h, int64_t first, int T, float* tile) {
-    const int64_t *stride = c.bias_stride, at = block.b * stride[0] + h * stride[1];
+    const int64_t *stride = c.bias_stride, at = block.b % c.bias_items * stride[0] + h * stride[1];
     const auto* bytes = (const uint8_t*)c.bias + at;
     const auto* floats = (const float*)c.bias + at;
     for (int t = 0; t < T; t++) {

@@ -21,7 +21,8 @@ def attention(scores: Scores, v: Tensor, reduction: Reduction, rows: Tensor | No
     """Output [B,H,M,Dv] in q's dtype and map, see `ops.functional.attention`."""
     if rows is not None:
         amap = attention_map(scores, reduction, rows, None)
-        return attention_lse(scores, v)[0] if scores.softcap else _output(scores, v), amap
+        by_blocks = scores.softcap or scores.bias_repeats
+        return attention_lse(scores, v)[0] if by_blocks else _output(scores, v), amap
     out = scores.new_output(v)
     return out, _map(scores, reduction, None, None, v, out)
 
@@ -123,7 +124,7 @@ def attention_backward(
         dv[:, hk].baddbmm_(p.transpose(1, 2), grad_block)
         if dbias is not None:
             target = _bias_block(dbias, h, block)
-            target += ds.sum_to_size(target.shape)
+            target += _by_item(ds, dbias).sum_to_size(target.shape)
         if softcap:
             # The weights are no longer needed: the capped scores take their place.
             tanh = torch.bmm(q_block, k_[:, hk].transpose(1, 2), out=p).mul_(scale / softcap).tanh_()
@@ -226,10 +227,10 @@ def _scores(scores: Scores, rows: Tensor | None) -> Iterator[tuple[slice, int, T
             if softcap:
                 s.tanh_().mul_(softcap)
             if bias is not None:
-                tile = _bias_block(bias, h, block)
+                tile, repeated = _bias_block(bias, h, block), _by_item(s, bias)
                 if bias.dtype != torch.bool:
-                    s.add_(tile)
-                s.masked_fill_(~tile if bias.dtype == torch.bool else tile < MASK_THRESHOLD, -torch.inf)
+                    repeated.add_(tile)
+                repeated.masked_fill_(~tile if bias.dtype == torch.bool else tile < MASK_THRESHOLD, -torch.inf)
             if hidden is not None:
                 s.masked_fill_(hidden, -torch.inf)
             yield block, h, s
@@ -240,8 +241,13 @@ def _rows_in_a_block(q: Tensor, k: Tensor) -> int:
 
 
 def _bias_block(bias: Tensor, h: int, block: slice) -> Tensor:
-    """The [1|B, 1|rows, 1|N] part of a [1|B, 1|H, 1|M, 1|N] bias."""
+    """The [P, 1|rows, 1|N] part of a [P, 1|H, 1|M, 1|N] bias."""
     return bias[:, h if bias.shape[1] > 1 else 0, block if bias.shape[2] > 1 else slice(None)]
+
+
+def _by_item(s: Tensor, bias: Tensor) -> Tensor:
+    """[B / P, P, rows, N]: scores [B, rows, N] in the form that a `_bias_block` of P items broadcasts to."""
+    return s.view(-1, len(bias), *s.shape[1:])
 
 
 def _causal_mask(block: slice, rows: Tensor | None, keys: int, device: torch.device) -> Tensor:

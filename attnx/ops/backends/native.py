@@ -21,7 +21,7 @@ from attnx.ops.scores import Scores
 _DTYPES = (torch.float32, torch.bfloat16)
 REDUCTIONS = (Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.EACH)  # that call.h has
 _POINTERS = ("q", "k", "v", "bias", "rows", "lse", "r", "grad", "out", "map", "lse_out", "passed", "scratch")
-_SIZES = ("B", "H", "Hk", "M", "N", "D", "Dv", "R")
+_SIZES = ("B", "H", "Hk", "M", "N", "D", "Dv", "R", "bias_items")
 _STRIDES = (("q_stride", 3), ("k_stride", 3), ("v_stride", 3), ("bias_stride", 4), ("grad_stride", 3))
 _KINDS = ("half", "heads", "bias_kind", "causal", "threads", "clamp")
 
@@ -136,12 +136,13 @@ def _run(
             # Convert the stored part only: an expanded bias may be as large as all the weights.
             once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride())
             bias = bias[once].float()
-        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        bias = bias.expand(-1, q.shape[1], q.shape[2], k.shape[2])
     (B, H, M, D), (_, Hk, N, _) = q.shape, k.shape
     call = _Call(B=B, H=H, Hk=Hk, M=M, N=N, D=D, Dv=0 if v is None else v.shape[3])
     call.R = M if rows is None else len(rows)
     call.half, call.heads, call.causal = q.dtype == torch.bfloat16, int(reduction), scores.is_causal
     call.scale, call.threads, call.clamp = scores.scale, torch.get_num_threads(), clamp
+    call.bias_items = 1 if bias is None else bias.shape[0]
     call.bias_kind = 0 if bias is None else 2 if bias.dtype == torch.bool else 1
     pointers = dict(tensors, q=q, k=k, v=v, bias=bias, rows=rows)
     assert pointers.keys() <= set(_POINTERS), pointers.keys()

@@ -159,7 +159,9 @@ def _shared(scores: Scores, rows: Tensor | None) -> dict[str, Any]:
     """The arguments that every kernel takes."""
     q, k, bias = scores.q, scores.k, scores.bias
     if bias is not None:
-        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        # A repeating bias keeps its items: the kernels find an item's own.
+        items = len(bias) if scores.bias_repeats else q.shape[0]
+        bias = bias.expand(items, q.shape[1], q.shape[2], k.shape[2])
     shared: dict[str, Any] = shared_args(q, k, bias, rows, scores.scale, scores.is_causal)
     return shared
 

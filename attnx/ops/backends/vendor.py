@@ -23,13 +23,14 @@ def output_and_lse(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor] | None:
 
     On GPUs: what SDPA itself would choose, cuDNN or flash attention, for half precision without a bias. On CPUs: any
     bias or mask, which is copied in the dtype of the computation. Half precision is copied to float32 first on CPUs,
-    since the vendor's kernel for it takes an exponential of 20 bits, whose log-sum-exp would spoil the map.
+    since the vendor's kernel for it takes an exponential of 20 bits, whose log-sum-exp would spoil the map. A bias that
+    repeats over the batch would have to be copied for every item, so none is taken.
 
     Args:
         scores: not empty, with at least one key; v likewise.
     """
     q, k = scores.q, scores.k
-    if scores.softcap or q.shape[3] != v.shape[3] or any(t.stride(3) != 1 for t in (q, k, v)):
+    if scores.softcap or scores.bias_repeats or q.shape[3] != v.shape[3] or any(t.stride(3) != 1 for t in (q, k, v)):
         return None
     if scores.is_causal and scores.scale <= 0:
         return None  # it masks before it scales, which gives NaN

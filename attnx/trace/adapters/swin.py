@@ -4,8 +4,7 @@ Supported are the classes of microsoft/Swin-Transformer (versions 1 and 2) with 
 of timm, transformers and torchvision that have no SDPA. See `rewriting` for how blocks are recognised.
 
 q, k and v are [B * windows, H, K, D] for windows of K tokens. The relative position bias [1, H, K, K] is added to the
-scores. Shifted blocks also have a mask [windows, K, K]; then SDPA needs a bias for each window of each image,
-[B * windows, H, K, K].
+scores. Shifted blocks also have a mask [windows, K, K], which repeats for each image, see `_attend`.
 
 Reference:
     https://github.com/microsoft/Swin-Transformer, models/swin_transformer.py and models/swin_transformer_v2.py
@@ -85,7 +84,7 @@ def _v1(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return result
     q, k, v = project(self, x)
     bias = _gather(self, self.relative_position_bias_table)
-    return output(self, F.scaled_dot_product_attention(q, k, v, _with_mask(bias, mask, q), scale=self.scale))
+    return output(self, _attend(q, k, v, bias, mask, self.scale))
 
 
 def _v2(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -175,10 +174,7 @@ def _torchvision_windows(self: Any, x: Tensor, bias: Tensor, mask: Tensor | None
         q_bias, k_bias, v_bias = packed.chunk(3)
         packed = torch.cat((q_bias, torch.zeros_like(k_bias), v_bias))
     q, k, v = _split(self, F.linear(x, self.qkv.weight, packed))
-    if logit_scale is not None:
-        out = _cosine((q, k, v), logit_scale, bias, mask)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, _with_mask(bias, mask, q))
+    out = _attend(q, k, v, bias, mask) if logit_scale is None else _cosine((q, k, v), logit_scale, bias, mask)
     projected = F.linear(out.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias)
     return F.dropout(projected, self.dropout, self.training)
 
@@ -202,7 +198,7 @@ def _cosine(qkv: Any, logit_scale: Tensor, bias: Tensor, mask: Tensor | None) ->
     q, k, v = qkv
     q = F.normalize(q, dim=-1) * logit_scale.clamp(max=math.log(100)).exp()
     k = F.normalize(k, dim=-1)
-    return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, _with_mask(bias, mask, v), scale=1.0)
+    return _attend(q.to(v.dtype), k.to(v.dtype), v, bias, mask, 1.0)
 
 
 def _split(self: Any, qkv: Tensor) -> Tensor:
@@ -218,12 +214,21 @@ def _gather(self: Any, table: Tensor) -> Tensor:
     return bias
 
 
-def _with_mask(bias: Tensor, mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """The bias [1, H, K, K], or with a mask [windows, K, K] the bias of each item of q, [B * windows, H, K, K]."""
-    if mask is None:
-        return as_bias(bias, q)
-    both = as_bias(bias + mask[:, None], q)
-    return None if both is None else both.expand(len(q) // len(mask), *both.shape).flatten(0, 1)
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+    """Output [B * windows, H, K, D] of SDPA with the bias [1, H, K, K] and a mask [windows, K, K].
+
+    With a mask, SDPA gets q, k and v as [B, windows, H, K, D], so that the mask broadcasts over the images. Where a
+    graph is recorded, SDPA itself is to run, and its fast kernels take 4 dimensions: the mask is copied for each image.
+    """
+    # [1 or windows, H, K, K]
+    both = as_bias(bias if mask is None else bias + mask[:, None], q)
+    if mask is None or both is None:
+        return F.scaled_dot_product_attention(q, k, v, both, scale=scale)
+    windows = len(mask)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, both)):
+        return F.scaled_dot_product_attention(q, k, v, both.repeat(len(q) // windows, 1, 1, 1), scale=scale)
+    q, k, v = (t.unflatten(0, (-1, windows)) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, both, scale=scale).flatten(0, 1)
 
 
 def _has_own(self: Any) -> bool:
