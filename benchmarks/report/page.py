@@ -17,6 +17,7 @@ from benchmarks.report.stored import Row, Run, Stored, load
 from benchmarks.report.sweeps import sweep_section
 from benchmarks.report.table import ms, number, origin, table
 from benchmarks.report.targets import verdicts
+from benchmarks.report.windows import windows_section
 from benchmarks.report.words import words_section
 
 INTRO = Path(__file__).with_name("intro.md")
@@ -34,6 +35,7 @@ def page(stored: Stored, plot_files: dict[str, list[str]]) -> str:
     sections = [target_section(run) for run in stored.runs]
     sections += [run_section(run, plot_files.get(run.file, [])) for run in stored.runs]
     sections += [words_section(*item) for item in stored.words.items()]
+    sections += [windows_section(*item) for item in stored.windows.items()]
     sections += [jobs_section(*item) for item in stored.jobs.items()]
     if stored.sweeps:
         sections.append(sweep_section(stored.sweeps))
