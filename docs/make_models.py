@@ -36,7 +36,8 @@ attnx models
 attnx models demo
 ```
 
-prints this table, and tries a model of any size: `demo`, `timm:NAME` or `hf:NAME`. It needs no weights.
+prints this table, and tries one model. It needs no weights. For the names see
+[Command line](guides/command-line.md#models).
 
 | column | meaning |
 |---|---|

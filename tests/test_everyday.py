@@ -111,7 +111,8 @@ def test_gradient_capture_of_a_model_that_was_not_heard() -> None:
 
     x = torch.randn(1, 5, 8, requires_grad=True)
     with pytest.raises(
-        ValueError, match=r"backward: no attention was captured: the model was not called .*, or it calls neither"
+        ValueError,
+        match=r"backward: no attention was captured: the model was not called .* no attention",
     ):
         with attnx.capture(Written(), grad=True) as trace:
             trace.backward(Written()(x).sum())
@@ -135,7 +136,7 @@ def test_one_layer_of_another_shape_does_not_end_the_pass() -> None:
     model, x = Mixed().eval(), torch.randn(2, 6, 48)
     with torch.no_grad():
         plain = model(x)
-        with pytest.warns(UserWarning, match=r"windows: expected .*; got \[2, 1, 2, 3, 48\]"):
+        with pytest.warns(UserWarning, match=r"windows: expected .*; got \[2, 1, 2, 3, 3\]"):
             with attnx.capture(model) as trace:
                 heard = model(x)
         with (

@@ -42,7 +42,7 @@ class Attention(nn.Module):
         elif self.form == "another dtype":
             out = (p.to(torch.bfloat16) @ v.to(torch.bfloat16)).float()
         else:
-            out = torch.bmm(p, v).unflatten(0, (2, 4)) if p.dim() == 3 else torch.matmul(p, v)
+            out = torch.bmm(p, v).unflatten(0, (-1, 4)) if p.dim() == 3 else torch.matmul(p, v)
         return out.transpose(1, 2).flatten(2)
 
 
@@ -52,12 +52,16 @@ FORMS = ("matmul", "transposed", "einsum", "heads mixed", "another dtype", "thre
 @pytest.mark.parametrize("form", FORMS)
 def test_the_weights_are_the_map(form: str) -> None:
     model = nn.Sequential(Attention(form)).eval()
+    x = X[:1] if form == "three dimensions" else X
     with torch.no_grad():
-        plain = model(X)
+        plain = model(x)
         with attnx.capture(model, heads="each") as trace:
-            assert torch.equal(model(X), plain)
+            assert torch.equal(model(x), plain)
     assert list(trace) == ["0"]
-    torch.testing.assert_close(trace["0"], model[0].weights.view(2, 4, 6, 6), rtol=0, atol=0)
+    want = model[0].weights.view(-1, 4, 6, 6)
+    if form == "heads mixed":  # what multiplies the values
+        want = model[0].mix(want.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(trace["0"], want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("heads", "fused"), [("mean", Tensor.mean), ("max", Tensor.amax), ("min", Tensor.amin)])
@@ -82,19 +86,18 @@ def test_a_map_is_no_view_of_the_weights() -> None:
     assert torch.equal(trace["0"], model[0].kept)
 
 
-@pytest.mark.parametrize("form", ["matmul", "three dimensions", "heads mixed"])
+@pytest.mark.parametrize("form", ["matmul", "three dimensions"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradient_weighted_maps(form: str, frozen: bool) -> None:
     model = nn.Sequential(Attention(form)).eval().requires_grad_(not frozen)
+    x = X[:1] if form == "three dimensions" else X
     with attnx.capture(model, grad="signed") as trace:
-        score = model(X).square().sum()
+        score = model(x).square().sum()
     trace.backward(score)
-    p = model[0].weights.detach().requires_grad_()
-    _, _, v = model[0].qkv(X).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
-    whole = p.view(2, 4, 6, 6)
-    mixed = model[0].mix(whole.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if form == "heads mixed" else whole
-    (dp,) = torch.autograd.grad((mixed @ v).square().sum(), p)
-    torch.testing.assert_close(trace["0"], (dp * p).view(2, 4, 6, 6).mean(1), rtol=1e-5, atol=1e-6)
+    p = model[0].weights.detach().view(-1, 4, 6, 6).requires_grad_()
+    _, _, v = model[0].qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+    (dp,) = torch.autograd.grad((p @ v).square().sum(), p)
+    torch.testing.assert_close(trace["0"], (dp * p).mean(1), rtol=1e-5, atol=1e-6)
 
 
 def test_a_backward_pass_of_the_model_is_its_own() -> None:
@@ -162,36 +165,162 @@ def test_weights_that_multiply_no_matrix_are_no_map() -> None:
     assert list(trace) == ["0"]
 
 
-def test_a_softmax_beside_sdpa_is_ignored() -> None:
-    class FusedAttention(nn.Module):
+def test_an_attention_beside_sdpa_is_a_second_map() -> None:
+    class DualAttention(nn.Module):
+        num_heads = 4
+
         def forward(self, x: Tensor) -> Tensor:
             q = x.unflatten(-1, (4, 4)).transpose(1, 2)
             unused = (q @ q.transpose(-2, -1)).softmax(-1)
             out = F.scaled_dot_product_attention(q, q, q, scale=0.1)
             after = (q @ q.transpose(-2, -1)).softmax(-1) @ q
-            return (out + 0 * after + 0 * unused.sum()).transpose(1, 2).flatten(2)
+            return (out + after + unused.sum()).transpose(1, 2).flatten(2)
 
-    model = nn.Sequential(FusedAttention()).eval()
+    model = nn.Sequential(DualAttention()).eval()
     with torch.no_grad(), attnx.capture(model, heads="each") as trace:
         model(X)
     q = X.unflatten(-1, (4, 4)).transpose(1, 2)
-    assert list(trace) == ["0"]
+    assert list(trace) == ["0", "0#2"]
     torch.testing.assert_close(trace["0"], (0.1 * q @ q.transpose(-2, -1)).softmax(-1))
+    torch.testing.assert_close(trace["0#2"], (q @ q.transpose(-2, -1)).softmax(-1))
 
 
 def test_other_modules_are_captured_on_request() -> None:
-    class Router(nn.Module):
+    class Mixer(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x.softmax(-1) @ torch.ones(16, 16)
+            return (x @ x.transpose(1, 2)).softmax(-1) @ x
 
-    model = nn.Sequential(Attention(), Router()).eval()
-    with torch.no_grad(), pytest.warns(UserWarning, match=r"1: its softmax multiplies values, but .* Router"):
+    model = nn.Sequential(Attention(), Mixer()).eval()
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"1: its softmax multiplies values, but .* Mixer"):
         with attnx.capture(model) as trace:
             model(X)
     assert list(trace) == ["0"]
     with torch.no_grad(), attnx.capture(model, layers=["1"]) as trace:
+        hidden = model[0](X)
         model(X)
-    torch.testing.assert_close(trace["1"], model[0](X).softmax(-1))
+    torch.testing.assert_close(trace["1"], (hidden @ hidden.transpose(1, 2)).softmax(-1))
+
+
+class LinearAttention(nn.Module):
+    """Softmaxes over features and over positions, and no scores of queries and keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.softmax(-1) @ (x.softmax(-2).transpose(1, 2) @ x)
+
+
+class RoutedAttention(nn.Module):
+    """A softmax over experts that multiplies their matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(16, 16), nn.Parameter(torch.ones(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.router(x).softmax(-1) @ self.experts
+
+
+@pytest.mark.parametrize("kind", [LinearAttention, RoutedAttention, SamplingAttention])
+@pytest.mark.parametrize("tokens", [6, 16])
+def test_a_softmax_over_no_product_is_no_map(kind: type[nn.Module], tokens: int) -> None:
+    model = nn.Sequential(kind()).eval()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="its scores are no product of queries and keys"):
+        with attnx.capture(model):
+            model(torch.randn(2, tokens, 16))
+
+
+@pytest.mark.parametrize("change", ["masked", "scaled in place", "sigmoid beside a gate"])
+def test_what_multiplies_the_values_is_recorded(change: str) -> None:
+    class ChangedAttention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            scores = x @ x.transpose(1, 2)
+            p = scores.softmax(-1)
+            if change == "masked":
+                p = p.tril()
+                p = p / p.sum(-1, keepdim=True)
+            elif change == "scaled in place":
+                p.mul_(0.5)
+            else:
+                p = torch.sigmoid(scores)
+            self.p = p
+            return p @ x
+
+    model = nn.Sequential(ChangedAttention()).eval()
+    with torch.no_grad(), attnx.capture(model) as trace:
+        model(X)
+    torch.testing.assert_close(trace["0"], model[0].p)
+    if change == "sigmoid beside a gate":
+        with pytest.raises(RuntimeError, match="do not depend on its softmax"), attnx.capture(model, grad=True):
+            model(X)
+        return
+    with attnx.capture(model, grad="signed") as trace:
+        trace.backward(model(X).square().sum())
+    assert trace["0"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_attentions_of_one_module(dtype: torch.dtype) -> None:
+    class TwoAttention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            first = (x @ x.transpose(1, 2)).softmax(-1, dtype=torch.float32).to(x.dtype)
+            second = (-x @ x.transpose(1, 2)).softmax(-1, dtype=torch.float32).to(x.dtype)
+            return first @ x + second @ x
+
+    model, x = nn.Sequential(TwoAttention()).eval(), X.to(dtype)
+    with torch.no_grad(), attnx.capture(model) as trace:
+        model(x)
+    assert list(trace) == ["0", "0#2"]
+    torch.testing.assert_close(trace["0"], (x @ x.transpose(1, 2)).softmax(-1, dtype=torch.float32))
+    torch.testing.assert_close(trace["0#2"], (-x @ x.transpose(1, 2)).softmax(-1, dtype=torch.float32))
+
+
+class Scores(nn.Module):
+    """Weights of another shape than [B, H, M, N]; the input is [B, N, C]."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (2, 8))  # [B, N, H, D]
+        p = torch.einsum("bihd,bjhd->bhij", q, q).softmax(-1)
+        v = q.transpose(1, 2)
+        if self.order == "hbmn":
+            return (p.transpose(0, 1).contiguous().softmax(-1) @ v.transpose(0, 1)).permute(1, 2, 0, 3).flatten(2)
+        p = torch.einsum("bihd,bjhd->bihj", q, q).softmax(-1)  # "bmhn"
+        return torch.einsum("bihj,bjhd->bihd", p, q).flatten(2)
+
+
+@pytest.mark.parametrize("order", ["hbmn", "bmhn"])
+def test_unknown_orders_of_dimensions_are_refused(order: str) -> None:
+    model = nn.Sequential(type("Attention", (Scores,), {})(order)).eval()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no map can be made of 0: expected"):
+        with attnx.capture(model):
+            model(torch.randn(3, 6, 16))
+
+
+def test_heads_of_the_module_around() -> None:
+    class DotProductAttention(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return (q @ k.transpose(1, 2)).softmax(-1) @ v
+
+    class MultiAttention(nn.Module):
+        n_head = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = DotProductAttention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.unflatten(-1, (4, 4)).transpose(1, 2).flatten(0, 1)
+            return self.attend(q, q, q).unflatten(0, (len(x), 4)).transpose(1, 2).flatten(2)
+
+    model = nn.Sequential(MultiAttention()).eval()
+    with torch.no_grad(), attnx.capture(model, heads="each") as trace:
+        model(X[:1])
+    assert trace["0.attend"].shape == (1, 4, 6, 6)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"got \[8, 6, 6\]; MultiAttention has 4 heads"):
+        with attnx.capture(model):  # the order of the batch and the heads is unknown
+            model(X)
 
 
 def test_qk_is_refused() -> None:
@@ -211,7 +340,7 @@ def test_heads_that_do_not_fit_are_refused() -> None:
         num_heads = 3
 
         def forward(self, x: Tensor) -> Tensor:
-            p = torch.randn(2, 6, 3, 4).softmax(-1)
+            p = (x.unflatten(-1, (4, 4))[:, :, :3] @ torch.ones(4, 4)).softmax(-1)
             return (p @ torch.ones(4, 2)).flatten(2)
 
     model = nn.Sequential(LocalAttention()).eval()
@@ -230,7 +359,7 @@ class Folds(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q = x.unflatten(-1, (4, 4))  # [B, N, H, D]
         if self.kind == "heads in the batch":
-            q = q.transpose(1, 2).flatten(0, 1)
+            q = q.transpose(1, 2).flatten(0, 1)  # only timm's, transformers' and torch's classes may do this
             return F.scaled_dot_product_attention(q, q, q).unflatten(0, (-1, 4)).transpose(1, 2).flatten(2)
         q = q.unflatten(1, (3, 2))  # [B, windows, 2, H, D]
         order = (0, 1, 3, 2, 4) if self.kind == "windows first" else (0, 3, 1, 2, 4)
@@ -243,7 +372,7 @@ class Folds(nn.Module):
 @pytest.mark.parametrize("kind", ["heads in the batch", "windows first", "heads first"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_sdpa_over_other_dimensions(kind: str, grad: bool) -> None:
-    attention = type("Attention", (Folds,), {})(kind)
+    attention = type("Attention", (Folds,), {"__module__": "timm.layers"})(kind)
     model = nn.Sequential(attention, nn.Linear(16, 16)).eval()
     x = torch.randn(5, 6, 16)
     q = x.unflatten(-1, (4, 4)).transpose(1, 2)  # [B, H, N, D]
@@ -269,6 +398,6 @@ def test_sdpa_over_other_dimensions(kind: str, grad: bool) -> None:
 
 def test_ambiguous_dimensions_are_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"got \[2, 4, 4, 6, 6\]; Attention has 4 heads"):
-        folding((2, 4, 4, 6, 6), Attention(), X)
+        folding((2, 4, 4, 6, 6), [(Attention(), X)])
     with pytest.raises(NotImplementedError, match=r"got \[7, 6, 6\]"):
-        folding((7, 6, 6), Attention(), X)
+        folding((7, 6, 6), [(Attention(), X)])

@@ -30,7 +30,7 @@ WORDS = {True: "yes", False: "no", None: "-"}
 def models(
     model: Annotated[
         str | None,
-        typer.Argument(help="demo, timm:NAME or hf:NAME, as in attnx show --model; default: the table of families."),
+        typer.Argument(help="A model as in attnx show --model; without it: the table of families."),
     ] = None,
     pretrained: Annotated[bool, typer.Option(help="Download the model's weights; default: random weights.")] = False,
     image_size: ImageSize = None,
@@ -152,5 +152,5 @@ def _print_support(loaded: "Loaded", found: "Support") -> None:
     console.print(shown)
     if found.own_maps:
         typer.echo(
-            f"{found.own_maps} layers compute their own softmax: the model holds [B, heads, M, N]; attnx adds none"
+            f"{found.own_maps} layers compute their own softmax: the model holds all heads' weights; attnx adds its map"
         )

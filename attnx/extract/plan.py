@@ -88,11 +88,10 @@ class Plan:
         by_reason: dict[str, list[str]] = {}
         for layer, reason in reasons.items():
             by_reason.setdefault(reason, []).append(layer)
-        names = {
-            reason: layers if len(layers) < len(self.blocks) else ["every layer"]
-            for reason, layers in by_reason.items()
-        }
-        notes = [f"{', '.join(layers)}: {reason}" for reason, layers in names.items()]
+        for reason, layers in by_reason.items():
+            if set(layers) == set(self.blocks):
+                by_reason[reason] = ["every layer"]
+        notes = [f"{', '.join(layers)}: {reason}" for reason, layers in by_reason.items()]
         return "\n".join([*lines, f"{end}; {how}", *notes])
 
     def run(self, recorder: Recorder, model: nn.Module, call: Callable[[], Any]) -> None:

@@ -126,7 +126,7 @@ def word_maps(
     from attnx.extract.lavt_maps import expression_maps
 
     if layer is not None or preset is not None or heads != "mean":
-        raise ValueError(f"LAVT: expected no layer, heads 'mean' and no preset; got {layer!r}, {heads!r}, {preset!r}")
+        raise ValueError(f"LAVT has no layer, heads or preset, only stage; got {layer!r}, {heads!r}, {preset!r}")
     return expression_maps(model, images, captions, stage, method=method, backend=backend)
 
 
@@ -293,7 +293,7 @@ def _cross_attention(model: nn.Module, layer: int) -> "tuple[Albef, nn.Module]":
     from attnx.models.albef import Albef
 
     if not isinstance(model, Albef):
-        raise ValueError(f"model: expected an attnx.models.albef.Albef; got {type(model).__name__}")
+        raise ValueError(f"model: expected an Albef of attnx.models; got {type(model).__name__}")
     if model.training:
         raise ValueError("model: expected eval mode; got training mode; call model.eval()")
     return model, model.get_submodule(model.cross_attention(layer).rpartition(".")[0])

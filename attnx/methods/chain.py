@@ -1,5 +1,6 @@
 """The layers of a trace that form a chain of self-attention, and the vectors that the chain starts from."""
 
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnx.ops.reducers import Reduction
+from attnx.trace.gradient_record import GradientRecord
 from attnx.trace.layers import attention_layers, matches
 from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord
@@ -111,7 +113,7 @@ def self_attention(trace: Trace, weighted: bool = False) -> Chain:
     if not fits or len(rows) > 1:
         raise ValueError(
             "rollout: expected self-attention layers over the same tokens, one after the other; got "
-            f"{describe(trace.all_sides(), by_stack=True)}; choose some of one kind, such as {_choice(trace)}"
+            f"{describe(trace.all_sides(), by_stack=True)}; {_choice(trace)}"
         )
     if not layers:
         raise ValueError("rollout: expected at least one self-attention layer in the trace; got none")
@@ -173,8 +175,19 @@ def _check_mixing(trace: Trace, first: str, last: str) -> None:
     mixed = trace.tokens.mixes(first, last)
     if mixed is not None:
         raise ValueError(
-            f"rollout: expected layers between which only attention mixes tokens; {mixed} mixes neighbouring tokens "
+            f"rollout: expected layers between which only attention mixes tokens; {mixed} may mix neighbouring tokens "
             f"between {first} and {last}; choose layers= on one side of it"
+        )
+
+
+def _check_stack(trace: Trace, first: str, last: str) -> None:
+    """Raise ValueError if two layers with windows are of different parts of a model, such as two towers."""
+    # The name up to the number of the block, with all numbers alike.
+    names = [re.sub(r"\d+", "#", name).rpartition("#")[0] for name in (first, last)]
+    parts = [trace.sides(name)[1].part for name in (first, last)]
+    if not trace.in_a_row and (names[0] != names[1] or parts[0] != parts[1]):
+        raise ValueError(
+            f"rollout: expected layers with windows of one stack; got {first} and {last}; choose layers= of one"
         )
 
 
@@ -199,32 +212,37 @@ def _windowed(trace: Trace, weighted: bool) -> Chain:
             )
         if before is not None:
             _check_mixing(trace, before[0], name)
-            merges, half = trace.tokens.merges(before[0], name), ((before[1][0] + 1) // 2, (before[1][1] + 1) // 2)
-            if (merges, grid) == (1, half):
+            _check_stack(trace, before[0], name)
+            merges = trace.tokens.merges(before[0], name)
+            if (merges, grid) == (1, PatchMerge.half(before[1])):
                 steps.append((name, PatchMerge(before[1], grid)))
             elif (merges, grid) != (0, before[1]):
                 raise ValueError(
                     f"rollout: expected the grid {before[1]} of {before[0]}, or half of it after one patch merging; "
                     f"got {grid} in {name} after {merges} mergings"
                 )
-        steps.append((name, record if windows is None else WindowRecord(record, windows, renormalise=not weighted)))
+        renormalise = not weighted and not isinstance(record, GradientRecord)
+        steps.append((name, record if windows is None else WindowRecord(record, windows, renormalise=renormalise)))
         grids.append(grid)
         before = name, grid
     return Chain(steps, grids=tuple(grids))
 
 
 def _choice(trace: Trace) -> str:
-    """An example of layers of the trace that `rollout` accepts, for error messages."""
+    """Advice on layers of the trace that `rollout` accepts, for error messages."""
     square = [name for name in trace if trace.sides(name)[0] == trace.sides(name)[1]]
+    square = [name for name in square if trace.sides(name)[1].kind not in ("channels", "windows")]
     images = [name for name in square if trace.sides(name)[1].grid] or square
     if not images:
-        return "layers= of a self-attention stack, if there is one"
+        return "no layers of this model form a chain"
     kind, stem = trace.sides(images[-1])[1], stack_of(images[-1])
     group = [name for name in square if trace.sides(name)[1] == kind and stack_of(name) == stem]
+    if trace.tokens.mixes(group[0], group[-1]) is not None:
+        return "no layers of this model form a chain: convolutions or pools run between them"
     for pattern in (f"{stem}.*", f"{stem}*", f"{stem}.*{group[0].rpartition('.')[2]}"):
         if stem and set(trace.select_names(pattern)) == set(group):
-            return f"layers={pattern!r}"
-    return f"layers={group}"
+            return f"choose some of one kind, such as layers={pattern!r}"
+    return f"choose some of one kind, such as layers={group}"
 
 
 def chain_start(

@@ -148,7 +148,9 @@ def _rollout(
     chain = self_attention(trace, weighted=not spare)
     layers = chain.layers
     if chain.windowed and (discard or preset):
-        raise ValueError(f"discard, preset: expected 0 and None for layers with windows; got {discard} and {preset!r}")
+        raise ValueError(
+            f"rollout: discard and preset do not apply to windows; got discard={discard}, preset={preset!r}"
+        )
     if not 0 <= start < len(layers):
         raise ValueError(f"start: expected a layer index in 0..{len(layers) - 1}; got {start}")
     layout = None if query == "all" else chain.layout(trace, start)

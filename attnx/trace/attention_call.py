@@ -1,6 +1,6 @@
 """One attention call of a model: its arguments as [B, H, M, D], and the way back to the model's shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from attnx.ops.functional import attention
 from attnx.trace.adapters.huggingface import unpacked
-from attnx.trace.folding import folding, same
+from attnx.trace.folding import Around, folding, same
 
 
 @dataclass
@@ -48,31 +48,31 @@ class Call:
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        x: Tensor | None = None,
+        outer: Sequence[Around] = (),
     ) -> "Call":
         """A call of `F.scaled_dot_product_attention` or `attnx.attention` with these arguments.
 
         Args:
             func, args, kwargs: the call.
-            module: the module that attends; with its input `x` it tells where the heads are if q has not 4 dimensions.
-            x: input of the module.
+            module: the module that attends.
+            outer: this module and the one around it, with their inputs; they give the heads if q has not 4 dimensions.
 
         Raises:
-            NotImplementedError: q has another shape than [B, H, M, D], and the module does not tell its heads.
+            NotImplementedError: q has another shape than [B, H, M, D], and its heads are unknown.
         """
         if func is attention:
             q, k, v, *_ = args
             names = ("is_causal", "scale", "softcap", "sinks")
             scores = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             return cls(q, k, v, kwargs.get("bias"), 0.0, scores, lambda: func(*args, **kwargs), ours=True)
-        return cls._of_sdpa(func, module, x, *args, **kwargs)
+        return cls._of_sdpa(func, module, outer, *args, **kwargs)
 
     @classmethod
     def _of_sdpa(
         cls,
         func: Callable[..., Tensor],
         module: nn.Module,
-        x: Tensor | None,
+        outer: Sequence[Around],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -93,7 +93,7 @@ class Call:
             if packed == heads:
                 return cls(q, key, value, bias, dropout_p, scores, own)
             return cls(q, key, value, bias, dropout_p, scores, own, _reshaped(packed), _reshaped(heads))
-        folded = folding((*query.shape[:-1], key.shape[-2]), module, x)
+        folded = folding((*query.shape[:-1], key.shape[-2]), outer or [(module, None)])
         if key.shape[:-2] != query.shape[:-2] or value.shape[:-2] != query.shape[:-2]:
             raise NotImplementedError(
                 f"expected q, k and v of the same leading dimensions; got {list(query.shape)}, {list(key.shape)} and "

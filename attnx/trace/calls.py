@@ -49,19 +49,30 @@ class RunningMeans:
     def __init__(self) -> None:
         self.maps: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._grids: dict[str, tuple[int, int] | None] = {}
 
-    def add(self, layer: str, amap: Tensor) -> None:
+    def add(self, layer: str, amap: Tensor, grid: tuple[int, int] | None) -> None:
         """Add a layer's map of one pass; a map that is the mean itself was added before and is ignored.
 
+        Args:
+            layer: name of the layer.
+            amap: its map.
+            grid: of its windows; None: it has none.
+
         Raises:
-            ValueError: the map's shape differs from that of earlier passes.
+            ValueError: the map's shape or grid differs from that of earlier passes.
         """
         mean = self.maps.get(layer)
         if mean is None:
-            self.maps[layer], self._counts[layer] = amap, 1
+            self.maps[layer], self._counts[layer], self._grids[layer] = amap, 1, grid
             return
         if amap is mean:
             return
+        if self._grids[layer] != grid:
+            raise ValueError(
+                f"calls='mean': expected windows of one grid; {layer} has {self._grids[layer]}, then {grid}; use "
+                "calls='all'"
+            )
         if amap.shape != mean.shape:
             raise ValueError(
                 f"calls='mean': expected maps of one shape; {layer} has {list(mean.shape)}, then "

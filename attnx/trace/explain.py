@@ -58,8 +58,8 @@ def own_weights(interceptor: "Interceptor") -> str:
     which = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} layers)"
     model = type(interceptor.model).__name__
     return (
-        f"attnx: {model} computes the softmax of {which} itself, so it holds the weights of all heads, [B, H, M, N]; "
-        "attnx adds none"
+        f"attnx: {model} computes the softmax of {which} itself, so the model holds the weights of all heads, "
+        "[B, H, M, N]; attnx adds only the map"
     )
 
 
@@ -82,8 +82,10 @@ def _nothing_reason(interceptor: "Interceptor") -> str:
     layers, unfused = attention_layers(model), unfused_blocks(model)
     reasons = dict.fromkeys(_reason(interceptor, name, unfused) for name in layers)
     details = "; ".join(reason for reason in reasons if reason != _NEVER)
-    return f"never called F.scaled_dot_product_attention; its attention modules: {', '.join(layers) or 'none'}; " + (
-        f"{details}; {_ADVICE}" if details else _ADVICE
+    names = ", ".join(layers) or "none"
+    return (
+        "called neither F.scaled_dot_product_attention nor a softmax that is attention; its attention modules: "
+        f"{names}; {f'{details}; {_ADVICE}' if details else _ADVICE}"
     )
 
 

@@ -1,7 +1,8 @@
-"""Attention of blocks that call no SDPA: the softmax over the keys is the map, once its weights multiply the values.
+"""Attention of blocks that call no SDPA: softmax(Q K^T) V, computed by the block's own code.
 
-The block materialises its weights [B, H, M, N] itself; their heads are fused at once. A softmax whose weights multiply
-nothing is no attention, such as the sampling weights of deformable attention.
+The result of a softmax is the map of a block if its scores have the shape of a product of matrices that the block
+computed before, and if it multiplies values in a product after. The block materialises its weights [B, H, M, N] itself;
+their heads are fused at once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,37 +21,87 @@ if TYPE_CHECKING:
     from attnx.trace.interceptor import Interceptor
 
 SOFTMAX = frozenset({F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax})
-PRODUCTS = frozenset({torch.matmul, torch.bmm, torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.bmm})
+PRODUCTS = frozenset({
+    torch.matmul, torch.bmm, torch.einsum, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm,
+})  # fmt: skip
+# Functions whose result stands for their argument: dropout, other dtypes, copies.
+COPIES = frozenset({
+    F.dropout, torch.dropout, Tensor.to, Tensor.type_as, Tensor.type, Tensor.float, Tensor.double, Tensor.half,
+    Tensor.bfloat16, Tensor.contiguous,
+})  # fmt: skip
+# Classes that mix the heads of the weights ("talking heads"); their map is the softmax before that.
+_MIXES_HEADS = ("TalkingHeadAttn", "Attention2d", "Attention2dDownsample")
+# Classes whose scores are no product of queries and keys.
+_NO_PRODUCT = ("OutlookAttention",)
+_NO_ATTENTION = (
+    "its softmax is no attention: its scores are no product of queries and keys, or its weights multiply no matrix of "
+    "values"
+)
+
+
+class Weights:
+    """The result of a softmax over the keys, and the copies of it that the block makes."""
+
+    __slots__ = ("forms", "p")
+
+    def __init__(self, p: Tensor) -> None:
+        self.p = p
+        self.forms = [p]
+
+    def has(self, t: Tensor) -> bool:
+        """True if a tensor is a view of the weights or of a copy, possibly without the last columns."""
+        return any(_is_view(t, form) for form in self.forms)
 
 
 def softmax(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The softmax, whose weights are remembered in the frame of the module that attends."""
+    """The softmax, whose result is stored in the frame of the module that attends if it may be the weights."""
     weights = func(*args, **kwargs)
     frame = _attending(interceptor.local.frames)
-    if frame.fused or not _over_keys(args, kwargs):
+    if not _over_keys(args, kwargs):
+        return weights
+    if not frame.has_scores(weights.shape) and type(frame.module).__name__ not in _NO_PRODUCT:
+        frame.other_softmax = True
         return weights
     if interceptor.recorder.grad and interceptor.is_wanted(frame.name) and torch.is_grad_enabled():
-        weights = starts_graph(weights)
-    frame.weights.append(weights)
+        started = starts_graph(weights)
+        # A copy, since the block may write to the weights, and autograd refuses that for the start of a graph.
+        weights = weights if started is weights else started.clone()
+    frame.weights.append(Weights(weights))
     return weights
 
 
+def copied(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of one of COPIES; a copy of stored weights is stored with them."""
+    result = func(*args, **kwargs)
+    frame = _with_weights(interceptor.local.frames)
+    if frame is not None and args and isinstance(args[0], Tensor) and isinstance(result, Tensor):
+        for weights in frame.weights:
+            if weights.has(args[0]):
+                weights.forms.append(result)
+    return result
+
+
 def product(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The matrix product; if it multiplies values by remembered weights, these are recorded first."""
-    frame = next((frame for frame in reversed(interceptor.local.frames) if frame.weights), None)
+    """The product of matrices; if it multiplies values by stored weights, these are recorded first."""
+    frames = interceptor.local.frames
+    frame = _with_weights(frames)
     if frame is not None:
-        used, p = _used(frame.weights, (*args, *kwargs.values()), sinks=hasattr(frame.module, "sinks"))
+        mixes = type(frame.module).__name__ in _MIXES_HEADS
+        used, p = _used(frame.weights, (*args, *kwargs.values()), mixes)
         if p is not None:
-            frame.weights = [weights for weights in frame.weights if not any(weights is u for u in used)]
+            frame.weights = [weights for weights in frame.weights if weights not in used]
             _record(interceptor, frame, p)
-    return func(*args, **kwargs)
+    result = func(*args, **kwargs)
+    if isinstance(result, Tensor):
+        _attending(frames).products.add(result.shape)
+    return result
 
 
 def note_unused(interceptor: "Interceptor", frame: "Frame") -> None:
     """Store the reason that a module, which has run, has no map although it computed a softmax."""
-    if frame.weights and not frame.fused and is_attention(frame.module) and frame.name not in interceptor.intercepted:
-        reason = "its softmax is no attention: its weights multiply no matrix of values"
-        interceptor.skipped.setdefault(frame.name, reason)
+    computed = frame.other_softmax or frame.weights
+    if computed and not frame.fused and is_attention(frame.module) and frame.name not in interceptor.intercepted:
+        interceptor.skipped.setdefault(frame.name, _NO_ATTENTION)
 
 
 def _record(interceptor: "Interceptor", frame: "Frame", weights: Tensor) -> None:
@@ -65,7 +116,9 @@ def _record(interceptor: "Interceptor", frame: "Frame", weights: Tensor) -> None
                 f"its softmax multiplies values, but the name of its class, {kind}, does not say that it attends; if "
                 f"it does, pass layers=[{name!r}]"
             )
-        fold = folding(weights.shape, frame.module, frame.main_input()).fold
+        if interceptor.recorder.grad and torch.is_grad_enabled() and not weights.requires_grad:
+            raise NotImplementedError("the weights that multiply its values do not depend on its softmax")
+        fold = folding(weights.shape, interceptor.local.around(frame)).fold
     except NotImplementedError as error:
         interceptor.skip(name, str(error))
         return
@@ -77,7 +130,7 @@ def _record(interceptor: "Interceptor", frame: "Frame", weights: Tensor) -> None
 
 
 def _attending(frames: Sequence["Frame"]) -> "Frame":
-    """The frame of the module that a softmax belongs to: the innermost, or the one around it if only that attends."""
+    """The frame of the module that attends: the innermost, or the one around it if only that has such a name."""
     inner = frames[-1]
     if isinstance(inner.module, nn.Softmax) and len(frames) > 1:
         frames = frames[:-1]
@@ -87,6 +140,11 @@ def _attending(frames: Sequence["Frame"]) -> "Frame":
     return inner
 
 
+def _with_weights(frames: Sequence["Frame"]) -> "Frame | None":
+    """The innermost frame with stored weights."""
+    return next((frame for frame in reversed(frames) if frame.weights), None)
+
+
 def _over_keys(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True for arguments of a softmax over the last of at least 3 dimensions."""
     x = args[0] if args else kwargs.get("input")
@@ -94,33 +152,29 @@ def _over_keys(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return isinstance(x, Tensor) and x.dim() >= 3 and dim in (-1, x.dim() - 1)
 
 
-def _used(pending: Sequence[Tensor], values: Sequence[Any], sinks: bool) -> tuple[list[Tensor], Tensor | None]:
-    """The weights that a product with these operands uses, and the weights that are recorded; None if it uses none.
+def _used(pending: Sequence[Weights], values: Sequence[Any], mixes: bool) -> tuple[list[Weights], Tensor | None]:
+    """The weights that a product with these operands uses, and the tensor that is recorded; None if it uses none.
 
-    An operand is a view of the weights, or has their shape: after dropout, a change of dtype, or a mixing of heads. An
-    operand without the columns of attention sinks, or one that can come from several softmaxes and so combines them, is
-    recorded itself.
+    An operand is a view of the weights or of a copy, or has their shape. In the second case the block has changed them,
+    or has combined those of several softmaxes, and the operand itself is recorded. An operand without the last columns
+    leaves out attention sinks, and is recorded too.
 
     Args:
         pending: weights that have not been used yet.
         values: arguments of the product.
-        sinks: True if the module has attention sinks: the last column of the weights, which has no value.
+        mixes: True if the block mixes the heads of the weights, which are then recorded.
     """
     operands = list(_tensors(values))
     for operand in operands:
         for weights in pending:
-            if _is_view(operand, weights):
-                if operand.numel() == weights.numel():
-                    return [weights], weights
-                if operand.shape[:-1] == weights.shape[:-1]:
-                    return [weights], operand
+            if weights.has(operand):
+                whole = operand.numel() == weights.p.numel()
+                if whole or operand.shape[:-1] == weights.p.shape[:-1]:
+                    return [weights], weights.p if whole else operand
     for operand in operands:
-        alike = [w for w in pending if w.shape[-2:] == operand.shape[-2:] and w.numel() == operand.numel()]
+        alike = [w for w in pending if w.p.shape[-2:] == operand.shape[-2:] and w.p.numel() == operand.numel()]
         if alike:
-            return alike, alike[0] if len(alike) == 1 else operand
-        cut = [w for w in pending if sinks and operand.shape == (*w.shape[:-1], w.shape[-1] - 1)]
-        if cut:
-            return cut[:1], operand
+            return alike, alike[0].p if mixes and len(alike) == 1 else operand
     return [], None
 
 

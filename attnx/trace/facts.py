@@ -3,12 +3,13 @@
 import re
 from collections.abc import Mapping
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from attnx.trace.windows import Windows
+if TYPE_CHECKING:
+    from attnx.trace.windows import Windows
 
 # Class names of modules that attend over the channels of [B, channels, tokens].
 _CHANNELS = re.compile(r"channel.*att|xca$|cross.?cov", re.IGNORECASE)
@@ -26,7 +27,7 @@ class Facts(NamedTuple):
     channels: it attends over channels.
     width: number of features of its input tokens; 0 if unknown.
     items: number of maps, windows included; 0 if unknown.
-    windows: the windows of the grid that its maps are of; None: it has none, or attnx does not know them.
+    windows: the windows of the grid that its maps are of; None: it has none, or they are unknown.
     merges: number of patch mergings that ran before it in the pass.
     """
 
@@ -34,14 +35,14 @@ class Facts(NamedTuple):
     channels: bool = False
     width: int = 0
     items: int = 0
-    windows: Windows | None = None
+    windows: "Windows | None" = None
     merges: int = 0
 
 
 def facts_of(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Facts:
     """The flags of a call, from the module's class and arguments."""
     kind: Any = type(module)
-    named = dict(zip(_parameters(kind), args, strict=False)) | dict(kwargs)
+    named = dict(zip(parameters(kind), args, strict=False)) | dict(kwargs)
     tokens = {name: t for name, t in named.items() if isinstance(t, Tensor) and t.is_floating_point() and t.dim() == 3}
     first = next(iter(tokens.values()), None)
     keys = next((tokens[name] for name in _KEYS if name in tokens), None)
@@ -52,7 +53,7 @@ def facts_of(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Facts:
     return Facts(crosses, _CHANNELS.search(kind.__name__) is not None, width)
 
 
-def _parameters(kind: Any) -> tuple[str, ...]:
+def parameters(kind: Any) -> tuple[str, ...]:
     """Names of the positional arguments of a module class's forward."""
     if kind not in _PARAMETERS:
         try:

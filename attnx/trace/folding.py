@@ -1,13 +1,18 @@
 """Attention over 3 or 5 dimensions as [B, H, M, D]: which dimension holds the heads, and the way back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+Around = tuple[nn.Module, Tensor | None]
+"""A module and its input."""
+
 # Names under which attention modules store their number of heads.
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
-# Class names of modules over [B, windows, H, M, D]; others have the heads before the windows, or sizes that tell.
+# Packages whose 3-dimensional attention is over [B * H, M, D], with the heads of an item side by side.
+_BATCH_BEFORE_HEADS = ("timm.", "transformers.", "torch.", "torchvision.", "open_clip.", "attnx.")
+# Class names of modules over [B, windows, H, M, D], and over [B, H, windows, M, D], for equal numbers of both.
 _SWIN = ("WindowAttention", "WindowMultiHeadAttention", "Swinv2SelfAttention", "ShiftedWindowAttention",
          "ShiftedWindowAttentionV2")  # fmt: skip
 _WINDOWS_FIRST = ("LocallyGroupedAttn", *_SWIN)
@@ -25,28 +30,26 @@ class Folding(NamedTuple):
     unfold: Callable[[Tensor], Tensor]
 
 
-def folding(shape: tuple[int, ...], module: nn.Module, x: Tensor | None) -> Folding:
+def folding(shape: tuple[int, ...], modules: Sequence[Around]) -> Folding:
     """The folding of q, k, v and of weights with the leading dimensions of `shape`.
 
     Args:
         shape: of the weights, [..., M, N], with 3 to 5 dimensions.
-        module: the module that attends; it tells its number of heads.
-        x: its input, which tells the size of the batch.
+        modules: the module that attends, with its input, and the module around it. The first that has a number of heads
+            gives the heads, and its input the size of the batch.
 
     Raises:
-        NotImplementedError: the shape does not tell which dimension holds the heads.
+        NotImplementedError: it is unknown which dimension holds the heads.
     """
-    heads = _heads_of(module)
-    if len(shape) == 4 and heads in (None, shape[1]):
+    (module, x), heads = next(((m, _heads_of(m[0])) for m in modules if _heads_of(m[0])), (modules[0], None))
+    if len(shape) == 4 and (heads == shape[1] if heads else _is_batch_first(shape, x)):
         return Folding(same, same)
-    if len(shape) == 3:
-        # Sizes of the batch, each with one head or with the module's heads.
-        fitting = {(b, n) for b in _batches(x, shape[1:]) for n in (1, heads) if n is not None and b * n == shape[0]}
-        if len(fitting) == 1:
-            batch, split = fitting.pop()
-            if split == 1:
-                return Folding(lambda t: t.unsqueeze(-3), lambda t: t.squeeze(-3))
-            return Folding(lambda t: _split(t, batch, split), lambda t: t.flatten(0, 1))
+    if len(shape) == 3 and (found := _split_batch(shape, heads, [x for _, x in modules] if heads is None else [x])):
+        batch, split = found
+        if split == 1:
+            return Folding(lambda t: t.unsqueeze(-3), lambda t: t.squeeze(-3))
+        if batch == 1 or type(module).__module__.startswith(_BATCH_BEFORE_HEADS):
+            return Folding(lambda t: _by_heads(t, batch, split), lambda t: t.flatten(0, 1))
     if len(shape) == 5 and heads in shape[1:3]:
         name = type(module).__name__
         axis = 2 if name in _WINDOWS_FIRST or (heads != shape[1] and name not in _HEADS_FIRST) else 1
@@ -54,8 +57,11 @@ def folding(shape: tuple[int, ...], module: nn.Module, x: Tensor | None) -> Fold
             order = (0, 3 - axis, axis, 3, 4)  # is its own inverse
             sizes = (shape[0], shape[3 - axis])
             return Folding(lambda t: _merge(t, shape[:3], order), lambda t: t.unflatten(0, sizes).permute(order))
-    said = f"; {type(module).__name__} has {heads} heads" if heads is not None else ""
-    raise NotImplementedError(f"expected [B, H, M, D], or a shape that tells its heads; got {list(shape)}{said}")
+    number = f"; {type(module).__name__} has {heads} heads" if heads else ""
+    raise NotImplementedError(
+        f"expected [B, H, M, N], or dimensions whose heads are known by the module's num_heads and its input; got "
+        f"{list(shape)}{number}"
+    )
 
 
 def same(t: Tensor) -> Tensor:
@@ -63,7 +69,7 @@ def same(t: Tensor) -> Tensor:
     return t
 
 
-def _split(t: Tensor, batch: int, heads: int) -> Tensor:
+def _by_heads(t: Tensor, batch: int, heads: int) -> Tensor:
     """[B H, M, D] -> [B, H, M, D]; a mask that is the same for all items keeps its single item."""
     return t if t.dim() < 3 else t.unsqueeze(0) if t.shape[0] == 1 else t.unflatten(0, (batch, heads))
 
@@ -84,7 +90,29 @@ def _merge(t: Tensor, sizes: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
 
 def _heads_of(module: Any) -> int | None:
     found = (getattr(module, name, None) for name in _HEADS)
-    return next((n for n in found if isinstance(n, int)), None)
+    return next((n for n in found if isinstance(n, int) and n > 0), None)
+
+
+def _split_batch(shape: tuple[int, ...], heads: int | None, inputs: Sequence[Tensor | None]) -> tuple[int, int] | None:
+    """(batch, heads) of weights [batch * heads, M, N]; None unless exactly one pair fits every known input."""
+    pairs: set[tuple[int, int]] | None = None
+    for x in inputs:
+        batches = _batches(x, shape[1:])
+        fitting = {(b, n) for b in batches for n in (1, heads) if n is not None and b * n == shape[0]}
+        if batches:
+            pairs = fitting if pairs is None else pairs & fitting
+    return pairs.pop() if pairs is not None and len(pairs) == 1 else None
+
+
+def _is_batch_first(shape: tuple[int, ...], x: Tensor | None) -> bool:
+    """True if weights [B, ?, M, N] of a module without a number of heads agree with its input."""
+    if x is None or x.dim() not in (3, 4):
+        return False
+    if x.dim() == 3:
+        return shape[0] in _batches(x, (shape[2],))
+    # [B, H, M, D], [B, h, w, C] or [B, C, h, w]
+    _, a, b, c = x.shape
+    return shape[0] == x.shape[0] and ((a, b) == shape[1:3] or shape[2] in (a * b, b * c))
 
 
 def _batches(x: Tensor | None, tokens: tuple[int, ...]) -> set[int]:

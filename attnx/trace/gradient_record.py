@@ -171,8 +171,8 @@ def backward(records: Sequence[LayerRecord], score: Tensor, retain_graph: bool) 
     outs = [record.out for record in weighted if record.out is not None]
     if not records:
         raise ValueError(
-            "backward: no attention was captured: the model was not called inside the capture, or it calls neither "
-            "F.scaled_dot_product_attention nor nn.MultiheadAttention"
+            "backward: no attention was captured: the model was not called inside the capture, or it "
+            "computes no attention that can be intercepted"
         )
     if not outs:
         raise ValueError("backward: expected a capture with grad=True and a graph that was not freed; got none")

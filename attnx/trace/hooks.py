@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from attnx.trace.adapters.switches import DOES_NOTHING
-from attnx.trace.explicit import note_unused
-from attnx.trace.layout import grid_of
+from attnx.trace.explicit import Weights, note_unused
+from attnx.trace.folding import Around
+from attnx.trace.layout import grid_of, mixes_tokens
 
 if TYPE_CHECKING:
     from attnx.trace.interceptor import Interceptor
@@ -22,15 +23,23 @@ class Frame:
     Attributes:
         attended: number of its calls of SDPA, in a traced graph.
         fused: True if it called SDPA or `nn.MultiheadAttention`'s function.
-        weights: results of its softmaxes that have not multiplied values yet.
+        products: shapes of its products of matrices.
+        weights: results of its softmaxes over such products that have not multiplied values yet.
+        other_softmax: True if it computed a softmax over something else.
     """
 
-    __slots__ = ("args", "attended", "fused", "kwargs", "module", "name", "weights")
+    __slots__ = ("args", "attended", "fused", "kwargs", "module", "name", "other_softmax", "products", "weights")
 
     def __init__(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.name, self.module, self.args, self.kwargs, self.attended = name, module, args, kwargs, 0
-        self.fused = False
-        self.weights: list[Tensor] = []
+        self.fused = self.other_softmax = False
+        self.products: set[torch.Size] = set()
+        self.weights: list[Weights] = []
+
+    def has_scores(self, shape: torch.Size) -> bool:
+        """True if a product has as many numbers as scores of this shape, or as those without one column of sinks."""
+        (M, N), rows = shape[-2:], shape.numel() // max(1, shape[-1])
+        return any(M in p and any(n in p and p.numel() == rows * n for n in (N, N - 1)) for p in self.products)
 
     def main_input(self) -> Tensor | None:
         """The module's input tensor: its first argument, or its first keyword argument that is a 3-D float tensor."""
@@ -113,11 +122,13 @@ class Done(Hook):
 
 
 class NoteGrid:
-    """Hook of a patch convolution: stores the grid of its output. A copy of the module gets a hook that does nothing.
+    """Hook of a module of `grid_modules`: stores the grid of its output, and that it mixed tokens.
+
+    A copy of the module gets a hook that does nothing.
 
     Args:
         trace: receives the grid.
-        name: of the convolution.
+        name: of the module.
         thread: id of the only thread whose calls count; None: all threads.
     """
 
@@ -131,8 +142,12 @@ class NoteGrid:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Store the grid of the output, if it has one."""
+        if self.thread not in (None, get_ident()):
+            return
+        if mixes_tokens(module):
+            self.trace.tokens.note_mixing(self.name)
         grid = grid_of(module, args, output)
-        if grid is not None and self.thread in (None, get_ident()):
+        if grid is not None:
             self.trace.tokens.add_grid(self.name, grid)
 
 
@@ -151,3 +166,8 @@ class ThreadState(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.token = object()
+
+    def around(self, frame: Frame) -> list[Around]:
+        """The module of a running frame and the module around it, with their inputs."""
+        place = self.frames.index(frame)
+        return [(f.module, f.main_input()) for f in self.frames[max(0, place - 1) : place + 1][::-1]]

@@ -32,7 +32,7 @@ from attnx.trace.layout import grid_modules
 from attnx.trace.recorder import Recorder
 from attnx.trace.windows import merges, windows_of
 
-_INTERCEPTED = frozenset({SDPA, MHA, attention}) | explicit.SOFTMAX | explicit.PRODUCTS
+_INTERCEPTED = frozenset({SDPA, MHA, attention}) | explicit.SOFTMAX | explicit.PRODUCTS | explicit.COPIES
 
 
 class Interceptor(TorchFunctionMode):
@@ -65,7 +65,9 @@ class Interceptor(TorchFunctionMode):
         self.local = ThreadState()
         self.running: dict[object, threading.Thread] = {}  # threads that are running the model
         self.entered: set[str] = set()  # modules called from outside the model, in this call
-        self.inputs: dict[str, dict[str, ref[Tensor]]] = {}  # of a module: main input of each child, in this call
+        self.inputs: dict[
+            str, dict[str, tuple[ref[Tensor], int]]
+        ] = {}  # of a module: main input of each child, in this call
         self.merges = 0  # number of patch mergings that ran in this call
         self.torn: str | None = None  # a layer that several threads ran in one call
         self.lock = threading.Lock()
@@ -184,9 +186,10 @@ class Interceptor(TorchFunctionMode):
             return explicit.softmax(self, func, args, kwargs)
         if func in explicit.PRODUCTS:
             return explicit.product(self, func, args, kwargs)
+        if func in explicit.COPIES:
+            return explicit.copied(self, func, args, kwargs)
         frame = self.local.frames[-1]
         frame.fused = True
-        frame.weights.clear()
         name = self._name(frame) if func is SDPA else frame.name
         if self.torn is not None or not self.is_wanted(name):
             self.note_layer(name)
@@ -207,7 +210,7 @@ class Interceptor(TorchFunctionMode):
         # If another capture intercepts this call too, the output must come from SDPA, so that it sees the call.
         only_capture = all(other is self for other in _ACTIVE.interceptors)
         try:
-            call = Call.of(func, frame.module, args, kwargs, frame.main_input())
+            call = Call.of(func, frame.module, args, kwargs, self.local.around(frame))
         except NotImplementedError as error:
             self.skip(name, str(error))
             return func(*args, **kwargs)
@@ -244,11 +247,13 @@ class Interceptor(TorchFunctionMode):
             x = frame.main_input()
             if x is None:
                 continue
+            # A residual that is added in place makes another input of the same tensor.
+            version = 0 if x.is_inference() else x._version
             others = self.inputs.setdefault(outer.name, {})
             for other, earlier in others.items():
-                if other != frame.name and earlier() is x:
+                if other != frame.name and earlier[0]() is x and earlier[1] == version:
                     self.trace.tokens.beside.append((other, frame.name))
-            others[frame.name] = ref(x)
+            others[frame.name] = ref(x), version
 
     def note_layer(self, name: str) -> None:
         """Store that a layer attended in this call."""

@@ -27,8 +27,10 @@ def item(trace: "Trace", records: Mapping[str, LayerRecord], index: int) -> tupl
     windows = {name: of.count for name in trace if (of := trace.windows(name)) is not None}
     items = {name: record.shape[0] // windows.get(name, 1) for name, record in records.items()}
     if len(set(items.values())) != 1 or not 0 <= index < min(items.values()):
-        counts = ", ".join(map(str, sorted(set(items.values())))) or "no"
-        raise IndexError(f"item: expected an index into the items of every layer ({counts} items); got {index}")
+        counts = " or ".join(map(str, sorted(set(items.values())))) or "no"
+        raise IndexError(
+            f"item: expected layers of equally many items, and one of these; got {counts} items and {index}"
+        )
     found: dict[str, LayerRecord] = {}
     unpadded: dict[str, int] = {}  # {layer: number of queries without padding}
     for name, record in records.items():

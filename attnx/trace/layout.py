@@ -20,9 +20,11 @@ _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "cls_token_0")
 _REGISTER_TOKENS = ("register_tokens", "storage_tokens")
 _REGISTERS = ("num_register_tokens", "n_storage_tokens", "num_registers")
 
-# Class names of embeddings that know their grid although they have no convolution.
+# Class names of embeddings that have a grid although they have no convolution.
 _EMBEDDINGS = ("NaFlexEmbeds", "Siglip2VisionEmbeddings")
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+# Modules that may mix neighbouring tokens, besides those with a grid.
+_MIXERS = (nn.Conv1d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.MaxPool1d, nn.AvgPool1d)
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,15 @@ class Grid(NamedTuple):
 
 
 def grid_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules whose output has the grid of tokens, or may have it: convolutions, pools, and some embeddings."""
-    return [m for m in model.modules() if isinstance(m, _CONVOLUTIONS) or type(m).__name__ in _EMBEDDINGS]
+    """The modules whose output may have the grid of tokens, or that may mix tokens: convolutions, pools, embeddings."""
+    kinds = _CONVOLUTIONS + _MIXERS
+    return [m for m in model.modules() if isinstance(m, kinds) or type(m).__name__ in _EMBEDDINGS]
+
+
+def mixes_tokens(module: nn.Module) -> bool:
+    """True for a convolution or a pool over more than one position."""
+    size = getattr(module, "kernel_size", 1)
+    return (size if isinstance(size, int) else max(size, default=1)) > 1
 
 
 def infer_layout(model: nn.Module, grids: Sequence[Grid], tokens: int) -> TokenLayout:
@@ -179,7 +188,7 @@ def infer_layout(model: nn.Module, grids: Sequence[Grid], tokens: int) -> TokenL
     Raises:
         ValueError: prefix and grid do not add up to `tokens`, are unknown, or several grids do.
     """
-    advice = "pass layout=attnx.TokenLayout(prefix=..., grid=(rows, columns))"
+    advice = "pass layout=attnx.TokenLayout(prefix=..., grid=(rows, columns)) to attnx.capture or Extractor"
     problem = next((grid.problem for grid in grids if grid.problem), None)
     if problem is not None:
         raise ValueError(f"{type(model).__name__}: {problem}")

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from attnx.trace.facts import Facts
-from attnx.trace.layers import clean_name
 from attnx.trace.layout import Grid, TokenLayout, infer_layout
 from attnx.trace.parts import Parts
 from attnx.trace.sides import sides
@@ -32,6 +31,8 @@ class PassTokens:
         # The dict is replaced, not changed: layers share it.
         self._grids: dict[str, Grid] = {}
         self._before: dict[str, dict[str, Grid]] = {}  # {layer: grids of the modules that ran before it}
+        self._mixing: list[str] = []  # convolutions and pools that mix tokens, in the order of their calls
+        self._place: dict[str, int] = {}  # {layer: number of those calls before it}
         self._queries: dict[str, int] = {}
         self._facts: dict[str, Facts] = {}
         self._sides: dict[str, tuple[Tokens, Tokens]] = {}
@@ -43,7 +44,7 @@ class PassTokens:
         """A copy for another trace of the same pass."""
         other = self.next_pass()
         other._grids, other._queries, other._facts = dict(self._grids), dict(self._queries), dict(self._facts)
-        other._before = dict(self._before)
+        other._before, other._mixing, other._place = dict(self._before), list(self._mixing), dict(self._place)
         other.beside, other.ran = list(self.beside), set(self.ran)
         return other
 
@@ -78,12 +79,17 @@ class PassTokens:
         """Store the number of queries of a layer, if given. The layer's map is new, so its tokens are found again."""
         self._sides.pop(layer, None)
         self._before[layer] = self._grids
+        self._place[layer] = len(self._mixing)
         if queries is not None:
             self._queries[layer] = queries
 
     def note(self, layer: str, facts: Facts) -> None:
         """Store facts about the sides of a layer's map; they hold for later passes without facts, too."""
         self._facts[layer] = self._known[layer.partition("#")[0]] = facts
+
+    def note_mixing(self, module: str) -> None:
+        """Store that a convolution or a pool over several positions ran."""
+        self._mixing.append(module)
 
     def add_grid(self, module: str, grid: Grid) -> None:
         """Store the grid of a module's output; the newest grid comes first."""
@@ -99,12 +105,9 @@ class PassTokens:
 
     def mixes(self, first: str, last: str) -> str | None:
         """Name of a convolution or pool, outside attention layers, that mixes tokens between two layers; else None."""
-        before, after = list(self._before.get(first, {})), list(self._before.get(last, {}))
-        newest = before[0] if before else None
-        between = after[: after.index(newest)] if newest in after else after
-        modules = {clean_name(name): module for name, module in self.model.named_modules()}
-        inside = tuple(f"{layer}." for layer in self._before)
-        return next((n for n in between if _mixes(modules[n]) and not n.startswith(inside)), None)
+        between = self._mixing[self._place.get(first, 0) : self._place.get(last, 0)]
+        inside = tuple(f"{layer}." for layer in self._place)
+        return next((name for name in between if not name.startswith(inside)), None)
 
     def sides(self, name: str, shape: tuple[int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
         """(queries, keys): the tokens that the rows and the columns of a layer's map stand for.
@@ -152,9 +155,3 @@ class PassTokens:
         if names not in self._parts:
             self._parts[names] = Parts(self.model, names)
         return self._parts[names]
-
-
-def _mixes(module: nn.Module) -> bool:
-    """True for a convolution or pool over more than one position."""
-    size = getattr(module, "kernel_size", 1)
-    return (size if isinstance(size, int) else max(size, default=1)) > 1

@@ -174,16 +174,16 @@ class Recorder:
             self.trace.tokens.note(layer, facts)
         alone = self.stop_row is not None and layer == self.stop_after and self.trace.rows is None
         chosen = (self.stop_row or 0,) if alone else self.trace.rows
+        record: LayerRecord
         try:
             rows = None if chosen is None else self._index(chosen, p)
+            if self.grad:
+                record = weigh_weights(weights, fold, rows, self._fused, clamp=self.grad != "signed")
+            else:
+                amap = self._fused(p if rows is None else p[..., rows, :])
+                record = RowsRecord(amap, chosen or (), p.shape[2]) if alone else MapRecord(amap)
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from error
-        record: LayerRecord
-        if self.grad:
-            record = weigh_weights(weights, fold, rows, self._fused, clamp=self.grad != "signed")
-        else:
-            amap = self._fused(p if rows is None else p[..., rows, :])
-            record = RowsRecord(amap, chosen or (), p.shape[2]) if alone else MapRecord(amap)
         self.trace.add(layer, record, p.shape[2])
         if layer == self.stop_after:
             raise StopForward

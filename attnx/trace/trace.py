@@ -204,7 +204,8 @@ class Trace(Mapping[str, Tensor]):
         if self._mode != "mean":
             return
         for layer, record in self._records.items():
-            self._means.add(layer, record.map())
+            windows = self.windows(layer)
+            self._means.add(layer, record.map(), None if windows is None else windows.grid)
         # The dict is updated in place because the call's own trace shares it.
         self._records.clear()
         self._records.update({layer: MapRecord(mean) for layer, mean in self._means.maps.items()})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnx.ops.reducers import Reduction
 from attnx.trace.records import LayerRecord
-from attnx.trace.windows import Windows
+from attnx.trace.windows import Pair, Windows
 
 # Elements of the largest dense map that `WindowRecord.map` makes: 1 GiB.
 _MAX_ELEMENTS = 2**28
@@ -34,7 +34,7 @@ class WindowRecord:
     Example:
         >>> import torch
         >>> from attnx.trace.records import MapRecord
-        >>> from attnx.trace.windows import Windows, window_index
+        >>> from attnx.trace.windows import Pair, Windows, window_index
         >>> windows = Windows(window_index((1, 4), (1, 2), (0, 0), False), (1, 4))
         >>> maps = torch.tensor([[[0.5, 0.5], [0, 1]], [[1, 0], [0.25, 0.75]]])
         >>> WindowRecord(MapRecord(maps), windows).map()
@@ -172,9 +172,14 @@ class PatchMerge:
     merged: tuple[int, int]
 
     def __post_init__(self) -> None:
-        half = (self.grid[0] + 1) // 2, (self.grid[1] + 1) // 2
+        half = self.half(self.grid)
         if self.merged != half:
             raise ValueError(f"merged: expected {half}, half of {self.grid}; got {self.merged}")
+
+    @staticmethod
+    def half(grid: Pair) -> Pair:
+        """The grid after the merging."""
+        return (grid[0] + 1) // 2, (grid[1] + 1) // 2
 
     def vecmat(self, r: Tensor) -> Tensor:
         """Weights of the merged patches, in equal parts to their 4, 2 or 1 patches: [B, R, h' w'] -> [B, R, h w]."""

@@ -1,6 +1,6 @@
 """Windows of windowed attention: which tokens of the grid attend to one another, read from the block that runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from attnx.trace.facts import parameters
 
 Pair = tuple[int, int]
 
@@ -143,21 +145,30 @@ def grid_index(grid: Pair, size: Pair) -> Tensor:
         return at.permute(1, 3, 0, 2).reshape(-1, rows * columns)
 
 
-def windows_of(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Windows | None:
-    """The windows of a block, while the attention inside the block runs; None for modules of other classes.
+def windows_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Windows | None:
+    """The windows of a block, while the attention inside the block runs; None for other modules.
 
-    Call it then and not before: blocks of transformers set `window_size` and `shift_size` in their forward.
+    Call it then and not before: blocks of transformers set `window_size` and `shift_size` in their forward. Blocks are
+    recognised by class and package. Copies of microsoft's code are recognised by the names that their forward uses.
 
     Args:
         module: the block, or the attention itself in torchvision and Twins.
         args, kwargs: arguments of the block's call.
     """
-    read = _READERS.get(type(module).__name__)
-    values = args[:1] or tuple(v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point())
-    if read is None or not values or not isinstance(values[0], Tensor):
+    kind: Any = type(module)
+    readers = _READERS.get(kind.__name__)
+    if readers is None:
         return None
-    size = args[1] if len(args) > 1 else kwargs.get("input_dimensions", kwargs.get("size"))
-    return read(module, values[0], size)
+    source = kind.__module__ + "."
+    read = next((read for package, read in readers.items() if package and source.startswith(package)), readers.get(""))
+    given = dict(zip(parameters(kind), args, strict=False)) | dict(kwargs)
+    x = given.get(next(iter(parameters(kind)), ""))
+    if read is None or not isinstance(x, Tensor):
+        return None
+    try:
+        return read(module, x, next((given[name] for name in _SIZES if name in given), None))
+    except (AttributeError, TypeError, ValueError):
+        return None  # another class of this name
 
 
 def merges(module: nn.Module) -> bool:
@@ -184,16 +195,34 @@ def _cached(grid: Pair, window: Pair, shift: Pair, roll_first: bool) -> Windows:
     return Windows(window_index(grid, window, shift, roll_first), grid)
 
 
-def _swin(module: Any, x: Tensor, size: Any) -> Windows | None:
-    """Blocks of timm [B, H, W, C], torchvision (the same), microsoft [B, H * W, C], and LAVT (the same, and padded)."""
-    if type(getattr(module, "attn", None)).__name__ in ("ShiftedWindowAttention", "ShiftedWindowAttentionV2"):
-        return _torchvision(module.attn, x, size)
-    if not hasattr(module, "window_size") or not hasattr(module, "shift_size"):
+@lru_cache(maxsize=256)
+def _spread(grid: Pair, size: Pair) -> Windows:
+    return Windows(grid_index(grid, size), grid)
+
+
+def _timm_swin(module: Any, x: Tensor, size: Any) -> Windows | None:
+    """Blocks of timm's Swin: [B, H, W, C]."""
+    return _windows(x.shape[1:3], module.window_size, module.shift_size, roll_first=True) if x.dim() == 4 else None
+
+
+def _torchvision_block(module: Any, x: Tensor, size: Any) -> Windows | None:
+    """Blocks of torchvision's Swin: [B, H, W, C]."""
+    return _torchvision(module.attn, x, size)
+
+
+def _microsoft(module: Any, x: Tensor, size: Any) -> Windows | None:
+    """Blocks of microsoft's code and its copies, such as LAVT's: [B, H * W, C].
+
+    The code for classification has one resolution and no padding. In that for detection the layer sets H and W for each
+    input, and the block pads and then rolls.
+    """
+    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    if not {"roll", "window_partition", "window_reverse", "window_size", "shift_size"} <= set(names):
         return None
-    if x.dim() == 4:
-        return _windows(x.shape[1:3], module.window_size, module.shift_size, roll_first=True)
-    # LAVT's layers set H and W for each input; microsoft's blocks have one resolution.
-    grid = (module.H, module.W) if getattr(module, "H", None) else getattr(module, "input_resolution", None)
+    if "pad" in names:
+        grid = (module.H, module.W) if names.index("pad") < names.index("roll") else None
+    else:
+        grid = module.input_resolution
     if x.dim() != 3 or grid is None or x.shape[1] != grid[0] * grid[1]:
         return None
     return _windows(grid, module.window_size, module.shift_size)
@@ -220,7 +249,7 @@ def _maxvit(module: Any, x: Tensor, size: Any) -> Windows | None:
     grid = _pair(x.shape[2:] if type(module).__name__ == "PartitionAttention2d" else x.shape[1:3])
     if module.partition_block:
         return _windows(grid, module.partition_size)
-    return Windows(grid_index(grid, _pair(module.partition_size)), grid)
+    return _spread(grid, _pair(module.partition_size))
 
 
 def _davit(module: Any, x: Tensor, size: Any) -> Windows | None:
@@ -229,7 +258,7 @@ def _davit(module: Any, x: Tensor, size: Any) -> Windows | None:
 
 
 def _sam(module: Any, x: Tensor, size: Any) -> Windows | None:
-    """Blocks of SAM's image encoder, [B, H, W, C]; window_size 0: one map of the whole grid."""
+    """Blocks of SAM's image encoder, [B, H, W, C]; window_size 0: no windows."""
     window = getattr(module, "window_size", 0)
     return _windows(x.shape[1:3], window) if x.dim() == 4 and isinstance(window, int) and window > 0 else None
 
@@ -246,22 +275,26 @@ def _attnx_swin(module: Any, x: Tensor, size: Any) -> Windows | None:
     return _windows(size, module.window, module.shift)
 
 
-_READERS: dict[str, Callable[[Any, Tensor, Any], Windows | None]] = {
-    "SwinBlock": _attnx_swin,
-    "SwinTransformerBlock": _swin,
-    "SwinTransformerBlockV2": _swin,
-    "SwinTransformerV2Block": _swin,
-    "SwinTransformerV2CrBlock": _swin,
-    "ShiftedWindowAttention": _torchvision,
-    "ShiftedWindowAttentionV2": _torchvision,
-    "SwinLayer": _transformers,
-    "Swinv2Layer": _transformers,
-    "DonutSwinLayer": _transformers,
-    "MaskFormerSwinLayer": _transformers,
-    "PartitionAttentionCl": _maxvit,
-    "PartitionAttention2d": _maxvit,
-    "SpatialBlock": _davit,
-    "Block": _sam,
-    "SamVisionLayer": _sam,
-    "LocallyGroupedAttn": _twins,
+_SIZES = ("input_dimensions", "size", "grid")  # names of the arguments that hold (H, W)
+_Reader = Callable[[Any, Tensor, Any], Windows | None]
+_TRANSFORMERS: dict[str, _Reader] = {"transformers.": _transformers}
+# {class: {start of its module's name: reader}}; "": any module.
+_READERS: dict[str, dict[str, _Reader]] = {
+    "SwinBlock": {"attnx.": _attnx_swin},
+    "SwinTransformerBlock": {"timm.": _timm_swin, "torchvision.": _torchvision_block, "": _microsoft},
+    "SwinTransformerBlockV2": {"torchvision.": _torchvision_block},
+    "SwinTransformerV2Block": {"timm.": _timm_swin},
+    "SwinTransformerV2CrBlock": {"timm.": _timm_swin},
+    "ShiftedWindowAttention": {"torchvision.": _torchvision},
+    "ShiftedWindowAttentionV2": {"torchvision.": _torchvision},
+    "SwinLayer": _TRANSFORMERS,
+    "Swinv2Layer": _TRANSFORMERS,
+    "DonutSwinLayer": _TRANSFORMERS,
+    "MaskFormerSwinLayer": _TRANSFORMERS,
+    "PartitionAttentionCl": {"timm.": _maxvit},
+    "PartitionAttention2d": {"timm.": _maxvit},
+    "SpatialBlock": {"timm.": _davit},
+    "Block": {"timm.models.vision_transformer_sam.": _sam, "segment_anything.": _sam},
+    "SamVisionLayer": {"transformers.": _sam},
+    "LocallyGroupedAttn": {"timm.": _twins},
 }
