@@ -262,15 +262,15 @@ def test_show_draws_the_family(name: str, tmp_path: Path) -> None:
     main = tmp_path / ("received.png" if name in RECEIVED else "overlay.png")
     assert next(iter(texts)) == main
     assert all(path.is_file() for path in texts)
-    assert ("attention received in " in texts[main]) == (name in RECEIVED)
+    assert ("is attended to in " in texts[main]) == (name in RECEIVED)
     rolled = texts[main].startswith("rollout")
     assert rolled == isinstance(result(lambda: attnx.rollout(captured(model, images))), Tensor)
     assert rolled != ("no rollout: " in texts[main])
     if len(texts) == 1:
         assert texts[main].partition("no heads.png, masks.png and layers.png: ")[2] in {
-            "the model has no class token)",
-            "the model attends in windows, without a class token)",
-            "the layers attend to different tokens)",
+            "the model has no class token",
+            "the model attends in windows, without a class token",
+            "the layers attend to different tokens",
         }
     if not rolled:
         with pytest.raises(ValueError, match=r"rollout|layout|declare|discard"):

@@ -47,7 +47,7 @@ def models(
         if pretrained or image_size is not None or device is not None:
             raise ValueError("model: expected a MODEL with --pretrained, --image-size or --device; got none")
         table = stored()
-        typer.echo(json.dumps(table)) if as_json else _print_table(table)
+        typer.echo(json.dumps(table, indent=1)) if as_json else _print_table(table)
         return
     loaded, found = _tried(model, pretrained, image_size, device, seed)
     if as_json:
@@ -128,6 +128,7 @@ def _print_support(loaded: "Loaded", found: "Support") -> None:
     from rich.text import Text
 
     height, width = loaded.size
+    console = Console(highlight=False, markup=False)
     shown = Table(box=None, show_header=False, pad_edge=False, title_justify="left")
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")
@@ -141,6 +142,10 @@ def _print_support(loaded: "Loaded", found: "Support") -> None:
         line("tokens", layout)
     line("output", f"{'unchanged' if found.unchanged else 'CHANGED'}: differs by {found.difference:.0e} of its largest")
     line("model after", "restored" if found.restored else "NOT restored")
+    if not found.layers:
+        console.print(shown)
+        typer.echo(f"{type(loaded.model).__name__} has no attention layers")
+        return
     row = found.row()
     said: dict[str, str] = {}
     for key, name in METHODS.items():
@@ -148,7 +153,6 @@ def _print_support(loaded: "Loaded", found: "Support") -> None:
         first = said.setdefault(reason, name)
         why = f": {reason}" if first == name else f": as {first}"
         line(name, WORDS[works] + why * bool(reason))
-    console = Console(highlight=False, markup=False)
     console.print(shown)
     if found.own_maps:
         typer.echo(

@@ -102,7 +102,7 @@ def support(
     images: Tensor | None = None,
     model_kwargs: dict[str, Any] | None = None,
 ) -> Support:
-    """What works for a model, found by calling it about ten times. The model is not changed.
+    """The results of trying every method on a model, which is called about ten times and not changed.
 
     Args:
         model: a model in eval mode.
@@ -284,7 +284,7 @@ def _attn_implementation(model: nn.Module, call: Callable[[], Any], plain: Any) 
 
 
 def _state(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Whatever a capture might leave on each module: attributes, forwards, hooks, flags, and settings of attention."""
+    """The state of each module that a capture could change: attributes, forwards, hooks, flags, attention settings."""
     return [
         (
             name,

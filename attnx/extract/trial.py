@@ -76,7 +76,7 @@ class Trial:
         reasons = {name: unbound_reason(block) for name, block in blocks.items()}
         reasons |= dict.fromkeys(self.interceptor.folded & blocks.keys(), "its heads are read from its input")
         if any(self.recorder.trace.windows(name) is not None for name in wanted):
-            # Only an interceptor sees the blocks around the attention.
+            # The blocks around the attention are known to an interceptor only.
             reasons = dict.fromkeys(blocks, "its windows are read from the block around it")
         return Plan(
             steps=tuple(self._steps(wanted, row, split, list(modules))),
@@ -158,8 +158,8 @@ class Trial:
         if isinstance(record, QKRecord):
             return "q, k"
         # A layer that computes its softmax itself has no q and k.
-        call = self.calls.get(name, {"nbytes": record.nbytes})
-        smaller = call["nbytes"] < record.nbytes and self.recorder.trace.heads == "mean"
+        call = self.calls.get(name)
+        smaller = call is not None and call["nbytes"] < record.nbytes and self.recorder.trace.heads == "mean"
         later = " (q, k for large batches)" if self.recorder.keep == "auto" and smaller else ""
         windows = self.recorder.trace.windows(name)
         many = "map" if windows is None else f"{windows.count} maps"

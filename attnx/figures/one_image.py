@@ -78,17 +78,16 @@ def draw(
         amap, what = rolled, "rollout"
         if amap is None:
             amap, name, what = _without_rollout(loaded, images, layers, heads)
-            what += f" (no rollout: {why})"
+            what += f"; no rollout: {why}"
     else:
         amap = Extractor(loaded.model, method, layers=layers, heads=fused, model_kwargs=loaded.model_kwargs)(images)[0]
         what = "class token's map" if amap.dim() == 2 else "class token's map, mean over layers"
         amap = amap if amap.dim() == 2 else amap.mean(0)
-    main = overlay(picture, amap, interpolation=style.interpolation, **colours)
-    write(name, main if name == "overlay.png" else contact_sheet([main], ["attention received"], columns=1), what)
+    write(name, overlay(picture, amap, interpolation=style.interpolation, **colours), what)
     try:
         per_layer, each = _class_token(loaded, images, layers, fused)
     except ValueError as error:
-        written[out / name] += f" (no heads.png, masks.png and layers.png: {error})"
+        written[out / name] += f"; no heads.png, masks.png and layers.png: {error}"
         return written
     if method != "rollout":
         rolled, _ = _rolled(loaded, images, rolling)
@@ -118,7 +117,8 @@ def _rolled(loaded: "Loaded", images: Tensor, rolling: dict[str, Any], **options
         defaults = signature(rollout).parameters
         if any(value != defaults[name].default for name, value in rolling.items()):
             raise
-        return None, one_line(str(error).removeprefix("rollout: "), 160)
+        # The first part says what was expected; the rest lists layers.
+        return None, one_line(str(error).removeprefix("rollout: ").partition(";")[0], 160)
 
 
 def _without_rollout(loaded: "Loaded", images: Tensor, layers: Layers, heads: str) -> tuple[Tensor, str, str]:
@@ -134,7 +134,8 @@ def _without_rollout(loaded: "Loaded", images: Tensor, layers: Layers, heads: st
             return cls_map(trace)[0], "overlay.png", f"class token's map in {cls_layer(trace)}"
         except ValueError:
             layer = last_on_grid(trace)
-            return received(trace, layer)[0], "received.png", f"attention received in {layer}, mean over its queries"
+            what = f"how much each patch is attended to in {layer}, mean over its queries"
+            return received(trace, layer)[0], "received.png", what
 
 
 def _class_token(loaded: "Loaded", images: Tensor, layers: Layers, heads: str) -> tuple[LayerMaps, Tensor]:

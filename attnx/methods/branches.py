@@ -7,7 +7,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from attnx.methods.maps import fusion
+from attnx.methods.maps import fusion, inverse
 from attnx.ops.reducers import Reduction
 from attnx.trace.branch_layers import BranchLayer, branch_layer
 from attnx.trace.layers import Layers, attention_layers, clean_name
@@ -172,7 +172,7 @@ def _through_fusion(block: MultiScaleBlock, state: State, residual: float, kind:
         # [B, 1, 1 + patches of the other branch]: key 0 is the class token itself.
         row = (1 - residual) * record.fused(kind).row(0)[:, None]
         row[..., 0] += residual
-        passed = state[branch][..., :1] * row * _inverse(row.sum(-1, keepdim=True))
+        passed = state[branch][..., :1] * row * inverse(row.sum(-1, keepdim=True))
         result[branch][..., 0] += passed[..., 0] - state[branch][..., 0]
         result[1 - branch][..., 1:] += passed[..., 1:]
     return result
@@ -183,13 +183,9 @@ def _through_attention(records: Sequence[LayerRecord], r: Tensor, residual: floa
     for record in reversed(records):
         layer = record.fused(kind)
         if not layer.rows_sum_to_one:
-            r = r * _inverse((1 - residual) * layer.row_sums() + residual)[:, None]
+            r = r * inverse((1 - residual) * layer.row_sums() + residual)[:, None]
         r = (1 - residual) * layer.vecmat(r) + residual * r
     return r
-
-
-def _inverse(sums: Tensor) -> Tensor:
-    return torch.where(sums > 0, 1 / sums, 0.0)  # a row without weight passes nothing on
 
 
 def fuse_branches(maps: Sequence[Tensor], grid: tuple[int, int] | None = None) -> Tensor:

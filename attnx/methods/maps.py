@@ -153,3 +153,8 @@ def _cls_rows(trace: Trace, layer: str | int) -> Tensor:
     if 0 not in trace.rows:
         raise ValueError(f"the class token's row was not captured: expected 0 among rows; got {list(trace.rows)}")
     return record.row(trace.rows.index(0))
+
+
+def inverse(sums: Tensor) -> Tensor:
+    """1 / sums, and 0 for a sum of 0: a row without weight passes nothing on."""
+    return torch.where(sums > 0, 1 / sums, 0.0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attnx.methods.branches import branch_rollout, branches_of, fuse_branches
 from attnx.methods.chain import chain_start, renamed, self_attention
-from attnx.methods.maps import fusion
+from attnx.methods.maps import fusion, inverse
 from attnx.ops.reducers import Reduction
 from attnx.trace.layers import Layers
 from attnx.trace.records import LayerRecord, MapRecord
@@ -166,7 +166,7 @@ def _rollout(
             # A chain that starts from one row reads only that row of the last layer.
             passed, row = layer.row(row)[:, None], None
             step = (1 - residual) * passed + residual * result
-            result = step * _inverse((1 - residual) * passed.sum(-1, keepdim=True) + residual)
+            result = step * inverse((1 - residual) * passed.sum(-1, keepdim=True) + residual)
             continue
         row = None
         if whole and not chain.windowed:
@@ -176,7 +176,7 @@ def _rollout(
         if layer.rows_sum_to_one:
             result = torch.lerp(result, layer.vecmat(result), 1 - residual)
             continue
-        weight = _inverse((1 - residual) * layer.row_sums() + residual)[:, None]
+        weight = inverse((1 - residual) * layer.row_sums() + residual)[:, None]
         if preset is None:
             result = result * weight
         step = (1 - residual) * layer.vecmat(result) + residual * result
@@ -205,10 +205,6 @@ def _check_defaults(**options: Any) -> None:
     given = [f"{name}={value!r}" for name, value in options.items() if value]
     if given:
         raise ValueError(f"rollout of CrossViT: expected only residual, heads and layers; got {', '.join(given)}")
-
-
-def _inverse(sums: Tensor) -> Tensor:
-    return torch.where(sums > 0, 1 / sums, 0.0)  # a row without weight passes nothing on
 
 
 def _discard(fused: Tensor, share: float, spare: bool) -> Tensor:

@@ -54,7 +54,7 @@ class Parts:
             words, attend, convolve = (_children(part, names) for names in (self.kinds[part], attending, sources))
             self.kinds |= {child: {} for child in (attend & convolve) - words - self.kinds.keys()}
         self.sources = {name: self.of(name) for name in sources}  # {module that may have the grid of tokens: part}
-        # Parts with words, or embeddings that may be of words: a sequence of as many words would pass for an image.
+        # Parts with words, or embeddings that may be of words: as many words as positions could be taken for patches.
         self.with_words = {
             self.of(name)
             for name, module in self.modules.items()

@@ -282,8 +282,8 @@ class Trace(Mapping[str, Tensor]):
         keys = self.sides(layer)[1]
         if keys.kind == "windows":
             raise ValueError(
-                f"layout: expected maps over whole images; got {keys} in {layer!r}; trace.windows(layer) has the index "
-                "of their tokens, and attnx.rollout follows known windows"
+                f"layout: expected maps over whole images; got {keys} in {layer!r}; rollout follows windows, but there "
+                "is no class token"
             )
         if keys.kind in ("text", "channels", "queries"):
             raise ValueError(f"layout: expected maps over patches of an image; got maps over {keys}")
