@@ -1,4 +1,4 @@
-"""The attention probabilities of a model's own eager softmax, heard without attnx: the reference of captured maps."""
+"""The attention probabilities of a model's own eager softmax, without attnx: the reference of captured maps."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def eager_maps(model: nn.Module, call: Callable[[], Any]) -> dict[str, list[Tens
     """{module name: head means [B, M, N] of its softmaxes, in the order of the calls}, in the model's eager form."""
     maps: dict[str, list[Tensor]] = {}
     with torch.no_grad():
-        heard, _ = eager_attentions(model, call)
-    for attention in heard:
+        found, _ = eager_attentions(model, call)
+    for attention in found:
         maps.setdefault(attention.name, []).append(attention.map())
     return maps
 
@@ -87,10 +87,10 @@ def eager_attentions(
         call: calls the model.
         keep: names of submodels of transformers that keep their implementation.
     """
-    ear = Ear()
-    with eager(model, keep), ear.in_modules(model), ear:
+    recorder = Recorder()
+    with eager(model, keep), recorder.in_modules(model), recorder:
         output = call()
-    return ear.heard, output
+    return recorder.found, output
 
 
 @contextmanager
@@ -129,12 +129,12 @@ def configs(model: nn.Module, keep: tuple[str, ...] = ()) -> list[Any]:
     return list(found.values())
 
 
-class Ear(TorchFunctionMode):
-    """Hears every softmax over the last dimension, with the module that was running."""
+class Recorder(TorchFunctionMode):
+    """Records every softmax over the last dimension, with the module that was running."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.heard: list[Attention] = []
+        self.found: list[Attention] = []
         self.running: list[tuple[str, nn.Module]] = []
 
     @contextmanager
@@ -199,7 +199,7 @@ class Ear(TorchFunctionMode):
         return (p.nan_to_num(0.0) @ v.double()).to(q.dtype)
 
     def note(self, p: Tensor, scores: Tensor) -> None:
-        """Add probabilities to those heard."""
+        """Add probabilities to `found`."""
         name, module = self.running[-1]
         heads = None if type(module).__name__ in ONE_HEAD_A_CALL else declared_heads(module)
         axis = None
@@ -209,7 +209,7 @@ class Ear(TorchFunctionMode):
             axis = AXES.get(type(module).__name__, 1)
             assert heads is None or p.shape[axis] == heads, (name, p.shape, heads)
         dead = scores.detach().amax(-1) < -1e30 if scores.numel() else scores[..., 0] > 0
-        self.heard.append(Attention(name, type(module).__name__, p, dead, axis, heads))
+        self.found.append(Attention(name, type(module).__name__, p, dead, axis, heads))
 
 
 def declared_heads(module: nn.Module) -> int | None:

@@ -33,18 +33,18 @@ class _Softmaxes(TorchFunctionMode):
 @contextmanager
 def own_maps(model: nn.Module, *classes: str) -> Iterator[Maps]:
     """{layer: the maps [B, M, N] of its own softmax, one a call} of a model that runs in the with block."""
-    heard = _Softmaxes()
+    recorder = _Softmaxes()
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda *_: setattr(heard, "name", name)
+        return lambda *_: setattr(recorder, "name", name)
 
     layers = {name: module for name, module in model.named_modules() if type(module).__name__ in classes}
     hooks = [module.register_forward_pre_hook(enter(name)) for name, module in layers.items()]
-    with heard:
-        yield heard.maps
+    with recorder:
+        yield recorder.maps
     for hook in hooks:
         hook.remove()
-    assert set(heard.maps) == set(layers)
+    assert set(recorder.maps) == set(layers)
 
 
 def assert_restored(model: nn.Module) -> None:

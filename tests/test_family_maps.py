@@ -64,10 +64,10 @@ def in_double(value: Any) -> Any:
 
 def reference(name: str, model: nn.Module, call: Callable[[], Any]) -> tuple[dict[str, Attention], Any]:
     """{name as in a trace: attention} in the order of the calls, and the output of the eager model."""
-    heard, output = eager_attentions(model, call, NATIVE.get(name, ()))
+    eager, output = eager_attentions(model, call, NATIVE.get(name, ()))
     found: dict[str, list[Attention]] = {}
     order: list[tuple[str, Attention]] = []
-    for attention in heard:
+    for attention in eager:
         if attention.kind in NOT_ATTENTION:
             continue
         calls = found.setdefault(attention.name, [])
@@ -211,7 +211,7 @@ def row_of(name: str) -> str:
             notes.append(f"differs: {error}")
     if trace:
         missing = {attentions[layer].kind for layer in attentions.keys() - trace.keys()}
-        notes += [f"not heard: {', '.join(sorted(missing))}"] * bool(missing)
+        notes += [f"not captured: {', '.join(sorted(missing))}"] * bool(missing)
         extra = sorted(trace.keys() - attentions.keys())
         notes += [f"not in the reference: {', '.join(extra)}"] * bool(extra)
         if not missing and not extra and list(trace) != list(attentions):

@@ -209,14 +209,14 @@ def test_outputs_maps_and_the_model_itself(name: str) -> None:
     model, call = built(name)
     with torch.no_grad():
         plain = tensors(call())
-        heard, _ = eager_attentions(model, call)
+        eager, _ = eager_attentions(model, call)
     before = state(model)
     trace, output = captured(model, call)
     assert_same_state(before, state(model))
-    assert list(trace) == [attention.name for attention in heard]
+    assert list(trace) == [attention.name for attention in eager]
     for got, want in zip(tensors(output), plain, strict=True):
         assert relative(got, want) <= CLOSE
-    for attention in heard:
+    for attention in eager:
         want = attention.map().float()
         assert trace[attention.name].dtype == torch.float32
         torch.testing.assert_close(trace[attention.name], want, rtol=0, atol=CLOSE)
@@ -226,13 +226,13 @@ def test_outputs_maps_and_the_model_itself(name: str) -> None:
 @ALL
 def test_gradient_maps(name: str) -> None:
     model, call = built(name)
-    heard, output = eager_attentions(model, call)
-    raw = [attention.raw for attention in heard]
+    eager, output = eager_attentions(model, call)
+    raw = [attention.raw for attention in eager]
     slopes = torch.autograd.grad(score_of(output), raw, allow_unused=True)
     with attnx.capture(model, grad=True) as trace:
         trace.backward(score_of(call()))
-    assert list(trace) == [attention.name for attention in heard]
-    for attention, slope in zip(heard, slopes, strict=True):
+    assert list(trace) == [attention.name for attention in eager]
+    for attention, slope in zip(eager, slopes, strict=True):
         assert slope is not None, attention.name
         want = attention.fused((slope * attention.raw.detach()).clamp(min=0))
         assert trace[attention.name].isfinite().all()
