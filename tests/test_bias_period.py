@@ -112,7 +112,7 @@ def test_a_mask_of_one_image_is_not_copied(shape, items):
 
 
 def test_folding_of_windows_and_heads_of_equal_number():
-    fold = folding((3, 2, 2, 5, 5), WindowAttention(), None).fold
+    fold = folding((3, 2, 2, 5, 5), [(WindowAttention(), None)]).fold
     t = torch.randn(3, 2, 2, 5, 5)
     assert torch.equal(fold(t), t.flatten(0, 1))
 

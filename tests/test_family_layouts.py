@@ -27,7 +27,7 @@ OF_IMAGES = [p for p in MAPPED if FAMILIES[p.values[0]].images_only]
 NO_GRID = {
     *("timm coatnet", "timm coatnet rmlp", "timm hiera", "timm levit conv"),
     *("timm volo", "timm mobilevit", "timm nest"),
-    *("timm efficientformerv2", "timm visformer", "timm tnt", "timm efficientvit m0"),
+    *("timm efficientformerv2", "timm tnt", "timm efficientvit m0"),
     *("timm mobilenetv4 hybrid", "timm resnet50 clip", "open_clip resnet visual", "HF YOLOS", "HF Hiera"),
     *("HF MobileViT", "HF Deformable DETR"),
 }
@@ -61,7 +61,7 @@ NOT_PLACED = {
 RECEIVED = {
     *("timm maxvit", "timm maxvit tf", "timm mvitv2", "timm davit", "timm twins svt"),
     *("HF DETR", "HF MaskFormer", "HF Mask2Former", "HF PVT v2", "HF SegFormer", "HF RT-DETR"),
-    *("timm pvt v2", "timm levit", "timm twins pcpvt", "timm tiny vit", "timm gcvit"),
+    *("timm visformer", "timm pvt v2", "timm levit", "timm twins pcpvt", "timm tiny vit", "timm gcvit"),
 }
 PLACED = [p for p in OF_IMAGES if p.values[0] not in NO_GRID | NOT_PLACED.keys()]
 # Pixtral packs the images of a batch into one sequence.

@@ -29,6 +29,9 @@ NOT_ATTENTION = {
 # Classes that compute a softmax over the heads of each token, which nothing uses, before their attention.
 UNUSED_FIRST = {"Sam2MultiScaleAttention"}
 
+# Classes that compute two softmaxes, and then multiply values by the second first.
+REVERSED = {"GroundingDinoBiMultiHeadAttention"}
+
 # Untrained weights make fp32 itself differ by more than the tolerance.
 DOUBLE = {"timm visformer", "timm mobilenetv4 hybrid", "HF Mask2Former", "HF CLIPSeg"}
 # transformers makes another mask for the eager form of this text backbone; its SDPA form is the reference.
@@ -77,6 +80,9 @@ def reference(name: str, model: nn.Module, call: Callable[[], Any]) -> tuple[dic
                 order.append((numbered(attention.name, len(calls) // 2), attention))
             continue
         order.append((numbered(attention.name, len(calls)), attention))
+        if attention.kind in REVERSED and len(calls) % 2 == 0:
+            (first, one), (second, other) = order[-2:]
+            order[-2:] = (first, other), (second, one)
     return dict(order), output
 
 

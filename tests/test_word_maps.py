@@ -179,7 +179,7 @@ WRONG = {
     "images": (dict(images=torch.ones(2, 3, 30, 32)), "images: expected multiples of the patch of 8 pixels; got 30x32"),
     "dims": (dict(images=torch.ones(3, 32, 32)), r"images: expected \[I, 3, height, width\]; got \[3, 32, 32\]"),
     "array": (dict(images=[1]), "images: expected a tensor"),
-    "model": (dict(model=nn.Linear(2, 2)), "model: expected an attnx.models.albef.Albef; got Linear"),
+    "model": (dict(model=nn.Linear(2, 2)), "model: expected an Albef of attnx.models; got Linear"),
     "training": (dict(model=small_albef().train()), "model: expected eval mode"),
     "tokenizer": (dict(model=small_albef()), "model: expected one with a tokenizer"),
 }
