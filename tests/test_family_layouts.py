@@ -41,6 +41,7 @@ OVERLAPPING = {
     "timm levit",
     "timm efficientformer",
     "timm caformer",
+    "timm visformer",
 }
 # Families of images where the place of a patch can't be seen in the first layer.
 NOT_PLACED = {
