@@ -9,7 +9,7 @@ import attnx
 from attnx.testing import Case, assert_attention_lse, oracle, random_gradient, random_inputs
 from attnx.trace.attention_call import Call
 from attnx.trace.folding import folding
-from on_backends import of_both_lengths, on_all, pairs
+from on_backends import LONG, SHORT, on_all, pairs
 
 CASES = (
     Case(B=8, H=2, bias="PHMN"),
@@ -30,7 +30,7 @@ def test_output_and_lse(case, backend, device):
     assert_attention_lse(out, lse, *inputs)
 
 
-@of_both_lengths
+@pytest.mark.parametrize("N", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
 @on_all
 def test_results_have_the_bits_of_a_copied_bias(backend, N, device):
     case = Case(B=6, H=2, N=N, bias="PHMN")

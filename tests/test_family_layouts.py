@@ -22,6 +22,8 @@ from attnx.trace.sides import Tokens
 KINDS = {"image", "text", "windows", "channels", "queries", "tokens"}
 MAPPED = [p for p in EACH if p.values[0] not in UNFUSED]
 OF_IMAGES = [p for p in MAPPED if FAMILIES[p.values[0]].images_only]
+# Pictures take longer than maps: every fourth family, and all of them in the slow tests.
+DRAWN = [pytest.param(*p.values, marks=p.marks if i % 4 == 0 else pytest.mark.slow) for i, p in enumerate(OF_IMAGES)]
 
 # Families of images of which no layer is over a known grid, so that only the counts of tokens can be checked.
 NO_GRID = {
@@ -246,7 +248,7 @@ def test_received_is_the_mean_of_the_columns(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", OF_IMAGES)
+@pytest.mark.parametrize("name", DRAWN)
 def test_show_draws_the_family(name: str, tmp_path: Path) -> None:
     model, images = model_and_images(name)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
