@@ -67,14 +67,14 @@ class Attention:
         return self.fused(self.dead[..., None].double(), "max")[..., 0] > 0
 
 
-def eager_maps(model: nn.Module, call: Callable[[], Any]) -> dict[str, list[Tensor]]:
-    """{module name: head means [B, M, N] of its softmaxes, in the order of the calls}, in the model's eager form."""
+def eager_maps(model: nn.Module, call: Callable[[], Any]) -> tuple[dict[str, list[Tensor]], Any]:
+    """{module name: head means [B, M, N] of its softmaxes, one a call} of an eager run, and its output."""
     maps: dict[str, list[Tensor]] = {}
     with torch.no_grad():
-        found, _ = eager_attentions(model, call)
+        found, output = eager_attentions(model, call)
     for attention in found:
         maps.setdefault(attention.name, []).append(attention.map())
-    return maps
+    return maps, output
 
 
 def eager_attentions(

@@ -1,50 +1,15 @@
 """Comparison of a capture with the softmax that a model computes itself."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from eager_reference import eager_maps
 from test_families import assert_same, tensors
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import attnx
-
-Maps = dict[str, list[Tensor]]
-
-
-class _Softmaxes(TorchFunctionMode):
-    """Stores the results of softmax under the name of the attention that runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.name = ""
-        self.maps: Maps = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # F.softmax calls Tensor.softmax, and the mode is off while it does.
-        if getattr(func, "__name__", "") == "softmax":
-            self.maps.setdefault(self.name, []).append(result.detach().mean(1))
-        return result
-
-
-@contextmanager
-def own_maps(model: nn.Module, *classes: str) -> Iterator[Maps]:
-    """{layer: the maps [B, M, N] of its own softmax, one a call} of a model that runs in the with block."""
-    recorder = _Softmaxes()
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda *_: setattr(recorder, "name", name)
-
-    layers = {name: module for name, module in model.named_modules() if type(module).__name__ in classes}
-    hooks = [module.register_forward_pre_hook(enter(name)) for name, module in layers.items()]
-    with recorder:
-        yield recorder.maps
-    for hook in hooks:
-        hook.remove()
-    assert set(recorder.maps) == set(layers)
 
 
 def assert_restored(model: nn.Module) -> None:
@@ -54,12 +19,12 @@ def assert_restored(model: nn.Module) -> None:
 def assert_captured(model: nn.Module, call: Callable[[], Any], *classes: str) -> None:
     """The output and the maps of a capture are the model's own, one for each call; nothing is left."""
     with torch.no_grad():
-        with own_maps(model, *classes) as want:
-            plain = call()
+        want, plain = eager_maps(model, call)
         with attnx.capture(model, calls="all") as trace:
             assert_same(call(), plain, 1e-5)
         assert_restored(model)
         assert_same(call(), plain, 0)
+    assert {type(model.get_submodule(name)).__name__ for name in want} == set(classes)
     assert len(trace.calls) == 1
     # A layer that attends twice in a pass, as LXMERT's cross-attention does, has a second map: "name#2".
     calls = {f"{name}#{i}" if i > 1 else name: p for name, maps in want.items() for i, p in enumerate(maps, 1)}
@@ -89,3 +54,20 @@ def assert_same_gradients(model: nn.Module, call: Callable[[], Any]) -> None:
         torch.testing.assert_close(
             ours[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@torch.no_grad()
+def assert_own_code_with_dropout(model: nn.Module, call: Callable[[], Any]) -> None:
+    """With active dropout the class's own code runs in a capture; the maps are the weights before dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    model.train()
+    torch.manual_seed(3)
+    plain = call()
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="holds the weights of all heads"), attnx.capture(model) as trace:
+        assert_same(call(), plain, 0)
+    for amap in trace.values():
+        torch.testing.assert_close(amap.sum(-1), torch.ones(amap.shape[:2]))
+    assert_restored(model)

@@ -9,27 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from eager_reference import eager_attentions
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import attnx
-
-_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-
-
-class Softmaxes(TorchFunctionMode):
-    """The results of the softmax calls inside a `with`, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.results: list[Tensor] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func in _SOFTMAX:
-            self.results.append(result.detach())
-        return result
 
 
 def randomize(model: nn.Module) -> nn.Module:
@@ -96,9 +79,8 @@ def check_capture(model: nn.Module, *inputs: Tensor, blocks: int, exact_to: floa
 @torch.no_grad()
 def plain_pass(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The output of the model's own code, and the probabilities of its blocks [B, H, M, N]."""
-    with Softmaxes() as own:
-        out = tensor_of(model(*inputs))
-    return out, own.results
+    attentions, out = eager_attentions(model, lambda: model(*inputs))
+    return tensor_of(out), [attention.raw for attention in attentions]
 
 
 @torch.no_grad()

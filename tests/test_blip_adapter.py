@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from own_maps import assert_captured, assert_restored, assert_same_gradients, own_maps
+from eager_reference import eager_maps
+from own_maps import assert_captured, assert_own_code_with_dropout, assert_restored, assert_same_gradients
 from test_families import FAMILIES, assert_same, built
-from torch import nn
 
 import attnx
 from attnx.trace.adapters import route_to_sdpa
@@ -40,8 +40,7 @@ def test_captions_are_the_same_with_a_map_for_each_step(search: dict[str, Any]) 
     model, given = build("HF BLIP captions")
     options = {**given, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **search}
     with torch.no_grad():
-        with own_maps(model, *BLOCKS) as want:
-            plain = model.generate(**options)
+        want, plain = eager_maps(model, lambda: model.generate(**options))
         with attnx.capture(model, calls="all") as trace:
             assert torch.equal(model.generate(**options), plain)
     assert_restored(model)
@@ -91,19 +90,7 @@ def test_a_hook_sees_the_probabilities() -> None:
 
 def test_dropout_is_left_to_the_block() -> None:
     model, given = build("HF BLIP retrieval")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.3
-    model.train()
-    with torch.no_grad():
-        torch.manual_seed(3)
-        plain = model(**given)
-        torch.manual_seed(3)
-        with pytest.warns(UserWarning, match="holds the weights of all heads"), attnx.capture(model) as trace:
-            ours = model(**given)
-    assert_same(ours, plain, 0)
-    assert len(trace) == 6
-    assert_restored(model)
+    assert_own_code_with_dropout(model, lambda: model(**given))
 
 
 def test_padding_has_no_weight_in_other_dtypes() -> None:

@@ -199,7 +199,7 @@ def test_maps_of_an_image_do_not_depend_on_its_batch(name: str) -> None:
 
 
 def result(call: Callable[[], Tensor]) -> Tensor | str:
-    """What a call returns, or the message of its error, one line."""
+    """The result of a call, or the message of its error, one line."""
     try:
         return call()
     except (ValueError, RuntimeError) as error:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from own_maps import assert_captured, assert_restored, assert_same_gradients
+from own_maps import assert_captured, assert_own_code_with_dropout, assert_restored, assert_same_gradients
 from test_families import FAMILIES, assert_same, built
 from torch import Tensor, nn
 
@@ -45,19 +45,7 @@ def test_dropout_and_returned_probabilities_are_left_to_the_block(name: str) -> 
         for put_back in undo:
             put_back()
         assert_restored(model)
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.3
-        model.train()
-        torch.manual_seed(3)
-        plain = model(**given)
-        torch.manual_seed(3)
-        with pytest.warns(UserWarning, match="holds the weights of all heads"), attnx.capture(model) as trace:
-            ours = model(**given)
-        assert_same(ours, plain, 0)
-    for amap in trace.values():  # the weights before dropout
-        torch.testing.assert_close(amap.sum(-1), torch.ones(amap.shape[:2]))
-    assert_restored(model)
+    assert_own_code_with_dropout(model, lambda: model(**given))
 
 
 def test_masked_tokens_have_no_weight() -> None:

@@ -131,7 +131,7 @@ def weigh_weights(
         weighted = (dp if rows is None else dp[..., rows, :]).float() * p.float()
         return fuse(weighted.clamp(min=0) if clamp else weighted)
 
-    record = GradientRecord((len(p), *fuse(p[:1]).shape[1:]), (p,), weigh, weights)
+    record = GradientRecord(tuple(fuse(p.to("meta")).shape), (p,), weigh, weights)
     weights.register_hook(record.note)
     return record
 

@@ -10,19 +10,19 @@ from collections.abc import Callable
 from torch import nn
 
 from attnx.trace.adapters import albef, bert_like, blip, crossvit, dino, huggingface, lavt, mvit, plain, swin, timm
-from attnx.trace.adapters.rewriting import Rewrite, bind_rewritten
+from attnx.trace.adapters.known import Known, bind_known
 
 Undo = Callable[[], None]
 
-_BLOCKS: dict[str, list[Rewrite]] = {}  # {class name: functions that give the forward to bind}
+_BLOCKS: dict[str, list[Known]] = {}  # by the name of the class
 for _adapter in (albef, bert_like, blip, crossvit, dino, lavt, mvit, plain, swin):
-    for _name, _rewrite in _adapter.BLOCKS.items():
-        _BLOCKS.setdefault(_name, []).append(_rewrite)
+    for _known in _adapter.BLOCKS:
+        _BLOCKS.setdefault(_known.name, []).append(_known)
 
 
 def route_to_sdpa(model: nn.Module) -> list[Undo]:
     """Make the model's unfused blocks call SDPA; returns functions that undo it, to be called in any order."""
-    return [*timm.use_sdpa(model), *huggingface.use_sdpa(model), *bind_rewritten(model, _BLOCKS)]
+    return [*timm.use_sdpa(model), *huggingface.use_sdpa(model), *bind_known(model, _BLOCKS)]
 
 
 def unfused_blocks(model: nn.Module) -> dict[str, str]:

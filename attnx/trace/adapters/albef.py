@@ -1,6 +1,6 @@
 """Adapter for ALBEF's own attention: forwards that call SDPA instead of computing the softmax themselves.
 
-BLIP's and LAVIS's copies of these blocks are supported, too. See `rewriting` for how blocks are recognised.
+BLIP's and LAVIS's copies of these blocks are supported, too. See `known` for how blocks are recognised.
 
 The forward is bound to the instance. It calls the class's own forward, which is not intercepted, for what SDPA does not
 compute: active dropout, a head mask, relative positions, and probabilities that are returned while gradients are
@@ -14,26 +14,23 @@ Reference:
     https://github.com/salesforce/ALBEF, models/xbert.py and models/vit.py
 """
 
-import inspect
-from collections.abc import Callable
-from functools import cache
-from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnx.trace.adapters.known import Known
 from attnx.trace.adapters.masks import as_bias
 from attnx.trace.adapters.rewriting import (
+    VIT_MAY_USE,
     VIT_NEEDS,
-    VIT_USES,
     drops,
     makes_graph,
     output,
     probabilities_of,
     project,
-    returns_pair,
+    returns_one,
 )
 
 _BERT = ("hidden_states", "attention_mask", "head_mask", "encoder_hidden_states", "encoder_attention_mask",
@@ -41,24 +38,12 @@ _BERT = ("hidden_states", "attention_mask", "head_mask", "encoder_hidden_states"
 # Names that the forward uses. A similar block with a norm, a table of positions or a gate uses more.
 _BERT_NEEDS = {"query", "key", "value", "transpose_for_scores", "dropout", "save_attention", "save_attention_map",
                "save_attn_gradients", "register_hook", "Softmax"}  # fmt: skip
-_BERT_USES = _BERT_NEEDS | {
+_BERT_MAY_USE = {
     "all_head_size", "arange", "attention_head_size", "cat", "contiguous", "device", "distance_embedding", "dtype",
     "einsum", "long", "math", "matmul", "max_position_embeddings", "nn", "permute", "position_embedding_type", "size",
     "sqrt", "to", "torch", "transpose", "view",
 }  # fmt: skip
 _VIT_SAVES = {"save_attention_map", "save_attn_gradients", "register_hook"}
-
-
-@cache
-def _rewritten(name: str, forward: FunctionType) -> Callable[..., Any] | None:
-    """The forward to bind in place of a class's own; None if that is unknown."""
-    arguments = tuple(inspect.signature(forward).parameters)[1:]
-    uses = set(forward.__code__.co_names)
-    if name == "BertSelfAttention" and arguments == _BERT and _BERT_NEEDS <= uses <= _BERT_USES:
-        return _bert
-    if name == "Attention" and arguments == ("x", "register_hook") and uses >= VIT_NEEDS | _VIT_SAVES:
-        return _vit if uses <= VIT_USES | _VIT_SAVES and not returns_pair(forward) else None
-    return None
 
 
 def _bert(
@@ -127,4 +112,7 @@ def _save(self: Any, probabilities: Any, out: Tensor, v: Tensor) -> None:
         out.register_hook(weigh)
 
 
-BLOCKS = dict.fromkeys(("BertSelfAttention", "Attention"), _rewritten)
+BLOCKS = (
+    Known("BertSelfAttention", (_BERT,), _BERT_NEEDS, _BERT_MAY_USE, _bert),
+    Known("Attention", (("x", "register_hook"),), VIT_NEEDS | _VIT_SAVES, VIT_MAY_USE, _vit, test=returns_one),
+)

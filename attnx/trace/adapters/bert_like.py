@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnx.trace.adapters.known import Known, arguments_of, blocks
+from attnx.trace.adapters.known import Known, arguments_of
 from attnx.trace.adapters.masks import as_bias
 from attnx.trace.adapters.rewriting import drops
 
@@ -48,28 +48,21 @@ def _packed(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     return (out.transpose(1, 2).flatten(2),)
 
 
-def _row(folder: str, *arguments: str) -> Known:
-    """The row of the table for a class with separate projections."""
-    needs = frozenset({"query", "key", "value", "attention_head_size", "dropout", "matmul", "sqrt"})
-    may_use = frozenset({
-        "Softmax", "all_head_size", "contiguous", "functional", "head_size", "math", "nn", "permute", "shape", "size",
-        "softmax", "torch", "transpose", "view",
-    })  # fmt: skip
-    return Known(f"transformers.models.{folder}.", (arguments,), needs, may_use, _separate)
-
-
-_ONE_SOURCE = ("hidden_states", "attention_mask", "output_attentions")
-_TABLE = {
-    "ViltSelfAttention": _row("vilt", *_ONE_SOURCE),
-    "VisualBertSelfAttention": _row("visual_bert", *_ONE_SOURCE),
-    "FlavaSelfAttention": _row("flava", *_ONE_SOURCE),
-    "LxmertAttention": _row("lxmert", "hidden_states", "context", "attention_mask", "output_attentions"),
-    "TimesformerSelfAttention": Known(
+_NEEDS = {"query", "key", "value", "attention_head_size", "dropout", "matmul", "sqrt"}
+_MAY_USE = {
+    "Softmax", "all_head_size", "contiguous", "functional", "head_size", "math", "nn", "permute", "shape", "size",
+    "softmax", "torch", "transpose", "view",
+}  # fmt: skip
+_ONE = (("hidden_states", "attention_mask", "output_attentions"),)
+_TWO = (("hidden_states", "context", "attention_mask", "output_attentions"),)
+BLOCKS = (
+    Known("ViltSelfAttention", _ONE, _NEEDS, _MAY_USE, _separate, "transformers.models.vilt."),
+    Known("VisualBertSelfAttention", _ONE, _NEEDS, _MAY_USE, _separate, "transformers.models.visual_bert."),
+    Known("FlavaSelfAttention", _ONE, _NEEDS, _MAY_USE, _separate, "transformers.models.flava."),
+    Known("LxmertAttention", _TWO, _NEEDS, _MAY_USE, _separate, "transformers.models.lxmert."),
+    Known(
+        "TimesformerSelfAttention", (("hidden_states", "output_attentions"),),
+        {"qkv", "num_heads", "scale", "softmax", "attn_drop"}, {"permute", "reshape", "shape", "transpose"}, _packed,
         "transformers.models.timesformer.",
-        (("hidden_states", "output_attentions"),),
-        frozenset({"qkv", "num_heads", "scale", "softmax", "attn_drop"}),
-        frozenset({"permute", "reshape", "shape", "transpose"}),
-        _packed,
     ),
-}
-BLOCKS = blocks(_TABLE)
+)  # fmt: skip

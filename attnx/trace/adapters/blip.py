@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registry
 
 from attnx.trace.adapters.bert_like import split_heads
-from attnx.trace.adapters.known import Known, arguments_of, blocks
+from attnx.trace.adapters.known import Known, arguments_of
 from attnx.trace.adapters.masks import as_bias
 from attnx.trace.adapters.rewriting import drops
 
@@ -93,26 +93,27 @@ def _reads(hook: Any) -> bool:
 
 
 _TEXT_ARGUMENTS = ("hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask")
-_TABLE = {
-    "BlipAttention": Known(
-        "transformers.models.blip.",
+BLOCKS = (
+    Known(
+        "BlipAttention",
         (("hidden_states", "kwargs"),),
-        frozenset({"qkv", "num_heads", "scale", "softmax", "dropout", "projection", "embed_dim"}),
-        frozenset({"functional", "matmul", "nn", "permute", "reshape", "size", "torch", "transpose"}),
+        {"qkv", "num_heads", "scale", "softmax", "dropout", "projection", "embed_dim"},
+        {"functional", "matmul", "nn", "permute", "reshape", "size", "torch", "transpose"},
         _image,
-    ),
-    "BlipTextSelfAttention": Known(
         "transformers.models.blip.",
+    ),
+    Known(
+        "BlipTextSelfAttention",
         tuple((*_TEXT_ARGUMENTS, cache, "kwargs") for cache in ("cache", "past_key_values")),
-        frozenset({
+        {
             "query", "key", "value", "attention_head_size", "dropout", "Softmax", "sqrt", "layer_idx", "is_updated",
             "EncoderDecoderCache", "cross_attention_cache", "self_attention_cache", "update",
-        }),
-        frozenset({
+        },
+        {
             "all_head_size", "contiguous", "device", "get", "isinstance", "keys", "layers", "math", "matmul", "nn",
             "permute", "shape", "size", "to", "torch", "transpose", "values", "view",
-        }),
+        },
         _text,
+        "transformers.models.blip.",
     ),
-}  # fmt: skip
-BLOCKS = blocks(_TABLE)
+)  # fmt: skip

@@ -1,6 +1,6 @@
 """Adapter for CrossViT's cross-attention: a forward that calls SDPA instead of computing the softmax itself.
 
-The only query is the class token, so maps are [B, 1, N]. IBM's class and timm's are supported. See `rewriting` for how
+The only query is the class token, so maps are [B, 1, N]. IBM's class and timm's are supported. See `known` for how
 blocks are recognised.
 
 Reference:
@@ -8,29 +8,17 @@ Reference:
 """
 
 import dis
-import inspect
-from collections.abc import Callable
-from functools import cache
 from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnx.trace.adapters.rewriting import arithmetic, drops, output
+from attnx.trace.adapters.known import Known
+from attnx.trace.adapters.rewriting import drops, output
 
 _NEEDS = {"wq", "wk", "wv", "num_heads", "scale", "softmax", "attn_drop", "proj", "proj_drop"}
-_USES = _NEEDS | {"permute", "reshape", "shape", "transpose"}
-
-
-@cache
-def _rewritten(name: str, forward: FunctionType) -> Callable[..., Any] | None:
-    """The forward to bind in place of a class's own; None if that is unknown."""
-    arguments = tuple(inspect.signature(forward).parameters)[1:]
-    known = _NEEDS <= set(forward.__code__.co_names) <= _USES
-    if arguments == ("x",) and known and _slices(forward) and arithmetic(forward) == {"@": 2, "*": 1}:
-        return _attention
-    return None
+_MAY_USE = {"permute", "reshape", "shape", "transpose"}
 
 
 def _slices(function: FunctionType) -> bool:
@@ -51,4 +39,4 @@ def _attention(self: Any, x: Tensor) -> Tensor:
     return output(self, F.scaled_dot_product_attention(q, k, v, scale=self.scale))
 
 
-BLOCKS = dict.fromkeys(("CrossAttention",), _rewritten)
+BLOCKS = (Known("CrossAttention", (("x",),), _NEEDS, _MAY_USE, _attention, operators={"@": 2, "*": 1}, test=_slices),)

@@ -1,25 +1,22 @@
 """Adapter for DINO's own attention: forwards that call SDPA instead of computing the softmax themselves.
 
 The attention returns (output, probabilities), and the block discards the probabilities unless return_attention=True. So
-the bound block calls the bound attention without probabilities. See `rewriting` for how blocks are recognised.
+the bound block calls the bound attention without probabilities. See `known` for how blocks are recognised.
 
 Reference:
     https://github.com/facebookresearch/dino, vision_transformer.py
 """
 
-import inspect
-from collections.abc import Callable
-from functools import cache
-from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as registry
 
+from attnx.trace.adapters.known import Known
 from attnx.trace.adapters.rewriting import (
+    VIT_MAY_USE,
     VIT_NEEDS,
-    VIT_USES,
     drops,
     makes_graph,
     output,
@@ -29,18 +26,6 @@ from attnx.trace.adapters.rewriting import (
 )
 
 _BLOCK = {"norm1", "attn", "drop_path", "norm2", "mlp"}
-
-
-@cache
-def _rewritten(name: str, forward: FunctionType) -> Callable[..., Any] | None:
-    """The forward to bind in place of a class's own; None if that is unknown."""
-    arguments = tuple(inspect.signature(forward).parameters)[1:]
-    uses = set(forward.__code__.co_names)
-    if name == "Attention" and arguments == ("x",) and VIT_NEEDS <= uses <= VIT_USES:
-        return _attention if returns_pair(forward) else None
-    if name == "Block" and arguments == ("x", "return_attention") and uses == _BLOCK:
-        return _block
-    return None
 
 
 def _attention(self: Any, x: Tensor, probabilities: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -71,4 +56,7 @@ def _has_foreign_hooks(module: nn.Module) -> bool:
     return any(not str(getattr(hook, "__module__", "")).startswith("attnx.") for hook in hooks)
 
 
-BLOCKS = dict.fromkeys(("Attention", "Block"), _rewritten)
+BLOCKS = (
+    Known("Attention", (("x",),), VIT_NEEDS, VIT_MAY_USE, _attention, test=returns_pair),
+    Known("Block", (("x", "return_attention"),), _BLOCK, frozenset(), _block),
+)

@@ -1,11 +1,12 @@
-"""Helpers for adapters that replace the forward of a known class of a package by one that calls SDPA.
+"""Classes that compute their own softmax, and the forwards that stand in for theirs.
 
-A class is recognised by its name, its package, and the arguments and the names that its forward uses, never by a
-version. A class whose forward takes other arguments, or uses more or fewer names, is left as it is.
+A class is recognised by its name and package, and by the arguments, the names and the operators that its forward uses,
+never by a version; no foreign code is imported. A class whose forward takes other arguments, or uses more or fewer
+names, is left as it is.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -13,35 +14,65 @@ from typing import Any
 
 from torch import nn
 
-from attnx.trace.adapters.rewriting import Rewrite
+from attnx.trace.adapters.rewriting import arithmetic
+from attnx.trace.adapters.switches import bind, own_forward_only
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Known:
-    """A class that computes its own softmax.
+    """A class whose forward has a counterpart here.
 
     Attributes:
-        package: what the name of the class's module starts with.
+        name: of the class.
         arguments: names of the forward's arguments without self; one tuple for each variant.
         needs: names that the forward uses.
-        may_use: names that the forward of some versions uses.
+        may_use: further names that it may use.
         forward: the function to bind, which calls SDPA.
+        package: what the name of the forward's module starts with.
+        operators: number of uses of each binary operator, as from `arithmetic`; None: any.
+        test: a further condition on the forward; None: none.
     """
 
-    package: str
+    name: str
     arguments: tuple[tuple[str, ...], ...]
-    needs: frozenset[str]
-    may_use: frozenset[str]
+    needs: Set[str]
+    may_use: Set[str]
     forward: Callable[..., Any]
+    package: str = ""
+    operators: Mapping[str, int] | None = None
+    test: Callable[[FunctionType], bool] | None = None
 
 
-def blocks(table: Mapping[str, Known]) -> dict[str, Rewrite]:
-    """{class name: function that gives the forward to bind} of a table {class name: the class}."""
+def bind_known(model: nn.Module, table: Mapping[str, Sequence[Known]]) -> list[Callable[[], None]]:
+    """Bind forwards that call SDPA to the known blocks of a model; returns functions that undo it.
 
-    def rewritten(name: str, forward: FunctionType) -> Callable[..., Any] | None:
-        return table[name].forward if _is_known(forward, table[name]) else None
+    Args:
+        model: the model.
+        table: {class name: known classes of that name}; the first that describes a block is taken.
+    """
+    undo: list[Callable[[], None]] = []
+    for module in model.modules():
+        kind = type(module)
+        classes = table.get(kind.__name__, ())
+        if classes and own_forward_only(module):
+            known = next((known for known in classes if _describes(known, kind.forward)), None)
+            if known is not None:
+                undo.append(bind(module, known.forward))
+    return undo
 
-    return dict.fromkeys(table, rewritten)
+
+@cache
+def _describes(known: Known, forward: Callable[..., Any]) -> bool:
+    """True if `known` describes a forward."""
+    function = inspect.unwrap(forward)
+    if not isinstance(function, FunctionType) or not function.__module__.startswith(known.package):
+        return False
+    uses, arguments = set(function.__code__.co_names), tuple(inspect.signature(function).parameters)[1:]
+    if arguments not in known.arguments or not known.needs <= uses <= known.needs | known.may_use:
+        return False
+    if known.operators is not None and arithmetic(function) != known.operators:
+        return False
+    return known.test is None or known.test(function)
 
 
 def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -57,14 +88,3 @@ def _signature(forward: Callable[..., Any]) -> tuple[inspect.Signature, str]:
     signature = inspect.signature(forward)
     others = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
     return signature, "".join(others)
-
-
-@cache
-def _is_known(forward: FunctionType, known: Known) -> bool:
-    """True if `known` describes the forward."""
-    function = inspect.unwrap(forward)
-    if not isinstance(function, FunctionType) or not function.__module__.startswith(known.package):
-        return False
-    uses = set(function.__code__.co_names)
-    arguments = tuple(inspect.signature(function).parameters)[1:]
-    return arguments in known.arguments and known.needs <= uses <= known.needs | known.may_use

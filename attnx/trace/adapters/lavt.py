@@ -1,37 +1,26 @@
 """Adapter for LAVT's attention from pixels to words (PWAM): a forward that calls SDPA instead of computing the softmax.
 
 The queries are the pixels of a stage and the keys are the words, so a map is [B, pixels, words]. The scale is that of
-all heads together, ``key_channels ** -0.5``, and padded words get the bias -10000. See `rewriting` for how blocks are
+all heads together, ``key_channels ** -0.5``, and padded words get the bias -10000. See `known` for how blocks are
 recognised.
 
 Reference:
     https://github.com/yz93/LAVT-RIS, lib/backbone.py
 """
 
-import inspect
-from collections.abc import Callable
-from functools import cache
 from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnx.trace.adapters.known import Known
 from attnx.trace.adapters.masks import as_bias
 
 _USES = {"F", "W", "contiguous", "f_key", "f_query", "f_value", "key_channels", "matmul", "num_heads", "permute",
          "reshape", "size", "softmax", "torch", "unsqueeze", "value_channels"}  # fmt: skip
 # The scale's exponent and the bias of padding. A block with other numbers is left.
 _NUMBERS = {-0.5, 10000.0}
-
-
-@cache
-def _rewritten(name: str, forward: FunctionType) -> Callable[..., Any] | None:
-    """The forward to bind in place of a class's own; None if that is unknown."""
-    arguments = tuple(inspect.signature(forward).parameters)[1:]
-    code = forward.__code__
-    known = arguments == ("x", "l", "l_mask") and set(code.co_names) == _USES and set(code.co_consts) >= _NUMBERS
-    return _attention if known else None
 
 
 def _attention(self: Any, x: Tensor, l: Tensor, l_mask: Tensor) -> Tensor:
@@ -45,4 +34,10 @@ def _attention(self: Any, x: Tensor, l: Tensor, l_mask: Tensor) -> Tensor:
     return fused
 
 
-BLOCKS = dict.fromkeys(("SpatialImageLanguageAttention",), _rewritten)
+def _has_numbers(forward: FunctionType) -> bool:
+    return set(forward.__code__.co_consts) >= _NUMBERS
+
+
+BLOCKS = (
+    Known("SpatialImageLanguageAttention", (("x", "l", "l_mask"),), _USES, frozenset(), _attention, test=_has_numbers),
+)

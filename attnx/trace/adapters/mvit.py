@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnx.trace.adapters.known import Known, blocks
+from attnx.trace.adapters.known import Known
 from attnx.trace.adapters.masks import as_bias
 
 
@@ -52,17 +52,17 @@ def _positions(self: Any, q: Tensor, k: Tensor, q_size: list[int], k_size: list[
     return bias
 
 
-_TABLE = {
-    "MultiScaleAttention": Known(
-        "timm.models.mvitv2",
+BLOCKS = (
+    Known(
+        "MultiScaleAttention",
         (("x", "feat_size"),),
-        frozenset({
+        {
             "qkv", "num_heads", "scale", "softmax", "proj", "has_cls_token", "cal_rel_pos_type", "rel_pos_type",
             "rel_pos_h", "rel_pos_w", "residual_pooling", "reshape_pre_pool", "reshape_post_pool", "pool_q", "pool_k",
             "pool_v", "norm_q", "norm_k", "norm_v",
-        }),
-        frozenset({"dim_out", "permute", "reshape", "shape", "transpose", "unbind"}),
+        },
+        {"dim_out", "permute", "reshape", "shape", "transpose", "unbind"},
         _attention,
+        "timm.models.mvitv2",
     ),
-}  # fmt: skip
-BLOCKS = blocks(_TABLE)
+)  # fmt: skip

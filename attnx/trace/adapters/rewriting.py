@@ -1,46 +1,16 @@
-"""Helpers for adapters that replace the forward of a known block by one that calls SDPA.
-
-A block is recognised by its class name, and by the arguments, the names and the operators that its `forward` uses; no
-foreign code is imported. A block whose forward uses more names, or fewer, is left as it is.
-"""
+"""Helpers for forwards that stand in for a known block's: what a forward does, and projections."""
 
 import dis
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnx.trace.adapters.switches import bind, own_forward_only
-
 # Names that the forward of a vision transformer's attention uses.
 VIT_NEEDS = {"qkv", "num_heads", "scale", "softmax", "attn_drop", "proj", "proj_drop"}
-VIT_USES = VIT_NEEDS | {"permute", "reshape", "shape", "transpose"}
-
-Rewrite = Callable[[str, FunctionType], Callable[..., Any] | None]
-"""(class name, forward) -> the forward to bind in its place; None for an unknown block."""
-
-
-def bind_rewritten(model: nn.Module, known: Mapping[str, Sequence[Rewrite]]) -> list[Callable[[], None]]:
-    """Bind the rewritten forwards to the known blocks of a model; returns functions that undo it.
-
-    Args:
-        model: the model.
-        known: {class name: functions that give the forward to bind}; the first that is not None is bound.
-    """
-    undo: list[Callable[[], None]] = []
-    for module in model.modules():
-        kind = type(module)
-        rewrites = known.get(kind.__name__, ())
-        if not rewrites or not isinstance(kind.forward, FunctionType) or not own_forward_only(module):
-            continue
-        forwards = (rewrite(kind.__name__, kind.forward) for rewrite in rewrites)
-        forward = next((forward for forward in forwards if forward is not None), None)
-        if forward is not None:
-            undo.append(bind(module, forward))
-    return undo
+VIT_MAY_USE = {"permute", "reshape", "shape", "transpose"}
 
 
 def returns_pair(function: FunctionType) -> bool:
@@ -48,6 +18,11 @@ def returns_pair(function: FunctionType) -> bool:
     steps = list(dis.get_instructions(function))
     returned = [steps[i - 1] for i, step in enumerate(steps) if step.opname == "RETURN_VALUE"]
     return bool(returned) and all((step.opname, step.arg) == ("BUILD_TUPLE", 2) for step in returned)
+
+
+def returns_one(function: FunctionType) -> bool:
+    """True if the function does not always return a pair."""
+    return not returns_pair(function)
 
 
 def arithmetic(function: FunctionType) -> Counter[str]:

@@ -1,7 +1,7 @@
 """Adapter for Swin's window attention: forwards that call SDPA instead of computing the softmax themselves.
 
 Supported are the classes of microsoft/Swin-Transformer (versions 1 and 2) with their copies, such as LAVT's, and those
-of timm, transformers and torchvision that have no SDPA. See `rewriting` for how blocks are recognised.
+of timm, transformers and torchvision that have no SDPA. See `known` for how blocks are recognised.
 
 q, k and v are [B * windows, H, K, D] for windows of K tokens. The relative position bias [1, H, K, K] is added to the
 scores. Shifted blocks also have a mask [windows, K, K], which repeats for each image, see `_attend`.
@@ -10,17 +10,15 @@ Reference:
     https://github.com/microsoft/Swin-Transformer, models/swin_transformer.py and models/swin_transformer_v2.py
 """
 
-import inspect
 import math
-from collections.abc import Callable
-from functools import cache
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnx.trace.adapters.known import Known
 from attnx.trace.adapters.masks import as_bias
 from attnx.trace.adapters.rewriting import arithmetic, drops, output, project
 
@@ -43,29 +41,6 @@ _LAYOUT = {"F", "contiguous", "functional", "math", "nn", "permute", "reshape", 
            "transpose", "unbind", "unsqueeze", "view", "zeros_like"}  # fmt: skip
 _SHIFTED_OPERATORS = {"@": 1, "*": 7, "**": 1, "%": 4, "+": 2, "+=": 1, "-": 3}
 _SHIFTED_LAYOUT = _LAYOUT | {"copy", "float", "sum"}
-
-
-class _Known(NamedTuple):
-    """A class whose forward has a counterpart here."""
-
-    name: str
-    arguments: tuple[str, ...]
-    names: set[str]  # that the forward uses, beside layouts
-    operators: dict[str, int]
-    forward: Callable[..., Any]
-
-
-@cache
-def _rewritten(name: str, forward: FunctionType) -> Callable[..., Any] | None:
-    """The forward to bind in place of a class's own; None if that is unknown."""
-    arguments = tuple(inspect.signature(forward).parameters)[1:]
-    uses, operators = set(forward.__code__.co_names), arithmetic(forward)
-    for known in _CLASSES:
-        if (name, arguments, operators) != (known.name, known.arguments, known.operators):
-            continue
-        if known.names <= uses <= known.names | _LAYOUT and ("shift_size" not in uses or _is_shifted(forward)):
-            return known.forward
-    return None
 
 
 def _is_shifted(forward: FunctionType) -> bool:
@@ -237,16 +212,16 @@ def _has_own(self: Any) -> bool:
     return drops(self.attn_drop) or not (softmax is None or (type(softmax) is nn.Softmax and softmax.dim == -1))
 
 
-_MASKED = ("x", "mask")
-_CLASSES = (
-    _Known("WindowAttention", _MASKED, _V1, {"@": 2, "*": 3, "+": 2}, _v1),
-    _Known("WindowAttention", _MASKED, _V2, {"@": 2, "*": 4, "+": 2}, _v2),
-    _Known("WindowAttention", _MASKED, _V2 | {"k_bias", "qkv_bias_separate"}, {"@": 2, "*": 4, "+": 2, "+=": 1},
-           _v2_timm),
-    _Known("WindowMultiHeadAttention", _MASKED, _CR, {"@": 2, "*": 1, "+": 2}, _cr),
-    _Known("Swinv2SelfAttention", ("hidden_states", "attention_mask", "output_attentions"), _SWINV2,
-           {"@": 1, "*": 4, "+": 4}, _swinv2),
-    _Known("ShiftedWindowAttention", ("x",), _TORCHVISION, {}, _torchvision),
-    _Known("ShiftedWindowAttentionV2", ("x",), _TORCHVISION | {"logit_scale"}, {}, _torchvision),
+_MASKED = (("x", "mask"),)
+BLOCKS = (
+    Known("WindowAttention", _MASKED, _V1, _LAYOUT, _v1, operators={"@": 2, "*": 3, "+": 2}),
+    Known("WindowAttention", _MASKED, _V2, _LAYOUT, _v2, operators={"@": 2, "*": 4, "+": 2}),
+    Known("WindowAttention", _MASKED, _V2 | {"k_bias", "qkv_bias_separate"}, _LAYOUT, _v2_timm,
+          operators={"@": 2, "*": 4, "+": 2, "+=": 1}),
+    Known("WindowMultiHeadAttention", _MASKED, _CR, _LAYOUT, _cr, operators={"@": 2, "*": 1, "+": 2}),
+    Known("Swinv2SelfAttention", (("hidden_states", "attention_mask", "output_attentions"),), _SWINV2, _LAYOUT, _swinv2,
+          operators={"@": 1, "*": 4, "+": 4}),
+    Known("ShiftedWindowAttention", (("x",),), _TORCHVISION, _LAYOUT, _torchvision, operators={}, test=_is_shifted),
+    Known("ShiftedWindowAttentionV2", (("x",),), _TORCHVISION | {"logit_scale"}, _LAYOUT, _torchvision, operators={},
+          test=_is_shifted),
 )  # fmt: skip
-BLOCKS = dict.fromkeys((known.name for known in _CLASSES), _rewritten)
