@@ -9,8 +9,9 @@ import re
 
 import pytest
 import torch
+from eager_reference import eager_attentions
 from original_code import checkout
-from own_softmax import Softmaxes, load, randomize
+from own_softmax import load, randomize
 from torch import nn
 
 import attnx
@@ -65,14 +66,6 @@ def captured(model, **options):
     return trace
 
 
-def unfused(model):
-    """The model, whose timm blocks compute their softmax themselves."""
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    return model
-
-
 def grids(model):
     """(rows, columns) of both branches, from the code's own declaration."""
     return [tuple(i // p for i, p in zip(e.img_size, e.patch_size, strict=True)) for e in model.patch_embed]
@@ -80,14 +73,14 @@ def grids(model):
 
 def softmaxes(model):
     """(branch, fusion block or None, softmax in float64) of each attention layer, in the order of the calls."""
-    with torch.no_grad(), Softmaxes() as own:
-        unfused(model)(images(model))
+    with torch.no_grad():
+        attentions, _ = eager_attentions(model, lambda: model(images(model)))
     names = [n for n, m in model.named_modules() if type(m).__name__ in ("Attention", "CrossAttention")]
     found = [re.fullmatch(r"blocks\.\d+\.(blocks|fusion)\.(\d)\.?(\d*)\.attn", name) for name in names]
-    assert len(own.results) == len(found)
+    assert len(attentions) == len(found)
     return [
-        (int(f[2]), int(f[3] or 0) if f[1] == "fusion" else None, own.double())
-        for f, own in zip(found, own.results, strict=True)
+        (int(f[2]), int(f[3] or 0) if f[1] == "fusion" else None, own.raw.double())
+        for f, own in zip(found, attentions, strict=True)
     ]
 
 
