@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnx.methods.maps import fusion, inverse
 from attnx.ops.reducers import Reduction
-from attnx.trace.branch_layers import BranchLayer, branch_layer
+from attnx.trace.branch_layers import LAYER, BranchLayer, branch_layer
 from attnx.trace.layers import Layers, attention_layers, clean_name
 from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord, no_autocast
@@ -50,6 +50,8 @@ def branches_of(trace: Trace) -> Branches | None:
             layer ran more than once; only some rows were captured, or with `layout`; or a grid is unknown.
         NotImplementedError: the model has three branches or more.
     """
+    if not any(LAYER.fullmatch(name.partition("#")[0]) for name in trace):
+        return None
     modules = {clean_name(name): module for name, module in trace.tokens.model.named_modules()}
     places = {name: branch_layer(modules, name.partition("#")[0]) for name in trace}
     found = {name: place for name, place in places.items() if place is not None}

@@ -86,7 +86,7 @@ def _parts(name: str) -> tuple[str, str]:
 
 def _prepared(name: str, visual: nn.Module, image_size: tuple[int, int] | None) -> Loaded:
     """The tower with the preprocessing that open_clip stores in it."""
-    config: dict[str, Any] = dict(visual.preprocess_cfg)  # type: ignore[arg-type]
+    config: Any = visual.preprocess_cfg
     if config["resize_mode"] not in _CROPS:
         raise NotImplementedError(
             f"pixels: {name} pads its images (resize_mode {config['resize_mode']}); expected {' or '.join(_CROPS)}"

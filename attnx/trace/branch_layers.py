@@ -12,7 +12,8 @@ from torch import nn
 
 from attnx.trace.layout import Grid, TokenLayout, declared_prefix
 
-_LAYER = re.compile(r"(|.*\.)blocks\.(\d+)\.(?:blocks\.(\d+)\.\d+|fusion\.(\d+)(?:\.(\d+))?)\.attn")
+# Names of CrossViT's attention layers; other models may have such names, too.
+LAYER = re.compile(r"(|.*\.)blocks\.(\d+)\.(?:blocks\.(\d+)\.\d+|fusion\.(\d+)(?:\.(\d+))?)\.attn")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def branch_layer(modules: Mapping[str, nn.Module], layer: str) -> BranchLayer | 
         modules: all modules of the model by name.
         layer: name of the layer, without the number of its call.
     """
-    found = _LAYER.fullmatch(layer)
+    found = LAYER.fullmatch(layer)
     if found is None:
         return None
     root, block, own, fused, depth = found.groups()
