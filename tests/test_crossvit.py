@@ -17,6 +17,8 @@ from torch import nn
 import attnx
 from attnx.methods.branches import branch_rollout, branches_of, fuse_branches
 
+pytestmark = pytest.mark.long
+
 timm_crossvit = pytest.importorskip("timm.models.crossvit")
 
 DEPTH = ((1, 2, 0), (1, 1, 0))

@@ -11,6 +11,8 @@ import attnx
 from attnx.extract.lavt_maps import expression_maps
 from attnx.extract.lavt_rollout import lavt_word_rollout
 
+pytestmark = pytest.mark.long
+
 # Two blocks in the first stage: its second one shifts windows of a padded grid.
 SHIFTED = replace(CONFIG, depths=(2, 1, 2, 1))
 

@@ -282,6 +282,7 @@ def test_hub_code_that_does_not_run(hub: Path) -> None:
         load_model(f"torchhub:{hub}:tiny")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["torchvision:vit_b_32", "torchhub:hub:tiny"])
 def test_a_job_in_worker_processes(name: str, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two worker processes; a relative folder is stored as an absolute one, so that the job can go on elsewhere."""

@@ -15,6 +15,8 @@ from torch import nn
 
 from attnx.trace.adapters import route_to_sdpa
 
+pytestmark = pytest.mark.long
+
 timm_v2 = pytest.importorskip("timm.models.swin_transformer_v2")
 timm_cr = pytest.importorskip("timm.models.swin_transformer_v2_cr")
 

@@ -15,6 +15,8 @@ from attnx.methods.chain import self_attention
 from attnx.trace.trace import Trace
 from attnx.trace.window_record import PatchMerge
 
+pytestmark = pytest.mark.long
+
 SMALL = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
 
 

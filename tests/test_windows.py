@@ -14,6 +14,8 @@ from attnx.trace.records import MapRecord, QKRecord
 from attnx.trace.window_record import PatchMerge, WindowRecord
 from attnx.trace.windows import Windows, grid_index, merges, window_index, windows_of
 
+pytestmark = pytest.mark.long
+
 PADDED = {
     "transformers donut", "transformers maskformer", "torchvision swin", "torchvision swinv2", "lavt", "davit",
     "samvit", "sam", "twins",

@@ -65,7 +65,7 @@ def bind_known(model: nn.Module, table: Mapping[str, Sequence[Known]]) -> list[C
 def _describes(known: Known, forward: Callable[..., Any]) -> bool:
     """True if `known` describes a forward."""
     function = inspect.unwrap(forward)
-    if not isinstance(function, FunctionType) or not function.__module__.startswith(known.package):
+    if not isinstance(function, FunctionType) or not (function.__module__ or "").startswith(known.package):
         return False
     uses, arguments = set(function.__code__.co_names), tuple(inspect.signature(function).parameters)[1:]
     if arguments not in known.arguments or not known.needs <= uses <= known.needs | known.may_use:
