@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from families_timm import sharpen
+from test_families import built
 from torch import Tensor, nn
 
 import attnx
@@ -193,13 +194,60 @@ def test_videos_have_frames() -> None:
         TokenLayout(0, (2, 2), frames=0)
 
 
-def test_detection_tokens_of_yolos_are_refused() -> None:
+def test_detection_tokens_of_yolos_follow_the_patches() -> None:
     import transformers
 
     sizes = dict(SMALL, image_size=[48, 64], patch_size=16, num_detection_tokens=5)
-    trace = captured(transformers.YolosModel(transformers.YolosConfig(**sizes)), torch.randn(1, 3, 48, 64))
-    with pytest.raises(ValueError, match=r"expected 1 \+ 3 \* 4 tokens; got maps of 18"):
-        trace.layout  # noqa: B018
+    model = transformers.YolosModel(transformers.YolosConfig(**sizes)).eval()
+    images = torch.randn(2, 3, 48, 64)
+    trace = captured(model, images)
+    assert trace.layout == TokenLayout(1, (3, 4), suffix=5)
+    maps = [trace[name].double() for name in trace]
+    eye = torch.eye(18, dtype=torch.float64)
+    product = eye
+    for amap in maps:
+        product = (amap + eye) / 2 @ product
+    for query in (0, 13, 17):
+        want = product[:, query, 1:13].view(2, 3, 4)
+        got = attnx.rollout(trace, query=query).double()
+        torch.testing.assert_close(got / got.sum((1, 2), keepdim=True), want / want.sum((1, 2), keepdim=True))
+    mean = attnx.rollout(trace, query="mean").double()
+    want = product[:, 1:13].mean(1)[:, 1:13].view(2, 3, 4)
+    torch.testing.assert_close(mean / mean.sum((1, 2), keepdim=True), want / want.sum((1, 2), keepdim=True))
+    torch.testing.assert_close(attnx.cls_map(trace), trace[-1][:, 0, 1:13].view(2, 3, 4))
+    torch.testing.assert_close(attnx.Extractor(model, "rollout")(images), attnx.rollout(trace))
+    with pytest.raises(ValueError, match="suffix >= 0"):
+        TokenLayout(0, (2, 2), suffix=-1)
+
+
+def test_tokens_of_sam_over_the_image() -> None:
+    import transformers
+
+    vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, output_channels=16, num_pos_feats=8)
+    config = transformers.SamConfig(
+        vision_config=dict(vision, image_size=64, patch_size=8, window_size=0),
+        prompt_encoder_config=dict(hidden_size=16, image_size=64, patch_size=8, mask_input_channels=4),
+        mask_decoder_config=dict(hidden_size=16, num_attention_heads=2, mlp_dim=32, iou_head_hidden_dim=16),
+    )
+    model = transformers.SamModel(config).eval()
+    points = torch.rand(1, 3, 2, 2) * 64  # three prompts of two points
+    with torch.no_grad(), attnx.capture(model) as trace:
+        model(pixel_values=torch.randn(1, 3, 64, 64), input_points=points)
+    layer = "mask_decoder.transformer.final_attn_token_to_image"
+    queries, keys = trace.sides(layer)
+    assert (queries.kind, queries.count, keys.kind, keys.grid) == ("queries", 8, "image", (8, 8))
+    assert keys.layout is not None
+    assert keys.layout.patches(trace[layer]).shape == (3, 8, 8, 8)
+    back = trace.sides("mask_decoder.transformer.layers.0.cross_attn_image_to_token")
+    assert [side.kind for side in back] == ["queries", "tokens"]
+
+
+def test_queries_of_mask2former_over_each_level() -> None:
+    model, call, _ = built("HF Mask2Former")
+    with torch.no_grad(), attnx.capture(model) as trace:
+        call()
+    grids = [trace.sides(f"transformer_module.decoder.layers.{i}.cross_attn")[1].grid for i in range(2)]
+    assert grids == [(2, 2), (4, 4)]
 
 
 @pytest.mark.parametrize("queries", [5, 6])

@@ -4,15 +4,16 @@ import pytest
 import timm
 import torch
 import transformers
-from timm.models import swin_transformer_v2_cr
+from timm.models import mobilevit, nest, swin_transformer_v2_cr
 from torch import nn
 from torchvision.models import swin_transformer as vision
 from windowed_blocks import CASES, dense_map, lavt_code, samvit, windowed_calls
 
 from attnx.ops.reducers import Reduction
 from attnx.trace.records import MapRecord, QKRecord
+from attnx.trace.window_readers import windows_of
 from attnx.trace.window_record import PatchMerge, WindowRecord
-from attnx.trace.windows import Windows, grid_index, merges, window_index, windows_of
+from attnx.trace.windows import Windows, grid_index, merges, window_index
 
 pytestmark = pytest.mark.long
 
@@ -51,6 +52,59 @@ def test_a_block_and_its_windows_have_the_same_map(name):
         for i in (0, windows.tokens // 2, -1):
             assert largest_difference(record.row(i), dense[:, i]) < 1e-12
     assert padded == (name in PADDED or "padded" in name)
+
+
+def positions(height, width):
+    return torch.arange(float(height * width)).view(1, 1, height, width)
+
+
+class Kept(nn.Module):
+    """Keeps its input and returns it."""
+
+    def forward(self, x):
+        self.seen = x
+        return x
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_blocks_of_nest_are_known(level):
+    torch.manual_seed(0)
+    model = nest.Nest(img_size=48, embed_dims=(16, 16), num_heads=(1, 1), depths=(1, 1), num_levels=2, num_classes=2)
+    block = model.levels[level]
+    x = torch.zeros(1, 16, *(2 * [12]))
+    windows = windows_of(block, (x,), {})
+    if level:
+        block.pool = nn.Upsample(scale_factor=0.5, mode="nearest")
+    with torch.no_grad():
+        block.pos_embed.zero_()
+    block.transformer_encoder = Kept()
+    h, w = windows.grid
+    block(positions(h, w).repeat_interleave(1 + level, 2).repeat_interleave(1 + level, 3))
+    assert (h, w) == (12 >> level, 12 >> level)
+    assert block.transformer_encoder.seen[0, ..., 0].tolist() == windows.index.tolist()
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 11)])
+def test_windows_of_mobilevit_are_known(size):
+    block = mobilevit.MobileVitBlock(
+        4, 4, patch_size=4, group_size=1, transformer_dim=4, transformer_depth=1, num_heads=1, no_fusion=True
+    )
+    block.conv_kxk = block.conv_1x1 = block.norm = block.conv_proj = nn.Identity()
+    block.transformer = Kept()
+    windows = windows_of(block, (torch.zeros(1, 4, *size),), {})
+    assert windows.grid == (8, 12)
+    block(positions(8, 12))
+    assert block.transformer.seen[..., 0].tolist() == windows.index.tolist()
+
+
+def test_windows_of_transformers_mobilevit_are_known():
+    config = transformers.MobileViTConfig(
+        image_size=64, hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 12, 16, 16, 20, 32], num_attention_heads=4
+    )
+    layer = transformers.MobileViTModel(config).encoder.layer[2]
+    windows = windows_of(layer, (torch.zeros(1, 12, 16, 23),), {})
+    assert windows.grid == (8, 12)
+    assert layer.unfolding(positions(8, 12))[0][..., 0].tolist() == windows.index.tolist()
 
 
 @pytest.mark.parametrize("shift", [0, 2])

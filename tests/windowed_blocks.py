@@ -11,11 +11,11 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from timm.models import swin_transformer_v2_cr
+from timm.models import gcvit, swin_transformer_v2_cr
 from torch import nn
 from torchvision.models import swin_transformer as vision
 
-from attnx.trace.windows import windows_of
+from attnx.trace.window_readers import windows_of
 
 SMALL = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 2}
 HF_SMALL = {"embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2]}
@@ -48,6 +48,17 @@ def torchvision_swin(block, merge):
 def maxvit(name):
     sizes = {"embed_dim": (32, 32, 32, 32), "depths": (1, 1, 1, 1), "stem_width": 16}
     return timm_model(name, (64, 64), img_size=64, num_classes=2, **sizes)
+
+
+def gc_vit():
+    sizes = {
+        "img_size": 64,
+        "embed_dim": 16,
+        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 1, 1, 1),
+        "window_size": (4, 2, 4, 2),
+    }
+    return gcvit.GlobalContextVit(num_classes=2, window_ratio=None, **sizes).eval(), (64, 64)
 
 
 def samvit(size):
@@ -131,6 +142,7 @@ CASES = {
     "lavt": lambda: (LavtLayer().eval(), (60, 64)),
     "maxvit": lambda: maxvit("maxvit_rmlp_pico_rw_256"),
     "maxvit 2d": lambda: maxvit("maxvit_tiny_tf_224"),
+    "gcvit": gc_vit,
     "davit": lambda: timm_model("davit_tiny", (72, 56), window_size=4, **FOUR),
     "samvit": lambda: samvit((64, 56)),
     "sam": sam,

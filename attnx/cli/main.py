@@ -140,7 +140,8 @@ def show(
     Writes overlay.png (the method's map), heads.png (the class token's map of each head), masks.png (the patches
     with 60 % of each head's mass) and layers.png (every layer, then max, min, mean, and rollout). A model without a
     rollout gets the class token's map, or, without a class token, received.png: how much the last layer attends to
-    each patch. The output says so.
+    each patch. If its tokens have no known place in the image, matrix.png has the last layer's map, queries by keys.
+    The output says so.
     """
     from attnx.figures.one_image import Style, draw
     from attnx.images import read_image

@@ -221,7 +221,11 @@ def _tokens(keys: Tokens) -> str:
     if keys.kind == "windows":
         return f"windows of {keys.count} in {keys.grid[0]}x{keys.grid[1]}"
     of = f" of {keys.part}" * bool(keys.part)
-    return f"{frames}{keys.grid[0]}x{keys.grid[1]} {keys.kind}{of}" + f", {keys.prefix} prefix" * bool(keys.prefix)
+    return (
+        f"{frames}{keys.grid[0]}x{keys.grid[1]} {keys.kind}{of}"
+        + f", {keys.prefix} prefix" * bool(keys.prefix)
+        + f", {keys.suffix} suffix" * bool(keys.suffix)
+    )
 
 
 def _gradients(model: nn.Module, call: Callable[[], Any]) -> tuple[Outcome, Outcome]:

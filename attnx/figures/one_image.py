@@ -56,10 +56,11 @@ def draw(
     """Write overlay.png, heads.png, masks.png and layers.png to `out`; {path: description} of the written files.
 
     A model without a rollout gets the class token's map as overlay.png, or, without a class token, received.png: the
-    attention that each patch receives in the last layer over a known grid. The descriptions give the reasons.
+    attention that each patch receives in the last layer over a known grid. If there is no such layer, matrix.png has
+    the last layer's map, queries by keys. The descriptions give the reasons.
 
     Raises:
-        ValueError: the method has no map and is not rollout with default options, or no layer is over a known grid.
+        ValueError: the method has no map and is not rollout with default options.
     """
     out.mkdir(parents=True, exist_ok=True)
     images = loaded.prepare(picture)[None].to(device)
@@ -72,18 +73,20 @@ def draw(
 
     fused = "mean" if heads == "each" else heads
     rolled: Tensor | None = None
-    name = "overlay.png"
+    name, canvas, over = "overlay.png", picture, {"interpolation": style.interpolation, **colours}
     if method == "rollout":
         rolled, why = _rolled(loaded, images, rolling, layers=layers, heads=heads)
         amap, what = rolled, "rollout"
         if amap is None:
-            amap, name, what = _without_rollout(loaded, images, layers, heads)
+            amap, name, what = _without_rollout(loaded, images, layers, fused)
             what += f"; no rollout: {why}"
+        if name == "matrix.png":
+            canvas, over = _canvas(amap), {"interpolation": "nearest", "colormap": style.colormap, "alpha": 1.0}
     else:
         amap = Extractor(loaded.model, method, layers=layers, heads=fused, model_kwargs=loaded.model_kwargs)(images)[0]
         what = "class token's map" if amap.dim() == 2 else "class token's map, mean over layers"
         amap = amap if amap.dim() == 2 else amap.mean(0)
-    write(name, overlay(picture, amap, interpolation=style.interpolation, **colours), what)
+    write(name, overlay(canvas, amap, **over), what)
     try:
         per_layer, each = _class_token(loaded, images, layers, fused)
     except ValueError as error:
@@ -122,20 +125,32 @@ def _rolled(loaded: "Loaded", images: Tensor, rolling: dict[str, Any], **options
 
 
 def _without_rollout(loaded: "Loaded", images: Tensor, layers: Layers, heads: str) -> tuple[Tensor, str, str]:
-    """The map [h, w] of a model without a rollout, the name of its picture, and its description.
-
-    Raises:
-        ValueError: no layer is over a known grid.
-    """
+    """The map [h, w] of a model without a rollout, the name of its picture, and its description."""
     with torch.inference_mode(), capture(loaded.model, layers=layers, heads=heads) as trace:
         loaded.model(images, **loaded.model_kwargs)
     with torch.inference_mode():
         try:
             return cls_map(trace)[0], "overlay.png", f"class token's map in {cls_layer(trace)}"
         except ValueError:
+            pass
+        try:
             layer = last_on_grid(trace)
-            what = f"how much each patch is attended to in {layer}, mean over its queries"
-            return received(trace, layer)[0], "received.png", what
+        except ValueError as error:
+            layer, why = list(trace)[-1], str(error).removeprefix("received: ")
+            windows = trace.sides(layer)[0].kind == "windows"
+            what = f"map of {layer}{', first window' * windows}: a row for each query, a column for each key"
+            return trace[layer][0], "matrix.png", f"{what}; not over the image: {why}"
+        what = f"how much each patch is attended to in {layer}, mean over its queries"
+        return received(trace, layer)[0], "received.png", what
+
+
+def _canvas(amap: Tensor) -> "Image":
+    """An image for a matrix [M, N], 768 pixels at its longer side."""
+    from PIL import Image
+
+    rows, columns = amap.shape
+    height, width = (max(1, 768 * n // max(rows, columns)) for n in (rows, columns))
+    return Image.new("RGB", (width, height))
 
 
 def _class_token(loaded: "Loaded", images: Tensor, layers: Layers, heads: str) -> tuple[LayerMaps, Tensor]:

@@ -205,7 +205,7 @@ def _windowed(trace: Trace, weighted: bool) -> Chain:
     for name in trace:
         record, windows, (queries, keys) = trace.kept(name), trace.windows(name), trace.sides(name)
         grid = keys.grid or (known.get(keys.count) if keys.kind == "image" else None)
-        if grid is None or queries != keys or keys.prefix or keys.frames > 1:
+        if grid is None or queries != keys or keys.prefix or keys.suffix or keys.frames > 1:
             raise ValueError(
                 "rollout: expected layers over the windows of a grid, or over the whole grid; got "
                 f"{describe(trace.all_sides(), by_stack=True)}; choose layers= among these"
@@ -264,7 +264,7 @@ def chain_start(
     B, n, device = last.shape[0], last.shape[-1], last.device
     if query == "all" or layout is None:
         return torch.eye(n, device=device).expand(B, n, n), None
-    cls, prefix = layout.cls is True, layout.prefix
+    cls = layout.cls is True
     if query is None and not cls and pool is not None:
         try:
             return pool[1].fused(kind).map(), None
@@ -274,7 +274,7 @@ def chain_start(
             ) from error
     start = torch.zeros(B, 1, n, device=device)
     if query == "mean" or (query is None and not cls):
-        start[..., prefix:] = 1 / (n - prefix)
+        start[..., layout.prefix : n - layout.suffix] = 1 / layout.patch_count
         return start, None
     if query is None or (isinstance(query, int) and not isinstance(query, bool) and 0 <= query < n):
         start[..., query or 0] = 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from attnx.trace.layout import Grid, TokenLayout, declared_prefix
+from attnx.trace.layout import Grid, TokenLayout, declared_tokens
 
 # Names of CrossViT's attention layers; other models may have such names, too.
 LAYER = re.compile(r"(|.*\.)blocks\.(\d+)\.(?:blocks\.(\d+)\.\d+|fusion\.(\d+)(?:\.(\d+))?)\.attn")
@@ -77,7 +77,6 @@ def branch_layout(
     """
     part = layer.part(layer.keys) + "."
     grid = next((grid for name, grid in grids.items() if name.startswith(part)), None)
-    declared = declared_prefix(modules[layer.root.rstrip(".")])
-    if grid is None or declared is None or not grid.tokens or declared[0] + grid.tokens != count:
-        return None
-    return TokenLayout(declared[0], grid.shape, declared[1])
+    declared = declared_tokens(modules[layer.root.rstrip(".")])
+    fitting = set() if grid is None or declared is None else declared.layouts([grid], count)
+    return fitting.pop() if fitting else None

@@ -30,7 +30,8 @@ from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, T
 from attnx.trace.layers import Layers, clean_name, is_attention, matches, names_in_graph, resolve
 from attnx.trace.layout import grid_modules
 from attnx.trace.recorder import Recorder
-from attnx.trace.windows import merges, windows_of
+from attnx.trace.window_readers import windows_of
+from attnx.trace.windows import merges
 
 _INTERCEPTED = frozenset({SDPA, MHA, attention}) | explicit.SOFTMAX | explicit.PRODUCTS | explicit.COPIES
 
@@ -236,10 +237,10 @@ class Interceptor(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return None
         self._compare_inputs()
-        facts = facts_of(frame.module, frame.args, frame.kwargs)
+        facts = facts_of(frame.module, frame.args, frame.kwargs, shape[0])
         around = (windows_of(f.module, f.args, f.kwargs) for f in reversed(self.local.frames))
         windows = next((w for w in around if w is not None and w.fits(shape)), None)
-        return facts._replace(items=shape[0], windows=windows, merges=self.merges)
+        return facts._replace(windows=windows, merges=self.merges)
 
     def _compare_inputs(self) -> None:
         """Report to the trace which of the running modules had the same input as an earlier sibling."""

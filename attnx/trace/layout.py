@@ -1,6 +1,6 @@
-"""Token layouts: the number of prefix tokens and the grid of patches, read from the model and its actual input."""
+"""Token layouts: the grid of patches and the tokens around it, read from the model and its actual input."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 _HF_PREFIX = {
     "vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 1, "dinov3_vit": 1, "ijepa": 0,
     "clip": 1, "clip_vision_model": 1, "siglip": 0, "siglip_vision_model": 0, "siglip2_vision_model": 0, "beit": 1,
-    "videomae": 0, "vivit": 1, "detr": 0,
+    "videomae": 0, "vivit": 1, "detr": 0, "yolos": 1,
 }  # fmt: skip
 
 # Parameter names of class tokens [1, n, C] or [C], names of register tokens [1, n, C], and attributes that count
@@ -29,16 +29,17 @@ _MIXERS = (nn.Conv1d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.MaxPool1d, nn.A
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The tokens of a map: `prefix` tokens (class token, registers, ...), then the patches, row by row.
+    """The tokens of a map: `prefix` tokens (class token, registers, ...), the patches, row by row, `suffix` tokens.
 
     Args:
         prefix: number of tokens before the patches.
         grid: (rows, columns) of patches.
         cls: True if token 0 is a class token; None: True if there is a prefix.
         frames: number of grids that follow one another: the frames, or tubelets of frames, of a video.
+        suffix: number of tokens after the patches, such as the detection tokens of YOLOS.
 
     Raises:
-        ValueError: a negative prefix, an empty grid, no frames, or a class token without a prefix.
+        ValueError: a negative prefix or suffix, an empty grid, no frames, or a class token without a prefix.
 
     Example:
         >>> import torch, attnx
@@ -54,11 +55,13 @@ class TokenLayout:
     grid: tuple[int, int]
     cls: bool | None = None
     frames: int = 1
+    suffix: int = 0
 
     def __post_init__(self) -> None:
-        if self.prefix < 0 or len(self.grid) != 2 or min(*self.grid, self.frames) < 1:
+        if min(self.prefix, self.suffix) < 0 or len(self.grid) != 2 or min(*self.grid, self.frames) < 1:
             raise ValueError(
-                f"TokenLayout: expected prefix >= 0, a grid of (rows, columns) >= 1 and frames >= 1; got {self}"
+                "TokenLayout: expected prefix and suffix >= 0, a grid of (rows, columns) >= 1 and frames >= 1; "
+                f"got {self}"
             )
         if self.cls and not self.prefix:
             raise ValueError("TokenLayout: expected a prefix of at least 1 with cls=True; got prefix=0")
@@ -68,8 +71,13 @@ class TokenLayout:
 
     @property
     def tokens(self) -> int:
-        """Number of prefix tokens and patches: the N of a map."""
-        return self.prefix + self.frames * self.grid[0] * self.grid[1]
+        """Number of all tokens: the N of a map."""
+        return self.prefix + self.patch_count + self.suffix
+
+    @property
+    def patch_count(self) -> int:
+        """Number of patches of all frames."""
+        return self.frames * self.grid[0] * self.grid[1]
 
     def patches(self, values: Tensor) -> Tensor:
         """The values of the patches: [..., N] -> [..., h, w], or [..., t, h, w] for t > 1 frames.
@@ -79,25 +87,72 @@ class TokenLayout:
         """
         if values.shape[-1] != self.tokens:
             raise ValueError(f"expected {self.tokens} tokens for {self}; got {list(values.shape)}")
-        image: Tensor = values[..., self.prefix :].unflatten(-1, (self.frames, *self.grid)[self.frames == 1 :])
+        patches = values[..., self.prefix : self.prefix + self.patch_count]
+        image: Tensor = patches.unflatten(-1, (self.frames, *self.grid)[self.frames == 1 :])
         return image
 
 
-def declared_prefix(model: nn.Module) -> tuple[int, bool] | None:
-    """(number of prefix tokens, True if there is a class token) as the model declares them; None if it does not."""
+class Grid(NamedTuple):
+    """The grid of the output of a convolution, a pool or an embedding.
+
+    Attributes:
+        shape: (rows, columns).
+        channels: number of features of each position.
+        frames: number of frames, or tubelets of frames.
+        items: number of images of the batch; 0 if unknown.
+        problem: reason that the images of the batch have no common grid; "" if they have one.
+        each: (rows, columns) of each image, if there is padding after the patches of some.
+    """
+
+    shape: tuple[int, int]
+    channels: int = 0
+    frames: int = 1
+    items: int = 0
+    problem: str = ""
+    each: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Number of positions; 0 if there is no common grid."""
+        return 0 if self.problem else self.frames * self.shape[0] * self.shape[1]
+
+    def of_item(self, index: int) -> "Grid":
+        """The grid of one image of the batch."""
+        return self._replace(shape=self.each[index] if self.each else self.shape, items=1, problem="", each=())
+
+    def __str__(self) -> str:
+        return " * ".join(str(n) for n in (self.frames, *self.shape)[self.frames == 1 :])
+
+
+class Declared(NamedTuple):
+    """The tokens around the patches, as a model declares them: `prefix`, `cls` and `suffix` as in `TokenLayout`."""
+
+    prefix: int
+    cls: bool
+    suffix: int = 0
+
+    def layouts(self, grids: Iterable[Grid], tokens: int) -> set[TokenLayout]:
+        """The layouts of `tokens` tokens with one of the grids."""
+        made = (TokenLayout(self.prefix, g.shape, self.cls, g.frames, self.suffix) for g in grids if g.tokens)
+        return {layout for layout in made if layout.tokens == tokens}
+
+
+def declared_tokens(model: nn.Module) -> Declared | None:
+    """The tokens around the patches of a model; None if it does not declare them."""
     for module in model.modules():
         prefix = getattr(module, "num_prefix_tokens", None)
         if isinstance(prefix, int):
-            return prefix, getattr(module, "cls_token", None) is not None
+            return Declared(prefix, getattr(module, "cls_token", None) is not None)
         config = getattr(module, "config", None)
         config = getattr(config, "vision_config", config)
         kind = getattr(config, "model_type", None)
         if kind == "vit_mae":
             return None  # ViT-MAE shuffles its patches: they form no grid
         if kind in _HF_PREFIX:
-            return _HF_PREFIX[kind] + (getattr(config, "num_register_tokens", 0) or 0), _HF_PREFIX[kind] > 0
+            prefix = _HF_PREFIX[kind] + (getattr(config, "num_register_tokens", 0) or 0)
+            return Declared(prefix, _HF_PREFIX[kind] > 0, getattr(config, "num_detection_tokens", 0) or 0)
     own = {_own_prefix(module) for module in model.modules()} - {0}
-    return (own.pop(), True) if len(own) == 1 else None
+    return Declared(own.pop(), True) if len(own) == 1 else None
 
 
 def _own_prefix(module: nn.Module) -> int:
@@ -133,38 +188,6 @@ def patch_convolutions(model: nn.Module) -> list[nn.Conv2d]:
     return [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride != (1, 1)]
 
 
-class Grid(NamedTuple):
-    """The grid of the output of a convolution, a pool or an embedding.
-
-    Attributes:
-        shape: (rows, columns).
-        channels: number of features of each position.
-        frames: number of frames, or tubelets of frames.
-        items: number of images of the batch; 0 if unknown.
-        problem: reason that the images of the batch have no common grid; "" if they have one.
-        each: (rows, columns) of each image, if there is padding after the patches of some.
-    """
-
-    shape: tuple[int, int]
-    channels: int = 0
-    frames: int = 1
-    items: int = 0
-    problem: str = ""
-    each: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        """Number of positions; 0 if there is no common grid."""
-        return 0 if self.problem else self.frames * self.shape[0] * self.shape[1]
-
-    def of_item(self, index: int) -> "Grid":
-        """The grid of one image of the batch."""
-        return self._replace(shape=self.each[index] if self.each else self.shape, items=1, problem="", each=())
-
-    def __str__(self) -> str:
-        return " * ".join(str(n) for n in (self.frames, *self.shape)[self.frames == 1 :])
-
-
 def grid_modules(model: nn.Module) -> list[nn.Module]:
     """The modules whose output may have the grid of tokens, or that may mix tokens: convolutions, pools, embeddings."""
     kinds = _CONVOLUTIONS + _MIXERS
@@ -192,16 +215,15 @@ def infer_layout(model: nn.Module, grids: Sequence[Grid], tokens: int) -> TokenL
     problem = next((grid.problem for grid in grids if grid.problem), None)
     if problem is not None:
         raise ValueError(f"{type(model).__name__}: {problem}")
-    declared = declared_prefix(model)
+    declared = declared_tokens(model)
     if declared is None or not grids:
         missing = "number of prefix tokens" if declared is None else "patch grid"
         raise ValueError(f"{type(model).__name__} does not declare its {missing}; {advice}")
-    prefix, cls = declared
-    fitting = {(g.shape, g.frames) for g in grids if prefix + g.tokens == tokens}
+    fitting = declared.layouts(grids, tokens)
     if len(fitting) == 1:
-        shape, frames = fitting.pop()
-        return TokenLayout(prefix, shape, cls, frames)
-    sums = ", ".join(dict.fromkeys(f"{prefix} + {grid}" for grid in grids))
+        return fitting.pop()
+    after = f" + {declared.suffix}" if declared.suffix else ""
+    sums = ", ".join(dict.fromkeys(f"{declared.prefix} + {grid}{after}" for grid in grids))
     if fitting:
         raise ValueError(f"{type(model).__name__}: several grids make {tokens} tokens: {sums}; {advice}")
     raise ValueError(f"{type(model).__name__}: expected {sums} tokens; got maps of {tokens}; {advice}")

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from attnx.trace.layers import attention_layers, clean_name
-from attnx.trace.layout import Grid, TokenLayout, declared_prefix, grid_modules, patch_convolutions
+from attnx.trace.layout import Declared, Grid, TokenLayout, declared_tokens, grid_modules, patch_convolutions
 from attnx.trace.tokens import Tokens, of_layout
 
 # Names of word embeddings, as opposed to those of positions, types or queries.
 _WORDS = re.compile(r"(word_emb\w*|token_emb\w*|tok_emb\w*|embed_tokens|wte|shared)$")
 # Names of embeddings of something else than words: beside others, the part's tokens are not surely patches.
-_NO_WORDS = re.compile(r"pos|quer|type|seg|level|label|class|time|rel|bias|row|col", re.IGNORECASE)
+_NO_WORDS = re.compile(r"pos|quer|type|seg|level|label|class|time|rel|bias|row|col|point|mask|iou|obj", re.IGNORECASE)
 # Names of cross-attention layers. Self-attention beside one, in a decoder's block, has queries as tokens.
 CROSS = re.compile(r"cross|^enc\w*att|^multihead_attn$", re.IGNORECASE)
 
@@ -33,7 +33,7 @@ class Parts:
         self.kinds: dict[str, dict[str, str]] = {}  # {part: {module: kind of tokens}}
         # Blocks with cross-attention: their self-attention is over queries.
         self.decoders = {name.rpartition(".")[0] for name in attending if CROSS.search(name.rpartition(".")[2])}
-        self._declared: dict[str, tuple[int, bool] | None] = {}
+        self._declared: dict[str, Declared | None] = {}
         for name, module in self.modules.items():
             if id(module) in convolutions:
                 kind = "image"
@@ -92,6 +92,20 @@ class Parts:
         last = (g for name, g in grids.items() if self.sources.get(name) == part and g.channels == width and width)
         return [*patches, *(grid for grid in [next(last, None)] if grid is not None)]
 
+    def features(self, grids: Mapping[str, Grid], count: int, width: int) -> list[Tokens]:
+        """The positions of a convolution's output, if exactly one grid has `count` of them and `width` channels.
+
+        Empty if a part has words: there may be as many of them.
+        """
+        if self.with_words or not width:
+            return []
+        shapes = {grid.shape for grid in self.outside(grids) if grid.channels == width and grid.tokens == count}
+        return [of_layout(TokenLayout(0, shape), "") for shape in shapes] if len(shapes) == 1 else []
+
+    def outside(self, grids: Mapping[str, Grid]) -> list[Grid]:
+        """The grids of modules outside attention layers."""
+        return [grid for name, grid in grids.items() if name in self.sources]
+
     def declares(self, part: str) -> bool:
         """True if a part, or the model, declares its prefix tokens."""
         return self._declared.get(part) is not None
@@ -102,18 +116,13 @@ class Parts:
         return images > 0 and items > images and items % images == 0
 
     def layout(self, part: str, grids: Mapping[str, Grid], count: int, width: int) -> TokenLayout | None:
-        """Layout of an image part's tokens; None unless prefix and exactly one grid add up to `count`."""
+        """Layout of an image part's tokens; None unless exactly one grid gives `count` tokens."""
         if part not in self._declared:
-            self._declared[part] = declared_prefix(self.modules[part]) or declared_prefix(self.modules[""])
+            self._declared[part] = declared_tokens(self.modules[part]) or declared_tokens(self.modules[""])
         # Without a declaration there is no prefix if the tokens are as many as the grid has positions.
-        prefix, cls = self._declared[part] or (0, False)
-        fitting = {
-            (g.shape, g.frames) for g in self.grids(part, grids, width) if g.tokens and prefix + g.tokens == count
-        }
-        if len(fitting) != 1:
-            return None
-        shape, frames = fitting.pop()
-        return TokenLayout(prefix, shape, cls, frames)
+        declared = self._declared[part] or Declared(0, False)
+        fitting = declared.layouts(self.grids(part, grids, width), count)
+        return fitting.pop() if len(fitting) == 1 else None
 
     def tokens(self, part: str, grids: Mapping[str, Grid], count: int, width: int) -> Tokens:
         """`count` tokens of a part."""

@@ -62,8 +62,6 @@ class PassTokens:
         other._before = {
             layer: {name: grid.of_item(index) for name, grid in grids.items()} for layer, grids in self._before.items()
         }
-        for layer, facts in self._facts.items():
-            other._facts[layer] = facts._replace(items=1 if facts.windows is None else facts.windows.count)
         return other
 
     def unpadded(self, layer: str, keys: Tokens, index: int, layers: Iterable[str]) -> int | None:
@@ -109,11 +107,11 @@ class PassTokens:
         inside = tuple(f"{layer}." for layer in self._place)
         return next((name for name in between if not name.startswith(inside)), None)
 
-    def sides(self, name: str, shape: tuple[int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
+    def sides(self, name: str, shape: tuple[int, int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
         """(queries, keys): the tokens that the rows and the columns of a layer's map stand for.
 
         Args:
-            shape: number of queries, unless it is stored, and of keys.
+            shape: number of maps, of queries, unless that is stored, and of keys.
             layers: names of all layers of the trace.
         """
         if name not in self._sides:
@@ -138,9 +136,9 @@ class PassTokens:
         grids = parts.grids(keys.part, self._before.get(name, self._grids), self._facts_of(name).width)
         return infer_layout(parts.modules.get(keys.part, self.model), grids, keys.count)
 
-    def _find_sides(self, name: str, shape: tuple[int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
+    def _find_sides(self, name: str, shape: tuple[int, int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
         facts = self._facts_of(name)
-        size = self._queries.get(name, shape[0]), shape[1]
+        size = shape[0], self._queries.get(name, shape[1]), shape[2]
         queries, keys = sides(self._structure(layers), name, size, facts, self._before.get(name, self._grids))
         if self.given is not None and keys.count == self.given.tokens and keys.kind in ("image", "tokens"):
             given = of_layout(self.given, keys.part)

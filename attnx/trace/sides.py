@@ -10,17 +10,18 @@ from attnx.trace.tokens import Tokens, of_layout
 
 
 def sides(
-    parts: Parts, layer: str, size: tuple[int, int], facts: Facts, grids: Mapping[str, Grid]
+    parts: Parts, layer: str, shape: tuple[int, int, int], facts: Facts, grids: Mapping[str, Grid]
 ) -> tuple[Tokens, Tokens]:
-    """(queries, keys) of a layer's map with size = (rows, columns).
+    """(queries, keys) of a layer's maps [items, M, N].
 
     Args:
         parts, facts: of the model and of the layer's call.
-        layer, size: name of the layer, and (rows, columns) of its map.
+        layer: its name.
+        shape: (items, M, N).
         grids: {module: grid} of the modules that ran before the layer, the newest first.
     """
     layer = layer.partition("#")[0]
-    part, (rows, columns), width = parts.of(layer), size, facts.width
+    part, (items, rows, columns), width = parts.of(layer), shape, facts.width
     if facts.windows is not None:
         tokens = Tokens("windows", grid=facts.windows.grid, count=columns, part=part)
         return tokens, tokens
@@ -29,11 +30,12 @@ def sides(
     if (branch := branch_layer(parts.modules, layer)) is not None:
         return _of_branch(parts, branch, columns, grids)
     if facts.crosses:
-        return _crossing(parts, part, size, width, grids)
+        return _crossing(parts, part, (rows, columns), width, grids)
     keys = parts.tokens(part, grids, columns, width)
     known = keys.grid is not None and parts.declares(part)
-    if keys.kind == "image" and not known and parts.is_split(part, grids, facts.items):
+    if keys.kind == "image" and not known and parts.is_split(part, grids, items):
         return Tokens("windows", count=rows, part=part), Tokens("windows", count=columns, part=part)
+    keys = keys if keys.grid else facts.placed(keys, items, parts.outside(grids))
     if rows == columns:
         in_decoder = layer.rpartition(".")[0] in parts.decoders and not CROSS.search(layer.rpartition(".")[2])
         if in_decoder and keys.kind != "text":
@@ -42,6 +44,7 @@ def sides(
     if keys.kind == "text":
         return Tokens("text", count=rows, part=part), keys
     queries = parts.tokens(part, grids, rows, width)
+    queries = queries if queries.grid else facts.placed(queries, items, parts.outside(grids))
     return queries if rows > 1 and queries.grid else Tokens("queries", count=rows, part=part), keys
 
 
@@ -54,14 +57,14 @@ def _crossing(
     images = [tokens for tokens in candidates if tokens.grid]
     texts = [tokens for tokens in candidates if tokens.kind == "text" and tokens.part != part]
     own = [tokens for tokens in images if tokens.part == part]
-    known = own or (images if len(images) == 1 else []) or texts[:1]
+    known = own or (images if len(images) == 1 else []) or texts[:1] or parts.features(grids, columns, width)
     if rows == 1:
         # The single query of a pooling layer over the tokens of the layers before it.
         keys = known[0] if known else parts.tokens(part, grids, columns, width)
         return Tokens("queries", count=1, part=part), keys
     keys = known[0] if known else Tokens("tokens", count=columns, part="elsewhere")
     queries = parts.tokens(part, grids, rows, width)
-    if queries.kind == "tokens" or queries == keys:
+    if queries == keys or (queries.kind != "text" and not queries.grid):
         return Tokens("queries", count=rows, part=part), keys
     return queries, keys
 

@@ -15,8 +15,8 @@ class Tokens:
         kind: "image", "text", "windows" (the tokens of one window of an image: an item of the batch has several maps),
             "channels" (features instead of tokens), "queries" (learned, or from another layer), or "tokens" if their
             kind is unknown.
-        prefix, grid: as in `TokenLayout`, for an image; grid is None if the tokens do not fill a grid of patches. For
-            windows it is the grid of the whole image, and None if that is unknown.
+        prefix, grid, suffix: as in `TokenLayout`, for an image; grid is None if the tokens do not fill a grid of
+            patches. For windows it is the grid of the whole image, and None if that is unknown.
         count: number of tokens.
         cls: True if token 0 is a class token.
         part: name of the part of the model that the tokens belong to, such as "vision_model"; "" if there is one part.
@@ -30,13 +30,14 @@ class Tokens:
     cls: bool = False
     part: str = ""
     frames: int = 1
+    suffix: int = 0
 
     @property
     def layout(self) -> TokenLayout | None:
         """Prefix and grid as a `TokenLayout`; None if there is no grid."""
         if self.grid is None or self.kind == "windows":
             return None
-        return TokenLayout(self.prefix, self.grid, self.cls, self.frames)
+        return TokenLayout(self.prefix, self.grid, self.cls, self.frames, self.suffix)
 
     def __str__(self) -> str:
         if self.kind == "windows":
@@ -47,7 +48,8 @@ class Tokens:
 
 def of_layout(layout: TokenLayout, part: str) -> Tokens:
     """The tokens of an image with the given layout."""
-    return Tokens("image", layout.prefix, layout.grid, layout.tokens, layout.cls is True, part, layout.frames)
+    cls = layout.cls is True
+    return Tokens("image", layout.prefix, layout.grid, layout.tokens, cls, part, layout.frames, layout.suffix)
 
 
 def stack_of(layer: str) -> str:

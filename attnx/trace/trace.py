@@ -219,7 +219,8 @@ class Trace(Mapping[str, Tensor]):
         record = self.kept(layer)
         name = list(self._records)[layer] if isinstance(layer, int) else layer
         shape = record.shape
-        return self.tokens.sides(name, (shape[-2 if self.rows is None else -1], shape[-1]), self._records)
+        size = shape[0], shape[-2 if self.rows is None else -1], shape[-1]
+        return self.tokens.sides(name, size, self._records)
 
     def windows(self, layer: str | int) -> Windows | None:
         """The windows in which a layer attends: their index into the grid of the image.

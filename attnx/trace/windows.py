@@ -1,15 +1,12 @@
-"""Windows of windowed attention: which tokens of the grid attend to one another, read from the block that runs."""
+"""Windows of windowed attention: which tokens of the grid attend to one another."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from attnx.trace.facts import parameters
 
 Pair = tuple[int, int]
 
@@ -145,32 +142,6 @@ def grid_index(grid: Pair, size: Pair) -> Tensor:
         return at.permute(1, 3, 0, 2).reshape(-1, rows * columns)
 
 
-def windows_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Windows | None:
-    """The windows of a block, while the attention inside the block runs; None for other modules.
-
-    Call it then and not before: blocks of transformers set `window_size` and `shift_size` in their forward. Blocks are
-    recognised by class and package. Copies of microsoft's code are recognised by the names that their forward uses.
-
-    Args:
-        module: the block, or the attention itself in torchvision and Twins.
-        args, kwargs: arguments of the block's call.
-    """
-    kind: Any = type(module)
-    readers = _READERS.get(kind.__name__)
-    if readers is None:
-        return None
-    source = kind.__module__ + "."
-    read = next((read for package, read in readers.items() if package and source.startswith(package)), readers.get(""))
-    given = dict(zip(parameters(kind), args, strict=False)) | dict(kwargs)
-    x = given.get(next(iter(parameters(kind)), ""))
-    if read is None or not isinstance(x, Tensor):
-        return None
-    try:
-        return read(module, x, next((given[name] for name in _SIZES if name in given), None))
-    except (AttributeError, TypeError, ValueError):
-        return None  # another class of this name
-
-
 def merges(module: nn.Module) -> bool:
     """True for patch merging that concatenates 2 x 2 tokens, as in Swin."""
     if type(module).__name__ not in _MERGES:
@@ -178,123 +149,3 @@ def merges(module: nn.Module) -> bool:
     # Other models give this name to convolutions.
     reduction = getattr(module, "reduction", None)
     return isinstance(reduction, nn.Linear) and reduction.in_features % 4 == 0
-
-
-def _pair(value: Any) -> Pair:
-    """(rows, columns) from a pair, or from one number for both."""
-    rows, columns = value if isinstance(value, list | tuple | torch.Size) else (value, value)
-    return int(rows), int(columns)
-
-
-def _windows(grid: Any, window: Any, shift: Any = 0, roll_first: bool = False) -> Windows:
-    return _cached(_pair(grid), _pair(window), _pair(shift), roll_first)
-
-
-@lru_cache(maxsize=256)
-def _cached(grid: Pair, window: Pair, shift: Pair, roll_first: bool) -> Windows:
-    return Windows(window_index(grid, window, shift, roll_first), grid)
-
-
-@lru_cache(maxsize=256)
-def _spread(grid: Pair, size: Pair) -> Windows:
-    return Windows(grid_index(grid, size), grid)
-
-
-def _timm_swin(module: Any, x: Tensor, size: Any) -> Windows | None:
-    """Blocks of timm's Swin: [B, H, W, C]."""
-    return _windows(x.shape[1:3], module.window_size, module.shift_size, roll_first=True) if x.dim() == 4 else None
-
-
-def _torchvision_block(module: Any, x: Tensor, size: Any) -> Windows | None:
-    """Blocks of torchvision's Swin: [B, H, W, C]."""
-    return _torchvision(module.attn, x, size)
-
-
-def _microsoft(module: Any, x: Tensor, size: Any) -> Windows | None:
-    """Blocks of microsoft's code and its copies, such as LAVT's: [B, H * W, C].
-
-    The code for classification has one resolution and no padding. In that for detection the layer sets H and W for each
-    input, and the block pads and then rolls.
-    """
-    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
-    if not {"roll", "window_partition", "window_reverse", "window_size", "shift_size"} <= set(names):
-        return None
-    if "pad" in names:
-        grid = (module.H, module.W) if names.index("pad") < names.index("roll") else None
-    else:
-        grid = module.input_resolution
-    if x.dim() != 3 or grid is None or x.shape[1] != grid[0] * grid[1]:
-        return None
-    return _windows(grid, module.window_size, module.shift_size)
-
-
-def _torchvision(module: Any, x: Tensor, size: Any) -> Windows | None:
-    """ShiftedWindowAttention [B, H, W, C]. An axis of one window is not shifted."""
-    if x.dim() != 4:
-        return None
-    grid, window, shift = _pair(x.shape[1:3]), _pair(module.window_size), _pair(module.shift_size)
-    rows, columns = (0 if n <= of else by for n, of, by in zip(grid, window, shift, strict=True))
-    return _windows(grid, window, (rows, columns))
-
-
-def _transformers(module: Any, x: Tensor, size: Any) -> Windows | None:
-    """Swin layers of transformers: [B, H * W, C], and (H, W) as second argument."""
-    return None if size is None else _windows(size, module.window_size, module.shift_size)
-
-
-def _maxvit(module: Any, x: Tensor, size: Any) -> Windows | None:
-    """Window or grid attention of MaxViT: [B, H, W, C], or [B, C, H, W] for PartitionAttention2d."""
-    if x.dim() != 4:
-        return None
-    grid = _pair(x.shape[2:] if type(module).__name__ == "PartitionAttention2d" else x.shape[1:3])
-    if module.partition_block:
-        return _windows(grid, module.partition_size)
-    return _spread(grid, _pair(module.partition_size))
-
-
-def _davit(module: Any, x: Tensor, size: Any) -> Windows | None:
-    """SpatialBlock [B, C, H, W]."""
-    return _windows(x.shape[2:], module.window_size) if x.dim() == 4 else None
-
-
-def _sam(module: Any, x: Tensor, size: Any) -> Windows | None:
-    """Blocks of SAM's image encoder, [B, H, W, C]; window_size 0: no windows."""
-    window = getattr(module, "window_size", 0)
-    return _windows(x.shape[1:3], window) if x.dim() == 4 and isinstance(window, int) and window > 0 else None
-
-
-def _twins(module: Any, x: Tensor, size: Any) -> Windows | None:
-    """LocallyGroupedAttn: [B, H * W, C], and (H, W) as second argument."""
-    return None if size is None else _windows(size, module.ws)
-
-
-def _attnx_swin(module: Any, x: Tensor, size: Any) -> Windows | None:
-    """Blocks of `attnx.models.lavt_swin`: [B, H * W, C], and (H, W) as second argument."""
-    if size is None or not hasattr(module, "window") or not hasattr(module, "shift"):
-        return None
-    return _windows(size, module.window, module.shift)
-
-
-_SIZES = ("input_dimensions", "size", "grid")  # names of the arguments that hold (H, W)
-_Reader = Callable[[Any, Tensor, Any], Windows | None]
-_TRANSFORMERS: dict[str, _Reader] = {"transformers.": _transformers}
-# {class: {start of its module's name: reader}}; "": any module.
-_READERS: dict[str, dict[str, _Reader]] = {
-    "SwinBlock": {"attnx.": _attnx_swin},
-    "SwinTransformerBlock": {"timm.": _timm_swin, "torchvision.": _torchvision_block, "": _microsoft},
-    "SwinTransformerBlockV2": {"torchvision.": _torchvision_block},
-    "SwinTransformerV2Block": {"timm.": _timm_swin},
-    "SwinTransformerV2CrBlock": {"timm.": _timm_swin},
-    "ShiftedWindowAttention": {"torchvision.": _torchvision},
-    "ShiftedWindowAttentionV2": {"torchvision.": _torchvision},
-    "SwinLayer": _TRANSFORMERS,
-    "Swinv2Layer": _TRANSFORMERS,
-    "DonutSwinLayer": _TRANSFORMERS,
-    "MaskFormerSwinLayer": _TRANSFORMERS,
-    "PartitionAttentionCl": {"timm.": _maxvit},
-    "PartitionAttention2d": {"timm.": _maxvit},
-    "SpatialBlock": {"timm.": _davit},
-    "Block": {"timm.models.vision_transformer_sam.": _sam, "segment_anything.": _sam},
-    "SamVisionLayer": {"transformers.": _sam},
-    "LocallyGroupedAttn": {"timm.": _twins},
-}
