@@ -25,6 +25,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 import attnx
 from attnx.cli.main import app
@@ -44,6 +45,7 @@ NOT_RUN = "# not run: "
 PHOTOS = ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "sub/e.jpg", "sub/f.jpg")
 # Seconds that one command of a page may take.
 LONGEST = 120
+IN_PROCESSES = ("README.md", "quickstart.md")
 MORE_NAMES = {
     "attnx.images.read_image": read_image,
     "attnx.models.loading.load_model": load_model,
@@ -92,16 +94,24 @@ def check_options(words: list[str]) -> None:
 
 
 def run_bash(example: Any) -> None:
-    """Check the options of a block, and run its attnx commands unless the block is marked."""
+    """Check the options of a block, and run its attnx commands unless the block is marked.
+
+    Commands of README.md and the quickstart run in a process of their own, as a user runs them. The others run here,
+    because imports would take most of their time.
+    """
     skipped = example.parsed.lstrip().startswith(NOT_RUN)
     for words in commands(example.parsed):
         check_options(words)
         module = words[:2] == ["python", "-m"] and words[2].partition(".")[0] == "attnx"
         if skipped or not (words[0] == "attnx" or module):
             continue
+        where = f"{example.path}:{example.line}: {' '.join(words)}"
+        if words[0] == "attnx" and Path(example.path).name not in IN_PROCESSES:
+            here = CliRunner().invoke(app, words[1:])
+            assert here.exit_code == 0, f"{where}: exit code {here.exit_code}\n{here.output}\n{here.exception!r}"
+            continue
         command = [sys.executable, *(words[1:] if module else ("-m", *words))]
         done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, env=environment())
-        where = f"{example.path}:{example.line}: {' '.join(words)}"
         assert done.returncode == 0, f"{where}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
@@ -135,14 +145,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# Pages that run many commands; README.md and the quickstart are always tested.
-LONG = ("batch-jobs.md", "command-line.md", "gallery.md", "reading-results.md", "words-to-patches.md")
-
-
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "page", [pytest.param(p, marks=[pytest.mark.long] if p.name in LONG else [], id=name_of(p)) for p in PAGES]
-)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_snippets_of_a_page_run(page: Path, folder: Path) -> None:
     parsers = [CodeBlockParser("python", run_python), CodeBlockParser("bash", run_bash)]
     torch.manual_seed(0)

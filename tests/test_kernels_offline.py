@@ -24,8 +24,8 @@ CASES = [
 
 
 def case(dtype, target, head_dim):
-    """A pytest parameter. Each target is `long` at one head dim, and sm_90 at all; LLVM takes minutes for gfx942."""
-    slow = target == "gfx942" or (target != "sm_90" and head_dim != 64)
+    """A pytest parameter. sm_90 is `long` at all head dims, sm_80 and sm_100 at one; LLVM takes minutes for gfx942."""
+    slow = target in ("sm_86", "sm_89", "gfx942") or (target != "sm_90" and head_dim != 64)
     marks = pytest.mark.slow if slow else pytest.mark.long
     return pytest.param(dtype, target, head_dim, marks=marks)
 

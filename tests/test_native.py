@@ -425,7 +425,7 @@ def test_it_is_compiled_once_and_then_found(tmp_path):
     assert made.stat().st_mtime_ns == before
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_cache_that_was_filled_needs_no_compiler_and_is_repaired(tmp_path):
     call = CALL.format(", backend='native'")
     assert in_a_new_cache(tmp_path, call).stdout.strip() == "tensor(4.)"
