@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 from attnx.kernels.launching import launch
 
 SHORT_ROW = 256  # largest number of keys for which scores and map of a row fit on chip in one tile
+WIDEST_HEAD = 1024  # largest head dim
+WHOLE_HEAD = 256  # largest head dim of which rows are on chip; wider heads are read in chunks, for each tile of scores
 LONGER_ROW = 288  # the same with a tail of 32 keys: 256 patches, a class token and register tokens
 
 # Streaming multiprocessors (compute units) of the common model of each architecture, used if there is no device.
@@ -42,6 +44,9 @@ class Config(NamedTuple):
     parts: int = 1
 
 
+WIDE = Config(32, 32, 4, 1)  # of tiles of a map, for head dims above WHOLE_HEAD
+
+
 class Launch(NamedTuple):
     """A kernel with its grid, arguments and configuration, to be run here or compiled for another target."""
 
@@ -75,8 +80,10 @@ class ShortRows(NamedTuple):
 def split_d(head_dim: int) -> tuple[int, int]:
     """Widths of the two tiles of a head dim, each 0 or a power of two of at least 16.
 
-    64 gives (64, 0), 72 and 80 give (64, 16), 104 gives (128, 0).
+    64 gives (64, 0), 72 and 80 give (64, 16), 104 gives (128, 0). Above WHOLE_HEAD: (width of a chunk, 0).
     """
+    if head_dim > WHOLE_HEAD:
+        return 64, 0
     padded = max(16, 1 << (head_dim - 1).bit_length())
     first = padded // 2
     rest = max(16, 1 << (head_dim - first - 1).bit_length()) if padded > 16 else padded
@@ -108,6 +115,8 @@ def forward_config(
         bias: the kernel also loads bias tiles.
         even: D equals Dv, and `split_d` gives a single tile.
     """
+    if head_dim > WHOLE_HEAD:
+        return WIDE._replace(num_warps=8)
     row_bytes = sum(split_d(head_dim)) * itemsize  # bytes of a row of K or V on chip
     stages = _stages(row_bytes, target)
     if row_bytes > 512:
@@ -132,6 +141,8 @@ def forward_config(
 
 def map_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
     """Configuration of the map kernel. Each program loops over the heads of one tile."""
+    if head_dim > WHOLE_HEAD:
+        return WIDE
     row_bytes = sum(split_d(head_dim)) * itemsize
     stages = _stages(row_bytes, target)
     if row_bytes > 512:
@@ -157,6 +168,8 @@ def map_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bo
 
 def gradient_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
     """Configuration of the gradient kernel. Tiles are smaller than those of the map, because there are two products."""
+    if head_dim > WHOLE_HEAD:
+        return WIDE
     row_bytes = sum(split_d(head_dim)) * itemsize
     if target.arch == 90 and rows > 16 and itemsize == 4 and row_bytes <= 256:
         return Config(32, 32, 4, 1)
@@ -173,6 +186,8 @@ def gradient_config(head_dim: int, itemsize: int, rows: int, target: Target, bia
 
 def vecmat_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
     """Configuration of the vecmat kernel: a tile as for the map, which is summed over its rows once at the end."""
+    if head_dim > WHOLE_HEAD:
+        return WIDE
     row_bytes = sum(split_d(head_dim)) * itemsize
     if bias or itemsize == 4 or row_bytes > 256:
         return map_config(head_dim, itemsize, rows, target, bias)

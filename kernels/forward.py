@@ -52,7 +52,7 @@ def attend(
         k = head_tiles(k_tile, row_offsets(rows, stride_kn, INT64_OFFSETS), stride_kd, D, BLOCK_D, REST_D)
         # [BLOCK_M, BLOCK_N]
         s = masked_scores(
-            products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
+            products(q, k, D, BLOCK_D, REST_D, BLOCK_M, BLOCK_N, PRECISION),
             bias_head, bias_rows, mask_m, pos_m, first + offs, mask_n, stride_bn, scale_log2,
             BIAS, CAUSAL, FOLD_SCALE, EDGE,
         )  # fmt: skip

@@ -80,7 +80,7 @@ def gradient_kernel(
         k = head_tiles(k_batch + h // GROUP * stride_kh, offs_k, stride_kd, D, BLOCK_D, REST_D)
         # [BLOCK_M, BLOCK_N]
         s = masked_scores(
-            products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
+            products(q, k, D, BLOCK_D, REST_D, BLOCK_M, BLOCK_N, PRECISION),
             bias_ptr + bias_b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + offs_n, mask_n,
             stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE, False,
         )  # fmt: skip
@@ -92,7 +92,7 @@ def gradient_kernel(
         do = head_tiles(do_batch + h * stride_doh, offs_do, stride_dod, DV, BLOCK_DV, REST_DV)
         v = head_tiles(v_batch + h // GROUP * stride_vh, offs_v, stride_vd, DV, BLOCK_DV, REST_DV)
         # [BLOCK_M, BLOCK_N]
-        dp = products(do, v, BLOCK_M, BLOCK_N, REST_DV, PRECISION)
+        dp = products(do, v, DV, BLOCK_DV, REST_DV, BLOCK_M, BLOCK_N, PRECISION)
         if CLAMP:
             dp = tl.maximum(dp, 0.0, propagate_nan=tl.PropagateNan.ALL)
         fused = fuse_into(fused, p * dp, HEADS)

@@ -86,7 +86,7 @@ def map_kernel(
             k = head_tiles(k_batch + h // GROUP * stride_kh, offs_k, stride_kd, D, BLOCK_D, REST_D)
             # [BLOCK_M, BLOCK_N]
             s = masked_scores(
-                products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
+                products(q, k, D, BLOCK_D, REST_D, BLOCK_M, BLOCK_N, PRECISION),
                 bias_ptr + bias_b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m, first_n + columns,
                 columns < N - first_n, stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE, False,
             )  # fmt: skip

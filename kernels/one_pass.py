@@ -136,7 +136,7 @@ def one_pass_kernel(
             k = head_tiles(k_tile, offs_k, stride_kd, D, BLOCK_D, REST_D)
             # [BLOCK_M, BLOCK_N or TAIL]
             tile = masked_scores(
-                products(q, k, BLOCK_M, BLOCK_N if part < PARTS else TAIL, REST_D, PRECISION),
+                products(q, k, D, BLOCK_D, REST_D, BLOCK_M, BLOCK_N if part < PARTS else TAIL, PRECISION),
                 bias_ptr + bias_b * stride_bb + h * stride_bh, bias_rows, mask_m, pos_m,
                 part * BLOCK_N + offs_n, mask_n, stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE,
                 part == PARTS + (TAIL > 0) - 1,

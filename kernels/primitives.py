@@ -94,20 +94,48 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def head_tiles(ptr, offs_r, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr):
-    """Rows of one head: ([R, BLOCK_D],), or ([R, BLOCK_D], [R, REST_D]) if REST_D > 0."""
-    first = load_tile(ptr, offs_r, stride_d, 0, BLOCK_D, D)
-    if REST_D > 0:
+    """Rows of one head: ([R, BLOCK_D],), or ([R, BLOCK_D], [R, REST_D]) if REST_D > 0.
+
+    Heads wider than these tiles are not loaded: (address, offsets of the rows [R], stride), for `products`.
+    """
+    if BLOCK_D + REST_D < D:
+        return (ptr, offs_r, stride_d)
+    elif REST_D > 0:
+        first = load_tile(ptr, offs_r, stride_d, 0, BLOCK_D, D)
         return (first, load_tile(ptr, offs_r, stride_d, BLOCK_D, REST_D, D))
     else:
-        return (first,)
+        return (load_tile(ptr, offs_r, stride_d, 0, BLOCK_D, D),)
 
 
 @triton.jit
-def products(q, k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_D: tl.constexpr, PRECISION: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] fp32: q k^T, for q and k from `head_tiles`."""
-    s = dot(q[0], tl.trans(k[0]), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-    if REST_D > 0:
-        s = dot(q[1], tl.trans(k[1]), s, PRECISION)
+def load_chunk(rows, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[R, BLOCK_D]: columns from `first` of the rows of a wide head, from `head_tiles`; columns from D on are 0."""
+    ptr, offs_r, stride_d = rows
+    offs_d = first + tl.arange(0, BLOCK_D)
+    ptrs = ptr + offs_r[:, None] + offs_d.to(offs_r.dtype)[None, :] * stride_d
+    return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def products(
+    q,
+    k,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N] fp32: q k^T, for q and k from `head_tiles`. Wide heads are loaded here, chunk by chunk."""
+    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if BLOCK_D + REST_D < D:
+        for first in tl.range(0, D, BLOCK_D):
+            s = dot(load_chunk(q, first, D, BLOCK_D), tl.trans(load_chunk(k, first, D, BLOCK_D)), s, PRECISION)
+    else:
+        s = dot(q[0], tl.trans(k[0]), s, PRECISION)
+        if REST_D > 0:
+            s = dot(q[1], tl.trans(k[1]), s, PRECISION)
     return s
 
 

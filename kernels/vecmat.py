@@ -72,7 +72,7 @@ def vecmat_kernel(
         q = head_tiles(q_head + q_tile, offs_q, stride_qd, D, BLOCK_D, REST_D)
         # [BLOCK_M, BLOCK_N]
         s = masked_scores(
-            products(q, k, BLOCK_M, BLOCK_N, REST_D, PRECISION),
+            products(q, k, D, BLOCK_D, REST_D, BLOCK_M, BLOCK_N, PRECISION),
             bias_head, pos_m.to(tl.int64) * stride_bm, mask_m, pos_m, first_n + offs_n, mask_n,
             stride_bn, scale_log2, BIAS, CAUSAL, FOLD_SCALE, False,
         )  # fmt: skip

@@ -13,6 +13,8 @@ CASES = (
     # head dims of the two products, and what is left of them
     *(Case(D=D, Dv=Dv, dtype=dtype) for D, Dv, dtype in ((64, 24, _BF16), (72, 16, torch.float32), (48, 80, _FP16))),
     Case(H=2, N=300, D=16, Dv=80),
+    Case(B=1, H=2, D=300, Dv=520, bias="1HMN", dtype=_FP16),
+    Case(B=1, H=2, D=64, Dv=272),
     Case(bias="1HMN", is_causal=True, H=4, Hk=2),
     Case(bias="B11N", N=300, dtype=_FP16),
     *(Case(mask=shape, dtype=_FP16) for shape in ("B1MN", "BHMN")),

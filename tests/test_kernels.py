@@ -126,6 +126,7 @@ def test_split_d_pads_as_little_as_two_tiles_can():
     assert [split_d(d) for d in (8, 16, 24, 64, 72, 80, 88, 96, 104, 128, 192)] == [
         (16, 0), (16, 0), (32, 0), (64, 0), (64, 16), (64, 16), (64, 32), (64, 32), (128, 0), (128, 0), (128, 64),
     ]  # fmt: skip
+    assert split_d(257) == split_d(1024) == (64, 0)
     for d in range(1, 257):
         first, rest = split_d(d)
         assert first + rest >= d

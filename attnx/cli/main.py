@@ -168,7 +168,7 @@ def kernels(
         list[str] | None, typer.Option(help="sm_80, sm_86, sm_89, sm_90, sm_100 or gfx942; repeat for several.")
     ] = None,
     head_dim: Annotated[
-        list[int] | None, typer.Option(help="1 to 256; repeat for several; default: 32, 64, 80, 128.")
+        list[int] | None, typer.Option(help="1 to 1024; repeat for several; default: 32, 64, 80, 128.")
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="bfloat16 (default), float16 or float32; repeat for several.")
@@ -189,6 +189,7 @@ def kernels(
 
     import torch
 
+    from attnx.kernels.configs import WIDEST_HEAD
     from attnx.kernels.inspect.offline import TARGETS, compile_defaults, target_name
     from attnx.kernels.inspect.table import failures, table
 
@@ -201,8 +202,8 @@ def kernels(
         if name not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype: expected bfloat16, float16 or float32; got {name!r}")
     head_dims = head_dim or [32, 64, 80, 128]
-    if not all(1 <= dim <= 256 for dim in head_dims):
-        raise ValueError(f"head-dim: expected 1 to 256; got {', '.join(map(str, head_dims))}")
+    if not all(1 <= dim <= WIDEST_HEAD for dim in head_dims):
+        raise ValueError(f"head-dim: expected 1 to {WIDEST_HEAD}; got {', '.join(map(str, head_dims))}")
     dtypes = [getattr(torch, name) for name in dtype or ["bfloat16"]]
     rows = compile_defaults([targets[name] for name in names], head_dims, dtypes, jobs or os.cpu_count() or 1)
     typer.echo(json.dumps([row._asdict() for row in rows]) if as_json else "\n".join(table(rows)))

@@ -133,6 +133,9 @@ TABLE: tuple[Case, ...] = (
         )
     ),
     *(Case(B=1, H=2, N=300, D=D, dtype=_BF16) for D in (72, 80, 104, 256)),
+    Case(B=1, H=2, N=70, D=320, Dv=520, bias="1HMN", dtype=_BF16),  # kernels read heads above 256 in chunks
+    Case(B=1, H=1, N=300, D=1024, Dv=24, is_causal=True),
+    Case(B=1, H=2, D=16, Dv=300, heads="each", dtype=_FP16),
     Case(D=32, Dv=64, dtype=_FP16),
     Case(D=64, Dv=24, dtype=_BF16),
     Case(H=2, N=300, D=16, Dv=80),

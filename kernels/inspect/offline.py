@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attnx.kernels.arguments import shared_args, value_args
-from attnx.kernels.configs import Launch, Target, gradient_config, map_config, one_pass_config
+from attnx.kernels.configs import WHOLE_HEAD, Launch, Target, gradient_config, map_config, one_pass_config
 from attnx.kernels.forward import forward_launch
 from attnx.kernels.gradient import gradient_launch
 from attnx.kernels.inspect.machine_code import Kind, parse
@@ -116,7 +116,8 @@ def _launches(
         )
         maps = torch.empty(2, shared["M"], n, device="meta")
         if name == "forward":
-            yield name, forward_launch(shared, value_args(q, v, out), lse, target)
+            columns = (x[..., :WHOLE_HEAD] for x in (v, out))
+            yield name, forward_launch(shared, value_args(q, *columns), lse, target)
         elif name.startswith("one_pass"):
             short = one_pass_config(*sizes)
             if short is not None:

@@ -21,6 +21,8 @@ _REPORTED: set[str] = set()  # backends already reported as missing
 def choose(backend: str, scores: Scores, v: Tensor | None, reduction: Reduction | None) -> Backend:
     """The backend that takes the call. "auto": the device's own, or eager where that can't take it.
 
+    On a GPU, auto takes eager for head dims of which no row fits on chip: our kernels were not timed with them.
+
     Args:
         backend: one of BACKENDS.
         scores, v: the call's inputs; v is None where no output and no gradient is computed.
@@ -45,7 +47,7 @@ def choose(backend: str, scores: Scores, v: Tensor | None, reduction: Reduction 
                 from attnx.ops.backends import triton
 
                 reasons = triton.limits(scores, v, reduction)
-                if not reasons:
+                if not reasons and (backend == "triton" or not triton.in_chunks(scores, v)):
                     return "triton"
             case "native":
                 from attnx.ops.backends import native

@@ -11,6 +11,8 @@ from triton import cdiv
 
 from attnx.kernels.arguments import shared_args, value_args
 from attnx.kernels.configs import (
+    WHOLE_HEAD,
+    WIDEST_HEAD,
     Config,
     Launch,
     ShortRows,
@@ -29,7 +31,6 @@ from attnx.ops.backends import vendor
 from attnx.ops.reducers import Reduction
 from attnx.ops.scores import Scores
 
-MAX_HEAD_DIM = 256
 REDUCTIONS = (Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.EACH)  # that primitives.py has
 ONE_PASS = 128
 """Up to this number of keys one launch makes output and map. Beyond it, on Hopper, the vendor's output and a launch for
@@ -38,10 +39,9 @@ the map are faster where the vendor can serve: they take 0.84 of the time at 197
 
 def limits(scores: Scores, v: Tensor | None, reduction: Reduction | None) -> list[str]:
     """Reasons this backend can't take the call; empty if it can."""
-    q, reasons = scores.q, []
-    widest = max(q.shape[-1], 0 if v is None else v.shape[-1])
-    if widest > MAX_HEAD_DIM:
-        reasons.append(f"head dim {widest} is above {MAX_HEAD_DIM}")
+    q, reasons, widest = scores.q, [], _widest(scores, v)
+    if widest > WIDEST_HEAD:
+        reasons.append(f"head dim {widest} is above {WIDEST_HEAD}")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {q.dtype} is not float16, bfloat16 or float32")
     if q.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(q.device) < (8, 0):
@@ -54,6 +54,17 @@ def limits(scores: Scores, v: Tensor | None, reduction: Reduction | None) -> lis
     if reduction is not None and reduction not in REDUCTIONS:
         reasons.append(f"it has no heads={reduction.name.lower()!r}; backend='eager' has")
     return reasons
+
+
+def in_chunks(scores: Scores, v: Tensor | None) -> bool:
+    """True if heads are so wide that the kernels read them in chunks."""
+    wide: bool = _widest(scores, v) > WHOLE_HEAD
+    return wide
+
+
+def _widest(scores: Scores, v: Tensor | None) -> int:
+    """The larger of D and Dv."""
+    return max(scores.q.shape[-1], 0 if v is None else v.shape[-1])
 
 
 def attention(scores: Scores, v: Tensor, reduction: Reduction, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -96,7 +107,8 @@ def _forward(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exps by our own kernel."""
     q, out, shared = scores.q, scores.new_output(v), _shared(scores, None)
     lse = _lse(shared)
-    _launch(forward_launch(shared, value_args(q, v, out), lse, target(q.device)), q)
+    for columns in zip(v.split(WHOLE_HEAD, -1), out.split(WHOLE_HEAD, -1), strict=True):
+        _launch(forward_launch(shared, value_args(q, *columns), lse, target(q.device)), q)
     return out, lse
 
 
@@ -168,8 +180,9 @@ def _shared(scores: Scores, rows: Tensor | None) -> dict[str, Any]:
 
 def _short_rows(scores: Scores, v: Tensor | None) -> ShortRows | None:
     q = scores.q
-    widest = max(q.shape[3], 0 if v is None else v.shape[3])
-    return one_pass_config(widest, q.element_size(), scores.k.shape[2], target(q.device), scores.bias is not None)
+    return one_pass_config(
+        _widest(scores, v), q.element_size(), scores.k.shape[2], target(q.device), scores.bias is not None
+    )
 
 
 def _launch(launch: Launch, q: Tensor) -> None:
