@@ -33,13 +33,17 @@ def takes(backend, case):
     return case.dtype in TAKES[backend] and Reduction.parse(case.heads) in module.REDUCTIONS
 
 
-def pairs(cases):
-    """Every case on every backend that takes it."""
+def pairs(cases, thinned=False):
+    """Every case on every backend that takes it. `thinned`: every second of Triton's is `slow`."""
+
+    def marks(i, backend):
+        return marks_of(backend) + [pytest.mark.slow] * (thinned and backend == "triton" and i % 2 == 1)
+
     return pytest.mark.parametrize(
         ("case", "backend"),
         [
-            pytest.param(case, backend, id=f"{backend}-{case}", marks=marks_of(backend))
-            for case in cases
+            pytest.param(case, backend, id=f"{backend}-{case}", marks=marks(i, backend))
+            for i, case in enumerate(cases)
             for backend in TAKES
             if takes(backend, case)
         ],

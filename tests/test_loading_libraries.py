@@ -282,8 +282,13 @@ def test_hub_code_that_does_not_run(hub: Path) -> None:
         load_model(f"torchhub:{hub}:tiny")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["torchvision:vit_b_32", "torchhub:hub:tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("torchvision:vit_b_32", marks=pytest.mark.slow),
+        pytest.param("torchhub:hub:tiny", marks=pytest.mark.long),
+    ],
+)
 def test_a_job_in_worker_processes(name: str, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two worker processes; a relative folder is stored as an absolute one, so that the job can go on elsewhere."""
     draw(tmp_path / "photos", 3)

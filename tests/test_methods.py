@@ -217,7 +217,7 @@ def test_layout() -> None:
     assert layout.patches(torch.arange(8)).tolist() == [[2, 3, 4], [5, 6, 7]]
     with pytest.raises(ValueError, match="expected 8 tokens"):
         layout.patches(torch.zeros(1, 9))
-    with pytest.raises(ValueError, match="expected prefix >= 0"):
+    with pytest.raises(ValueError, match="expected prefix and suffix >= 0"):
         TokenLayout(-1, (2, 2))
     with pytest.raises(ValueError, match="expected a prefix of at least 1 with cls=True"):
         TokenLayout(0, (2, 2), cls=True)

@@ -172,11 +172,8 @@ def test_a_job_in_this_process(memory: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_refused(url: str, message: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "attnx", "extract", url, "--out", str(tmp_path / "out"), "--model", "demo"],
-        capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, ["extract", url, "--out", str(tmp_path / "out"), "--model", "demo"])
+    assert done.exit_code == 2
     assert message in " ".join(done.stderr.replace("│", " ").split())
     assert "secret" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -39,9 +39,13 @@ def test_two_towers_of_one_length_are_not_chained() -> None:
     assert (text[0].kind, text[0].count, text[0].part) == ("text", 4, "text_model")
     assert (image[1].kind, image[1].grid, image[1].prefix, image[1].part) == ("image", (2, 2), 0, "vision_model")
     for chain in (attnx.rollout, attnx.relevance):
-        with pytest.raises(ValueError, match=r"4 image of vision_model: .*; 4 text of text_model: text_model\.encoder"):
+        with pytest.raises(
+            ValueError, match=r"4 image tokens of vision_model: .*; 4 text tokens of text_model: text_model\.encoder"
+        ):
             chain(trace)
-    with pytest.raises(ValueError, match=r"layout: expected layers over the same tokens; got .*4 text of text_model"):
+    with pytest.raises(
+        ValueError, match=r"layout: expected layers over the same tokens; got .*4 text tokens of text_model"
+    ):
         trace.layout  # noqa: B018
     with torch.no_grad(), attnx.capture(model, layers="vision_model.*") as vision:
         model(**given)

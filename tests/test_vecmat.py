@@ -37,7 +37,7 @@ def call(case):
     return {"is_causal": case.is_causal, "scale": case.scale}
 
 
-@pairs(CASES)
+@pairs(CASES, thinned=True)
 def test_vecmat(case, backend, device, poisoned):
     q, k, _, bias = random_inputs(case, device=device)
     r = random_vector(case, device=device)
@@ -45,7 +45,7 @@ def test_vecmat(case, backend, device, poisoned):
     assert_vecmat(passed, r, q, k, bias, **call(case))
 
 
-@pairs(CASES)
+@pairs(CASES, thinned=True)
 def test_output_and_lse_and_what_is_made_of_it(case, backend, device, poisoned):
     q, k, v, bias = random_inputs(case, device=device)
     r = random_vector(case, device=device)

@@ -274,7 +274,8 @@ def chain_start(
             ) from error
     start = torch.zeros(B, 1, n, device=device)
     if query == "mean" or (query is None and not cls):
-        start[..., layout.prefix : n - layout.suffix] = 1 / layout.patch_count
+        # After patch merging, the last layer has fewer patches than the layout.
+        start[..., layout.prefix : n - layout.suffix] = 1 / (n - layout.prefix - layout.suffix)
         return start, None
     if query is None or (isinstance(query, int) and not isinstance(query, bool) and 0 <= query < n):
         start[..., query or 0] = 1

@@ -61,13 +61,17 @@ class TokenLayout:
         if min(self.prefix, self.suffix) < 0 or len(self.grid) != 2 or min(*self.grid, self.frames) < 1:
             raise ValueError(
                 "TokenLayout: expected prefix and suffix >= 0, a grid of (rows, columns) >= 1 and frames >= 1; "
-                f"got {self}"
+                f"got {self!r}"
             )
         if self.cls and not self.prefix:
             raise ValueError("TokenLayout: expected a prefix of at least 1 with cls=True; got prefix=0")
         object.__setattr__(self, "grid", tuple(self.grid))
         if self.cls is None:
             object.__setattr__(self, "cls", self.prefix > 0)
+
+    def __str__(self) -> str:
+        patches = " * ".join(str(n) for n in (self.frames, *self.grid)[self.frames == 1 :])
+        return f"{self.prefix} + {patches}{f' + {self.suffix}' * (self.suffix > 0)} tokens"
 
     @property
     def tokens(self) -> int:
@@ -86,7 +90,7 @@ class TokenLayout:
             ValueError: the last dimension is not the number of tokens.
         """
         if values.shape[-1] != self.tokens:
-            raise ValueError(f"expected {self.tokens} tokens for {self}; got {list(values.shape)}")
+            raise ValueError(f"expected {self.tokens} tokens for {self!r}; got {list(values.shape)}")
         patches = values[..., self.prefix : self.prefix + self.patch_count]
         image: Tensor = patches.unflatten(-1, (self.frames, *self.grid)[self.frames == 1 :])
         return image

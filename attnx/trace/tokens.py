@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from attnx.trace.layout import TokenLayout
 
 
+_WORDS = {
+    "image": ("image token", "image tokens"),
+    "text": ("text token", "text tokens"),
+    "channels": ("channel", "channels"),
+    "queries": ("query", "queries"),
+}
+
+
 @dataclass(frozen=True)
 class Tokens:
     """The tokens on one side of a map.
@@ -43,7 +51,8 @@ class Tokens:
         if self.kind == "windows":
             grid = f" of {self.grid[0]} x {self.grid[1]}" if self.grid else ""
             return f"windows of {self.count}{grid} tokens" + (f" of {self.part}" if self.part else "")
-        return f"{self.count} {self.kind}" + (f" of {self.part}" if self.part else "")
+        one, many = _WORDS.get(self.kind, ("token", "tokens"))
+        return f"{self.count} {one if self.count == 1 else many}" + (f" of {self.part}" if self.part else "")
 
 
 def of_layout(layout: TokenLayout, part: str) -> Tokens:
@@ -59,7 +68,7 @@ def stack_of(layer: str) -> str:
 
 
 def describe(sides_of: Mapping[str, tuple[Tokens, Tokens]], by_stack: bool = False) -> str:
-    """Layers in words, grouped by the tokens of their maps: "12 text of text_model: text_model.layers.0".
+    """Layers in words, grouped by the tokens of their maps: "12 text tokens of text_model: text_model.layers.0".
 
     Args:
         sides_of: {layer: (queries, keys)}.
