@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from attnx.trace.layout import TokenLayout
 
-
 _WORDS = {
     "image": ("image token", "image tokens"),
     "text": ("text token", "text tokens"),
