@@ -16,6 +16,9 @@ from test_lavt import CAPTIONS, CONFIG, save, small_lavt
 import attnx
 from attnx.extract.captions import CaptionMaps, WordMaps
 from attnx.extract.lavt_maps import expression_maps, lavt_word_maps, mean_of_stages, pad_captions, sum_pieces
+from attnx.figures.one_image import Style
+from attnx.figures.words import words_sheet
+from attnx.jobs.reader import Maps
 from attnx.models.lavt_checkpoint import load_lavt
 from attnx.models.tokenizer import Tokenizer
 
@@ -155,10 +158,37 @@ def test_mistakes_are_one_line(files):
     assert "stage: expected --model lavt:CHECKPOINT" in told("--stage", 1, model="demo")
     only = "method: expected attention or gradcam, since only LAVT has rollout; got 'rollout'"
     assert only in told("--method", "rollout", model="demo")
-    (files / "pairs.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a dog"}))
-    pairs = fails("words", "--pairs", files / "pairs.jsonl", "--model", model, *vocab, "--out", out)
-    assert "pairs: LAVT's maps are drawn for one IMAGE and CAPTION; got --pairs" in pairs
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("flags", "options"), [([], {}), (["--method", "rollout", "--stage", "2"], {"stage": 2})])
+def test_a_batch_job(files, picture, flags, options):
+    captions = ["a dog", "a", "dog, x", "?"]
+    lines = [json.dumps({"image": "a.png", "caption": caption}) for caption in captions]
+    (files / "pairs.jsonl").write_text("\n".join(lines))
+    model = f"lavt:{files / 'lavt.pth'}"
+    args = ["--vocab", files / "vocab.txt", "--image-size", "64x96", "--device", "cpu", "--map-dtype", "float32"]
+    args += ["--out", files / "job", "--pictures", *flags]
+    result = run("words", "--pairs", files / "pairs.jsonl", "--model", model, *args)
+    assert result.exit_code == 0, result.output
+    loaded = load_lavt(files / "lavt.pth", VOCAB, (64, 96))
+    images = loaded.prepare(picture)[None]
+    method = "rollout" if flags else "attention"
+    rows = list(Maps(files / "job"))
+    assert len(rows) == len(captions)
+    for row, caption in zip(rows, captions, strict=True):
+        (want,) = expression_maps(loaded.model, images, [caption], method=method, **options)
+        assert row.tokens == want.tokens
+        np.testing.assert_allclose(row.map, want.maps, atol=1e-5)
+    assert len(list((files / "job" / "pictures").iterdir())) == len(captions)
+    settings = json.loads((files / "job" / "run.json").read_text())["settings"]
+    assert settings["stage"] == options.get("stage")
+    assert "layer" not in settings
+    # The sum over the pieces is the map of a word, also in the pictures.
+    sheet = Image.open(files / "job" / "pictures" / "000002.png")
+    (want,) = expression_maps(loaded.model, images, [captions[2]], method=method, **options)
+    drawn = words_sheet(picture, replace(want, maps=torch.from_numpy(rows[2].map)), Style())
+    assert np.array_equal(np.asarray(sheet), np.asarray(drawn.convert("RGB")))
 
 
 def test_expressions_are_read_as_by_bert(tmp_path):

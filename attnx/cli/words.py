@@ -54,14 +54,12 @@ from attnx.cli.options import (
 from attnx.cli.run_job import run_recipe
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
 
     from attnx.extract.captions import CaptionMaps
     from attnx.figures.one_image import Style
     from attnx.jobs.run import Report
     from attnx.jobs.runtime import Runtime
-    from attnx.models.loaded import Loaded
 
 
 @report_errors
@@ -164,18 +162,14 @@ def words(
     one_of("map-dtype", map_dtype, DTYPES)
     style = Style(colormap, alpha, interpolation)
     if model.partition(":")[0] == "lavt":
-        if image is None or caption is None:
-            raise NotImplementedError("pairs: LAVT's maps are drawn for one IMAGE and CAPTION; got --pairs")
-        _check_options(layer, method, heads, preset)
-        size, on, picture = pixels_of(image_size), device_of(device), read_image(image)
-        loaded = _load_lavt(model, checkpoint, pretrained, vocab, size, seed)
-        maps = _lavt_maps(loaded, picture, caption, stage, method, on, autocast)
-        _draw(picture, maps, out, style)
-        return
-    if stage is not None:
-        raise ValueError(f"stage: expected --model lavt:CHECKPOINT, since only LAVT has stages; got {model!r}")
-    if method == "rollout":
-        raise ValueError(f"method: expected attention or gradcam, since only LAVT has rollout; got {method!r}")
+        model, checkpoint = _lavt(model, checkpoint)
+        _check_options(method, layer, heads, preset)
+    else:
+        if stage is not None:
+            raise ValueError(f"stage: expected --model lavt:CHECKPOINT, since only LAVT has stages; got {model!r}")
+        if method == "rollout":
+            raise ValueError(f"method: expected attention or gradcam, since only LAVT has rollout; got {method!r}")
+        layer = default_layer(model) if layer is None else layer
     images = None if pairs is None else open_source(pairs, kind, root, split)
     if images is not None and images.kind == "folder":
         raise ValueError(f"pairs: expected a source with captions; {pairs} is a folder of images")
@@ -183,8 +177,7 @@ def words(
         source=absolute(image or pairs or Path()), kind="folder" if images is None else images.kind,
         root=absolute(root), split=split, model=model, pretrained=pretrained, checkpoint=absolute(checkpoint),
         image_size=pixels_of(image_size), seed=seed, method=method, heads=heads, dtype=dtype, map_dtype=map_dtype,
-        max_pixels=options.pixels, vocab=absolute(vocab), layer=default_layer(model) if layer is None else layer,
-        preset=preset,
+        max_pixels=options.pixels, vocab=absolute(vocab), layer=layer, preset=preset, stage=stage,
     )  # fmt: skip
     if images is not None:
         run_recipe(recipe, images, out, options, "pairs", partial(_finish, out, style if pictures else None))
@@ -194,60 +187,22 @@ def words(
         _draw(picture, find(loaded.prepare(picture)[None].to(on), [[caption]])[0], out, style)
 
 
-def _check_options(layer: int | None, method: str, heads: str, preset: str | None) -> None:
-    """Raise ValueError if an option, or a method, that LAVT does not have is given."""
-    from attnx.extract.lavt_maps import LAVT_METHODS
-
-    if method not in LAVT_METHODS:
-        raise ValueError(f"method: expected {' or '.join(LAVT_METHODS)} with LAVT; got {method!r}")
-    for name, value, only in (("layer", layer, None), ("heads", heads, "mean"), ("preset", preset, None)):
-        if value != only:
-            raise ValueError(f"{name}: expected {'none' if only is None else only} with LAVT; got {value!r}")
-
-
-def _load_lavt(
-    name: str,
-    checkpoint: Path | None,
-    pretrained: bool,
-    vocab: Path | None,
-    image_size: tuple[int, int] | None,
-    seed: int,
-) -> "Loaded":
-    """The LAVT called `lavt:CHECKPOINT`, or `lavt` with a checkpoint or random weights."""
-    import torch
-
-    from attnx.models.lavt_checkpoint import load_lavt
-
+def _lavt(name: str, checkpoint: Path | None) -> tuple[str, Path | None]:
+    """("lavt", checkpoint) of `lavt:CHECKPOINT`, or of `lavt` and a checkpoint."""
     file = name.partition(":")[2]
     if file and checkpoint is not None:
         raise ValueError(f"checkpoint: expected one; got --model {name} and --checkpoint {checkpoint}")
-    path = Path(file) if file else checkpoint
-    if path is None and pretrained:
-        raise ValueError(
-            "checkpoint: expected LAVT's weights as --model lavt:FILE (https://github.com/yz93/LAVT-RIS has them to "
-            "download), or --no-pretrained for random ones; got none"
-        )
-    torch.manual_seed(seed)
-    return load_lavt(path, vocab, image_size)
+    return "lavt", Path(file) if file else checkpoint
 
 
-def _lavt_maps(
-    loaded: "Loaded",
-    picture: "Image",
-    caption: str,
-    stage: int | None,
-    method: str,
-    on: "torch.device",
-    dtype: "torch.dtype | None",
-) -> "CaptionMaps":
-    """LAVT's maps of one image and its caption, computed on a device, with autocast to `dtype` unless None."""
-    import torch
+def _check_options(method: str, layer: int | None, heads: str, preset: str | None) -> None:
+    """Raise ValueError if an option, or a method, that LAVT does not have is given."""
+    from attnx.extract.lavt_maps import check_method
 
-    from attnx.extract.lavt_maps import expression_maps
-
-    images = loaded.prepare(picture)[None].to(on)
-    with torch.autocast(on.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        return expression_maps(loaded.model.to(on), images, [caption], stage, method=method)[0]
+    check_method(method)
+    for name, value, only in (("layer", layer, None), ("heads", heads, "mean"), ("preset", preset, None)):
+        if value != only:
+            raise ValueError(f"{name}: expected {'none' if only is None else only} with LAVT; got {value!r}")
 
 
 def _draw(picture: "Image", maps: "CaptionMaps", out: Path, style: "Style") -> None:

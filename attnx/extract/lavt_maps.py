@@ -1,6 +1,6 @@
 """LAVT's maps of images for each word of an expression: the attention of its stages from pixels to words."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import overload
@@ -131,8 +131,7 @@ def expression_maps(
         >>> found.word_maps.shape
         torch.Size([2, 16, 12])
     """
-    if method not in LAVT_METHODS:
-        raise ValueError(f"method: expected attention or rollout with LAVT; got {method!r}")
+    check_method(method)
     lavt = _lavt(model)
     lavt.grids(images)
     texts, owner = flat(captions, len(images))
@@ -148,6 +147,35 @@ def expression_maps(
     else:
         maps = lavt_word_maps(lavt, images, ids, mask, stage, backend=backend)
     return WordMaps([ExpressionMaps(caption, maps[i, : len(caption.ids)]) for i, caption in enumerate(read)])
+
+
+def find_expressions(
+    lavt: Lavt, method: str, stage: int | None, autocast: torch.dtype | None
+) -> Callable[[Tensor, Sequence[Sequence[str]]], WordMaps]:
+    """A function of images [I, 3, height, width] and the captions of each image that returns their `WordMaps`.
+
+    Args:
+        lavt: the model.
+        method, stage: as in `expression_maps`.
+        autocast: dtype of autocast; None: no autocast.
+
+    Raises:
+        ValueError: another method or stage.
+    """
+    check_method(method)
+    _stages(stage)
+
+    def find(images: Tensor, captions: Sequence[Sequence[str]]) -> WordMaps:
+        with torch.autocast(images.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+            return expression_maps(lavt, images, captions, stage, method=method)
+
+    return find
+
+
+def check_method(method: str) -> None:
+    """Raise ValueError for a method that LAVT does not have."""
+    if method not in LAVT_METHODS:
+        raise ValueError(f"method: expected {' or '.join(LAVT_METHODS)} with LAVT; got {method!r}")
 
 
 def _rolled(

@@ -47,7 +47,6 @@ def draw_pairs(out: Path, runtime: "Runtime", style: Style) -> None:
     """
     import torch
 
-    from attnx.extract.captions import CaptionMaps
     from attnx.jobs.job import Job
     from attnx.jobs.reader import Maps
 
@@ -63,7 +62,7 @@ def draw_pairs(out: Path, runtime: "Runtime", style: Style) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             caption = runtime.task.tokenizer(row.text)
-        found = CaptionMaps(caption, torch.from_numpy(row.map), row.score)
+        found = runtime.task.result(caption, torch.from_numpy(row.map), row.score)
         with large_images(runtime.recipe.max_pixels):
             picture, _ = read_scaled(*read(job.entry(number)), max_pixels=runtime.recipe.max_pixels)
         save(words_sheet(picture, found, style), path)

@@ -131,34 +131,41 @@ class ExtractRecipe(Recipe):
 
 @dataclass(frozen=True)
 class WordsRecipe(Recipe):
-    """A recipe for maps of the words of captions."""
+    """A recipe for maps of the words of captions. layer: of ALBEF; stage: of LAVT."""
 
     vocab: str | None
-    layer: int
+    layer: int | None
     preset: str | None
+    stage: int | None = None
 
     def load(self, device: torch.device) -> Runtime:
         """The runtime: the model on a device, its preprocessing and its task."""
-        from attnx.models.albef import Albef
+        from attnx.extract.captions import CaptionMaps
+        from attnx.extract.lavt_maps import ExpressionMaps
+        from attnx.models.lavt import Lavt
 
         loaded, find = self.load_words(device)
-        albef = loaded.model
-        assert isinstance(albef, Albef)
-        assert albef.tokenizer is not None
-        pixels = _pixels(loaded, "whole")
-        settings = self._settings(loaded, pixels) | {
-            "layer": self.layer, "preset": self.preset, "vocab": albef.tokenizer.fingerprint()
-        }  # fmt: skip
-        task = WordTask(find, albef.tokenizer, Format(self.map_dtype, captions=True))
+        model: Any = loaded.model
+        assert model.tokenizer is not None
+        pixels, result = _pixels(loaded, "whole"), CaptionMaps
+        options = {"layer": self.layer, "preset": self.preset}
+        images = torch.empty(1, 3, *loaded.size)
+        if isinstance(model, Lavt):
+            options, result = {"stage": self.stage}, ExpressionMaps
+            grid = model.grids(images)[self.stage or 0 if self.method == "attention" else 0]
+        else:
+            grid = model.grid(images)
+        settings = self._settings(loaded, pixels) | options | {"vocab": model.tokenizer.fingerprint()}
+        task = WordTask(find, model.tokenizer, result, Format(self.map_dtype, captions=True))
         # Captions have about 12 word pieces on average.
-        patches = math.prod(side // albef.config.patch_size for side in loaded.size)
-        row_bytes = 12 * patches * np.dtype(self.map_dtype).itemsize
+        row_bytes = 12 * math.prod(grid) * np.dtype(self.map_dtype).itemsize
         return Runtime(self, device, loaded, pixels, task, settings, row_bytes, tensors=False, fill=False)
 
     def load_words(self, device: torch.device) -> tuple[Loaded, Find]:
         """The model on a device, and the function that computes the maps."""
+        from attnx.extract.lavt_maps import find_expressions
         from attnx.extract.word_maps import find_words
-        from attnx.models.albef import Albef
+        from attnx.models.lavt import Lavt
 
         torch.manual_seed(self.seed)
         checkpoint, vocab = (None if path is None else Path(path) for path in (self.checkpoint, self.vocab))
@@ -166,9 +173,11 @@ class WordsRecipe(Recipe):
             self.model, pretrained=self.pretrained, checkpoint=checkpoint, vocab=vocab,
             image_size=_size(self.image_size), preset=self.preset,
         )  # fmt: skip
-        albef = loaded.model.to(device)
-        assert isinstance(albef, Albef)
-        return loaded, find_words(albef, self.method, self.layer, self.heads, self.preset, self.autocast)
+        model: Any = loaded.model.to(device)
+        if isinstance(model, Lavt):
+            return loaded, find_expressions(model, self.method, self.stage, self.autocast)
+        assert self.layer is not None
+        return loaded, find_words(model, self.method, self.layer, self.heads, self.preset, self.autocast)
 
 
 def recipe_of(value: dict[str, Any] | None) -> Recipe:

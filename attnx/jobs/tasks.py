@@ -72,10 +72,12 @@ class WordTask:
     Args:
         find: images [I, 3, h, w] and a list of captions per image -> their maps in order.
         tokenizer: the model's tokenizer, which rejects invalid captions before the model runs.
+        result: class of the maps of a caption.
     """
 
     find: Find
     tokenizer: Tokenizer
+    result: type[CaptionMaps]
     format: Format = field(default_factory=partial(Format, captions=True))
 
     def groups(self, entries: list[Entry]) -> list[list[Entry]]:

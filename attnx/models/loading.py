@@ -107,12 +107,12 @@ def load_word_model(
     image_size: int | tuple[int, int] | None = None,
     preset: str | None = None,
 ) -> Loaded:
-    """The `Albef` called `name`, on the CPU, in eval mode.
+    """The `Albef` or `Lavt` called `name`, on the CPU, in eval mode.
 
     Args:
-        name: "albef" in the published sizes, or "demo".
+        name: "albef" or "lavt" in the published sizes, or "demo".
         pretrained: use the model's own weights; False: random weights.
-        checkpoint: a file of weights. ALBEF's own can't be downloaded by attnx.
+        checkpoint: a file of weights. ALBEF's and LAVT's own can't be downloaded by attnx.
         vocab: bert-base-uncased's vocab.txt; None: from the Hugging Face hub.
         image_size: (height, width) in pixels, or one number for a square; None: the model's own size, or 480 with
             preset "vl-dino".
@@ -135,6 +135,15 @@ def load_word_model(
                 "--no-pretrained for random ones, or --model demo; got none"
             )
         loaded = load_albef(checkpoint, vocab, image_size)
+    elif name == "lavt":
+        from attnx.models.lavt_checkpoint import load_lavt
+
+        if checkpoint is None and pretrained:
+            raise ValueError(
+                "checkpoint: expected LAVT's weights as --model lavt:FILE (https://github.com/yz93/LAVT-RIS has them "
+                "to download), or --no-pretrained for random ones; got none"
+            )
+        loaded = load_lavt(checkpoint, vocab, image_size)
     else:
         raise ValueError(f"model: expected albef, lavt or {' or '.join(WORD_MODELS)}; got {name!r}")
     return replace(loaded, mean=IMAGENET[0], std=IMAGENET[1]) if preset else loaded

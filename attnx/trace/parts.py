@@ -112,7 +112,8 @@ class Parts:
 
     def is_split(self, part: str, grids: Mapping[str, Grid], items: int) -> bool:
         """True if a layer of the part has several maps for each image: it attends in windows."""
-        images = next((grid.items for name, grid in grids.items() if self.sources.get(name) == part), 0)
+        own = (grid for name, grid in grids.items() if self.sources.get(name) == part)
+        images = next((grid.items for grid in [*own, *self.outside(grids)] if grid.items), 0)
         return images > 0 and items > images and items % images == 0
 
     def layout(self, part: str, grids: Mapping[str, Grid], count: int, width: int) -> TokenLayout | None:

@@ -33,11 +33,12 @@ def sides(
         return _crossing(parts, part, (rows, columns), width, grids)
     keys = parts.tokens(part, grids, columns, width)
     known = keys.grid is not None and parts.declares(part)
-    if keys.kind == "image" and not known and parts.is_split(part, grids, items):
+    # The self-attention of a decoder may have several sets of queries for each image.
+    in_decoder = layer.rpartition(".")[0] in parts.decoders and not CROSS.search(layer.rpartition(".")[2])
+    if keys.kind != "text" and not in_decoder and not known and parts.is_split(part, grids, items):
         return Tokens("windows", count=rows, part=part), Tokens("windows", count=columns, part=part)
     keys = keys if keys.grid else facts.placed(keys, items, parts.outside(grids))
     if rows == columns:
-        in_decoder = layer.rpartition(".")[0] in parts.decoders and not CROSS.search(layer.rpartition(".")[2])
         if in_decoder and keys.kind != "text":
             keys = Tokens("queries", count=columns, part=part)
         return keys, keys
