@@ -8,7 +8,7 @@ from torch import Tensor
 from attnx.kernels.configs import split_d
 from attnx.kernels.primitives import MEAN
 
-_TILE = 2048  # upper bound on rows plus columns of a tile, or of a wide head
+_TILE = 2048  # upper bound on rows of a tile plus columns of a head
 
 
 def shared_args(

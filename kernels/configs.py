@@ -6,7 +6,7 @@ from attnx.kernels.launching import launch
 
 SHORT_ROW = 256  # largest number of keys for which scores and map of a row fit on chip in one tile
 WIDEST_HEAD = 1024  # largest head dim
-WHOLE_HEAD = 256  # largest head dim of which rows are on chip; wider heads are read in chunks, for each tile of scores
+WHOLE_HEAD = 256  # largest head dim whose rows are loaded whole; wider heads are read in chunks
 LONGER_ROW = 288  # the same with a tail of 32 keys: 256 patches, a class token and register tokens
 
 # Streaming multiprocessors (compute units) of the common model of each architecture, used if there is no device.

@@ -17,6 +17,20 @@ if not HAS_CUDA:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
+# Files that take a minute or more with their `long` tests.
+MINUTES = {
+    "test_kernels_offline", "test_engines", "test_native", "test_benchmarks", "test_ops", "test_vecmat",
+    "test_supervision", "test_remote_sources", "test_gradient_kernel", "test_ops_contract", "test_family_layouts",
+    "test_family_maps", "test_docs",
+}  # fmt: skip
+
+
+def pytest_configure(config):
+    """Let xdist take the files in the order of `MINUTES`; by default those with the fewest tests come last."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def interpreter_works():
     """True unless Triton's interpreter fails with this numpy.
 
@@ -54,6 +68,7 @@ def pytest_collection_modifyitems(items):
     `triton_kernels` tests are skipped where the interpreter does not work. There, tests with many keys are `long`: the
     table of cases still runs both lengths.
     """
+    items.sort(key=lambda item: item.path.stem not in MINUTES)  # so that workers end at about the same time
     # Not at the top: it imports attnx, and Triton must find the variable that is set above.
     from on_backends import LONG
 

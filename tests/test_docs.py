@@ -43,9 +43,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMPILED_ONLY = ("# needs a download", "# needs a GPU")
 NOT_RUN = "# not run: "
 PHOTOS = ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "sub/e.jpg", "sub/f.jpg")
-# Seconds that one command of a page may take.
+# Pages whose commands run in processes of their own, and the seconds that one command may take.
 LONGEST = 120
-IN_PROCESSES = ("README.md", "quickstart.md")
+OWN_PROCESS = ("README.md", "quickstart.md")
 MORE_NAMES = {
     "attnx.images.read_image": read_image,
     "attnx.models.loading.load_model": load_model,
@@ -106,7 +106,7 @@ def run_bash(example: Any) -> None:
         if skipped or not (words[0] == "attnx" or module):
             continue
         where = f"{example.path}:{example.line}: {' '.join(words)}"
-        if words[0] == "attnx" and Path(example.path).name not in IN_PROCESSES:
+        if words[0] == "attnx" and Path(example.path).name not in OWN_PROCESS:
             here = CliRunner().invoke(app, words[1:])
             assert here.exit_code == 0, f"{where}: exit code {here.exit_code}\n{here.output}\n{here.exception!r}"
             continue

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from test_families import built
 from torch import Tensor, nn
 
 import attnx
@@ -83,4 +85,65 @@ def test_a_pool_over_a_feature_map_has_its_mean_as_token_0() -> None:
     amap = attnx.cls_map(trace)
     assert amap.shape == (2, 3, 4)
     torch.testing.assert_close(amap.flatten(1), trace["1"][:, 0, 1:])
-    torch.testing.assert_close(attnx.Extractor(model, "cls")(images), amap)
+    extract = attnx.Extractor(model, "cls")
+    torch.testing.assert_close(extract(images), amap)
+    assert extract(torch.randn(3, 3, 8, 6)).shape == (3, 4, 3)  # as many tokens, in other rows
+
+
+class Series(nn.Module):
+    """A convolution over time, then attention over the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 16, 3, padding=1)
+        self.blocks = nn.ModuleList(timm.models.vision_transformer.Block(16, 2) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).mT
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_steps_of_a_series_are_no_windows(batch: int) -> None:
+    model = Series().eval()
+    with torch.no_grad(), attnx.capture(model) as trace:
+        model(torch.randn(batch, 2, 12))
+    assert [side.kind for side in trace.sides(0)] == ["tokens", "tokens"]
+    assert attnx.rollout(trace, query="all").shape == (batch, 12, 12)
+
+
+class TwoTowers(nn.Module):
+    """An image encoder, and a text encoder whose embedding has a name that says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.Conv2d(3, 16, 4, 4)
+        self.blocks = nn.ModuleList(timm.models.vision_transformer.Block(16, 2) for _ in range(2))
+        self.embed = nn.Embedding(20, 16)
+        self.text = nn.ModuleList(timm.models.vision_transformer.Block(16, 2) for _ in range(2))
+
+    def forward(self, images: Tensor, words: Tensor) -> Tensor:
+        x, y = self.visual(images).flatten(2).mT, self.embed(words)
+        for image_block, text_block in zip(self.blocks, self.text, strict=True):
+            x, y = image_block(x), text_block(y)
+        return x.mean() + y
+
+
+@pytest.mark.parametrize("captions", [2, 3, 4])
+def test_texts_are_no_windows_of_the_images(captions: int) -> None:
+    model = TwoTowers().eval()
+    with torch.no_grad(), attnx.capture(model) as trace:
+        model(torch.randn(2, 3, 8, 12), torch.randint(20, (captions, 5)))
+    assert trace.sides("text.0.attn")[1].kind != "windows"
+    assert attnx.rollout(trace, layers="text.*", query="all").shape == (captions, 5, 5)
+
+
+def test_an_item_of_unknown_windows_is_refused() -> None:
+    model, call, _ = built("timm hiera")
+    with torch.no_grad(), attnx.capture(model) as trace:
+        call()
+    assert trace.sides(0)[1].kind == "windows"
+    with pytest.raises(ValueError, match=r"expected windows of known places; got windows of 64 tokens in blocks\.0"):
+        trace.item(0)

@@ -158,11 +158,11 @@ def words(
     given = [name for name, value in arguments.items() if value is not None]
     if given not in (["IMAGE", "CAPTION"], ["--pairs"]):
         raise ValueError(f'expected IMAGE "CAPTION", or --pairs FILE; got {" and ".join(given) or "neither"}')
-    autocast = autocast_of(dtype)
+    autocast_of(dtype)
     one_of("map-dtype", map_dtype, DTYPES)
     style = Style(colormap, alpha, interpolation)
     if model.partition(":")[0] == "lavt":
-        model, checkpoint = _lavt(model, checkpoint)
+        model, checkpoint = "lavt", _lavt_checkpoint(model, checkpoint)
         _check_options(method, layer, heads, preset)
     else:
         if stage is not None:
@@ -187,12 +187,12 @@ def words(
         _draw(picture, find(loaded.prepare(picture)[None].to(on), [[caption]])[0], out, style)
 
 
-def _lavt(name: str, checkpoint: Path | None) -> tuple[str, Path | None]:
-    """("lavt", checkpoint) of `lavt:CHECKPOINT`, or of `lavt` and a checkpoint."""
+def _lavt_checkpoint(name: str, checkpoint: Path | None) -> Path | None:
+    """The checkpoint of `lavt:CHECKPOINT`, or of `lavt` and --checkpoint."""
     file = name.partition(":")[2]
     if file and checkpoint is not None:
         raise ValueError(f"checkpoint: expected one; got --model {name} and --checkpoint {checkpoint}")
-    return "lavt", Path(file) if file else checkpoint
+    return Path(file) if file else checkpoint
 
 
 def _check_options(method: str, layer: int | None, heads: str, preset: str | None) -> None:

@@ -1,5 +1,7 @@
 """Pictures of one image for `attnx show`."""
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -71,22 +73,24 @@ def draw(
         save(image, out / name)
         written[out / name] = what
 
+    def over(amap: Tensor) -> "Image":
+        return overlay(picture, amap, interpolation=style.interpolation, **colours)
+
     fused = "mean" if heads == "each" else heads
     rolled: Tensor | None = None
-    name, canvas, over = "overlay.png", picture, {"interpolation": style.interpolation, **colours}
+    name = "overlay.png"
     if method == "rollout":
         rolled, why = _rolled(loaded, images, rolling, layers=layers, heads=heads)
-        amap, what = rolled, "rollout"
-        if amap is None:
-            amap, name, what = _without_rollout(loaded, images, layers, fused)
+        if rolled is not None:
+            image, what = over(rolled), "rollout"
+        else:
+            image, name, what = _without_rollout(loaded, images, layers, fused, over, style.colormap)
             what += f"; no rollout: {why}"
-        if name == "matrix.png":
-            canvas, over = _canvas(amap), {"interpolation": "nearest", "colormap": style.colormap, "alpha": 1.0}
     else:
         amap = Extractor(loaded.model, method, layers=layers, heads=fused, model_kwargs=loaded.model_kwargs)(images)[0]
         what = "class token's map" if amap.dim() == 2 else "class token's map, mean over layers"
-        amap = amap if amap.dim() == 2 else amap.mean(0)
-    write(name, overlay(canvas, amap, **over), what)
+        image = over(amap if amap.dim() == 2 else amap.mean(0))
+    write(name, image, what)
     try:
         per_layer, each = _class_token(loaded, images, layers, fused)
     except ValueError as error:
@@ -124,33 +128,33 @@ def _rolled(loaded: "Loaded", images: Tensor, rolling: dict[str, Any], **options
         return None, one_line(str(error).removeprefix("rollout: ").partition(";")[0], 160)
 
 
-def _without_rollout(loaded: "Loaded", images: Tensor, layers: Layers, heads: str) -> tuple[Tensor, str, str]:
-    """The map [h, w] of a model without a rollout, the name of its picture, and its description."""
+def _without_rollout(
+    loaded: "Loaded", images: Tensor, layers: Layers, heads: str, over: Callable[[Tensor], "Image"], colormap: str
+) -> tuple["Image", str, str]:
+    """The picture of a model without a rollout, its name, and its description; `over` draws a map over the image."""
     with torch.inference_mode(), capture(loaded.model, layers=layers, heads=heads) as trace:
         loaded.model(images, **loaded.model_kwargs)
     with torch.inference_mode():
-        try:
-            return cls_map(trace)[0], "overlay.png", f"class token's map in {cls_layer(trace)}"
-        except ValueError:
-            pass
-        try:
+        with suppress(ValueError):
+            return over(cls_map(trace)[0]), "overlay.png", f"class token's map in {cls_layer(trace)}"
+        with suppress(ValueError):
             layer = last_on_grid(trace)
-        except ValueError as error:
-            layer, why = list(trace)[-1], str(error).removeprefix("received: ")
-            windows = trace.sides(layer)[0].kind == "windows"
-            what = f"map of {layer}{', first window' * windows}: a row for each query, a column for each key"
-            return trace[layer][0], "matrix.png", f"{what}; not over the image: {why}"
-        what = f"how much each patch is attended to in {layer}, mean over its queries"
-        return received(trace, layer)[0], "received.png", what
+            what = f"how much each patch is attended to in {layer}, mean over its queries"
+            return over(received(trace, layer)[0]), "received.png", what
+        layer = list(trace)[-1]
+        first = ", first window" * (trace.sides(layer)[1].kind == "windows")
+        what = f"map of {layer}{first}: a row for each query, a column for each key; no layer is over a known grid"
+        return _matrix(trace[layer][0], colormap), "matrix.png", what
 
 
-def _canvas(amap: Tensor) -> "Image":
-    """An image for a matrix [M, N], 768 pixels at its longer side."""
+def _matrix(amap: Tensor, colormap: str) -> "Image":
+    """A map [M, N] as a picture, 768 pixels at its longer side."""
     from PIL import Image
 
     rows, columns = amap.shape
     height, width = (max(1, 768 * n // max(rows, columns)) for n in (rows, columns))
-    return Image.new("RGB", (width, height))
+    canvas = Image.new("RGB", (width, height))
+    return overlay(canvas, amap, interpolation="nearest", colormap=colormap, alpha=1)
 
 
 def _class_token(loaded: "Loaded", images: Tensor, layers: Layers, heads: str) -> tuple[LayerMaps, Tensor]:

@@ -152,7 +152,7 @@ class WordsRecipe(Recipe):
         images = torch.empty(1, 3, *loaded.size)
         if isinstance(model, Lavt):
             options, result = {"stage": self.stage}, ExpressionMaps
-            grid = model.grids(images)[self.stage or 0 if self.method == "attention" else 0]
+            grid = model.grids(images)[0 if self.method == "rollout" else self.stage or 0]
         else:
             grid = model.grid(images)
         settings = self._settings(loaded, pixels) | options | {"vocab": model.tokenizer.fingerprint()}
@@ -176,7 +176,8 @@ class WordsRecipe(Recipe):
         model: Any = loaded.model.to(device)
         if isinstance(model, Lavt):
             return loaded, find_expressions(model, self.method, self.stage, self.autocast)
-        assert self.layer is not None
+        if self.layer is None:
+            raise ValueError("layer: expected a number with ALBEF; got none")
         return loaded, find_words(model, self.method, self.layer, self.heads, self.preset, self.autocast)
 
 

@@ -44,7 +44,7 @@ class Facts(NamedTuple):
     layouts: tuple[TokenLayout, ...] = ()
 
     def placed(self, tokens: Tokens, items: int, grids: Iterable[Grid]) -> Tokens:
-        """The same number of tokens, as patches of the feature map if they fill it.
+        """The tokens with the grid of the layer's input, if exactly one layout fits; else unchanged.
 
         Args:
             tokens: of which no grid is known.
@@ -78,10 +78,10 @@ def facts_of(module: nn.Module, args: Any, kwargs: Mapping[str, Any], items: int
 
 
 def _other_source(queries: Tensor, keys: Tensor, batch: slice) -> bool:
-    """True if the keys are of other tokens of the same items than the queries; `batch`: the dims of the items."""
+    """True if queries and keys are of the same items but of different tokens; `batch`: the dims of the items."""
     if keys is queries or keys.shape[batch].numel() != queries.shape[batch].numel():
         return False
-    # In 4 dims they may also be the queries and keys of one head.
+    # 4-D inputs of equal length may be the queries and keys of one head.
     return queries.dim() == 3 or queries.shape[2] != keys.shape[2]
 
 

@@ -23,7 +23,11 @@ def item(trace: "Trace", records: Mapping[str, LayerRecord], index: int) -> tupl
 
     Raises:
         IndexError: no such item, or the layers have different numbers of items.
+        ValueError: a layer attends in windows of unknown places.
     """
+    unknown = next((name for name in trace if trace.sides(name)[1].kind == "windows" and not trace.windows(name)), None)
+    if unknown is not None:
+        raise ValueError(f"item: expected windows of known places; got {trace.sides(unknown)[1]} in {unknown}")
     windows = {name: of.count for name in trace if (of := trace.windows(name)) is not None}
     items = {name: record.shape[0] // windows.get(name, 1) for name, record in records.items()}
     if len(set(items.values())) != 1 or not 0 <= index < min(items.values()):

@@ -24,7 +24,7 @@ _REGISTERS = ("num_register_tokens", "n_storage_tokens", "num_registers")
 _EMBEDDINGS = ("NaFlexEmbeds", "Siglip2VisionEmbeddings")
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 # Modules that may mix neighbouring tokens, besides those with a grid.
-_MIXERS = (nn.Conv1d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.MaxPool1d, nn.AvgPool1d)
+_SEQUENCE_MIXERS = (nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def patch_convolutions(model: nn.Module) -> list[nn.Conv2d]:
 
 def grid_modules(model: nn.Module) -> list[nn.Module]:
     """The modules whose output may have the grid of tokens, or that may mix tokens: convolutions, pools, embeddings."""
-    kinds = _CONVOLUTIONS + _MIXERS
+    kinds = (*_CONVOLUTIONS, *_SEQUENCE_MIXERS, nn.ConvTranspose2d)
     return [m for m in model.modules() if isinstance(m, kinds) or type(m).__name__ in _EMBEDDINGS]
 
 
@@ -242,7 +242,7 @@ def grid_of(module: nn.Module, args: Sequence[Any], output: object) -> Grid | No
     if kind == "NaFlexEmbeds":
         x, shape = output if isinstance(output, tuple) and len(output) == 2 else (None, None)
         return Grid((int(shape[0]), int(shape[1])), x.shape[-1], 1, len(x)) if isinstance(x, Tensor) and shape else None
-    if not isinstance(output, Tensor):
+    if not isinstance(output, Tensor) or isinstance(module, _SEQUENCE_MIXERS):
         return None
     if kind == "Siglip2VisionEmbeddings":
         shapes = args[1] if len(args) > 1 else None

@@ -12,7 +12,9 @@ from attnx.trace.tokens import Tokens, of_layout
 # Names of word embeddings, as opposed to those of positions, types or queries.
 _WORDS = re.compile(r"(word_emb\w*|token_emb\w*|tok_emb\w*|embed_tokens|wte|shared)$")
 # Names of embeddings of something else than words: beside others, the part's tokens are not surely patches.
-_NO_WORDS = re.compile(r"pos|quer|type|seg|level|label|class|time|rel|bias|row|col|point|mask|iou|obj", re.IGNORECASE)
+_NO_WORDS = re.compile(r"pos|quer|type|seg|level|label|class|time|rel|bias|row|col", re.IGNORECASE)
+# The same, at the end of a name only: embeddings of SAM's prompts and masks.
+_PROMPTS = re.compile(r"(point|mask|iou|obj)\w*$", re.IGNORECASE)
 # Names of cross-attention layers. Self-attention beside one, in a decoder's block, has queries as tokens.
 CROSS = re.compile(r"cross|^enc\w*att|^multihead_attn$", re.IGNORECASE)
 
@@ -58,7 +60,8 @@ class Parts:
         self.with_words = {
             self.of(name)
             for name, module in self.modules.items()
-            if isinstance(module, nn.Embedding) and (_WORDS.search(name) or not _NO_WORDS.search(name))
+            if isinstance(module, nn.Embedding)
+            and (_WORDS.search(name) or not (_NO_WORDS.search(name) or _PROMPTS.search(name)))
         }
 
     @staticmethod
@@ -99,8 +102,8 @@ class Parts:
         """
         if self.with_words or not width:
             return []
-        shapes = {grid.shape for grid in self.outside(grids) if grid.channels == width and grid.tokens == count}
-        return [of_layout(TokenLayout(0, shape), "") for shape in shapes] if len(shapes) == 1 else []
+        fitting = Declared(0, False).layouts((g for g in self.outside(grids) if g.channels == width), count)
+        return [of_layout(layout, "") for layout in fitting] if len(fitting) == 1 else []
 
     def outside(self, grids: Mapping[str, Grid]) -> list[Grid]:
         """The grids of modules outside attention layers."""
@@ -112,8 +115,9 @@ class Parts:
 
     def is_split(self, part: str, grids: Mapping[str, Grid], items: int) -> bool:
         """True if a layer of the part has several maps for each image: it attends in windows."""
-        own = (grid for name, grid in grids.items() if self.sources.get(name) == part)
-        images = next((grid.items for grid in [*own, *self.outside(grids)] if grid.items), 0)
+        if part in self.with_words:
+            return False  # there may be several texts for each image
+        images = next((grid.items for name, grid in grids.items() if self.sources.get(name) == part), 0)
         return images > 0 and items > images and items % images == 0
 
     def layout(self, part: str, grids: Mapping[str, Grid], count: int, width: int) -> TokenLayout | None:

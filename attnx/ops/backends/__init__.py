@@ -21,7 +21,7 @@ _REPORTED: set[str] = set()  # backends already reported as missing
 def choose(backend: str, scores: Scores, v: Tensor | None, reduction: Reduction | None) -> Backend:
     """The backend that takes the call. "auto": the device's own, or eager where that can't take it.
 
-    On a GPU, auto takes eager for head dims of which no row fits on chip: our kernels were not timed with them.
+    On a GPU, auto takes eager for head dims above 256: our kernels were not timed with them.
 
     Args:
         backend: one of BACKENDS.
