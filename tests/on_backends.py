@@ -34,10 +34,19 @@ def takes(backend, case):
 
 
 def pairs(cases, thinned=False):
-    """Every case on every backend that takes it. `thinned`: every second of Triton's is `slow`."""
+    """Every case on every backend that takes it.
+
+    In the interpreter, Triton's cases of many keys take seconds: two of three are `long`. `thinned`: every second of
+    Triton's cases is `slow`.
+    """
 
     def marks(i, backend):
-        return marks_of(backend) + [pytest.mark.slow] * (thinned and backend == "triton" and i % 2 == 1)
+        found = marks_of(backend)
+        if backend == "triton" and cases[i].N >= LONG and i % 3:
+            found.append(pytest.mark.long)
+        if backend == "triton" and thinned and i % 2:
+            found.append(pytest.mark.slow)
+        return found
 
     return pytest.mark.parametrize(
         ("case", "backend"),

@@ -29,14 +29,15 @@ CASES = (
 )
 
 
-def clamped_or_not(case):
+def clamped_or_not(i, case):
     """A case with and without clamping; those of many keys take seconds in the interpreter."""
-    slow = [pytest.mark.slow] if case.N >= 300 else []
-    return pytest.param(case, True, id=f"{case}-True"), pytest.param(case, False, id=f"{case}-False", marks=slow)
+    many = case.N >= 300
+    clamped = pytest.param(case, True, id=f"{case}-True", marks=[pytest.mark.long] if many and i % 3 else [])
+    return clamped, pytest.param(case, False, id=f"{case}-False", marks=[pytest.mark.slow] if many else [])
 
 
 @pytest.mark.triton_kernels
-@pytest.mark.parametrize(("case", "clamp"), [each for case in CASES for each in clamped_or_not(case)])
+@pytest.mark.parametrize(("case", "clamp"), [each for i, case in enumerate(CASES) for each in clamped_or_not(i, case)])
 def test_triton_gives_autograds(case, clamp, device, poisoned):
     q, k, v, bias = random_inputs(case, device=device)
     grad = random_gradient(case, device=device)

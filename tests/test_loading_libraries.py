@@ -143,6 +143,7 @@ def test_maps(name: str, size: int | None) -> None:
     assert not any(p.requires_grad for p in loaded.model.parameters())
 
 
+@pytest.mark.long
 def test_a_torchvision_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(1)
     want = torchvision.models.get_model("vit_b_32", weights=None, image_size=64).state_dict()
@@ -171,6 +172,7 @@ def test_torchvisions_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_model("torchvision:vit_b_32", image_size=96).model.encoder.pos_embedding.shape == (1, 10, 768)
 
 
+@pytest.mark.long
 def test_an_open_clip_checkpoint(tmp_path: Path) -> None:
     """A file of the whole model, or of the image tower; position embeddings are interpolated."""
     torch.manual_seed(1)

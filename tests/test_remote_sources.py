@@ -206,6 +206,7 @@ def bucket() -> Iterator[str]:
         server.stop()
 
 
+@pytest.mark.long
 def test_a_job_whose_decoders_read_from_a_server(bucket: str, tmp_path: Path) -> None:
     fill(bucket, files())
     out = tmp_path / "out"
