@@ -165,3 +165,17 @@ def test_what_windows_do_not_have() -> None:
         attnx.cls_map(trace)
     with pytest.raises(ValueError, match="discard and preset do not apply to windows"):
         attnx.rollout(trace, discard=0.5)
+
+
+def test_an_extractor_follows_the_size_of_the_images() -> None:
+    """Bound forwards know the windows of the last size; images of another size are intercepted."""
+    torch.manual_seed(0)
+    name = "swin_tiny_patch4_window7_224"
+    model = timm.create_model(name, img_size=(64, 96), window_size=4, strict_img_size=False, **SMALL).eval()
+    extract = attnx.Extractor(sharpen(model))
+    for size in ((64, 96), (64, 96), (96, 64), (96, 64), (64, 96), (64, 64)):
+        images = torch.randn(2, 3, *size)
+        with torch.no_grad(), attnx.capture(model) as trace:
+            model(images)
+        torch.testing.assert_close(extract(images), attnx.rollout(trace), rtol=0, atol=1e-6)
+    assert extract.plan.bound

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from threading import Lock, RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -123,6 +122,7 @@ class Extractor:
         )
         self._graphs = Graphs(self._maps) if compile else None
         self._plan: Plan | None = None
+        self._size: torch.Size | None = None  # height and width of the last images
 
     @property
     def plan(self) -> Plan:
@@ -211,16 +211,22 @@ class Extractor:
 
     def _maps(self, images: Tensor) -> Tensor:
         assert self._plan is not None
+        plan, size = self._plan, images.shape[-2:]
+        if plan.of_one_size and size != self._size:
+            # Only an interceptor reads windows and feature maps. What it reads then holds for the next images.
+            plan = plan.intercepting("the images have another size than before")
+        self._size = None
         with uncompiled(), self._autocast(images):
             try:
-                self._plan.run(self._recorder, self.model, lambda: self._call(images))
+                plan.run(self._recorder, self.model, lambda: self._call(images))
             except PlanMismatchError:
-                if not self._plan.bound:
+                if not plan.bound:
                     raise
                 # A forward that names SDPA may call it in another function.
                 reason = "bound forwards ran other layers than the trial: one may attend in another function"
-                self._plan = replace(self._plan, unbound=dict.fromkeys(self._plan.blocks, reason))
+                self._plan = plan.intercepting(reason)
                 self._plan.run(self._recorder, self.model, lambda: self._call(images))
+        self._size = size
         # The layers before `start` were not recorded.
         maps = self._reduce(self._recorder.trace, {k: v for k, v in self.options.items() if k != "start"})
         self._recorder.clear()
@@ -258,6 +264,7 @@ class Extractor:
             names = self._last(names, cls_layer(trace))
         with self._autocast(image):
             self._plan = trial.plan(names, row)
+        self._size = image.shape[-2:]
         self._recorder.clear()
         return maps
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import get_ident
 from types import MethodType
@@ -51,6 +51,7 @@ class Plan:
         blocks: {name: module} of the attention blocks of the recorded layers.
         convolutions: {name: module} of the patch convolutions.
         stops: True if the forward pass stops after `last`; False for sharded models, whose hooks must run to the end.
+        of_one_size: True if what is known of the tokens holds for images of one size: windows, or feature maps.
         unbound: {name: reason} of the blocks whose forward can't be bound.
     """
 
@@ -62,7 +63,12 @@ class Plan:
     blocks: dict[str, nn.Module] = field(repr=False)
     convolutions: dict[str, nn.Module] = field(repr=False)
     stops: bool = True
+    of_one_size: bool = False
     unbound: dict[str, str] = field(default_factory=dict)
+
+    def intercepting(self, reason: str) -> "Plan":
+        """The same plan, with the whole model intercepted."""
+        return replace(self, unbound=dict.fromkeys(self.blocks, reason))
 
     @property
     def bound(self) -> bool:

@@ -75,11 +75,7 @@ class Trial:
         split = None if row is None else self._split(last, modules.get(last), row)
         reasons = {name: unbound_reason(block) for name, block in blocks.items()}
         reasons |= dict.fromkeys(self.interceptor.folded & blocks.keys(), "its heads are read from its input")
-        of_maps = [name for name in blocks if self.recorder.trace.tokens.of_feature_map(name)]
-        reasons |= dict.fromkeys(of_maps, "its tokens are read from its input")
-        if any(self.recorder.trace.windows(name) is not None for name in wanted):
-            # The blocks around the attention are known to an interceptor only.
-            reasons = dict.fromkeys(blocks, "its windows are read from the block around it")
+        tokens = self.recorder.trace.tokens
         return Plan(
             steps=tuple(self._steps(wanted, row, split, list(modules))),
             wanted=tuple(wanted),
@@ -89,6 +85,7 @@ class Trial:
             blocks=blocks,
             stops=not is_sharded(self.model),
             convolutions={name: module for name, module in modules.items() if id(module) in convolutions},
+            of_one_size=any(tokens.depends_on_size(name) for name in wanted),
             unbound={name: reason for name, reason in reasons.items() if reason is not None},
         )
 

@@ -97,9 +97,10 @@ class PassTokens:
         """The windows of a layer; None if it attends in none, or in windows that are not known."""
         return self._facts_of(layer).windows
 
-    def of_feature_map(self, layer: str) -> bool:
-        """True if the input of a layer may be a feature map, whose rows and columns are those of its tokens."""
-        return bool(self._facts_of(layer).layouts)
+    def depends_on_size(self, layer: str) -> bool:
+        """True if facts about a layer hold for images of one size: its windows, or the sides of its feature map."""
+        facts = self._facts_of(layer)
+        return facts.windows is not None or bool(facts.layouts)
 
     def merges(self, first: str, last: str) -> int:
         """Number of patch mergings that ran between two layers."""
