@@ -49,7 +49,7 @@ def timed(name: str, batch: int, quick: bool, device: str) -> dict[str, Any]:
         error = float((calls["rollout"](images).sum((1, 2)) - 1).abs().max())  # the mass of a rollout is 1
     floor, ours = (wall_timer(call, [(images,)]) for call in (calls["forward"], calls["rollout"]))
     extractor: Any = calls["rollout"]
-    return {**race(ours, floor, seconds=20.0, quick=quick), "map_bytes": extractor.plan.nbytes, "max_error": error}
+    return {**race(ours, floor, seconds=60.0 if batch == 1 else 30.0, quick=quick), "map_bytes": extractor.plan.nbytes, "max_error": error}
 
 
 def peak(contestant: str, name: str, batch: int, quick: bool, device: str) -> dict[str, Any]:
