@@ -45,7 +45,10 @@ def test_the_table_has_the_families_of_the_tests() -> None:
 
 
 @pytest.mark.skipif(not SAME_VERSIONS, reason="the table was made with other versions of timm or transformers")
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.long) for name in stored()["families"]]
+)
 def test_a_row_is_what_the_model_does_now(name: str, make_models: Any) -> None:
     assert make_models.row_of(FAMILIES[name]) == stored()["families"][name]
 

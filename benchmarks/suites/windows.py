@@ -41,7 +41,7 @@ def contestants(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
     return {"forward": model, "rollout": attnx.Extractor(model)}
 
 
-def timed(name: str, batch: int, quick: bool, device: str) -> dict[str, Any]:
+def timed(name: str, batch: int, quick: bool, device: str, seconds: float) -> dict[str, Any]:
     """Times of the rollout and the forward pass, and bytes of the stored maps of an image."""
     model, images = build(name, batch, quick, device)
     calls = contestants(model)
@@ -49,7 +49,7 @@ def timed(name: str, batch: int, quick: bool, device: str) -> dict[str, Any]:
         error = float((calls["rollout"](images).sum((1, 2)) - 1).abs().max())  # the mass of a rollout is 1
     floor, ours = (wall_timer(call, [(images,)]) for call in (calls["forward"], calls["rollout"]))
     extractor: Any = calls["rollout"]
-    return {**race(ours, floor, seconds=60.0 if batch == 1 else 30.0, quick=quick), "map_bytes": extractor.plan.nbytes, "max_error": error}
+    return {**race(ours, floor, seconds=seconds, quick=quick), "map_bytes": extractor.plan.nbytes, "max_error": error}
 
 
 def peak(contestant: str, name: str, batch: int, quick: bool, device: str) -> dict[str, Any]:
@@ -63,9 +63,9 @@ def peak(contestant: str, name: str, batch: int, quick: bool, device: str) -> di
     return dict(peak_mb=round(most[0] / 1e6, 1))
 
 
-def measure(name: str, batch: int, quick: bool, device: str) -> dict[str, Any]:
+def measure(name: str, batch: int, quick: bool, device: str, seconds: float) -> dict[str, Any]:
     """A row: one model and batch size."""
-    row = dict(model=name, batch=batch, **timed(name, batch, quick, device))
+    row = dict(model=name, batch=batch, **timed(name, batch, quick, device, seconds))
     for contestant in ("forward", "rollout"):
         options = ["--device", device, *(["--quick"] if quick else [])]
         args = ["--one", contestant, name, str(batch), *options]
@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.suites.windows", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds")
+    parser.add_argument("--seconds", type=float, default=45.0, help="of each race")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     file, rows = ResultFile(options.out, f"windows-{file_stem(options.device)}", options.quick), []
     for name in MODELS:
         for batch in BATCHES:
-            rows.append(measure(name, batch, options.quick, options.device))
+            rows.append(measure(name, batch, options.quick, options.device, options.seconds))
             row = rows[-1]
             times = f"{row['median_ms']:9.1f} ms {row['ratio_to_floor']:6.3f} x"
             print(f"{name:30} b{batch} {times} {row['map_bytes'] / 1e6:6.2f} MB an image", flush=True)
