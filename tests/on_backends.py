@@ -22,6 +22,10 @@ def marks_of(backend):
 
 
 on_all = pytest.mark.parametrize("backend", [pytest.param(name, marks=marks_of(name)) for name in TAKES])
+# The same; with Triton `long`.
+on_all_triton_long = pytest.mark.parametrize(
+    "backend", ["eager", "native", pytest.param("triton", marks=[*marks_of("triton"), pytest.mark.long])]
+)
 of_both_lengths = pytest.mark.parametrize("N", [SHORT, LONG])
 
 

@@ -35,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     return json.loads(path.read_text()), done.stdout
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_contestant_has_a_row_or_a_reason(results: tuple[dict, str]) -> None:
     contestants: dict[tuple[str, str], set[str]] = {}
     for row in results[0]["rows"]:
@@ -51,7 +51,7 @@ def test_every_contestant_has_a_row_or_a_reason(results: tuple[dict, str]) -> No
     assert results[0]["done"] is True
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_rows_carry_times_ratios_and_errors(results: tuple[dict, str]) -> None:
     for row in results[0]["rows"]:
         assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"], row
@@ -68,7 +68,7 @@ def test_rows_carry_times_ratios_and_errors(results: tuple[dict, str]) -> None:
     assert all(0 < mb < 100 for mb in needed)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_result_has_its_environment_but_no_path(results: tuple[dict, str]) -> None:
     result = results[0]
     assert result["quick"] is True
@@ -91,7 +91,7 @@ def test_mkl_runs_as_on_intel_and_the_hardware_name_says_so() -> None:
     assert mkl.VARIABLE not in os.environ
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_rows_are_printed(results: tuple[dict, str]) -> None:
     lines = results[1].splitlines()
     assert any(line.startswith("|  | vecmat |") for line in lines)

@@ -356,6 +356,7 @@ def test_patch(vit: tuple[nn.Module, Tensor]) -> None:
     assert_same_state(before, state(model))
 
 
+@pytest.mark.long
 def test_a_patched_model_may_be_compiled(vit: tuple[nn.Module, Tensor]) -> None:
     model, images = vit
     handle = attnx.patch(model)

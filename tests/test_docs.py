@@ -45,7 +45,7 @@ NOT_RUN = "# not run: "
 PHOTOS = ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "sub/e.jpg", "sub/f.jpg")
 # Pages whose commands run in processes of their own, and the seconds that one command may take.
 LONGEST = 120
-OWN_PROCESS = ("README.md", "quickstart.md")
+OWN_PROCESS = ("README.md",)
 MORE_NAMES = {
     "attnx.images.read_image": read_image,
     "attnx.models.loading.load_model": load_model,
@@ -96,8 +96,8 @@ def check_options(words: list[str]) -> None:
 def run_bash(example: Any) -> None:
     """Check the options of a block, and run its attnx commands unless the block is marked.
 
-    Commands of README.md and the quickstart run in a process of their own, as a user runs them. The others run here,
-    because imports would take most of their time.
+    Commands of README.md run in processes of their own, as a user runs them. The others run here, because imports would
+    take most of their time.
     """
     skipped = example.parsed.lstrip().startswith(NOT_RUN)
     for words in commands(example.parsed):

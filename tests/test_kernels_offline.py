@@ -380,7 +380,7 @@ for target in offline.TARGETS:
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_opcode_of_compiled_kernels_has_a_kind():
     done = python(UNKNOWN)
     assert done.returncode == 0, done.stderr

@@ -436,7 +436,7 @@ def test_a_cache_that_was_filled_needs_no_compiler_and_is_repaired(tmp_path):
     assert in_a_new_cache(tmp_path, call, PATH="").stdout.strip() == "tensor(4.)"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_compiler_may_have_arguments_and_the_cache_a_relative_path(tmp_path):
     call = CALL.format(", backend='native'")
     run = in_a_new_cache(

@@ -15,7 +15,7 @@ from attnx.ops.backends import eager, native
 from attnx.ops.reducers import Reduction
 from attnx.ops.scores import Scores
 from attnx.testing import Case, assert_attention, random_inputs
-from on_backends import LONG, SHORT, on_all
+from on_backends import LONG, SHORT, on_all, on_all_triton_long
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -173,7 +173,7 @@ def test_compiles_without_a_break(compiler, device):
         torch.testing.assert_close(ours, expected)
 
 
-@on_all
+@on_all_triton_long
 @pytest.mark.parametrize("rows", [None, (3, 0)])
 @pytest.mark.parametrize(
     "case",

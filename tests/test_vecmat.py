@@ -21,7 +21,7 @@ from attnx.testing import (
     random_inputs,
     random_vector,
 )
-from on_backends import LONG, of_both_lengths, on_all, pairs
+from on_backends import LONG, of_both_lengths, on_all, on_all_triton_long, pairs
 
 # vecmat has no options `heads` and `rows`, so those of the table are removed.
 CASES = tuple(dict.fromkeys(replace(case, heads="mean", rows=None) for case in TABLE))
@@ -316,7 +316,7 @@ def test_compiles_without_a_break(compiler, device):
         torch.testing.assert_close(ours, expected)
 
 
-@on_all
+@on_all_triton_long
 @pytest.mark.parametrize(
     "case",
     [
