@@ -45,7 +45,7 @@ WITH_GRADIENTS = {"HF CLIPSeg": "decoder"}
 # Families whose blocks combine two softmaxes before the product with the values; they have their own test.
 COMBINED = {"timm convit"}
 MAPPED = [p for p in EACH if p.values[0] not in UNFUSED]
-# Of these, older versions of transformers compute something else with SDPA than in their eager form: Gemma 2 without its
+# Older versions of transformers compute something else with SDPA than in the eager form of these: Gemma 2 without its
 # softcap, Kosmos 2 with a causal mask in cross-attention.
 OTHER_EAGER = {"HF Gemma 2", "HF Kosmos 2"} if Version(version("transformers")) < Version("5.24") else set[str]()
 COMPARED = [p for p in MAPPED if p.values[0] not in COMBINED | OTHER_EAGER]
