@@ -1,7 +1,7 @@
 """Load models by name, with their own weights, those of a checkpoint file, or random weights.
 
 `load_model`: "timm:NAME", "hf:NAME or folder", "torchvision:NAME", "open_clip:NAME/PRETRAINED",
-"torchhub:FOLDER:ENTRY", or a name of `registry.IMAGE_MODELS`. `load_word_model`: "albef", or a
+"torchhub:FOLDER:ENTRY", or a name of `registry.IMAGE_MODELS`. `load_word_model`: "albef", "lavt", or a
 name of `registry.WORD_MODELS`.
 """
 
@@ -98,6 +98,15 @@ def _check_import(library: str, install: str) -> None:
         raise ImportError(f"model: {library} can't be imported ({first_line(error)}); {install}") from error
 
 
+# Word models whose weights can't be downloaded: what is expected in place of them.
+_WEIGHTS = {
+    "albef": "ALBEF's weights (https://github.com/salesforce/ALBEF has them to download), --no-pretrained for random "
+    "ones, or --model demo",
+    "lavt": "LAVT's weights as --model lavt:FILE (https://github.com/yz93/LAVT-RIS has them to download), or "
+    "--no-pretrained for random ones",
+}
+
+
 def load_word_model(
     name: str,
     *,
@@ -126,24 +135,17 @@ def load_word_model(
         image_size = _VL_DINO_SIZE if name not in WORD_MODELS else None
     if name in WORD_MODELS:
         loaded = WORD_MODELS[name].load(pretrained, checkpoint, vocab, height_and_width(image_size))
-    elif name == "albef":
-        from attnx.models.albef_checkpoint import load_albef
-
+    elif name in _WEIGHTS:
         if checkpoint is None and pretrained:
-            raise ValueError(
-                "checkpoint: expected ALBEF's weights (https://github.com/salesforce/ALBEF has them to download), "
-                "--no-pretrained for random ones, or --model demo; got none"
-            )
-        loaded = load_albef(checkpoint, vocab, image_size)
-    elif name == "lavt":
-        from attnx.models.lavt_checkpoint import load_lavt
+            raise ValueError(f"checkpoint: expected {_WEIGHTS[name]}; got none")
+        if name == "albef":
+            from attnx.models.albef_checkpoint import load_albef
 
-        if checkpoint is None and pretrained:
-            raise ValueError(
-                "checkpoint: expected LAVT's weights as --model lavt:FILE (https://github.com/yz93/LAVT-RIS has them "
-                "to download), or --no-pretrained for random ones; got none"
-            )
-        loaded = load_lavt(checkpoint, vocab, image_size)
+            loaded = load_albef(checkpoint, vocab, image_size)
+        else:
+            from attnx.models.lavt_checkpoint import load_lavt
+
+            loaded = load_lavt(checkpoint, vocab, image_size)
     else:
         raise ValueError(f"model: expected albef, lavt or {' or '.join(WORD_MODELS)}; got {name!r}")
     return replace(loaded, mean=IMAGENET[0], std=IMAGENET[1]) if preset else loaded
