@@ -45,6 +45,7 @@ prints this table, and tries one model. It needs no weights. For the names see
 | rollout, CLS | `attnx.rollout` and `attnx.cls_map` of a capture of all layers |
 | gradients | maps weighted by their gradients, in every layer |
 | relevance | `attnx.class_maps` of a classifier of images, else `attnx.relevance` |
+| words | a map of the image for each token of a text: `trace.layout_of(layer).patches(trace[layer])`, `[B, T, h, w]` |
 | Extractor | the rollout of `attnx.Extractor`; it equals that of a capture |
 | attn_impl | `attnx.huggingface.use`, transformers only |
 | own maps | layers that compute their own softmax, so the model itself holds [B, heads, M, N] |

@@ -117,6 +117,19 @@ def test_the_mean_of_a_loop() -> None:
     assert attnx.rollout(mean).shape == (2, 3, 3)
 
 
+def test_images_of_other_grids_have_no_mean() -> None:
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=48, depth=2, embed_dim=32, num_heads=2, dynamic_img_size=True
+    ).eval()
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"of one grid; .* has \(2, 8\), then \(8, 2\)"),
+    ):
+        with attnx.capture(model, calls="mean"):
+            model(torch.randn(1, 3, 32, 128))
+            model(torch.randn(1, 3, 128, 32))
+
+
 def test_a_loop_of_forward_features() -> None:
     model = vit()
     with torch.no_grad(), attnx.capture(model, calls="all") as trace:
@@ -161,7 +174,7 @@ def test_a_vision_tower_around_generate() -> None:
 
 def test_never_is_told_from_earlier() -> None:
     model = vit()
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"blocks.0.mlp: it called neither"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"blocks.0.mlp: it did not call"):
         with attnx.capture(model, layers=["blocks.0.mlp", "blocks.0"]):
             model(torch.randn(1, 3, 48, 48))
 

@@ -562,7 +562,7 @@ def test_layers_that_stay_silent_are_told() -> None:
     model = Half().eval()
     with (
         torch.no_grad(),
-        pytest.warns(UserWarning, match="not intercepted.*: deaf_attention: it called neither"),
+        pytest.warns(UserWarning, match="not intercepted.*: deaf_attention: it did not call"),
     ):
         with attnx.capture(model):
             model(torch.randn(1, 5, 48))

@@ -228,7 +228,7 @@ def test_a_softmax_over_no_product_is_no_map(kind: type[nn.Module], tokens: int)
             model(torch.randn(2, tokens, 16))
 
 
-@pytest.mark.parametrize("change", ["masked", "scaled in place", "sigmoid beside a gate"])
+@pytest.mark.parametrize("change", ["masked", "scaled in place"])
 def test_what_multiplies_the_values_is_recorded(change: str) -> None:
     class ChangedAttention(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -237,10 +237,8 @@ def test_what_multiplies_the_values_is_recorded(change: str) -> None:
             if change == "masked":
                 p = p.tril()
                 p = p / p.sum(-1, keepdim=True)
-            elif change == "scaled in place":
-                p.mul_(0.5)
             else:
-                p = torch.sigmoid(scores)
+                p.mul_(0.5)
             self.p = p
             return p @ x
 
@@ -248,13 +246,61 @@ def test_what_multiplies_the_values_is_recorded(change: str) -> None:
     with torch.no_grad(), attnx.capture(model) as trace:
         model(X)
     torch.testing.assert_close(trace["0"], model[0].p)
-    if change == "sigmoid beside a gate":
-        with pytest.raises(RuntimeError, match="do not depend on its softmax"), attnx.capture(model, grad=True):
-            model(X)
-        return
     with attnx.capture(model, grad="signed") as trace:
         trace.backward(model(X).square().sum())
     assert trace["0"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_operands_of_the_shape_of_the_weights_are_no_weights(transposed: bool) -> None:
+    class DifferentialAttention(nn.Module):
+        """Two softmaxes, and heads of as many features as there are tokens."""
+
+        num_heads = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(16, 80)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q1, k1, q2, k2, v = self.project(x).unflatten(-1, (5, 2, 8)).permute(2, 0, 3, 1, 4)
+            first, second = (q1 @ k1.mT).softmax(-1), (q2 @ k2.mT).softmax(-1)
+            self.p = first - 0.5 * second
+            return ((v.mT @ self.p.mT).mT if transposed else self.p @ v).transpose(1, 2).flatten(2)
+
+    model = nn.Sequential(DifferentialAttention()).eval()
+    with torch.no_grad(), attnx.capture(model, heads="each") as trace:
+        model(torch.randn(2, 8, 16))
+    assert list(trace) == ["0"]
+    torch.testing.assert_close(trace["0"], model[0].p, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "use",
+    ["p.mT @ v", "v.mT @ p", "einsum('bij,bid->bjd')", "einsum('bij,bid')", "one column", "parts", "another gate"],
+)
+def test_products_that_do_not_sum_over_the_keys_are_no_attention(use: str) -> None:
+    class OtherAttention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            p = (x @ x.transpose(1, 2)).softmax(-1)
+            if use == "p.mT @ v":
+                return p.mT @ x
+            if use == "v.mT @ p":
+                return (x.mT @ p).mT
+            if use == "einsum('bij,bid->bjd')":
+                return torch.einsum("bij,bid->bjd", p, x)
+            if use == "einsum('bij,bid')":
+                return torch.einsum("bij,bid", p, x)
+            if use == "one column":
+                return p.sum(-1, keepdim=True) @ x[:, :1]
+            if use == "parts":
+                return p[..., :3] @ x[:, :3] + p[..., 3:] @ x[:, 3:]
+            return (x @ x.transpose(1, 2)).sigmoid() @ x
+
+    model = nn.Sequential(OtherAttention()).eval()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="0: its softmax is no attention"):
+        with attnx.capture(model):
+            model(X)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -253,9 +253,22 @@ def test_a_hub_folder(hub: Path, tmp_path: Path) -> None:
     again = load_model(f"torchhub:{hub}:tiny", checkpoint=tmp_path / "w.pth")
     assert torch.equal(again.model.cls_token, random.model.cls_token)
     assert Extractor(own.model, "rollout")(torch.randn(1, 3, 64, 64)).shape == (1, 4, 4)
-    with pytest.warns(UserWarning, match="has no argument pretrained"):
-        load_model(f"torchhub:{hub}:always", pretrained=False)
+    for pretrained in (False, True):
+        with pytest.warns(UserWarning, match="has no argument pretrained"):
+            load_model(f"torchhub:{hub}:always", pretrained=pretrained)
     assert sys.path == path
+
+
+def test_hub_folders_with_modules_of_one_name(tmp_path: Path) -> None:
+    for folder, width in (("a", 3), ("b", 5)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "sizes_of_model.py").write_text(f"WIDTH = {width}")
+        (tmp_path / folder / "hubconf.py").write_text(
+            "from torch import nn\n\ndef tiny(pretrained=True):\n"
+            "    from sizes_of_model import WIDTH\n    return nn.Linear(WIDTH, 1)\n"
+        )
+    for folder, width in (("a", 3), ("b", 5), ("a", 3)):
+        assert load_model(f"torchhub:{tmp_path / folder}:tiny").model.in_features == width
 
 
 @pytest.mark.parametrize(

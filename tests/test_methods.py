@@ -152,7 +152,7 @@ def test_rollout_errors() -> None:
     with pytest.raises(ValueError, match=r"the capture fused them by 'mean'; got 'max'"):
         attnx.rollout(trace, heads="max")
     rows = make_trace({"l0": maps[0].mean(1)[:, :1]}, LAYOUT, rows=(0,))
-    with pytest.raises(ValueError, match=r"expected a capture with rows=None; got rows=\[0\]"):
+    with pytest.raises(ValueError, match=r"expected a capture of whole maps, with rows=None; got rows=\[0\]"):
         attnx.rollout(rows)
     with pytest.raises(ValueError, match=r"expected maps of 13 x 13 tokens; got \[9, 9\] from text"):
         attnx.rollout(make_trace({**trace, "text": torch.rand(3, 9, 9)}, LAYOUT))

@@ -60,7 +60,7 @@ def test_the_page_is_that_of_the_table(make_models: Any) -> None:
 def test_every_refusal_has_a_reason() -> None:
     for name, row in stored()["families"].items():
         outcomes = [value for value in row.values() if isinstance(value, dict)]
-        assert len(outcomes) == 6
+        assert len(outcomes) == 7
         assert all(bool(each["reason"]) == (each["works"] is not True) for each in outcomes), name
         assert row["captured"] == row["layers"] or row["missing"], name
 
@@ -71,6 +71,12 @@ def test_without_a_model_the_table_is_printed() -> None:
     missing = [w for w in ("timm", "transformers", "torchvision", "open_clip", "vit clip") if w not in table.output]
     assert not missing, table.output[:2000]
     assert json.loads(run("--json").output) == stored()
+
+
+def test_a_table_of_other_versions_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnx.cli.models.version", lambda name: "0.4.12" if name == "timm" else version(name))
+    made = stored()["versions"]["timm"]
+    assert f"timm {made} (installed: 0.4.12)" in run().output
 
 
 def test_one_model() -> None:

@@ -96,14 +96,16 @@ CASES = {
         partial(originals.clip, resnet=True),
         originals.clip_inputs,
         {
-            "visual.attnpool": (1, (*ONE, "visual"), ("tokens", 5, None, "visual")),
+            "visual.attnpool": (1, (*ONE, "visual"), ("image", 5, (2, 2), "visual")),
             "transformer.*": squares(2, *TEXT, ""),
         },
+        prefix=1,
     ),
     "CLIP RN50 visual": Case(
         lambda: originals.clip(resnet=True).visual,
         lambda: originals.clip_inputs()[:1],
-        {"attnpool": (1, (*ONE, ""), ("tokens", 5, None, ""))},
+        {"attnpool": (1, (*ONE, ""), ("image", 5, (2, 2), ""))},
+        prefix=1,
     ),
     "DINO": Case(originals.dino, lambda: (pixels(32, 32),), alone(3, 17, (4, 4)), 1, "*"),
     "DINO wide": Case(originals.dino, lambda: (pixels(24, 40),), alone(3, 16, (3, 5)), 1, "*"),
@@ -170,7 +172,7 @@ CASES = {
             **{
                 f"*.layers.{i}.fusion.*": (
                     1,
-                    ("image", h * w, None if i else (h, w), "model.backbone"),
+                    ("queries", h * w, None, "model.backbone") if i else ("image", h * w, (h, w), "model.backbone"),
                     (*TEXT, "bert_model"),
                 )
                 for i, (h, w) in enumerate(LAVT_GRIDS)

@@ -188,6 +188,8 @@ def test_what_does_not_fit_is_said(name):
         attnx.class_maps(model, some_images(dtype=torch.float32), **options)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not model._forward_hooks
+    with pytest.raises(ValueError, match="model: expected eval mode; got training mode"):
+        attnx.class_maps(model.train(), some_images(dtype=torch.float32))
 
 
 def test_wrong_captures_are_said():

@@ -127,7 +127,7 @@ def test_channels_are_no_tokens() -> None:
     model = timm.create_model("xcit_nano_12_p16_224", img_size=64).eval()
     trace = captured(model, torch.randn(1, 3, 64, 64))
     assert trace.sides(0)[1].kind == "channels"
-    with pytest.raises(ValueError, match=r"rollout: expected self-attention layers over the same tokens.* channels"):
+    with pytest.raises(ValueError, match=r"layers: expected self-attention layers over the same tokens.* channels"):
         attnx.rollout(trace)
     with pytest.raises(ValueError, match="got maps over 32 channels"):
         trace.select(0).layout  # noqa: B018
@@ -142,7 +142,7 @@ def test_self_and_cross_attention_of_one_length() -> None:
     ids = torch.arange(5, 11)[None]
     trace = captured(model, input_ids=ids, decoder_input_ids=ids)
     assert len({tuple(amap.shape) for amap in trace.values()}) == 1
-    with pytest.raises(ValueError, match="rollout: expected self-attention layers over the same tokens"):
+    with pytest.raises(ValueError, match="layers: expected self-attention layers over the same tokens"):
         attnx.rollout(trace)
 
     class Crossing(nn.Module):
@@ -249,6 +249,52 @@ def test_towers_that_are_given_the_same_input_are_not_chained(named: bool, layou
     assert attnx.rollout(trace, layers=one, query="all").shape == (1, 16, 16)
 
 
+class Branches(nn.Module):
+    """Two attention layers, each after a norm: side by side, or one after the other with sums in place."""
+
+    def __init__(self, parallel: bool) -> None:
+        super().__init__()
+        self.parallel = parallel
+        self.embed = nn.Linear(3 * 64, 48)
+        self.norms = nn.ModuleList([nn.LayerNorm(48), nn.LayerNorm(48)])
+        self.layers = nn.ModuleList(timm.layers.Attention(48, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(nn.functional.unfold(x, 8, stride=8).mT)
+        if self.parallel:
+            return x + sum(layer(norm(x)) for norm, layer in zip(self.norms, self.layers, strict=True))
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x += layer(norm(x))
+        return x
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_layers_after_norms_of_one_input_run_side_by_side(parallel: bool, mode: type[torch.no_grad]) -> None:
+    torch.manual_seed(0)
+    model = Branches(parallel).eval()
+    with mode(), attnx.capture(model, layout=TokenLayout(0, (4, 4))) as trace:
+        model(torch.randn(1, 3, 32, 32))
+    if parallel:
+        with pytest.raises(ValueError, match=r"layers\.0 runs beside layers\.1|layers\.1 runs beside layers\.0"):
+            attnx.rollout(trace)
+    else:
+        assert attnx.rollout(trace).shape == (1, 4, 4)
+
+
+def test_windows_of_one_head_are_no_heads() -> None:
+    class WindowAttention(nn.Module):
+        num_heads = 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    model = nn.Sequential(WindowAttention())
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"got \[2, 9, 16, 16\]; WindowAttention has 1 heads"):
+        with attnx.capture(model):
+            model(torch.randn(2, 9, 16, 8))
+
+
 def test_a_layout_that_is_given_is_not_the_texts() -> None:
     import transformers
 
@@ -294,9 +340,9 @@ def test_cross_attention_within_one_image() -> None:
     trace = captured(Model().eval(), torch.randn(1, 3, 32, 32))
     queries, keys = trace.sides("decoder.layers.0.multihead_attn")
     assert queries != keys
-    with pytest.raises(ValueError, match="rollout: expected self-attention layers"):
+    with pytest.raises(ValueError, match="layers: expected self-attention layers"):
         attnx.rollout(trace)
-    with pytest.raises(ValueError, match="rollout: expected self-attention layers"):
+    with pytest.raises(ValueError, match="layers: expected self-attention layers"):
         attnx.rollout(trace, layers="*multihead_attn")
 
 

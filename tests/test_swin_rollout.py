@@ -165,6 +165,10 @@ def test_what_windows_do_not_have() -> None:
         attnx.cls_map(trace)
     with pytest.raises(ValueError, match="discard and preset do not apply to windows"):
         attnx.rollout(trace, discard=0.5)
+    with torch.no_grad(), attnx.capture(model, layout=attnx.TokenLayout(0, (49, 4))) as trace:
+        model(images)
+    with pytest.raises(ValueError, match=r"that of the windows, 0 \+ 28 \* 28 tokens; got 0 \+ 49 \* 4"):
+        attnx.rollout(trace)
 
 
 def test_an_extractor_follows_the_size_of_the_images() -> None:

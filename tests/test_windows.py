@@ -137,6 +137,45 @@ def test_without_renormalisation_the_weight_of_padding_is_lost():
     assert largest_difference(record.row_sums(), whole.sum(-1)) < 1e-12
 
 
+def test_rows_keep_their_sum_when_padding_is_left_out():
+    """The maximum over heads has rows of other sums than 1; a row without padding is as the model computed it."""
+    windows = Windows(window_index((3, 3), (2, 2), (0, 0), False), (3, 3))
+    maps = torch.rand(4, 4, 4, dtype=torch.float64)
+    record = WindowRecord(MapRecord(maps), windows)
+    whole = record.map()
+    assert torch.equal(whole[0, 4, [0, 1, 3, 4]], maps[0, 3])
+    assert whole[0, 8, 8] == maps[3, 0].sum()
+    kept = maps[1, 0, [0, 2]]
+    assert largest_difference(whole[0, 2, [2, 5]], kept * maps[1, 0].sum() / kept.sum()) < 1e-15
+    r = torch.randn(1, 2, 9, dtype=torch.float64)
+    assert largest_difference(record.vecmat(r), r @ whole) < 1e-12
+    assert largest_difference(record.row_sums(), whole.sum(-1)) < 1e-12
+    assert largest_difference(record.row(2), whole[:, 2]) < 1e-12
+
+
+class Restoration(nn.Module):
+    """A block with the names of SwinIR's: the grid is an argument, and `input_resolution` is that of training."""
+
+    window_size, shift_size, input_resolution = 2, 1, (4, 6)
+
+    def forward(self, x, x_size):
+        return window_reverse(window_partition(x.roll(self.shift_size), self.window_size), self.window_size)
+
+
+def window_partition(x, size):
+    return x
+
+
+window_reverse = window_partition
+
+
+def test_the_grid_of_a_copy_of_swin_is_that_of_its_input():
+    block = type("SwinTransformerBlock", (Restoration,), {})()
+    assert windows_of(block, (torch.zeros(1, 24, 8), (2, 12)), {}).grid == (2, 12)
+    assert windows_of(block, (torch.zeros(1, 24, 8),), {"x_size": (12, 2)}).grid == (12, 2)
+    assert windows_of(block, (torch.zeros(1, 24, 8),), {}) is None
+
+
 def test_gradients_flow_through_an_index_made_under_inference_mode():
     with torch.inference_mode():
         index = grid_index((6, 10), (3, 5))

@@ -1,6 +1,7 @@
 """`attnx models`: what works for the families of models, or for one model."""
 
 import json
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,10 +19,12 @@ METHODS = {
     "cls": "CLS",
     "gradients": "gradients",
     "relevance": "relevance",
+    "words": "words",
     "extractor": "Extractor",
     "attn_implementation": "attn_impl",
 }
 PACKAGES = {"HF": "transformers"}  # of families whose name does not start with the name of their package
+DISTRIBUTIONS = {"open_clip": "open_clip_torch"}  # where the name on PyPI is another than the package's
 WIDTH = 120  # characters of the table
 WORDS = {True: "yes", False: "no", None: "-"}
 
@@ -105,8 +108,7 @@ def _print_table(table: dict[str, Any]) -> None:
     # A narrower table would cut the names of families, also in a pipe.
     console = Console(highlight=False, markup=False, width=max(Console().width, WIDTH))
     for package, rows in by_package(table["families"]).items():
-        version = table["versions"].get(package, "")
-        shown = Table(box=None, title=f"{package} {version}".strip(), title_justify="left", pad_edge=False)
+        shown = Table(box=None, title=_title(package, table["versions"]), title_justify="left", pad_edge=False)
         shown.add_column("family", no_wrap=True)
         for name in ("layers", *METHODS.values(), "own maps"):
             shown.add_column(name, no_wrap=True)
@@ -120,6 +122,18 @@ def _print_table(table: dict[str, Any]) -> None:
         "layers: captured/running. own maps: layers whose softmax the model computes itself. -: does not apply."
     )
     console.print("attnx models MODEL tries one model and gives the reasons; --json prints them for all families.")
+
+
+def _title(package: str, versions: dict[str, str]) -> str:
+    """The package with the version that the table was made with, and the installed one if it is another."""
+    if package not in versions:
+        return package
+    try:
+        installed = version(DISTRIBUTIONS.get(package, package)).partition("+")[0]
+    except PackageNotFoundError:
+        installed = "none"
+    other = "" if installed == versions[package] else f" (installed: {installed})"
+    return f"{package} {versions[package]}{other}"
 
 
 def _print_support(loaded: "Loaded", found: "Support") -> None:

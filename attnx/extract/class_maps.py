@@ -46,8 +46,8 @@ def class_maps(
         [B, K, h, w] float32.
 
     Raises:
-        ValueError: an unknown method, targets that are not class indices, an output that is not [B, classes]; and as in
-            `attnx.capture` and the method.
+        ValueError: an unknown method, a model in training mode, targets that are not class indices, an output that is
+            not [B, classes]; and as in `attnx.capture` and the method.
 
     Reference:
         as in `attnx.relevance` and `attnx.gradient_rollout`.
@@ -61,6 +61,8 @@ def class_maps(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
+    if getattr(model, "training", False):
+        raise ValueError("model: expected eval mode; got training mode; call model.eval()")
     if "rows" in options:
         options["query"] = renamed(options.get("query"), options.pop("rows"))
     grad: bool | str = True if method == "relevance" else "signed"

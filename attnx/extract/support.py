@@ -1,6 +1,5 @@
 """Support of one model: `support` tries every method on it and reports the results and the error messages."""
 
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,35 +10,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnx.extract.class_maps import class_maps, frozen
-from attnx.extract.extractor import Extractor
-from attnx.extract.outputs import difference, is_logits, score_of
+from attnx.extract.class_maps import class_maps
+from attnx.extract.outputs import difference, is_logits
+from attnx.extract.tries import (
+    MESSAGE,
+    TOLERANCE,
+    Outcome,
+    attempt,
+    try_attn_implementation,
+    try_extractor,
+    try_gradients,
+    try_words,
+)
 from attnx.messages import one_line
-from attnx.methods import cls_map, relevance, rollout
-from attnx.trace.adapters.huggingface import configurations
-from attnx.trace.capture import capture, uncompiled
+from attnx.methods import cls_map, rollout
+from attnx.trace.capture import uncompiled
 from attnx.trace.explain import unintercepted
 from attnx.trace.interceptor import Interceptor
 from attnx.trace.layers import attention_layers, clean_name, matches
 from attnx.trace.recorder import Recorder
 from attnx.trace.tokens import Tokens
 from attnx.trace.trace import Trace
-
-TOLERANCE = 1e-4  # of the largest number in a tensor
-_MESSAGE = 240  # characters
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Result of trying one method.
-
-    Attributes:
-        works: True if it works, False if it raised an error or gave a wrong result, None if it does not apply.
-        reason: one line; "" if it works.
-    """
-
-    works: bool | None
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +48,7 @@ class Support:
         rollout, cls: `attnx.rollout` and `attnx.cls_map` of a capture of all layers.
         gradients: the maps of a capture with grad=True, in every layer.
         relevance: `attnx.class_maps` of a classifier of images, `attnx.relevance` of another model.
+        words: a map of the image for each token of a text, from a capture of all layers.
         extractor: `attnx.Extractor` with method "rollout"; its maps equal those of a capture.
         attn_implementation: `attnx.huggingface.use`, with the same output.
     """
@@ -72,6 +64,7 @@ class Support:
     cls: Outcome
     gradients: Outcome
     relevance: Outcome
+    words: Outcome
     extractor: Outcome
     attn_implementation: Outcome
 
@@ -134,14 +127,15 @@ def support(
         before = _state(model)
         with torch.no_grad():
             found = _capture(model, call)
-            rolled, maps = _try(partial(rollout, found.trace))
-            cls, _ = _try(partial(cls_map, found.trace))
+            rolled, maps = attempt(partial(rollout, found.trace))
+            cls, _ = attempt(partial(cls_map, found.trace))
+            words = try_words(found.trace)
         classifies = images is not None and is_logits(plain, len(images))
-        gradients, relevant = _gradients(model, call)
+        gradients, relevant = try_gradients(model, call)
         if images is not None and classifies:
-            relevant, _ = _try(lambda: class_maps(model, images, model_kwargs=kwargs))
-        extracted = _extractor(model, images, kwargs, maps)
-        taken = _attn_implementation(model, call, plain)
+            relevant, _ = attempt(lambda: class_maps(model, images, model_kwargs=kwargs))
+        extracted = try_extractor(model, images, kwargs, maps)
+        taken = try_attn_implementation(model, call, plain)
         with torch.no_grad():
             restored = _state(model) == before and difference(call(), plain) <= 1e-6
         return Support(
@@ -156,26 +150,10 @@ def support(
             cls=cls,
             gradients=gradients,
             relevance=relevant,
+            words=words,
             extractor=extracted,
             attn_implementation=taken,
         )
-
-
-def _message(error: Exception) -> str:
-    """The message of an error in one line, with the type of an error that attnx does not raise itself."""
-    known = isinstance(error, (ValueError, RuntimeError)) and str(error)
-    return one_line(str(error) if known else f"{type(error).__name__}: {error}", _MESSAGE)
-
-
-def _try(function: Callable[[], Tensor]) -> tuple[Outcome, Tensor | None]:
-    """The outcome of a function that makes maps, and the maps."""
-    try:
-        maps = function()
-    except Exception as error:
-        return Outcome(False, _message(error)), None
-    if not bool(maps.isfinite().all()):
-        return Outcome(False, "its maps are not finite"), None
-    return Outcome(True), maps
 
 
 def _capture(model: nn.Module, call: Callable[[], Any]) -> _Captured:
@@ -200,7 +178,7 @@ def _capture(model: nn.Module, call: Callable[[], Any]) -> _Captured:
     without = {n: why for n, why in without.items() if not any(matches(c, n) or matches(n, c) for c in caught)}
     missing = "; ".join(dict.fromkeys(without.values()))
     return _Captured(
-        recorder.trace, output, len(caught) + len(without), len(interceptor.explicit), one_line(missing, _MESSAGE)
+        recorder.trace, output, len(caught) + len(without), len(interceptor.explicit), one_line(missing, MESSAGE)
     )
 
 
@@ -226,65 +204,6 @@ def _tokens(keys: Tokens) -> str:
         + f", {keys.prefix} prefix" * bool(keys.prefix)
         + f", {keys.suffix} suffix" * bool(keys.suffix)
     )
-
-
-def _gradients(model: nn.Module, call: Callable[[], Any]) -> tuple[Outcome, Outcome]:
-    """The outcomes of maps weighted by their gradients, and of relevance."""
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), frozen(model), capture(model, grad=True) as trace:
-            trace.backward(score_of(call()))
-    except Exception as error:
-        failed = Outcome(False, _message(error))
-        return failed, failed
-    failures = [outcome for layer in trace if not (outcome := _try(partial(trace.__getitem__, layer))[0]).works]
-    relevant, _ = _try(partial(relevance, trace))
-    if not failures:
-        return Outcome(True), relevant
-    return Outcome(False, f"{len(failures)} of {len(trace)} layers: {failures[0].reason}"), relevant
-
-
-def _extractor(model: nn.Module, images: Tensor | None, kwargs: dict[str, Any], maps: Tensor | None) -> Outcome:
-    """The outcome of an Extractor's rollout, compared with `maps`, the rollout of a capture."""
-    if images is None:
-        return Outcome(None, "its call takes more than images")
-
-    def extract() -> Tensor:
-        extractor = Extractor(model, model_kwargs=kwargs)
-        extractor(images)  # makes the plan
-        return extractor(images)
-
-    outcome, extracted = _try(extract)
-    if extracted is None or maps is None:
-        return outcome
-    same = extracted.shape == maps.shape and difference(extracted, maps) <= TOLERANCE
-    return outcome if same else Outcome(False, "its maps differ from those of a capture")
-
-
-def _attn_implementation(model: nn.Module, call: Callable[[], Any], plain: Any) -> Outcome:
-    """The outcome of running a transformers model with attnx as its attention implementation."""
-    if "transformers" not in sys.modules:
-        return Outcome(None, "no transformers model")
-    from transformers import PreTrainedModel
-
-    from attnx.huggingface import use
-
-    if not isinstance(model, PreTrainedModel):
-        return Outcome(None, "no transformers model")
-    before = [(config, config._attn_implementation_internal) for config, _ in configurations(model)]
-    try:
-        with warnings.catch_warnings(record=True) as warned, torch.no_grad():
-            warnings.simplefilter("always")
-            use(model)
-            off = difference(call(), plain)
-    except Exception as error:
-        return Outcome(False, _message(error))
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
-    if off > TOLERANCE:
-        return Outcome(False, f"the output differs by {off:.0e} of its largest number")
-    own = [str(w.message) for w in warned if str(w.message).startswith("attnx: ")]
-    return Outcome(False, one_line(own[0].removeprefix("attnx: "), _MESSAGE)) if own else Outcome(True)
 
 
 def _state(model: nn.Module) -> list[tuple[Any, ...]]:

@@ -58,7 +58,7 @@ def branches_of(trace: Trace) -> Branches | None:
     if not found:
         return None
     if trace.rows is not None:
-        raise ValueError(f"rollout needs whole maps: expected a capture with rows=None; got rows={list(trace.rows)}")
+        raise ValueError(f"rows: expected a capture of whole maps, with rows=None; got rows={list(trace.rows)}")
     if trace.given_layout is not None:
         raise ValueError("layout: expected None for CrossViT, whose branches have a layout each; capture without it")
     first = next(iter(found.values()))

@@ -63,11 +63,14 @@ class Chain:
         """Layout of the tokens of self-attention layer `start`.
 
         Raises:
-            ValueError: the model does not declare it.
+            ValueError: the model does not declare it, or the capture's `layout` contradicts the grid of the windows.
         """
         if not self.windowed:
             return trace.layout
-        return TokenLayout(0, self.grids[start])
+        layout, given = TokenLayout(0, self.grids[start]), trace.given_layout
+        if given is not None and (given.prefix, given.grid, given.suffix) != (0, layout.grid, 0):
+            raise ValueError(f"layout: expected None or that of the windows, {layout}; got {given}")
+        return layout
 
     def since(self, start: int) -> list[tuple[str, LayerRecord | PatchMerge]]:
         """The steps from self-attention layer `start` on."""
@@ -107,16 +110,16 @@ def self_attention(trace: Trace, weighted: bool = False) -> Chain:
         odd = next((name for name in trace if trace.kept(name).shape[-1] != n), None)
         if odd is not None:
             raise ValueError(
-                f"rollout: expected maps of {n} x {n} tokens; got {list(trace.kept(odd).shape[-2:])} from {odd}; "
+                f"layers: expected maps of {n} x {n} tokens; got {list(trace.kept(odd).shape[-2:])} from {odd}; "
                 "choose layers= of one self-attention stack"
             )
     if not fits or len(rows) > 1:
         raise ValueError(
-            "rollout: expected self-attention layers over the same tokens, one after the other; got "
+            "layers: expected self-attention layers over the same tokens, one after the other; got "
             f"{describe(trace.all_sides(), by_stack=True)}; {_choice(trace)}"
         )
     if not layers:
-        raise ValueError("rollout: expected at least one self-attention layer in the trace; got none")
+        raise ValueError("layers: expected at least one self-attention layer in the trace; got none")
     _check_mixing(trace, layers[0][0], layers[-1][0])
     return Chain(list(layers), pool)
 
@@ -124,11 +127,11 @@ def self_attention(trace: Trace, weighted: bool = False) -> Chain:
 def _check_rows(trace: Trace) -> None:
     """Raise ValueError unless the trace has whole maps of layers that attend once in a pass."""
     if trace.rows is not None:
-        raise ValueError(f"rollout needs whole maps: expected a capture with rows=None; got rows={list(trace.rows)}")
+        raise ValueError(f"rows: expected a capture of whole maps, with rows=None; got rows={list(trace.rows)}")
     again = next((name for name in trace if "#" in name), None)
     if again is not None:
         first = again.partition("#")[0] or "the model itself"
-        raise ValueError(f"rollout: expected layers in a row; {first} attends more than once in a pass ({again})")
+        raise ValueError(f"layers: expected layers in a row; {first} attends more than once in a pass ({again})")
 
 
 def _check_order(trace: Trace) -> None:
@@ -136,14 +139,14 @@ def _check_order(trace: Trace) -> None:
     beside = _side_by_side(trace)
     if beside is not None:
         raise ValueError(
-            f"rollout: expected layers in a row; {beside[1]} runs beside {beside[0]}: both have the same input; "
+            f"layers: expected layers in a row; {beside[1]} runs beside {beside[0]}: both have the same input; "
             "choose layers= of one"
         )
     gaps = _gaps(trace)
     if gaps:
         others = [name for name in trace if stack_of(name) == stack_of(gaps[0])]
         raise ValueError(
-            f"rollout: expected a map of every layer; {', '.join(gaps)} ran without one, so the chain would skip it: "
+            f"layers: expected a map of every layer; {', '.join(gaps)} ran without one, so the chain would skip it: "
             "write an adapter (docs/adding-a-model.md), or, if it is not part of the chain, choose the others by "
             f"layers={others}"
         )
@@ -175,7 +178,7 @@ def _check_mixing(trace: Trace, first: str, last: str) -> None:
     mixed = trace.tokens.mixes(first, last)
     if mixed is not None:
         raise ValueError(
-            f"rollout: expected layers between which only attention mixes tokens; {mixed} may mix neighbouring tokens "
+            f"layers: expected layers between which only attention mixes tokens; {mixed} may mix neighbouring tokens "
             f"between {first} and {last}; choose layers= on one side of it"
         )
 
@@ -187,7 +190,7 @@ def _check_stack(trace: Trace, first: str, last: str) -> None:
     parts = [trace.sides(name)[1].part for name in (first, last)]
     if not trace.in_a_row and (names[0] != names[1] or parts[0] != parts[1]):
         raise ValueError(
-            f"rollout: expected layers with windows of one stack; got {first} and {last}; choose layers= of one"
+            f"layers: expected layers with windows of one stack; got {first} and {last}; choose layers= of one"
         )
 
 
@@ -207,7 +210,7 @@ def _windowed(trace: Trace, weighted: bool) -> Chain:
         grid = keys.grid or (known.get(keys.count) if keys.kind == "image" else None)
         if grid is None or queries != keys or keys.prefix or keys.suffix or keys.frames > 1:
             raise ValueError(
-                "rollout: expected layers over the windows of a grid, or over the whole grid; got "
+                "layers: expected layers over the windows of a grid, or over the whole grid; got "
                 f"{describe(trace.all_sides(), by_stack=True)}; choose layers= among these"
             )
         if before is not None:
@@ -218,7 +221,7 @@ def _windowed(trace: Trace, weighted: bool) -> Chain:
                 steps.append((name, PatchMerge(before[1], grid)))
             elif (merges, grid) != (0, before[1]):
                 raise ValueError(
-                    f"rollout: expected the grid {before[1]} of {before[0]}, or half of it after one patch merging; "
+                    f"layers: expected the grid {before[1]} of {before[0]}, or half of it after one patch merging; "
                     f"got {grid} in {name} after {merges} mergings"
                 )
         renormalise = not weighted and not isinstance(record, GradientRecord)

@@ -35,9 +35,11 @@ class WindowAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
         if hidden is not None:
-            bias = (bias + hidden[:, None]).repeat(len(x) // len(hidden), 1, 1, 1)
+            # [B, windows, H, K, D], so that the bias [windows, H, K, K] broadcasts over the images.
+            q, k, v = (t.unflatten(0, (-1, len(hidden))) for t in (q, k, v))
+            bias = bias + hidden[:, None]
         out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
-        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.proj(out.transpose(-2, -3).flatten(-2)).view_as(x)
         return projected
 
 

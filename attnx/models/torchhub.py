@@ -5,12 +5,12 @@ import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-import torch
 from torch import nn
 
 from attnx.messages import printable
@@ -27,14 +27,13 @@ def absolute_name(model: str) -> str:
 
 
 def load_torchhub(name: str, pretrained: bool, image_size: tuple[int, int] | None) -> Loaded:
-    """The model of `torch.hub.load(FOLDER, ENTRY, source="local")`. This runs the code in FOLDER.
+    """The model of ENTRY of FOLDER/hubconf.py, as by torch.hub with source="local". This runs the code in FOLDER.
 
     Images get ImageNet's mean and std and bicubic interpolation, because an entry declares no preprocessing.
 
     Args:
         name: FOLDER:ENTRY. FOLDER has a hubconf.py; nothing is fetched from a repository.
-        pretrained: the entry's argument `pretrained`. An entry without it chooses its weights itself; with
-            pretrained=False that is a warning.
+        pretrained: the entry's argument `pretrained`. An entry without it chooses its weights itself, with a warning.
         image_size: (height, width) in pixels; None: the size that the model declares, or 224.
 
     Raises:
@@ -43,12 +42,13 @@ def load_torchhub(name: str, pretrained: bool, image_size: tuple[int, int] | Non
     """
     path, entry_name = _parts(name)
     try:
-        entry = _entry(path, entry_name)
-        options = {"pretrained": pretrained} if "pretrained" in inspect.signature(entry).parameters else {}
-        if not pretrained and not options:
-            text = f"torchhub:{printable(name, 150)} has no argument pretrained; it chooses its weights itself"
-            warnings.warn(text, stacklevel=2)
-        model = torch.hub.load(str(path), entry_name, source="local", **options)
+        with _imports_from(path):
+            entry = _entry(path, entry_name)
+            options = {"pretrained": pretrained} if "pretrained" in inspect.signature(entry).parameters else {}
+            if not options:
+                text = f"torchhub:{printable(name, 150)} has no argument pretrained; it chooses its weights itself"
+                warnings.warn(text, stacklevel=2)
+            model = entry(**options)
     except _NoEntryError:
         raise
     except (Exception, SystemExit) as error:
@@ -89,11 +89,7 @@ def _entry(path: Path, name: str) -> Callable[..., Any]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path))
+    spec.loader.exec_module(module)
     entries = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     if name not in entries:
         close = difflib.get_close_matches(name, entries, 3)
@@ -101,6 +97,25 @@ def _entry(path: Path, name: str) -> Callable[..., Any]:
         raise _NoEntryError(f"model: {printable(path, 150)}/hubconf.py has no entry {printable(name, 80)!r}; {hint}")
     entry: Callable[..., Any] = getattr(module, name)
     return entry
+
+
+@contextmanager
+def _imports_from(path: Path) -> Iterator[None]:
+    """A context manager in which modules are imported from the folder, and not from a folder that was loaded before."""
+    for name in [name for name, folder in _IMPORTED.items() if folder != path]:
+        sys.modules.pop(name, None)
+        del _IMPORTED[name]
+    before = set(sys.modules)
+    sys.path.insert(0, str(path))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(path))
+        new = {name: getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - before}
+        _IMPORTED.update({name: path for name, file in new.items() if file and path in Path(file).parents})
+
+
+_IMPORTED: dict[str, Path] = {}  # {module: the folder that it was imported from}
 
 
 class _NoEntryError(ValueError):

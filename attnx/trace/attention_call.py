@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from attnx.ops.functional import attention
 from attnx.trace.adapters.huggingface import unpacked
-from attnx.trace.folding import Around, folding, same
+from attnx.trace.folding import Around, folding, has_other_heads, same, unknown_heads
 
 
 @dataclass
@@ -55,10 +55,10 @@ class Call:
         Args:
             func, args, kwargs: the call.
             module: the module that attends.
-            outer: this module and the one around it, with their inputs; they give the heads if q has not 4 dimensions.
+            outer: this module and the one around it, with their inputs; they give the number of heads.
 
         Raises:
-            NotImplementedError: q has another shape than [B, H, M, D], and its heads are unknown.
+            NotImplementedError: it is unknown which dimension of q holds the heads.
         """
         if func is attention:
             q, k, v, *_ = args
@@ -90,6 +90,8 @@ class Call:
         if query.dim() == 4:
             q, bias = unpacked(module, query, key, attn_mask) or (query, attn_mask)
             packed, heads = query.shape[:3], q.shape[:3]
+            if has_other_heads(heads, outer):
+                raise unknown_heads((*query.shape[:-1], key.shape[-2]), outer)
             if packed == heads:
                 return cls(q, key, value, bias, dropout_p, scores, own)
             return cls(q, key, value, bias, dropout_p, scores, own, _reshaped(packed), _reshaped(heads))

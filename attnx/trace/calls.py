@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
+from attnx.trace.tokens import Tokens
+
 if TYPE_CHECKING:
     from attnx.trace.trace import Trace
 
@@ -49,34 +51,35 @@ class RunningMeans:
     def __init__(self) -> None:
         self.maps: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._grids: dict[str, tuple[int, int] | None] = {}
+        self._sides: dict[str, tuple[Tokens, Tokens]] = {}
 
-    def add(self, layer: str, amap: Tensor, grid: tuple[int, int] | None) -> None:
+    def add(self, layer: str, amap: Tensor, sides: tuple[Tokens, Tokens]) -> None:
         """Add a layer's map of one pass; a map that is the mean itself was added before and is ignored.
 
         Args:
             layer: name of the layer.
             amap: its map.
-            grid: of its windows; None: it has none.
+            sides: its queries and keys.
 
         Raises:
-            ValueError: the map's shape or grid differs from that of earlier passes.
+            ValueError: the map's shape or tokens differ from those of earlier passes.
         """
         mean = self.maps.get(layer)
         if mean is None:
-            self.maps[layer], self._counts[layer], self._grids[layer] = amap, 1, grid
+            self.maps[layer], self._counts[layer], self._sides[layer] = amap, 1, sides
             return
         if amap is mean:
             return
-        if self._grids[layer] != grid:
-            raise ValueError(
-                f"calls='mean': expected windows of one grid; {layer} has {self._grids[layer]}, then {grid}; use "
-                "calls='all'"
-            )
         if amap.shape != mean.shape:
             raise ValueError(
                 f"calls='mean': expected maps of one shape; {layer} has {list(mean.shape)}, then "
                 f"{list(amap.shape)}; use calls='all'"
             )
+        for tokens, earlier in zip(sides, self._sides[layer], strict=True):
+            if (tokens.grid, tokens.prefix, tokens.frames) != (earlier.grid, earlier.prefix, earlier.frames):
+                raise ValueError(
+                    f"calls='mean': expected images of one grid; {layer} has {earlier.grid}, then {tokens.grid}; use "
+                    "calls='all'"
+                )
         self._counts[layer] += 1
         self.maps[layer] = torch.lerp(mean, amap, 1 / self._counts[layer])

@@ -11,7 +11,7 @@ from attnx.trace.layers import attention_layers, matches
 if TYPE_CHECKING:
     from attnx.trace.interceptor import Interceptor
 
-_NEVER = "it called neither F.scaled_dot_product_attention nor a softmax whose weights multiply values"
+_NEVER = "it did not call F.scaled_dot_product_attention, and none of its softmaxes multiplied values"
 _ADVICE = (
     "no adapter covers these blocks: call F.scaled_dot_product_attention or attnx.attention in them, use the model's "
     "own maps (output_attentions=True), or write an adapter (docs/adding-a-model.md)"
@@ -72,8 +72,8 @@ def _nothing_reason(interceptor: "Interceptor") -> str:
     model, skipped = interceptor.model, interceptor.skipped
     if skipped:
         name, reason = next(iter(skipped.items()))
-        others = f" and {len(skipped) - 1} other layers" if len(skipped) > 1 else ""
-        return f"no map can be made of {name or 'the model itself'}{others}: {reason}"
+        others = f"; {len(skipped) - 1} other layers have no map either" if len(skipped) > 1 else ""
+        return f"no map can be made of {name or 'the model itself'}: {reason}{others}"
     if isinstance(model, fx.GraphModule) and "scaled_dot_product_attention" in model.code:
         return (
             "its graph calls attention by torch.ops.aten, which can't be intercepted: capture the model that the graph "
@@ -84,8 +84,8 @@ def _nothing_reason(interceptor: "Interceptor") -> str:
     details = "; ".join(reason for reason in reasons if reason != _NEVER)
     names = ", ".join(layers) or "none"
     return (
-        "called neither F.scaled_dot_product_attention nor a softmax that is attention; its attention modules: "
-        f"{names}; {f'{details}; {_ADVICE}' if details else _ADVICE}"
+        "it did not call F.scaled_dot_product_attention, and none of its softmaxes is attention; its attention "
+        f"modules: {names}; {f'{details}; {_ADVICE}' if details else _ADVICE}"
     )
 
 

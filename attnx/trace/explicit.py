@@ -1,12 +1,13 @@
 """Attention of blocks that call no SDPA: softmax(Q K^T) V, computed by the block's own code.
 
 The result of a softmax is the map of a block if its scores have the shape of a product of matrices that the block
-computed before, and if it multiplies values in a product after. The block materialises its weights [B, H, M, N] itself;
-their heads are fused at once.
+computed before, and if it multiplies values in a product after. What the block makes of the weights until then is
+followed from call to call. The block materialises its weights [B, H, M, N] itself; their heads are fused at once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ PRODUCTS = frozenset({
 # Functions whose result stands for their argument: dropout, other dtypes, copies.
 COPIES = frozenset({
     F.dropout, torch.dropout, Tensor.to, Tensor.type_as, Tensor.type, Tensor.float, Tensor.double, Tensor.half,
-    Tensor.bfloat16, Tensor.contiguous,
+    Tensor.bfloat16, Tensor.contiguous, Tensor.clone, torch.clone,
 })  # fmt: skip
 # Classes that mix the heads of the weights ("talking heads"); their map is the softmax before that.
 _MIXES_HEADS = ("TalkingHeadAttn", "Attention2d", "Attention2dDownsample")
@@ -39,18 +40,44 @@ _NO_ATTENTION = (
 )
 
 
+class Form(NamedTuple):
+    """A tensor that a block made of its weights.
+
+    Attributes:
+        tensor: the tensor.
+        same: True for the weights themselves, or some of them; False if the block changed them.
+        flipped: True if its last two dimensions are keys and queries, False if queries and keys.
+    """
+
+    tensor: ref[Tensor]
+    same: bool
+    flipped: bool
+
+
 class Weights:
-    """The result of a softmax over the keys, and the copies of it that the block makes."""
+    """The result of a softmax over the keys, and what the block makes of it."""
 
     __slots__ = ("forms", "p")
 
     def __init__(self, p: Tensor) -> None:
         self.p = p
-        self.forms = [p]
+        self.forms = [Form(ref(p), True, False)]
 
-    def has(self, t: Tensor) -> bool:
-        """True if a tensor is a view of the weights or of a copy, possibly without the last columns."""
-        return any(_is_view(t, form) for form in self.forms)
+    def form(self, t: Tensor) -> Form | None:
+        """The form that a tensor is; None if it was not made of the weights."""
+        return next((form for form in self.forms if form.tensor() is t), None)
+
+    def follow(self, func: Callable[..., Any], operands: Iterable[Tensor], results: Iterable[Tensor]) -> None:
+        """Add the results of a function as forms if one of its operands is a form."""
+        source = next((form for t in operands if (form := self.form(t))), None)
+        before = None if source is None else source.tensor()
+        if source is None or before is None:
+            return
+        for result in results:
+            if self.form(result) is None:
+                view = _is_view(result, before)
+                same = source.same and (view or func in COPIES)
+                self.forms.append(Form(ref(result), same, source.flipped ^ (view and _is_transposed(result, before))))
 
 
 def softmax(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -67,17 +94,20 @@ def softmax(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[An
         # A copy, since the block may write to the weights, and autograd refuses that for the start of a graph.
         weights = weights if started is weights else started.clone()
     frame.weights.append(Weights(weights))
+    interceptor.local.note_weights()
     return weights
 
 
-def copied(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of one of COPIES; a copy of stored weights is stored with them."""
+def followed(
+    interceptor: "Interceptor", func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The result of a function; what it made of stored weights is stored with them."""
     result = func(*args, **kwargs)
     frame = _with_weights(interceptor.local.frames)
-    if frame is not None and args and isinstance(args[0], Tensor) and isinstance(result, Tensor):
+    results = list(_tensors([result]))
+    if frame is not None and results:
         for weights in frame.weights:
-            if weights.has(args[0]):
-                weights.forms.append(result)
+            weights.follow(func, _tensors((*args, *kwargs.values())), results)
     return result
 
 
@@ -87,9 +117,10 @@ def product(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[An
     frame = _with_weights(frames)
     if frame is not None:
         mixes = type(frame.module).__name__ in _MIXES_HEADS
-        used, p = _used(frame.weights, (*args, *kwargs.values()), mixes)
+        used, p = _used(frame.weights, _factors(func, args, kwargs), mixes)
         if p is not None:
             frame.weights = [weights for weights in frame.weights if weights not in used]
+            interceptor.local.note_weights()
             _record(interceptor, frame, p)
     result = func(*args, **kwargs)
     if isinstance(result, Tensor):
@@ -152,43 +183,74 @@ def _over_keys(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return isinstance(x, Tensor) and x.dim() >= 3 and dim in (-1, x.dim() - 1)
 
 
-def _used(pending: Sequence[Weights], values: Sequence[Any], mixes: bool) -> tuple[list[Weights], Tensor | None]:
-    """The weights that a product with these operands uses, and the tensor that is recorded; None if it uses none.
+class _Factor(NamedTuple):
+    """An operand of a product of matrices; `flipped`: the product sums over its second to last dimension."""
 
-    An operand is a view of the weights or of a copy, or has their shape. In the second case the block has changed them,
-    or has combined those of several softmaxes, and the operand itself is recorded. An operand without the last columns
-    leaves out attention sinks, and is recorded too.
+    tensor: Tensor
+    flipped: bool
+
+
+def _factors(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Factor]:
+    """The operands of one of PRODUCTS; of an einsum, those whose last dimension or the one before is summed over."""
+    values = (*args, *kwargs.values())
+    operands = list(_tensors(values))
+    if func is not torch.einsum:
+        return [_Factor(t, place == 1) for place, t in enumerate(operands[-2:])]
+    equation = next((value for value in values if isinstance(value, str)), "").replace(" ", "")
+    terms, arrow, out = equation.partition("->")
+    if not arrow:  # indices that occur once are those of the result
+        out = "".join(index for index in terms if terms.count(index) == 1)
+    found = []
+    for t, term in zip(operands, terms.split(","), strict=False):
+        summed = [index not in out for index in term[-2:]]
+        if len(summed) == 2 and summed[0] != summed[1]:
+            found.append(_Factor(t, summed[0]))
+    return found
+
+
+def _used(pending: Sequence[Weights], factors: Sequence[_Factor], mixes: bool) -> tuple[list[Weights], Tensor | None]:
+    """The weights that a product uses, and the tensor that is recorded, [..., M, N]; None if it uses none.
+
+    The product must sum over the keys. If an operand is the weights, these are recorded. If the block has changed them,
+    or combined those of several softmaxes, the operand itself is recorded. An operand without a column of attention
+    sinks is recorded, too.
 
     Args:
         pending: weights that have not been used yet.
-        values: arguments of the product.
-        mixes: True if the block mixes the heads of the weights, which are then recorded.
+        factors: operands of the product.
+        mixes: True if the block mixes the heads of the weights; the weights before that are recorded.
     """
-    operands = list(_tensors(values))
-    for operand in operands:
-        for weights in pending:
-            if weights.has(operand):
-                whole = operand.numel() == weights.p.numel()
-                if whole or operand.shape[:-1] == weights.p.shape[:-1]:
-                    return [weights], weights.p if whole else operand
-    for operand in operands:
-        alike = [w for w in pending if w.p.shape[-2:] == operand.shape[-2:] and w.p.numel() == operand.numel()]
-        if alike:
-            return alike, alike[0].p if mixes and len(alike) == 1 else operand
+    for operand, flipped in factors:
+        forms = {weights: form for weights in pending if (form := weights.form(operand)) is not None}
+        for weights, form in forms.items():
+            (M, N), straight = weights.p.shape[-2:], operand.mT if form.flipped else operand
+            whole = straight.shape[-2:] == (M, N) and operand.numel() == weights.p.numel()
+            if form.flipped != flipped or not (whole or straight.shape == (*weights.p.shape[:-1], N - 1)):
+                continue
+            if form.same:
+                return [weights], weights.p if whole else straight
+            return list(forms), weights.p if mixes and len(forms) == 1 else straight
     return [], None
 
 
-def _is_view(operand: Tensor, weights: Tensor) -> bool:
+def _is_view(result: Tensor, source: Tensor) -> bool:
     """True if both start at the same place of memory; False for tensors without memory of their own."""
     try:
-        return operand.data_ptr() == weights.data_ptr() != 0
+        return result.data_ptr() == source.data_ptr() != 0
     except RuntimeError:
         return False
 
 
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+def _is_transposed(result: Tensor, source: Tensor) -> bool:
+    """True if a view has the last two dimensions of its source in the other order, and the others as they were."""
+    (*sizes, m, n), (*strides, a, b) = source.shape, source.stride()
+    return (*result.shape, *result.stride()) == (*sizes, n, m, *strides, b, a)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors of at least 2 dimensions among values, tuples and lists."""
     for value in values:
         if isinstance(value, Tensor) and value.dim() >= 2:
             yield value
-        elif isinstance(value, (tuple, list)):
+        elif isinstance(value, tuple | list):
             yield from _tensors(value)

@@ -57,11 +57,26 @@ def folding(shape: tuple[int, ...], modules: Sequence[Around]) -> Folding:
             order = (0, 3 - axis, axis, 3, 4)  # is its own inverse
             sizes = (shape[0], shape[3 - axis])
             return Folding(lambda t: _merge(t, shape[:3], order), lambda t: t.unflatten(0, sizes).permute(order))
-    number = f"; {type(module).__name__} has {heads} heads" if heads else ""
-    raise NotImplementedError(
+    raise unknown_heads(shape, modules)
+
+
+def unknown_heads(shape: tuple[int, ...], modules: Sequence[Around]) -> NotImplementedError:
+    """The error for scores [..., M, N] of which it is unknown which dimension holds the heads."""
+    known = next(((type(m).__name__, n) for m, _ in modules if (n := _heads_of(m))), None)
+    number = "" if known is None else f"; {known[0]} has {known[1]} heads"
+    return NotImplementedError(
         f"expected [B, H, M, N], or dimensions whose heads are known by the module's num_heads and its input; got "
         f"{list(shape)}{number}"
     )
+
+
+def has_other_heads(shape: tuple[int, ...], modules: Sequence[Around]) -> bool:
+    """True if dimension 1 of [B, H, M, D] can't be heads, as the module has another number of them.
+
+    A module of which each device has some of the heads may have a multiple of H.
+    """
+    heads = next((n for module, _ in modules if (n := _heads_of(module))), None)
+    return heads is not None and heads % max(1, shape[1]) != 0
 
 
 def same(t: Tensor) -> Tensor:

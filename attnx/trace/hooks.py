@@ -106,7 +106,12 @@ class Leave(Hook):
         local = interceptor.local
         if not local.frames:
             return  # Enter raised
-        note_unused(interceptor, local.frames.pop())
+        frame = local.frames.pop()
+        note_unused(interceptor, frame)
+        if frame.weights:
+            local.note_weights()
+        if "Norm" in type(module).__name__:
+            interceptor.inputs.note_norm(frame.main_input(), output)
         if not local.frames:
             interceptor.leave()
 
@@ -161,11 +166,22 @@ class CountMerge(Hook):
 
 
 class ThreadState(threading.local):
-    """Running modules of this thread, outermost first, and a token that identifies the thread."""
+    """The state of one thread.
+
+    Attributes:
+        frames: the running modules, outermost first.
+        has_weights: True if one of them has weights that have not multiplied values yet.
+        token: identifies the thread.
+    """
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
+        self.has_weights = False
         self.token = object()
+
+    def note_weights(self) -> None:
+        """Set `has_weights`, after the weights of a frame changed."""
+        self.has_weights = any(frame.weights for frame in self.frames)
 
     def around(self, frame: Frame) -> list[Around]:
         """The module of a running frame and the module around it, with their inputs."""

@@ -11,12 +11,10 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import pairwise
 from typing import Any
-from weakref import ref
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from attnx.ops.functional import attention
@@ -27,13 +25,14 @@ from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
 from attnx.trace.attention_call import Call, sdpa_in_four
 from attnx.trace.facts import Facts, facts_of
 from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, ThreadState
+from attnx.trace.inputs import WRITES, Inputs
 from attnx.trace.layers import Layers, clean_name, is_attention, matches, names_in_graph, resolve
 from attnx.trace.layout import grid_modules
 from attnx.trace.recorder import Recorder
 from attnx.trace.window_readers import windows_of
 from attnx.trace.windows import merges
 
-_INTERCEPTED = frozenset({SDPA, MHA, attention}) | explicit.SOFTMAX | explicit.PRODUCTS | explicit.COPIES
+_INTERCEPTED = frozenset({SDPA, MHA, attention}) | explicit.SOFTMAX | explicit.PRODUCTS
 
 
 class Interceptor(TorchFunctionMode):
@@ -66,9 +65,7 @@ class Interceptor(TorchFunctionMode):
         self.local = ThreadState()
         self.running: dict[object, threading.Thread] = {}  # threads that are running the model
         self.entered: set[str] = set()  # modules called from outside the model, in this call
-        self.inputs: dict[
-            str, dict[str, tuple[ref[Tensor], int]]
-        ] = {}  # of a module: main input of each child, in this call
+        self.inputs = Inputs()  # of the modules that ran in this call
         self.merges = 0  # number of patch mergings that ran in this call
         self.torn: str | None = None  # a layer that several threads ran in one call
         self.lock = threading.Lock()
@@ -181,14 +178,16 @@ class Interceptor(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _INTERCEPTED or not self.local.frames or recomputes():
+        if func not in _INTERCEPTED:
+            if func in WRITES:
+                self.inputs.note_write(args[0])
+            return explicit.followed(self, func, args, kwargs) if self.local.has_weights else func(*args, **kwargs)
+        if not self.local.frames or recomputes():
             return func(*args, **kwargs)
         if func in explicit.SOFTMAX:
             return explicit.softmax(self, func, args, kwargs)
         if func in explicit.PRODUCTS:
             return explicit.product(self, func, args, kwargs)
-        if func in explicit.COPIES:
-            return explicit.copied(self, func, args, kwargs)
         frame = self.local.frames[-1]
         frame.fused = True
         name = self._name(frame) if func is SDPA else frame.name
@@ -236,25 +235,11 @@ class Interceptor(TorchFunctionMode):
         """Facts about a call with maps of this shape, [items, M, N]."""
         if torch.compiler.is_compiling():
             return None
-        self._compare_inputs()
+        self.trace.tokens.beside += self.inputs.shared(self.local.frames)
         facts = facts_of(frame.module, frame.args, frame.kwargs, shape[0])
         around = (windows_of(f.module, f.args, f.kwargs) for f in reversed(self.local.frames))
         windows = next((w for w in around if w is not None and w.fits(shape)), None)
         return facts._replace(windows=windows, merges=self.merges)
-
-    def _compare_inputs(self) -> None:
-        """Report to the trace which of the running modules had the same input as an earlier sibling."""
-        for outer, frame in pairwise(self.local.frames):
-            x = frame.main_input()
-            if x is None:
-                continue
-            # A residual that is added in place makes another input of the same tensor.
-            version = 0 if x.is_inference() else x._version
-            others = self.inputs.setdefault(outer.name, {})
-            for other, earlier in others.items():
-                if other != frame.name and earlier[0]() is x and earlier[1] == version:
-                    self.trace.tokens.beside.append((other, frame.name))
-            others[frame.name] = ref(x), version
 
     def note_layer(self, name: str) -> None:
         """Store that a layer attended in this call."""

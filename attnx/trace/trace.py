@@ -199,13 +199,12 @@ class Trace(Mapping[str, Tensor]):
         """End a pass: with calls="mean" replace its maps by the mean over all passes so far.
 
         Raises:
-            ValueError: the shape of a layer's map differs from that of earlier passes.
+            ValueError: the shape or the grid of a layer's map differs from that of earlier passes.
         """
         if self._mode != "mean":
             return
         for layer, record in self._records.items():
-            windows = self.windows(layer)
-            self._means.add(layer, record.map(), None if windows is None else windows.grid)
+            self._means.add(layer, record.map(), self.sides(layer))
         # The dict is updated in place because the call's own trace shares it.
         self._records.clear()
         self._records.update({layer: MapRecord(mean) for layer, mean in self._means.maps.items()})

@@ -69,14 +69,16 @@ def _torchvision_block(module: Any, x: Tensor, size: Any) -> Windows | None:
 def _microsoft(module: Any, x: Tensor, size: Any) -> Windows | None:
     """Blocks of microsoft's code and its copies, such as LAVT's: [B, H * W, C].
 
-    The code for classification has one resolution and no padding. In that for detection the layer sets H and W for each
-    input, and the block pads and then rolls.
+    The code for classification has one resolution and no padding; SwinIR's has (H, W) as second argument. In that for
+    detection the layer sets H and W for each input, and the block pads and then rolls.
     """
     names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
     if not {"roll", "window_partition", "window_reverse", "window_size", "shift_size"} <= set(names):
         return None
     if "pad" in names:
         grid = (module.H, module.W) if names.index("pad") < names.index("roll") else None
+    elif len(parameters(type(module))) > 1:
+        grid = size
     else:
         grid = module.input_resolution
     if x.dim() != 3 or grid is None or x.shape[1] != grid[0] * grid[1]:
@@ -155,7 +157,7 @@ def _attnx_swin(module: Any, x: Tensor, size: Any) -> Windows | None:
     return _windows(size, module.window, module.shift)
 
 
-_SIZES = ("input_dimensions", "size", "grid")  # names of the arguments that hold (H, W)
+_SIZES = ("input_dimensions", "size", "grid", "x_size")  # names of the arguments that hold (H, W)
 _Reader = Callable[[Any, Tensor, Any], Windows | None]
 _TRANSFORMERS: dict[str, _Reader] = {"transformers.": _transformers}
 # {class: {start of its module's name: reader}}; "": any module.

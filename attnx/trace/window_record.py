@@ -20,13 +20,12 @@ class WindowRecord:
     """The record of a block with windows: a map of the N tokens of the grid, [B, N, N], zero between windows.
 
     ``A[index[w, i], index[w, j]] = P_w[i, j]``. Padding has neither rows nor columns. Weights that a model gives to
-    padding are dropped, and the rest of the row is divided by its sum.
+    padding are given to the row's other keys, in proportion to their weights: the row keeps its sum.
 
     Args:
         record: the maps of the windows: [B * nW, K, K], or [B * nW, H, K, K] for heads="each".
         windows: the geometry.
-        renormalise: False: rows that lost weight to padding are not divided by their sum, as for maps weighted by
-            gradients.
+        renormalise: False: the weights of padding are dropped, as for maps weighted by gradients.
 
     Raises:
         ValueError: the record does not have B * nW maps of K x K tokens.
@@ -71,7 +70,7 @@ class WindowRecord:
 
     @property
     def rows_sum_to_one(self) -> bool:
-        """True if the rows of the windows sum to 1, and those that lost weight to padding were divided by their sum."""
+        """True if the rows of the windows sum to 1, and none loses the weight of padding."""
         return self.record.rows_sum_to_one and (self.renormalise or not self.windows.padded)
 
     def map(self) -> Tensor:
@@ -112,9 +111,7 @@ class WindowRecord:
 
     def row_sums(self) -> Tensor:
         """Row sums of the map of the grid: [B, N]."""
-        sums = self.record.row_sums() if self._mass is None else self._mass
-        if self._mass is not None and self.renormalise:
-            sums = sums / _divisor(sums)
+        sums = self.record.row_sums() if self._sums is None else self._sums[0 if self.renormalise else 1]
         return sums.reshape(self.shape[0], -1)[:, self.windows.places(self.device)[1]]
 
     def vecmat(self, r: Tensor) -> Tensor:
@@ -125,18 +122,21 @@ class WindowRecord:
         at, place = self.windows.places(r.device)
         B, R, _ = r.shape
         inside = F.pad(r, (0, 1))[..., at].transpose(1, 2).flatten(0, 1)
-        if self.renormalise and self._mass is not None:
-            inside = inside / _divisor(self._mass)[:, None]
+        if self.renormalise and self._sums is not None:
+            whole, kept = self._sums
+            inside = inside * (whole / _divisor(kept))[:, None]
         passed = self.record.vecmat(inside).view(B, -1, R, self.windows.size).transpose(1, 2)
         return passed.reshape(B, R, -1)[..., place]
 
     @cached_property
-    def _mass(self) -> Tensor | None:
-        """Weight of each row of the windows on tokens that are not padding: [B * nW, K]; None without padding."""
+    def _sums(self) -> tuple[Tensor, Tensor] | None:
+        """Sums of the rows of the windows, [B * nW, K], with and without padding; None if there is no padding."""
         if not self.windows.padded:
             return None
         at, _ = self.windows.places(self.device)
-        return self._kept(self.record.map(), at).sum(-1)
+        maps = self.record.map()
+        whole, kept = maps.sum(-1), self._kept(maps, at).sum(-1)
+        return torch.where(kept == 0, 0, whole), kept
 
     def _kept(self, rows: Tensor, at: Tensor) -> Tensor:
         """Rows of windows, [B * nW, (H,) M, K], without the weight of padding."""
@@ -146,9 +146,11 @@ class WindowRecord:
         return rows.masked_fill(padding.reshape(len(rows), *[1] * (rows.dim() - 2), -1), 0)
 
     def _real(self, rows: Tensor, at: Tensor) -> Tensor:
-        """`_kept`, and each row divided by its sum if there is padding and `renormalise` is True."""
+        """`_kept`, and each row with the sum it had before, if there is padding and `renormalise` is True."""
         kept = self._kept(rows, at)
-        return kept / _divisor(kept.sum(-1, keepdim=True)) if self.windows.padded and self.renormalise else kept
+        if not self.windows.padded or not self.renormalise:
+            return kept
+        return kept * (rows.sum(-1, keepdim=True) / _divisor(kept.sum(-1, keepdim=True)))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 BLIP's and LAVIS's copies of these blocks are supported, too. See `known` for how blocks are recognised.
 
-The forward is bound to the instance. It calls the class's own forward, which is not intercepted, for what SDPA does not
-compute: active dropout, a head mask, relative positions, and probabilities that are returned while gradients are
+The forward is bound to the instance. For what SDPA does not compute it calls the class's own forward, whose softmax is
+then the map: active dropout, a head mask, relative positions, and probabilities that are returned while gradients are
 enabled, because their graph may be needed.
 
 `save_attention` and `register_hook` still store the probabilities, without a graph, and their gradient, which is

@@ -1,7 +1,7 @@
 """Adapter for the attention of ViLT, VisualBERT, LXMERT, FLAVA and TimeSformer in Hugging Face transformers.
 
 These classes compute softmax(Q K^T / sqrt(d) + mask) V themselves, and return (context,) or (context, probabilities).
-With active dropout, and if the probabilities are returned, the class's own forward runs, which is not intercepted.
+With active dropout, and if the probabilities are returned, the class's own forward runs; the map is then its softmax.
 
 Reference:
     https://github.com/huggingface/transformers, models/vilt/modeling_vilt.py, models/lxmert/modeling_lxmert.py and

@@ -1,8 +1,8 @@
 """Adapter for BLIP's attention in Hugging Face transformers: forwards that call SDPA.
 
 The classes compute their softmax themselves and always return (output, probabilities). As with transformers' own SDPA,
-None is returned in place of the probabilities. If something reads them, the class's own forward runs, which is not
-intercepted: output_attentions=True, or a forward hook of another package. It also runs with active dropout.
+None is returned in place of the probabilities. The class's own forward runs if something reads them
+(output_attentions=True, or a forward hook of another package), and with active dropout; the map is then its softmax.
 
 Reference:
     https://github.com/huggingface/transformers, models/blip/modeling_blip.py and models/blip/modeling_blip_text.py
