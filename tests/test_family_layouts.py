@@ -289,5 +289,5 @@ def test_show_draws_the_family(name: str, tmp_path: Path) -> None:
             "the layers attend to different tokens",
         }
     if not rolled:
-        with pytest.raises(ValueError, match=r"rollout|layout|declare|discard"):
+        with pytest.raises(ValueError, match=r"layers|layout|declare|discard"):
             written(discard=0.5)

@@ -126,7 +126,10 @@ def test_under_autocast_the_output_is_as_close_as_without_a_capture(name: str) -
     with torch.no_grad():
         exact = list(tensors(call()))
         with torch.autocast("cpu", torch.bfloat16):
-            plain = list(tensors(call()))
+            try:
+                plain = list(tensors(call()))
+            except RuntimeError as error:
+                pytest.skip(f"the model does not run under autocast without attnx: {error}")
             with attnx.capture(model) as trace:
                 captured = list(tensors(call()))
     for want, without, got in zip(exact, plain, captured, strict=True):

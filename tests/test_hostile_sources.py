@@ -65,7 +65,7 @@ BROKEN = [
     member("pax", b"2 " * 200_000 + b"=\n", tarfile.XHDTYPE) + member("x.png", b"?"),
     pax(("comment", "1" * 500_000)) + member("x.png", b"?"),
     pax(("a", "b")) * 1000 + member("x.png", b"?"),
-    member("x", b"long.png\0", tarfile.GNUTYPE_LONGNAME) * 600 + member("x.png", b"?"),
+    member("x", b"long.png\0", tarfile.GNUTYPE_LONGNAME) * 3000 + member("x.png", b"?"),
     header("x.png", 2**62) + bytes(1024),
 ]
 

@@ -275,9 +275,9 @@ def test_class_maps_with_checkpointing_on(images: Tensor) -> None:
 
 def test_gradients_that_would_begin_in_a_checkpoint_say_so(images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"expected no torch.utils.checkpoint around layers whose input needs no"):
-        attnx.class_maps(Checkpointed(False), images, [1])
+        attnx.class_maps(Checkpointed(False).eval(), images, [1])
     with pytest.raises(ValueError, match=r"torch.utils.checkpoint with use_reentrant=True"):
-        attnx.class_maps(Checkpointed(True), images, [1])
+        attnx.class_maps(Checkpointed(True).eval(), images, [1])
     # Where parameters need gradients the graph begins before the checkpoint.
     model = Checkpointed(False)
     with attnx.capture(model, grad=True, layers=["model.blocks.1", "model.blocks.2"]) as trace:
