@@ -144,7 +144,11 @@ def test_images_of_sam_mix_windows_and_whole_grids() -> None:
     torch.testing.assert_close(attnx.rollout(trace, query="all").double(), product, rtol=0, atol=1e-6)
 
 
-REFUSED = {"timm maxvit tf": "may mix neighbouring", "timm davit": "16 channels", "timm twins svt": "may mix neighbouring"}
+REFUSED = {
+    "timm maxvit tf": "may mix neighbouring",
+    "timm davit": "16 channels",
+    "timm twins svt": "may mix neighbouring",
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
