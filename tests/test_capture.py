@@ -1,6 +1,7 @@
 """capture and patch: the intercepted layers, the model output, and that the model is restored."""
 
 import inspect
+from typing import Any
 
 import pytest
 import timm
@@ -514,6 +515,18 @@ def test_rows_that_are_no_indices(vit: tuple[nn.Module, Tensor], rows: object) -
     with pytest.raises(ValueError, match="rows: expected a sequence of integers; got"):
         with attnx.capture(vit[0], rows=rows):  # type: ignore[arg-type]
             pass
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"rows": []}, "rows: expected at least one row, or None for all; got none"),
+        ({"layout": (4, 4)}, r"layout: expected a TokenLayout; got \(4, 4\)"),
+    ],
+)
+def test_options_that_mean_nothing(vit: tuple[nn.Module, Tensor], options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected), attnx.capture(vit[0], **options):
+        pass
 
 
 def test_rows_as_tensor(vit: tuple[nn.Module, Tensor]) -> None:

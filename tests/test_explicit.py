@@ -228,7 +228,9 @@ def test_a_softmax_over_no_product_is_no_map(kind: type[nn.Module], tokens: int)
             model(torch.randn(2, tokens, 16))
 
 
-@pytest.mark.parametrize("change", ["masked", "scaled in place"])
+@pytest.mark.parametrize(
+    "change", ["masked", "scaled in place", "copy in place", "copy by index", "in place after a copy", "squared"]
+)
 def test_what_multiplies_the_values_is_recorded(change: str) -> None:
     class ChangedAttention(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -237,8 +239,18 @@ def test_what_multiplies_the_values_is_recorded(change: str) -> None:
             if change == "masked":
                 p = p.tril()
                 p = p / p.sum(-1, keepdim=True)
-            else:
+            elif change == "scaled in place":
                 p.mul_(0.5)
+            elif change == "copy in place":
+                p = p.clone().mul_(0.5)
+            elif change == "copy by index":
+                p = p.mT.contiguous().mT
+                p[..., 0] = 0
+            elif change == "in place after a copy":
+                first, p = p, p.clone()
+                first.mul_(0.5)
+            else:
+                p = p @ p
             self.p = p
             return p @ x
 
@@ -275,9 +287,44 @@ def test_operands_of_the_shape_of_the_weights_are_no_weights(transposed: bool) -
     torch.testing.assert_close(trace["0"], model[0].p, rtol=0, atol=0)
 
 
+def test_a_softmax_of_a_graph_names_the_model_of_the_graph() -> None:
+    class Explicit(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.transpose(1, 2)).softmax(-1) @ x
+
+    graph = torch.fx.symbolic_trace(Explicit())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="the model itself: a graph computes its softmax: capture"):
+        with attnx.capture(graph):
+            graph(X)
+
+
+def test_a_layer_of_which_one_map_of_two_is_unknown() -> None:
+    class AgentAttention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.unflatten(-1, (4, 4)).transpose(1, 2)
+            agents = q[:, :, :3]
+            gathered = (agents @ q.mT).softmax(-1) @ q
+            return ((q @ agents.mT).softmax(-1) @ gathered).transpose(1, 2).flatten(2)
+
+    model = nn.Sequential(AgentAttention()).eval()
+    message = r"of them: 0: expected \[B, H, M, N\], or dimensions .* got \[2, 4, 3, 6\]"
+    with torch.no_grad(), pytest.warns(UserWarning, match=message), attnx.capture(model) as trace:
+        model(X)
+    assert trace["0"].shape == (2, 6, 3)
+
+
 @pytest.mark.parametrize(
     "use",
-    ["p.mT @ v", "v.mT @ p", "einsum('bij,bid->bjd')", "einsum('bij,bid')", "one column", "parts", "another gate"],
+    [
+        "p.mT @ v",
+        "v.mT @ p",
+        "einsum('bij,bid->bjd')",
+        "einsum('bij,bid')",
+        "one column",
+        "parts",
+        "another gate",
+        "softmax over the queries",
+    ],
 )
 def test_products_that_do_not_sum_over_the_keys_are_no_attention(use: str) -> None:
     class OtherAttention(nn.Module):
@@ -293,6 +340,8 @@ def test_products_that_do_not_sum_over_the_keys_are_no_attention(use: str) -> No
                 return torch.einsum("bij,bid", p, x)
             if use == "one column":
                 return p.sum(-1, keepdim=True) @ x[:, :1]
+            if use == "softmax over the queries":
+                return (x @ x.transpose(1, 2)).softmax(1) @ x
             if use == "parts":
                 return p[..., :3] @ x[:, :3] + p[..., 3:] @ x[:, 3:]
             return (x @ x.transpose(1, 2)).sigmoid() @ x

@@ -533,6 +533,7 @@ def test_stream() -> None:
             "options of method 'rollout': expected residual, discard, start, preset, query, rows; got foo",
         ),
         (lambda: Extractor(vit(), "cls", start=1), "options of method 'cls': expected none; got start"),
+        (lambda: Extractor(vit(), dtype="bf16"), "dtype: expected a floating-point torch.dtype; got 'bf16'"),
         (lambda: Extractor("vit"), "model: expected a torch.nn.Module; got str"),
         (lambda: Extractor(vit().train()), "expected eval mode"),
         (

@@ -175,6 +175,7 @@ WRONG = {
     "beyond": (dict(targets=[7]), r"targets: expected class indices in 0..6, \[K\] or \[2, K\]"),
     "floats": (dict(targets=torch.ones(2, 1)), "targets: expected class indices"),
     "count": (dict(targets=torch.ones(3, 1, dtype=torch.int64)), "targets: expected class indices"),
+    "words": (dict(targets="cat"), r"targets: expected class indices in 0..6, .*; got 'cat'"),
     "none": (dict(targets=[]), "targets: expected class indices"),
     "start": (dict(targets=[0], start=3), r"start: expected a layer index in -3..2; got 3"),
 }

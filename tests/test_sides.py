@@ -295,6 +295,46 @@ def test_windows_of_one_head_are_no_heads() -> None:
             model(torch.randn(2, 9, 16, 8))
 
 
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_heads_before_the_batch_are_refused(batch: int) -> None:
+    class HeadsFirstAttention(nn.Module):
+        num_heads = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 3, 0, 1, 4)
+            return nn.functional.scaled_dot_product_attention(q, k, v).permute(1, 2, 0, 3).flatten(2)
+
+    model = nn.Sequential(HeadsFirstAttention())
+    message = rf"got \[4, {batch}, 17, 17\], with the 4 heads in dimension 0"
+    with torch.no_grad(), pytest.raises(RuntimeError, match=message), attnx.capture(model):
+        model(torch.randn(batch, 17, 16))
+
+
+@pytest.mark.parametrize("mixer", ["lstm", "function"])
+def test_what_mixes_tokens_between_layers_is_seen(mixer: str) -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (timm.layers.Attention(48, 3) for _ in range(2))
+            self.lstm = nn.LSTM(48, 48, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x = self.lstm(x)[0] if mixer == "lstm" else nn.functional.avg_pool1d(x.mT, 3, 1, 1).mT
+            return self.second(x)
+
+    name = "lstm" if mixer == "lstm" else "avg_pool1d"
+    model = Mixer().eval()
+    with torch.no_grad(), attnx.capture(model, layout=TokenLayout(0, (4, 4))) as trace:
+        model(torch.randn(1, 16, 48))
+    with pytest.raises(ValueError, match=f"only attention mixes tokens; {name} may mix neighbouring tokens"):
+        attnx.rollout(trace)
+
+
 def test_a_layout_that_is_given_is_not_the_texts() -> None:
     import transformers
 

@@ -100,6 +100,8 @@ class Extractor:
             )
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype: expected a floating-point torch.dtype; got {dtype!r}")
         if heads == "each" and method != "cls":
             raise ValueError(f"heads='each' is for method 'cls'; got method {method!r}")
         if model.training:

@@ -64,12 +64,12 @@ def draw(
     Raises:
         ValueError: the method has no map and is not rollout with default options.
     """
-    out.mkdir(parents=True, exist_ok=True)
     images = loaded.prepare(picture)[None].to(device)
     colours: dict[str, Any] = {"colormap": style.colormap, "alpha": style.alpha}
     written: dict[Path, str] = {}
 
     def write(name: str, image: "Image", what: str) -> None:
+        out.mkdir(parents=True, exist_ok=True)
         save(image, out / name)
         written[out / name] = what
 

@@ -91,7 +91,7 @@ class Call:
             q, bias = unpacked(module, query, key, attn_mask) or (query, attn_mask)
             packed, heads = query.shape[:3], q.shape[:3]
             # Grouped heads are heads, whatever number the module stores.
-            if q.shape[1] == key.shape[1] and has_other_heads(heads, outer):
+            if q.shape[1] == key.shape[1] and has_other_heads(q, outer):
                 raise unknown_heads((*query.shape[:-1], key.shape[-2]), outer)
             if packed == heads:
                 return cls(q, key, value, bias, dropout_p, scores, own)

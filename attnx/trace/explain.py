@@ -98,7 +98,7 @@ def _reason(interceptor: "Interceptor", pattern: str, unfused: dict[str, str]) -
         unfused: {module name: reason}, as from `unfused_blocks`.
     """
     earlier = [call for name, call in interceptor.before.items() if matches(pattern, name)]
-    if earlier:
+    if earlier and max(earlier) < interceptor.calls - 1:
         return (
             f"it attended in call {max(earlier) + 1} of {interceptor.calls}, and not in the last; "
             "calls='all' keeps the maps of every call"

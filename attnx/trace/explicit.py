@@ -11,7 +11,7 @@ from weakref import ref
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from attnx.trace.folding import folding
 from attnx.trace.gradient_record import starts_graph
@@ -35,8 +35,8 @@ _MIXES_HEADS = ("TalkingHeadAttn", "Attention2d", "Attention2dDownsample")
 # Classes whose scores are no product of queries and keys.
 _NO_PRODUCT = ("OutlookAttention",)
 _NO_ATTENTION = (
-    "its softmax is no attention: its scores are no product of queries and keys, or its weights multiply no matrix of "
-    "values"
+    "its softmax is no attention: it is not over the last dimension, its scores are no product of queries and keys, or "
+    "its weights multiply no matrix of values"
 )
 
 
@@ -67,8 +67,12 @@ class Weights:
         """The form that a tensor is; None if it was not made of the weights."""
         return next((form for form in self.forms if form.tensor() is t), None)
 
-    def follow(self, func: Callable[..., Any], operands: Iterable[Tensor], results: Iterable[Tensor]) -> None:
+    def follow(self, func: Callable[..., Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Add the results of a function as forms if one of its operands is a form."""
+        written = operands[:1] if func is Tensor.__setitem__ else [] if func in COPIES else results
+        for t in written:
+            if any(t is operand for operand in operands) and self.form(t) is not None:
+                self._change(t)
         source = next((form for t in operands if (form := self.form(t))), None)
         before = None if source is None else source.tensor()
         if source is None or before is None:
@@ -79,12 +83,21 @@ class Weights:
                 same = source.same and (view or func in COPIES)
                 self.forms.append(Form(ref(result), same, source.flipped ^ (view and _is_transposed(result, before))))
 
+    def _change(self, written: Tensor) -> None:
+        """Mark the forms that differ from the weights after a tensor was written to: its views, or all copies."""
+        memory, own = _memory(written), _memory(self.p)
+        for i, form in enumerate(self.forms):
+            here = _memory(form.tensor())
+            if (here != own) if memory == own else (here == memory):
+                self.forms[i] = form._replace(same=False)
+
 
 def softmax(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The softmax, whose result is stored in the frame of the module that attends if it may be the weights."""
     weights = func(*args, **kwargs)
     frame = _attending(interceptor.local.frames)
     if not _over_keys(args, kwargs):
+        frame.other_softmax |= weights.dim() >= 3
         return weights
     if not frame.has_scores(weights.shape) and type(frame.module).__name__ not in _NO_PRODUCT:
         frame.other_softmax = True
@@ -104,10 +117,10 @@ def followed(
     """The result of a function; what it made of stored weights is stored with them."""
     result = func(*args, **kwargs)
     frame = _with_weights(interceptor.local.frames)
-    results = list(_tensors([result]))
-    if frame is not None and results:
+    if frame is not None:
+        operands, results = list(_tensors((*args, *kwargs.values()))), list(_tensors([result]))
         for weights in frame.weights:
-            weights.follow(func, _tensors((*args, *kwargs.values())), results)
+            weights.follow(func, operands, results)
     return result
 
 
@@ -116,6 +129,9 @@ def product(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[An
     frames = interceptor.local.frames
     frame = _with_weights(frames)
     if frame is not None:
+        operands = list(_tensors((*args, *kwargs.values())))
+        if all(any(weights.form(t) for weights in frame.weights) for t in operands):
+            return followed(interceptor, func, args, kwargs)  # weights times weights
         mixes = type(frame.module).__name__ in _MIXES_HEADS
         used, p = _used(frame.weights, _factors(func, args, kwargs), mixes)
         if p is not None:
@@ -142,6 +158,8 @@ def _record(interceptor: "Interceptor", frame: "Frame", weights: Tensor) -> None
         interceptor.note_layer(name)
         return
     try:
+        if isinstance(frame.module, fx.GraphModule):
+            raise NotImplementedError("a graph computes its softmax: capture the model that the graph was made from")
         if interceptor.wanted is None and not is_attention(frame.module):
             raise NotImplementedError(
                 f"its softmax multiplies values, but the name of its class, {kind}, does not say that it attends; if "
@@ -231,6 +249,14 @@ def _used(pending: Sequence[Weights], factors: Sequence[_Factor], mixes: bool) -
                 return [weights], weights.p if whole else straight
             return list(forms), weights.p if mixes and len(forms) == 1 else straight
     return [], None
+
+
+def _memory(t: Tensor | None) -> int:
+    """Address of the memory that a tensor shares with its views; 0 if it has none."""
+    try:
+        return 0 if t is None else t.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
 
 
 def _is_view(result: Tensor, source: Tensor) -> bool:

@@ -62,21 +62,34 @@ def folding(shape: tuple[int, ...], modules: Sequence[Around]) -> Folding:
 
 def unknown_heads(shape: tuple[int, ...], modules: Sequence[Around]) -> NotImplementedError:
     """The error for scores [..., M, N] of which it is unknown which dimension holds the heads."""
-    known = next(((type(m).__name__, n) for m, _ in modules if (n := _heads_of(m))), None)
-    number = "" if known is None else f"; {known[0]} has {known[1]} heads"
+    name, heads = next(((type(m).__name__, n) for m, _ in modules if (n := _heads_of(m))), ("", 0))
+    number = f"; {name} has {heads} heads" if heads else ""
+    if heads and len(shape) == 3 and shape[0] % heads == 0:
+        return NotImplementedError(
+            f"expected [B, H, M, N]; got {list(shape)}{number}, and it is unknown whether its maps go by image or by "
+            "head; attend over [B, H, M, D]"
+        )
+    if heads and len(shape) == 4 and shape[0] == heads:
+        return NotImplementedError(f"expected [B, H, M, N]; got {list(shape)}, with the {heads} heads in dimension 0")
     return NotImplementedError(
         f"expected [B, H, M, N], or dimensions whose heads are known by the module's num_heads and its input; got "
         f"{list(shape)}{number}"
     )
 
 
-def has_other_heads(shape: tuple[int, ...], modules: Sequence[Around]) -> bool:
-    """True if dimension 1 of [B, H, M, D] can't be heads, as the module has another number of them.
+def has_other_heads(q: Tensor, modules: Sequence[Around]) -> bool:
+    """True if dimension 1 of q, [B, H, M, D], can't be the heads, by the number of heads of the module and its input.
 
     A module of which each device has some of the heads may have a multiple of H.
     """
-    heads = next((n for module, _ in modules if (n := _heads_of(module))), None)
-    return heads is not None and heads % max(1, shape[1]) != 0
+    heads, x = next(((n, x) for module, x in modules if (n := _heads_of(module))), (None, None))
+    if heads is None:
+        return False
+    first, second = q.shape[:2]
+    if first == second == heads:
+        # A view of a projection [B, M, H, D] in the order [H, B, M, D].
+        return q.stride(0) == q.shape[3] and q.stride(1) > q.stride(2)
+    return heads % max(1, second) != 0 or (first == heads and second in _batches(x, (q.shape[2],)) - {first})
 
 
 def same(t: Tensor) -> Tensor:

@@ -132,6 +132,8 @@ def weigh_weights(
         return fuse(weighted.clamp(min=0) if clamp else weighted)
 
     record = GradientRecord(tuple(fuse(p.to("meta")).shape), (p,), weigh, weights)
+    # register_hook of a view that was written to crashes torch 2.14 unless its grad_fn was read before.
+    _ = weights.grad_fn
     weights.register_hook(record.note)
     return record
 

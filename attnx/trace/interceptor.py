@@ -27,7 +27,7 @@ from attnx.trace.facts import Facts, facts_of
 from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, ThreadState
 from attnx.trace.inputs import WRITES, Inputs
 from attnx.trace.layers import Layers, clean_name, is_attention, matches, names_in_graph, resolve
-from attnx.trace.layout import grid_modules
+from attnx.trace.layout import MIXERS, function_mixes, grid_modules, is_grid_module
 from attnx.trace.recorder import Recorder
 from attnx.trace.window_readers import windows_of
 from attnx.trace.windows import merges
@@ -181,6 +181,8 @@ class Interceptor(TorchFunctionMode):
         if func not in _INTERCEPTED:
             if func in WRITES:
                 self.inputs.note_write(args[0])
+            elif func in MIXERS and self.local.frames and function_mixes(func, args, kwargs):
+                self._note_mixing(self.local.frames[-1], func.__name__)
             return explicit.followed(self, func, args, kwargs) if self.local.has_weights else func(*args, **kwargs)
         if not self.local.frames or recomputes():
             return func(*args, **kwargs)
@@ -224,7 +226,7 @@ class Interceptor(TorchFunctionMode):
     def skip(self, name: str, reason: str) -> None:
         """Store the reason that a layer has no map; raises NotImplementedError if the layer was requested."""
         if self.wanted is not None:
-            raise NotImplementedError(f"{name}: {reason}; exclude the layer")
+            raise NotImplementedError(f"{name or 'the model itself'}: {reason}; exclude the layer")
         self.skipped[name] = reason
 
     def key(self, name: str) -> str:
@@ -240,6 +242,11 @@ class Interceptor(TorchFunctionMode):
         around = (windows_of(f.module, f.args, f.kwargs) for f in reversed(self.local.frames))
         windows = next((w for w in around if w is not None and w.fits(shape)), None)
         return facts._replace(windows=windows, merges=self.merges)
+
+    def _note_mixing(self, frame: Frame, function: str) -> None:
+        """Store that a function mixed tokens, unless it was called by a module that has a hook for that."""
+        if not is_grid_module(frame.module):
+            self.trace.tokens.note_mixing(f"{frame.name}.{function}".removeprefix("."))
 
     def note_layer(self, name: str) -> None:
         """Store that a layer attended in this call."""

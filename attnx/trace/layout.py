@@ -1,10 +1,11 @@
 """Token layouts: the grid of patches and the tokens around it, read from the model and its actual input."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Number of prefix tokens of Hugging Face vision models by model_type, class token included, registers excluded.
@@ -24,7 +25,10 @@ _REGISTERS = ("num_register_tokens", "n_storage_tokens", "num_registers")
 _EMBEDDINGS = ("NaFlexEmbeds", "Siglip2VisionEmbeddings")
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 # Modules that may mix neighbouring tokens, besides those with a grid.
-_SEQUENCE_MIXERS = (nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d)
+_SEQUENCE_MIXERS = (nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d, nn.RNNBase)
+# Functions that do the same.
+_CONVOLVE = frozenset({F.conv1d, F.conv2d, F.conv3d})
+MIXERS = _CONVOLVE | {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d}
 
 
 @dataclass(frozen=True)
@@ -194,13 +198,25 @@ def patch_convolutions(model: nn.Module) -> list[nn.Conv2d]:
 
 def grid_modules(model: nn.Module) -> list[nn.Module]:
     """The modules whose output may have the grid of tokens, or that may mix tokens: convolutions, pools, embeddings."""
+    return [m for m in model.modules() if is_grid_module(m)]
+
+
+def is_grid_module(module: nn.Module) -> bool:
+    """True for a module that `grid_modules` lists."""
     kinds = (*_CONVOLUTIONS, *_SEQUENCE_MIXERS, nn.ConvTranspose2d)
-    return [m for m in model.modules() if isinstance(m, kinds) or type(m).__name__ in _EMBEDDINGS]
+    return isinstance(module, kinds) or type(module).__name__ in _EMBEDDINGS
 
 
 def mixes_tokens(module: nn.Module) -> bool:
-    """True for a convolution or a pool over more than one position."""
+    """True for a recurrent network, and for a convolution or a pool over more than one position."""
     size = getattr(module, "kernel_size", 1)
+    return isinstance(module, nn.RNNBase) or (size if isinstance(size, int) else max(size, default=1)) > 1
+
+
+def function_mixes(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """True if a function of MIXERS is called with a kernel over more than one position."""
+    kernel = args[1] if len(args) > 1 else kwargs.get("weight" if func in _CONVOLVE else "kernel_size", 1)
+    size = kernel.shape[2:] if isinstance(kernel, Tensor) else kernel
     return (size if isinstance(size, int) else max(size, default=1)) > 1
 
 

@@ -39,7 +39,7 @@ class Recorder:
         grad, calls: as in `attnx.capture`.
 
     Raises:
-        ValueError: an unknown `keep`, `heads`, `grad` or `calls`, or rows that are not integers.
+        ValueError: an unknown `keep`, `heads`, `grad` or `calls`, rows that are not integers, or no TokenLayout.
     """
 
     def __init__(
@@ -65,10 +65,14 @@ class Recorder:
             raise ValueError(f"grad: expected False, True or 'signed'; got {grad!r}")
         if grad and keep == "qk":
             raise ValueError("keep: expected 'map' with grad, whose maps are computed in the backward pass; got 'qk'")
+        if layout is not None and not isinstance(layout, TokenLayout):
+            raise ValueError(f"layout: expected a TokenLayout; got {layout!r}")
         try:
             chosen = None if rows is None else tuple(index(row) for row in rows)
         except TypeError as error:
             raise ValueError(f"rows: expected a sequence of integers; got {rows!r}") from error
+        if chosen == ():
+            raise ValueError("rows: expected at least one row, or None for all; got none")
         self.trace = Trace(model, heads, chosen, layout, calls)
         self.calls = calls
         self.keep = check_keep(keep)
