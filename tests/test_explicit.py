@@ -41,12 +41,23 @@ class Attention(nn.Module):
             out = self.mix(p.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
         elif self.form == "another dtype":
             out = (p.to(torch.bfloat16) @ v.to(torch.bfloat16)).float()
+        elif self.form == "values of the dtype":
+            out = torch.matmul(p, v.type_as(p).to(p))
+        elif self.form == "heads last":
+            out = torch.einsum("bmnh,bhnd->bhmd", p.permute(0, 2, 3, 1), v)
+        elif self.form == "a gate":
+            out = torch.einsum("h, b h i j, ...hjd -> b h i d", torch.ones(4), p, v)
+        elif self.form == "out" and not torch.is_grad_enabled():
+            out = torch.matmul(p, v, out=torch.empty_like(v))
         else:
             out = torch.bmm(p, v).unflatten(0, (-1, 4)) if p.dim() == 3 else torch.matmul(p, v)
         return out.transpose(1, 2).flatten(2)
 
 
-FORMS = ("matmul", "transposed", "einsum", "heads mixed", "another dtype", "three dimensions")
+FORMS = (
+    "matmul", "transposed", "einsum", "heads mixed", "another dtype", "three dimensions", "values of the dtype",
+    "heads last", "a gate", "out",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -130,19 +141,20 @@ def test_two_softmaxes_of_one_product_are_combined() -> None:
     torch.testing.assert_close(trace["0"], model[0].both)
 
 
-def test_columns_of_sinks_are_left_out() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_of_sinks_are_left_out(dtype: torch.dtype) -> None:
     class SinkAttention(nn.Module):
         num_heads = 1
 
         def forward(self, x: Tensor) -> Tensor:
-            scores = torch.cat([x @ x.transpose(1, 2), torch.zeros(2, 6, 1)], -1)
-            self.p = F.softmax(scores, dim=-1)[..., :-1]
+            scores = torch.cat([x @ x.transpose(1, 2), x.new_zeros(2, 6, 1)], -1)
+            self.p = F.softmax(scores, dim=-1, dtype=torch.float32)[..., :-1].to(x.dtype)
             return self.p @ x
 
     model = nn.Sequential(SinkAttention()).eval()
     with torch.no_grad(), attnx.capture(model) as trace:
-        model(X)
-    torch.testing.assert_close(trace["0"], model[0].p)
+        model(X.to(dtype))
+    torch.testing.assert_close(trace["0"], model[0].p.float())
     assert trace["0"].shape == (2, 6, 6)
 
 
@@ -229,7 +241,17 @@ def test_a_softmax_over_no_product_is_no_map(kind: type[nn.Module], tokens: int)
 
 
 @pytest.mark.parametrize(
-    "change", ["masked", "scaled in place", "copy in place", "copy by index", "in place after a copy", "squared"]
+    "change",
+    [
+        "masked",
+        "scaled in place",
+        "copy in place",
+        "copy by index",
+        "in place after a copy",
+        "squared",
+        "into a buffer",
+        "heads last",
+    ],
 )
 def test_what_multiplies_the_values_is_recorded(change: str) -> None:
     class ChangedAttention(nn.Module):
@@ -249,6 +271,13 @@ def test_what_multiplies_the_values_is_recorded(change: str) -> None:
             elif change == "in place after a copy":
                 first, p = p, p.clone()
                 first.mul_(0.5)
+            elif change == "into a buffer":
+                buffer = torch.zeros(2, 6, 6)
+                buffer[..., [1, 0, 2, 3, 5, 4]] = p
+                p = buffer
+            elif change == "heads last":
+                self.p = 0.5 * p
+                return torch.einsum("bijh,bjd->bid", self.p[..., None], x)
             else:
                 p = p @ p
             self.p = p
@@ -260,7 +289,8 @@ def test_what_multiplies_the_values_is_recorded(change: str) -> None:
     torch.testing.assert_close(trace["0"], model[0].p)
     with attnx.capture(model, grad="signed") as trace:
         trace.backward(model(X).square().sum())
-    assert trace["0"].abs().sum() > 0
+    p = model[0].p.detach()
+    torch.testing.assert_close(trace["0"], 2 * (p @ X @ X.mT) * p, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -277,7 +307,7 @@ def test_operands_of_the_shape_of_the_weights_are_no_weights(transposed: bool) -
         def forward(self, x: Tensor) -> Tensor:
             q1, k1, q2, k2, v = self.project(x).unflatten(-1, (5, 2, 8)).permute(2, 0, 3, 1, 4)
             first, second = (q1 @ k1.mT).softmax(-1), (q2 @ k2.mT).softmax(-1)
-            self.p = first - 0.5 * second
+            self.p, self.v = first - 0.5 * second, v
             return ((v.mT @ self.p.mT).mT if transposed else self.p @ v).transpose(1, 2).flatten(2)
 
     model = nn.Sequential(DifferentialAttention()).eval()
@@ -285,6 +315,10 @@ def test_operands_of_the_shape_of_the_weights_are_no_weights(transposed: bool) -
         model(torch.randn(2, 8, 16))
     assert list(trace) == ["0"]
     torch.testing.assert_close(trace["0"], model[0].p, rtol=0, atol=0)
+    with attnx.capture(model, grad="signed", heads="each") as trace:
+        trace.backward(model(torch.randn(2, 8, 16)).square().sum())
+    p, v = model[0].p.detach(), model[0].v.detach()
+    torch.testing.assert_close(trace["0"], 2 * (p @ v @ v.mT) * p, rtol=1e-5, atol=1e-5)
 
 
 def test_a_softmax_of_a_graph_names_the_model_of_the_graph() -> None:

@@ -282,6 +282,24 @@ def test_layers_after_norms_of_one_input_run_side_by_side(parallel: bool, mode: 
         assert attnx.rollout(trace).shape == (1, 4, 4)
 
 
+class PreNormBlock(nn.Module):
+    """A block, not a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(48), timm.layers.Attention(48, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(self.norm(x))
+
+
+def test_blocks_with_norm_in_their_name_follow_one_another() -> None:
+    model = nn.Sequential(PreNormBlock(), PreNormBlock()).eval()
+    with torch.no_grad(), attnx.capture(model, layout=TokenLayout(0, (4, 4))) as trace:
+        model(torch.randn(1, 16, 48))
+    assert attnx.rollout(trace).shape == (1, 4, 4)
+
+
 def test_windows_of_one_head_are_no_heads() -> None:
     class WindowAttention(nn.Module):
         num_heads = 1
@@ -290,7 +308,7 @@ def test_windows_of_one_head_are_no_heads() -> None:
             return nn.functional.scaled_dot_product_attention(x, x, x)
 
     model = nn.Sequential(WindowAttention())
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"got \[2, 9, 16, 16\]; WindowAttention has 1 heads"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"got \[2, 9, 16, 16\]; WindowAttention has 1 head"):
         with attnx.capture(model):
             model(torch.randn(2, 9, 16, 8))
 

@@ -27,7 +27,7 @@ def absolute_name(model: str) -> str:
 
 
 def load_torchhub(name: str, pretrained: bool, image_size: tuple[int, int] | None) -> Loaded:
-    """The model of ENTRY of FOLDER/hubconf.py, as by torch.hub with source="local". This runs the code in FOLDER.
+    """The model that ENTRY of FOLDER/hubconf.py returns. This runs the code in FOLDER.
 
     Images get ImageNet's mean and std and bicubic interpolation, because an entry declares no preprocessing.
 
@@ -111,8 +111,14 @@ def _imports_from(path: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(path))
-        new = {name: getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - before}
-        _IMPORTED.update({name: path for name, file in new.items() if file and path in Path(file).parents})
+        new = {name: sys.modules[name] for name in set(sys.modules) - before}
+        _IMPORTED.update({name: path for name, module in new.items() if _lies_in(path, module)})
+
+
+def _lies_in(path: Path, module: Any) -> bool:
+    """True if a module, or one of the folders of a package, lies in the folder."""
+    places = [getattr(module, "__file__", None), *(getattr(module, "__path__", None) or [])]
+    return any(path in Path(place).parents for place in places if place)
 
 
 _IMPORTED: dict[str, Path] = {}  # {module: the folder that it was imported from}

@@ -76,7 +76,7 @@ class RunningMeans:
                 f"{list(amap.shape)}; use calls='all'"
             )
         for tokens, earlier in zip(sides, self._sides[layer], strict=True):
-            if (tokens.grid, tokens.prefix, tokens.frames) != (earlier.grid, earlier.prefix, earlier.frames):
+            if tokens.grid and earlier.grid and tokens.grid != earlier.grid:
                 raise ValueError(
                     f"calls='mean': expected images of one grid; {layer} has {earlier.grid}, then {tokens.grid}; use "
                     "calls='all'"

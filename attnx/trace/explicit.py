@@ -45,13 +45,17 @@ class Form(NamedTuple):
 
     Attributes:
         tensor: the tensor.
-        same: True for the weights themselves, or some of them; False if the block changed them.
-        flipped: True if its last two dimensions are keys and queries, False if queries and keys.
+        unchanged: True for the weights themselves, or some of them; False if the block changed them.
+        axes: its dimensions of the queries and the keys, counted from the end.
     """
 
     tensor: ref[Tensor]
-    same: bool
-    flipped: bool
+    unchanged: bool = True
+    axes: tuple[int, int] = (-2, -1)
+
+    def straight(self, t: Tensor) -> Tensor:
+        """A view [..., M, N] of a tensor with these axes."""
+        return t.movedim(self.axes, (-2, -1))
 
 
 class Weights:
@@ -61,35 +65,47 @@ class Weights:
 
     def __init__(self, p: Tensor) -> None:
         self.p = p
-        self.forms = [Form(ref(p), True, False)]
+        self.forms = {id(p): Form(ref(p))}
 
     def form(self, t: Tensor) -> Form | None:
         """The form that a tensor is; None if it was not made of the weights."""
-        return next((form for form in self.forms if form.tensor() is t), None)
+        form = self.forms.get(id(t))
+        return form if form is not None and form.tensor() is t else None
 
-    def follow(self, func: Callable[..., Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Add the results of a function as forms if one of its operands is a form."""
-        written = operands[:1] if func is Tensor.__setitem__ else [] if func in COPIES else results
-        for t in written:
-            if any(t is operand for operand in operands) and self.form(t) is not None:
-                self._change(t)
+    def has_size(self, t: Tensor) -> bool:
+        """True if a tensor [..., M, N] has the size of the weights, or of these without one column of sinks."""
+        *leading, M, N = self.p.shape
+        whole = t.numel() == self.p.numel() and t.shape[-2:] == (M, N)
+        return whole or t.shape == (*leading, M, N - 1)
+
+    def add_forms(self, func: Callable[..., Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Store what a function made of the weights, or wrote to."""
+        if func in COPIES:
+            operands = operands[:1]
+        elif func is Tensor.__setitem__:
+            results = operands[:1]
         source = next((form for t in operands if (form := self.form(t))), None)
         before = None if source is None else source.tensor()
-        if source is None or before is None:
+        if source is None or before is None or func.__name__.endswith("_like") or func.__name__.startswith("new_"):
             return
         for result in results:
-            if self.form(result) is None:
-                view = _is_view(result, before)
-                same = source.same and (view or func in COPIES)
-                self.forms.append(Form(ref(result), same, source.flipped ^ (view and _is_transposed(result, before))))
+            if self.form(result) is not None:
+                if func not in COPIES:
+                    self._note_write(result)
+                continue
+            view = _is_view(result, before)
+            if view or result.numel() in (before.numel(), self.p.numel()):
+                unchanged = source.unchanged and (view or func in COPIES)
+                self.forms[id(result)] = Form(ref(result), unchanged, _axes(result, before, source.axes, view))
 
-    def _change(self, written: Tensor) -> None:
+    def _note_write(self, written: Tensor) -> None:
         """Mark the forms that differ from the weights after a tensor was written to: its views, or all copies."""
-        memory, own = _memory(written), _memory(self.p)
-        for i, form in enumerate(self.forms):
-            here = _memory(form.tensor())
-            if (here != own) if memory == own else (here == memory):
-                self.forms[i] = form._replace(same=False)
+        memory = _memory(written)
+        shares = {key for key, form in self.forms.items() if memory and _memory(form.tensor()) == memory}
+        shares.add(id(written))
+        changed = self.forms.keys() - shares if id(self.p) in shares else shares
+        for key in changed:
+            self.forms[key] = self.forms[key]._replace(unchanged=False)
 
 
 def softmax(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -120,7 +136,7 @@ def followed(
     if frame is not None:
         operands, results = list(_tensors((*args, *kwargs.values()))), list(_tensors([result]))
         for weights in frame.weights:
-            weights.follow(func, operands, results)
+            weights.add_forms(func, operands, results)
     return result
 
 
@@ -129,15 +145,16 @@ def product(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[An
     frames = interceptor.local.frames
     frame = _with_weights(frames)
     if frame is not None:
-        operands = list(_tensors((*args, *kwargs.values())))
-        if all(any(weights.form(t) for weights in frame.weights) for t in operands):
+        factors = _factors(func, args, kwargs)
+        if factors and all(any(weights.form(factor.tensor) for weights in frame.weights) for factor in factors):
             return followed(interceptor, func, args, kwargs)  # weights times weights
-        mixes = type(frame.module).__name__ in _MIXES_HEADS
-        used, p = _used(frame.weights, _factors(func, args, kwargs), mixes)
-        if p is not None:
+        used = _used(frame.weights, factors)
+        if used:
             frame.weights = [weights for weights in frame.weights if weights not in used]
             interceptor.local.note_weights()
-            _record(interceptor, frame, p)
+            mixed = len(used) == 1 and type(frame.module).__name__ in _MIXES_HEADS
+            weights, form = next(iter(used.items()))
+            _record(interceptor, frame, Form(ref(weights.p)) if mixed else form)
     result = func(*args, **kwargs)
     if isinstance(result, Tensor):
         _attending(frames).products.add(result.shape)
@@ -151,9 +168,10 @@ def note_unused(interceptor: "Interceptor", frame: "Frame") -> None:
         interceptor.skipped.setdefault(frame.name, _NO_ATTENTION)
 
 
-def _record(interceptor: "Interceptor", frame: "Frame", weights: Tensor) -> None:
-    """Record the weights [..., M, N] that a block computed itself, if its layer is requested."""
-    name, kind = frame.name, type(frame.module).__name__
+def _record(interceptor: "Interceptor", frame: "Frame", form: Form) -> None:
+    """Record the weights that a block computed itself, if its layer is requested."""
+    name, kind, weights = frame.name, type(frame.module).__name__, form.tensor()
+    assert weights is not None
     if interceptor.torn is not None or not interceptor.is_wanted(name):
         interceptor.note_layer(name)
         return
@@ -167,12 +185,16 @@ def _record(interceptor: "Interceptor", frame: "Frame", weights: Tensor) -> None
             )
         if interceptor.recorder.grad and torch.is_grad_enabled() and not weights.requires_grad:
             raise NotImplementedError("the weights that multiply its values do not depend on its softmax")
-        fold = folding(weights.shape, interceptor.local.around(frame)).fold
+        folds = folding(form.straight(weights).shape, interceptor.local.around(frame)).fold
     except NotImplementedError as error:
         interceptor.skip(name, str(error))
         return
     interceptor.note_layer(name)
     interceptor.explicit.add(name)
+
+    def fold(t: Tensor) -> Tensor:
+        return folds(form.straight(t))
+
     p = fold(weights.detach())
     facts = interceptor.facts(frame, (len(p), *p.shape[2:]))
     interceptor.recorder.answer_weights(interceptor.key(name), p, weights, fold, facts)
@@ -202,60 +224,81 @@ def _over_keys(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 class _Factor(NamedTuple):
-    """An operand of a product of matrices; `flipped`: the product sums over its second to last dimension."""
+    """An operand of a product, and for each of its dimensions True if the product sums over it."""
 
     tensor: Tensor
-    flipped: bool
+    sums: tuple[bool, ...]
 
 
 def _factors(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Factor]:
-    """The operands of one of PRODUCTS; of an einsum, those whose last dimension or the one before is summed over."""
-    values = (*args, *kwargs.values())
-    operands = list(_tensors(values))
-    if func is not torch.einsum:
-        return [_Factor(t, place == 1) for place, t in enumerate(operands[-2:])]
-    equation = next((value for value in values if isinstance(value, str)), "").replace(" ", "")
-    terms, arrow, out = equation.partition("->")
+    """The operands of one of PRODUCTS with at least 2 dimensions."""
+    if func is torch.einsum:
+        found = _einsum(*args)
+    else:
+        values = (*args, *(value for name, value in kwargs.items() if name != "out"))
+        left, right = [value for value in values if isinstance(value, Tensor)][-2:]
+        found = [
+            _Factor(left, (False,) * (left.dim() - 1) + (True,)),
+            _Factor(right, (False,) * (right.dim() - 2) + (True, False)),
+        ]
+    return [factor for factor in found if factor.tensor.dim() >= 2]
+
+
+def _einsum(first: Any, *others: Any) -> list[_Factor]:
+    """The operands of `torch.einsum` with these arguments; [] for lists in place of an equation."""
+    if not isinstance(first, str):
+        return []
+    operands = others[0] if len(others) == 1 and isinstance(others[0], tuple | list) else others
+    terms, arrow, out = first.replace(" ", "").partition("->")
     if not arrow:  # indices that occur once are those of the result
         out = "".join(index for index in terms if terms.count(index) == 1)
     found = []
-    for t, term in zip(operands, terms.split(","), strict=False):
-        summed = [index not in out for index in term[-2:]]
-        if len(summed) == 2 and summed[0] != summed[1]:
-            found.append(_Factor(t, summed[0]))
+    for t, term in zip(operands, terms.split(","), strict=True):
+        before, _, after = term.partition("...")
+        hidden = t.dim() - len(before) - len(after)
+        sums = [[index not in out for index in part] for part in (before, after)]
+        found.append(_Factor(t, (*sums[0], *(False,) * hidden, *sums[1])))
     return found
 
 
-def _used(pending: Sequence[Weights], factors: Sequence[_Factor], mixes: bool) -> tuple[list[Weights], Tensor | None]:
-    """The weights that a product uses, and the tensor that is recorded, [..., M, N]; None if it uses none.
+def _used(pending: Sequence[Weights], factors: Sequence[_Factor]) -> dict[Weights, Form]:
+    """The weights that a product sums over their keys, with the form that is recorded; {} if there are none.
 
-    The product must sum over the keys. If an operand is the weights, these are recorded. If the block has changed them,
-    or combined those of several softmaxes, the operand itself is recorded. An operand without a column of attention
-    sinks is recorded, too.
-
-    Args:
-        pending: weights that have not been used yet.
-        factors: operands of the product.
-        mixes: True if the block mixes the heads of the weights; the weights before that are recorded.
+    If an operand is the weights, these are recorded. If the block has changed them, or combined those of several
+    softmaxes, the operand is recorded. An operand without a column of attention sinks is recorded, too.
     """
-    for operand, flipped in factors:
+    for operand, sums in factors:
         forms = {weights: form for weights in pending if (form := weights.form(operand)) is not None}
         for weights, form in forms.items():
-            (M, N), straight = weights.p.shape[-2:], operand.mT if form.flipped else operand
-            whole = straight.shape[-2:] == (M, N) and operand.numel() == weights.p.numel()
-            if form.flipped != flipped or not (whole or straight.shape == (*weights.p.shape[:-1], N - 1)):
+            queries, keys = form.axes
+            if sums[queries] or not sums[keys] or not weights.has_size(form.straight(operand)):
                 continue
-            if form.same:
-                return [weights], weights.p if whole else straight
-            return list(forms), weights.p if mixes and len(forms) == 1 else straight
-    return [], None
+            if not form.unchanged:
+                return forms
+            return {weights: Form(ref(weights.p)) if operand.numel() == weights.p.numel() else form}
+    return {}
+
+
+def _axes(result: Tensor, source: Tensor, axes: tuple[int, int], view: bool) -> tuple[int, int]:
+    """Dimensions of the queries and the keys of a tensor that was made of one with these axes."""
+    if not view or result.dim() < 2:
+        return axes if result.shape == source.shape else (-2, -1)
+    found = []
+    for axis in axes:
+        fits = [
+            i
+            for i in range(-result.dim(), 0)
+            if (result.shape[i], result.stride(i)) == (source.shape[axis], source.stride(axis))
+        ]
+        found.append(axis if axis in fits or not fits else fits[-1])
+    return found[0], found[1]
 
 
 def _memory(t: Tensor | None) -> int:
     """Address of the memory that a tensor shares with its views; 0 if it has none."""
     try:
         return 0 if t is None else t.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return 0
 
 
@@ -265,12 +308,6 @@ def _is_view(result: Tensor, source: Tensor) -> bool:
         return result.data_ptr() == source.data_ptr() != 0
     except RuntimeError:
         return False
-
-
-def _is_transposed(result: Tensor, source: Tensor) -> bool:
-    """True if a view has the last two dimensions of its source in the other order, and the others as they were."""
-    (*sizes, m, n), (*strides, a, b) = source.shape, source.stride()
-    return (*result.shape, *result.stride()) == (*sizes, n, m, *strides, b, a)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -63,7 +63,7 @@ def folding(shape: tuple[int, ...], modules: Sequence[Around]) -> Folding:
 def unknown_heads(shape: tuple[int, ...], modules: Sequence[Around]) -> NotImplementedError:
     """The error for scores [..., M, N] of which it is unknown which dimension holds the heads."""
     name, heads = next(((type(m).__name__, n) for m, _ in modules if (n := _heads_of(m))), ("", 0))
-    number = f"; {name} has {heads} heads" if heads else ""
+    number = f"; {name} has {heads} head{'s' * (heads > 1)}" if heads else ""
     if heads and len(shape) == 3 and shape[0] % heads == 0:
         return NotImplementedError(
             f"expected [B, H, M, N]; got {list(shape)}{number}, and it is unknown whether its maps go by image or by "
@@ -80,16 +80,18 @@ def unknown_heads(shape: tuple[int, ...], modules: Sequence[Around]) -> NotImple
 def has_other_heads(q: Tensor, modules: Sequence[Around]) -> bool:
     """True if dimension 1 of q, [B, H, M, D], can't be the heads, by the number of heads of the module and its input.
 
-    A module of which each device has some of the heads may have a multiple of H.
+    q has a divisor of this number if each device has some of the heads, and a multiple if each head has several parts.
     """
-    heads, x = next(((n, x) for module, x in modules if (n := _heads_of(module))), (None, None))
+    heads, x = (_heads_of(modules[0][0]), modules[0][1]) if modules else (None, None)
     if heads is None:
         return False
     first, second = q.shape[:2]
     if first == second == heads:
         # A view of a projection [B, M, H, D] in the order [H, B, M, D].
         return q.stride(0) == q.shape[3] and q.stride(1) > q.stride(2)
-    return heads % max(1, second) != 0 or (first == heads and second in _batches(x, (q.shape[2],)) - {first})
+    if first == heads and second in _batches(x, (q.shape[2],)) - {first}:
+        return True
+    return heads % max(1, second) != 0 and (heads == 1 or second % heads != 0)
 
 
 def same(t: Tensor) -> Tensor:

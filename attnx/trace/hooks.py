@@ -89,6 +89,7 @@ class Enter(Hook):
         if local.frames and local.frames[0].module is module:
             # The last call was ended by a KeyboardInterrupt: torch calls no hooks after one.
             local.frames.clear()
+            local.note_weights()
             interceptor.leave()
         if not local.frames:
             interceptor.enter(self.name, module)
@@ -110,8 +111,8 @@ class Leave(Hook):
         note_unused(interceptor, frame)
         if frame.weights:
             local.note_weights()
-        if "Norm" in type(module).__name__:
-            interceptor.inputs.note_norm(frame.main_input(), output)
+        if "Norm" in type(module).__name__ and not module._modules:
+            interceptor.inputs.note_norm(frame, output)
         if not local.frames:
             interceptor.leave()
 

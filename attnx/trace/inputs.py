@@ -10,8 +10,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from attnx.trace.hooks import Frame
 
-# Functions that add to a tensor in place, as residual connections may.
-WRITES = frozenset({Tensor.add_, Tensor.__iadd__, Tensor.copy_, Tensor.__setitem__})
+# Functions that write to a tensor, as residual connections may.
+WRITES = frozenset({
+    Tensor.add_, Tensor.__iadd__, Tensor.sub_, Tensor.__isub__, Tensor.mul_, Tensor.__imul__, Tensor.copy_,
+    Tensor.__setitem__,
+})  # fmt: skip
 
 State = tuple[ref[Tensor], int]
 """A tensor, and how often it was changed in place."""
@@ -34,9 +37,11 @@ class Inputs:
         self._normed.clear()
         self._writes.clear()
 
-    def note_norm(self, x: Tensor | None, output: Any) -> None:
-        """Store the input of a norm that has run."""
-        if x is not None and isinstance(output, Tensor):
+    def note_norm(self, frame: "Frame", output: Any) -> None:
+        """Store the input of a norm that has run, if it is the only one."""
+        x = frame.main_input()
+        inputs = [value for value in (*frame.args, *frame.kwargs.values()) if isinstance(value, Tensor)]
+        if x is not None and len(inputs) == 1 and isinstance(output, Tensor) and output.shape == x.shape:
             self._normed[id(output)] = ref(output), self._state(x)
 
     def note_write(self, x: Any) -> None:

@@ -105,6 +105,7 @@ class Interceptor(TorchFunctionMode):
         if self.local.frames:
             # torch calls no hooks after a KeyboardInterrupt.
             self.local.frames.clear()
+            self.local.note_weights()
             self.leave()
         while self.undo:
             self.undo.pop()()

@@ -31,7 +31,7 @@ class PassTokens:
         # The dict is replaced, not changed: layers share it.
         self._grids: dict[str, Grid] = {}
         self._before: dict[str, dict[str, Grid]] = {}  # {layer: grids of the modules that ran before it}
-        self._mixing: list[str] = []  # convolutions and pools that mix tokens, in the order of their calls
+        self._mixing: list[str] = []  # what mixes tokens besides attention, in the order of the calls
         self._place: dict[str, int] = {}  # {layer: number of those calls before it}
         self._queries: dict[str, int] = {}
         self._facts: dict[str, Facts] = {}
@@ -86,7 +86,7 @@ class PassTokens:
         self._facts[layer] = self._known[layer.partition("#")[0]] = facts
 
     def note_mixing(self, module: str) -> None:
-        """Store that a convolution or a pool over several positions ran."""
+        """Store that a convolution or pool over several positions, or a recurrent network, ran."""
         self._mixing.append(module)
 
     def add_grid(self, module: str, grid: Grid) -> None:
@@ -107,7 +107,7 @@ class PassTokens:
         return self._facts_of(last).merges - self._facts_of(first).merges
 
     def mixes(self, first: str, last: str) -> str | None:
-        """Name of a convolution or pool, outside attention layers, that mixes tokens between two layers; else None."""
+        """Name of what `note_mixing` stored between two layers, outside attention layers; None if there is nothing."""
         between = self._mixing[self._place.get(first, 0) : self._place.get(last, 0)]
         inside = tuple(f"{layer}." for layer in self._place)
         return next((name for name in between if not name.startswith(inside)), None)
