@@ -79,14 +79,15 @@ class Weights:
         return whole or t.shape == (*leading, M, N - 1)
 
     def add_forms(self, func: Callable[..., Any], operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Store what a function made of the weights, or wrote to."""
+        """Store the tensors that a function made of the weights, or of what the block made of them."""
+        name = getattr(func, "__name__", "")
         if func in COPIES:
             operands = operands[:1]
         elif func is Tensor.__setitem__:
             results = operands[:1]
         source = next((form for t in operands if (form := self.form(t))), None)
         before = None if source is None else source.tensor()
-        if source is None or before is None or func.__name__.endswith("_like") or func.__name__.startswith("new_"):
+        if source is None or before is None or name.endswith("_like") or name.startswith("new_"):
             return
         for result in results:
             if self.form(result) is not None:
@@ -236,7 +237,9 @@ def _factors(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         found = _einsum(*args)
     else:
         values = (*args, *(value for name, value in kwargs.items() if name != "out"))
-        left, right = [value for value in values if isinstance(value, Tensor)][-2:]
+        *_, left, right = (None, None, *(value for value in values if isinstance(value, Tensor)))
+        if left is None or right is None:
+            return []
         found = [
             _Factor(left, (False,) * (left.dim() - 1) + (True,)),
             _Factor(right, (False,) * (right.dim() - 2) + (True, False)),
@@ -253,7 +256,7 @@ def _einsum(first: Any, *others: Any) -> list[_Factor]:
     if not arrow:  # indices that occur once are those of the result
         out = "".join(index for index in terms if terms.count(index) == 1)
     found = []
-    for t, term in zip(operands, terms.split(","), strict=True):
+    for t, term in zip(operands, terms.split(","), strict=False):
         before, _, after = term.partition("...")
         hidden = t.dim() - len(before) - len(after)
         sums = [[index not in out for index in part] for part in (before, after)]
