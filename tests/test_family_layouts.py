@@ -282,6 +282,7 @@ def test_show_draws_the_family(name: str, tmp_path: Path) -> None:
     rolled = texts[main].startswith("rollout")
     assert rolled == isinstance(result(lambda: attnx.rollout(captured(model, images))), Tensor)
     assert rolled != ("no rollout: " in texts[main])
+    assert "layers: " not in texts[main]
     if len(texts) == 1:
         assert texts[main].partition("no heads.png, masks.png and layers.png: ")[2] in {
             "the model has no class token",

@@ -102,14 +102,14 @@ def _targets(targets: Sequence[int] | Tensor | None, logits: Any, count: int) ->
     if targets is None:
         return logits.argmax(1, keepdim=True)
     classes = logits.shape[1]
+    wrong = f"targets: expected class indices in 0..{classes - 1}, [K] or [{count}, K]; got {targets!r}"
     try:
         indices = torch.as_tensor(targets, device=logits.device)
     except (TypeError, ValueError, RuntimeError) as error:
-        expected = f"expected class indices in 0..{classes - 1}, [K] or [{count}, K]"
-        raise ValueError(f"targets: {expected}; got {targets!r}") from error
+        raise ValueError(wrong) from error
     if indices.dim() == 1:
         indices = indices.expand(count, -1)
     valid = indices.dim() == 2 and len(indices) == count and indices.shape[1] > 0 and not indices.is_floating_point()
     if not valid or indices.min() < 0 or indices.max() >= classes:
-        raise ValueError(f"targets: expected class indices in 0..{classes - 1}, [K] or [{count}, K]; got {targets!r}")
+        raise ValueError(wrong)
     return indices.long()

@@ -125,7 +125,7 @@ def _rolled(loaded: "Loaded", images: Tensor, rolling: dict[str, Any], **options
         if any(value != defaults[name].default for name, value in rolling.items()):
             raise
         # The first part says what was expected; the rest lists layers.
-        return None, one_line(str(error).removeprefix("rollout: ").partition(";")[0], 160)
+        return None, one_line(str(error).removeprefix("layers: ").partition(";")[0], 160)
 
 
 def _without_rollout(

@@ -62,7 +62,7 @@ class RunningMeans:
             sides: its queries and keys.
 
         Raises:
-            ValueError: the map's shape or tokens differ from those of earlier passes.
+            ValueError: the map's shape or grid differs from that of earlier passes.
         """
         mean = self.maps.get(layer)
         if mean is None:

@@ -265,7 +265,7 @@ def _einsum(first: Any, *others: Any) -> list[_Factor]:
 
 
 def _used(pending: Sequence[Weights], factors: Sequence[_Factor]) -> dict[Weights, Form]:
-    """The weights that a product sums over their keys, with the form that is recorded; {} if there are none.
+    """The weights that a product sums over their keys, and their forms; {} if there are none. The first is recorded.
 
     If an operand is the weights, these are recorded. If the block has changed them, or combined those of several
     softmaxes, the operand is recorded. An operand without a column of attention sinks is recorded, too.
@@ -277,7 +277,7 @@ def _used(pending: Sequence[Weights], factors: Sequence[_Factor]) -> dict[Weight
             if sums[queries] or not sums[keys] or not weights.has_size(form.straight(operand)):
                 continue
             if not form.unchanged:
-                return forms
+                return {weights: form, **forms}
             return {weights: Form(ref(weights.p)) if operand.numel() == weights.p.numel() else form}
     return {}
 

@@ -1,4 +1,4 @@
-"""Attention over 3 or 5 dimensions as [B, H, M, D]: which dimension holds the heads, and the way back."""
+"""Which dimension of attention holds the heads; attention over 3 or 5 dimensions as [B, H, M, D], and the way back."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ def folding(shape: tuple[int, ...], modules: Sequence[Around]) -> Folding:
     Raises:
         NotImplementedError: it is unknown which dimension holds the heads.
     """
-    (module, x), heads = next(((m, _heads_of(m[0])) for m in modules if _heads_of(m[0])), (modules[0], None))
+    (module, x), heads = _with_heads(modules)
     if len(shape) == 4 and (heads == shape[1] if heads else _is_batch_first(shape, x)):
         return Folding(same, same)
     if len(shape) == 3 and (found := _split_batch(shape, heads, [x for _, x in modules] if heads is None else [x])):
@@ -62,8 +62,8 @@ def folding(shape: tuple[int, ...], modules: Sequence[Around]) -> Folding:
 
 def unknown_heads(shape: tuple[int, ...], modules: Sequence[Around]) -> NotImplementedError:
     """The error for scores [..., M, N] of which it is unknown which dimension holds the heads."""
-    name, heads = next(((type(m).__name__, n) for m, _ in modules if (n := _heads_of(m))), ("", 0))
-    number = f"; {name} has {heads} head{'s' * (heads > 1)}" if heads else ""
+    (module, _), heads = _with_heads(modules)
+    number = f"; {type(module).__name__} has {heads} head{'s' * (heads > 1)}" if heads else ""
     if heads and len(shape) == 3 and shape[0] % heads == 0:
         return NotImplementedError(
             f"expected [B, H, M, N]; got {list(shape)}{number}, and it is unknown whether its maps go by image or by "
@@ -116,6 +116,11 @@ def _merge(t: Tensor, sizes: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
     if len(whole) > 1:
         whole = whole.expand(-1, sizes[order[1]], -1, -1, -1)
     return whole.flatten(0, 1)
+
+
+def _with_heads(modules: Sequence[Around]) -> tuple[Around, int | None]:
+    """The first module that has a number of heads, and the number; else the first module, and None."""
+    return next(((m, heads) for m in modules if (heads := _heads_of(m[0]))), (modules[0], None))
 
 
 def _heads_of(module: Any) -> int | None:

@@ -88,8 +88,7 @@ class Enter(Hook):
         local = interceptor.local
         if local.frames and local.frames[0].module is module:
             # The last call was ended by a KeyboardInterrupt: torch calls no hooks after one.
-            local.frames.clear()
-            local.note_weights()
+            local.clear()
             interceptor.leave()
         if not local.frames:
             interceptor.enter(self.name, module)
@@ -111,8 +110,6 @@ class Leave(Hook):
         note_unused(interceptor, frame)
         if frame.weights:
             local.note_weights()
-        if "Norm" in type(module).__name__ and not module._modules:
-            interceptor.inputs.note_norm(frame, output)
         if not local.frames:
             interceptor.leave()
 
@@ -166,6 +163,15 @@ class CountMerge(Hook):
             self.interceptor.merges += 1
 
 
+class NoteNorm(Hook):
+    """Hook of a norm: stores its input, for which its output stands."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Store the input, if a call of the model is running in this thread."""
+        if self.interceptor.local.frames:
+            self.interceptor.inputs.note_norm((*args, *kwargs.values()), output)
+
+
 class ThreadState(threading.local):
     """The state of one thread.
 
@@ -179,6 +185,11 @@ class ThreadState(threading.local):
         self.frames: list[Frame] = []
         self.has_weights = False
         self.token = object()
+
+    def clear(self) -> None:
+        """Forget the running modules."""
+        self.frames.clear()
+        self.has_weights = False
 
     def note_weights(self) -> None:
         """Set `has_weights`, after the weights of a frame changed."""

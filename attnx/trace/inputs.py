@@ -1,11 +1,11 @@
 """Inputs of the modules that run in a pass, to find those that run side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from attnx.trace.hooks import Frame
@@ -18,6 +18,11 @@ WRITES = frozenset({
 
 State = tuple[ref[Tensor], int]
 """A tensor, and how often it was changed in place."""
+
+
+def is_norm(module: nn.Module) -> bool:
+    """True if the class name says that a module without parts is a norm."""
+    return "Norm" in type(module).__name__ and next(module.children(), None) is None
 
 
 class Inputs:
@@ -37,12 +42,11 @@ class Inputs:
         self._normed.clear()
         self._writes.clear()
 
-    def note_norm(self, frame: "Frame", output: Any) -> None:
+    def note_norm(self, arguments: Iterable[Any], output: Any) -> None:
         """Store the input of a norm that has run, if it is the only one."""
-        x = frame.main_input()
-        inputs = [value for value in (*frame.args, *frame.kwargs.values()) if isinstance(value, Tensor)]
-        if x is not None and len(inputs) == 1 and isinstance(output, Tensor) and output.shape == x.shape:
-            self._normed[id(output)] = ref(output), self._state(x)
+        inputs = [value for value in arguments if isinstance(value, Tensor)]
+        if len(inputs) == 1 and isinstance(output, Tensor) and output.shape == inputs[0].shape:
+            self._normed[id(output)] = ref(output), self._state(inputs[0])
 
     def note_write(self, x: Any) -> None:
         """Store that a tensor was changed in place. Inference tensors do not count their changes themselves."""

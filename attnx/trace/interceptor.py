@@ -24,8 +24,8 @@ from attnx.trace.adapters.checkpointing import recomputes, switch_off
 from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
 from attnx.trace.attention_call import Call, sdpa_in_four
 from attnx.trace.facts import Facts, facts_of
-from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, ThreadState
-from attnx.trace.inputs import WRITES, Inputs
+from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, NoteNorm, ThreadState
+from attnx.trace.inputs import WRITES, Inputs, is_norm
 from attnx.trace.layers import Layers, clean_name, is_attention, matches, names_in_graph, resolve
 from attnx.trace.layout import MIXERS, function_mixes, grid_modules, is_grid_module
 from attnx.trace.recorder import Recorder
@@ -33,6 +33,7 @@ from attnx.trace.window_readers import windows_of
 from attnx.trace.windows import merges
 
 _INTERCEPTED = frozenset({SDPA, MHA, attention}) | explicit.SOFTMAX | explicit.PRODUCTS
+_NOTED = WRITES | MIXERS
 
 
 class Interceptor(TorchFunctionMode):
@@ -89,6 +90,8 @@ class Interceptor(TorchFunctionMode):
                 module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove,
                 module.register_forward_hook(leave, always_call=True).remove,
             ]
+            if is_norm(module):
+                self.undo.append(module.register_forward_hook(NoteNorm(self), with_kwargs=True).remove)
             if merges(module):
                 self.undo.append(module.register_forward_hook(CountMerge(self)).remove)
         names = {id(module): clean_name(name) for name, module in self.model.named_modules()}
@@ -104,8 +107,7 @@ class Interceptor(TorchFunctionMode):
         """Remove all hooks and restore the blocks; other captures of the same blocks continue to work."""
         if self.local.frames:
             # torch calls no hooks after a KeyboardInterrupt.
-            self.local.frames.clear()
-            self.local.note_weights()
+            self.local.clear()
             self.leave()
         while self.undo:
             self.undo.pop()()
@@ -180,10 +182,8 @@ class Interceptor(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func not in _INTERCEPTED:
-            if func in WRITES:
-                self.inputs.note_write(args[0])
-            elif func in MIXERS and self.local.frames and function_mixes(func, args, kwargs):
-                self._note_mixing(self.local.frames[-1], func.__name__)
+            if func in _NOTED:
+                self._note(func, args, kwargs)
             return explicit.followed(self, func, args, kwargs) if self.local.has_weights else func(*args, **kwargs)
         if not self.local.frames or recomputes():
             return func(*args, **kwargs)
@@ -244,10 +244,14 @@ class Interceptor(TorchFunctionMode):
         windows = next((w for w in around if w is not None and w.fits(shape)), None)
         return facts._replace(windows=windows, merges=self.merges)
 
-    def _note_mixing(self, frame: Frame, function: str) -> None:
-        """Store that a function mixed tokens, unless it was called by a module that has a hook for that."""
-        if not is_grid_module(frame.module):
-            self.trace.tokens.note_mixing(f"{frame.name}.{function}".removeprefix("."))
+    def _note(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Store that a function wrote to a tensor, or mixed tokens outside a module that has a hook for that."""
+        if func in WRITES:
+            self.inputs.note_write(args[0])
+        elif self.local.frames and function_mixes(func, args, kwargs):
+            frame = self.local.frames[-1]
+            if not is_grid_module(frame.module):
+                self.trace.tokens.note_mixing(f"{frame.name}.{func.__name__}".removeprefix("."))
 
     def note_layer(self, name: str) -> None:
         """Store that a layer attended in this call."""
