@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attnx.trace.adapters.switches import DOES_NOTHING
 from attnx.trace.explicit import Weights, note_unused
 from attnx.trace.folding import Around
+from attnx.trace.inputs import is_norm
 from attnx.trace.layout import grid_of, mixes_tokens
 
 if TYPE_CHECKING:
@@ -110,6 +111,9 @@ class Leave(Hook):
         note_unused(interceptor, frame)
         if frame.weights:
             local.note_weights()
+        # A hook of its own for each norm would take longer to register than this takes in a pass.
+        if is_norm(module):
+            interceptor.inputs.note_norm((*frame.args, *frame.kwargs.values()), output)
         if not local.frames:
             interceptor.leave()
 
@@ -161,15 +165,6 @@ class CountMerge(Hook):
         """Count the merging, if a call of the model is running in this thread."""
         if self.interceptor.local.frames:
             self.interceptor.merges += 1
-
-
-class NoteNorm(Hook):
-    """Hook of a norm: stores its input, for which its output stands."""
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Store the input, if a call of the model is running in this thread."""
-        if self.interceptor.local.frames:
-            self.interceptor.inputs.note_norm((*args, *kwargs.values()), output)
 
 
 class ThreadState(threading.local):

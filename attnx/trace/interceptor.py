@@ -24,8 +24,8 @@ from attnx.trace.adapters.checkpointing import recomputes, switch_off
 from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
 from attnx.trace.attention_call import Call, sdpa_in_four
 from attnx.trace.facts import Facts, facts_of
-from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, NoteNorm, ThreadState
-from attnx.trace.inputs import WRITES, Inputs, is_norm
+from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, ThreadState
+from attnx.trace.inputs import WRITES, Inputs
 from attnx.trace.layers import Layers, clean_name, is_attention, matches, names_in_graph, resolve
 from attnx.trace.layout import MIXERS, function_mixes, grid_modules, is_grid_module
 from attnx.trace.recorder import Recorder
@@ -90,8 +90,6 @@ class Interceptor(TorchFunctionMode):
                 module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove,
                 module.register_forward_hook(leave, always_call=True).remove,
             ]
-            if is_norm(module):
-                self.undo.append(module.register_forward_hook(NoteNorm(self), with_kwargs=True).remove)
             if merges(module):
                 self.undo.append(module.register_forward_hook(CountMerge(self)).remove)
         names = {id(module): clean_name(name) for name, module in self.model.named_modules()}
