@@ -15,10 +15,13 @@ from attnx.methods import (
     gradient_rollout,
     layer_maps,
     mass_mask,
+    mean_attention_distance,
     pointing_game,
     relevance,
     rollout,
+    row_entropy,
 )
+from attnx.ops.attention_stats import attention_stats
 from attnx.ops.functional import attention, attention_lse, attention_map, gradient_map, vecmat
 from attnx.trace.capture import Handle, capture, patch
 from attnx.trace.layout import TokenLayout
@@ -35,6 +38,7 @@ __all__ = [
     "attention",
     "attention_lse",
     "attention_map",
+    "attention_stats",
     "branch_rollout",
     "capture",
     "class_maps",
@@ -48,11 +52,13 @@ __all__ = [
     "huggingface",
     "layer_maps",
     "mass_mask",
+    "mean_attention_distance",
     "open",
     "patch",
     "pointing_game",
     "relevance",
     "rollout",
+    "row_entropy",
     "vecmat",
     "word_maps",
 ]

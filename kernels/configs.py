@@ -197,6 +197,21 @@ def vecmat_config(head_dim: int, itemsize: int, rows: int, target: Target, bias:
     return Config(64, 64, 4, stages) if row_bytes <= 128 else Config(64, 128, 8, stages)
 
 
+def statistics_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
+    """Configuration of the statistics kernel: a small tile, because weights and distances are in registers."""
+    if head_dim > WHOLE_HEAD:
+        return WIDE
+    row_bytes = sum(split_d(head_dim)) * itemsize
+    if itemsize == 4:
+        keys = 16 if bias and row_bytes > 256 else 32
+        return Config(16, keys, 4, 1) if rows <= 16 or row_bytes > 512 else Config(32, keys, 8, 1)
+    if bias:
+        return Config(16 if rows <= 16 else 64, 32, 8 if rows > 16 and row_bytes > 256 else 4, 1)
+    if rows <= 16:
+        return Config(16, 64 if row_bytes <= 256 else 32, 4, 1)
+    return Config(64, 64, 8 if row_bytes > 256 else 4, min(_stages(row_bytes, target), 2))
+
+
 def one_pass_config(head_dim: int, itemsize: int, keys: int, target: Target, bias: bool = False) -> ShortRows | None:
     """Configuration of the one-pass kernel, which holds whole rows of keys on chip.
 

@@ -13,7 +13,7 @@ ORDER = (
     ("attnx.files",),
     ("attnx.images", "attnx.supervisor"),
     ("attnx.kernels",),
-    ("attnx.ops.reducers", "attnx.ops.scores"),
+    ("attnx.ops.reducers", "attnx.ops.scores", "attnx.ops.statistics"),
     ("attnx.ops.backends",),
     ("attnx.ops",),
     ("attnx.testing", "attnx.trace.adapters"),

@@ -1,8 +1,9 @@
-"""Methods on maps: rollout, relevance, CLS maps, layer-wise maps, masks, entropy. Pure functions of traces or maps."""
+"""Methods: rollout, relevance, CLS maps, layer-wise maps, probes, masks, entropy. Pure functions of traces or maps."""
 
 from attnx.methods.branches import branch_rollout, fuse_branches
 from attnx.methods.maps import LayerMaps, cls_map, layer_maps
 from attnx.methods.metrics import entropy, entropy_levels, mass_mask, pointing_game
+from attnx.methods.probes import mean_attention_distance, row_entropy
 from attnx.methods.relevance import relevance
 from attnx.methods.rollout import gradient_rollout, rollout
 
@@ -16,7 +17,9 @@ __all__ = [
     "gradient_rollout",
     "layer_maps",
     "mass_mask",
+    "mean_attention_distance",
     "pointing_game",
     "relevance",
     "rollout",
+    "row_entropy",
 ]

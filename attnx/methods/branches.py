@@ -59,7 +59,7 @@ def branches_of(trace: Trace) -> Branches | None:
         return None
     if trace.rows is not None:
         raise ValueError(f"rows: expected a capture of whole maps, with rows=None; got rows={list(trace.rows)}")
-    if trace.given_layout is not None:
+    if trace.tokens.given is not None:
         raise ValueError("layout: expected None for CrossViT, whose branches have a layout each; capture without it")
     first = next(iter(found.values()))
     if first.branches != 2:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnx.ops.reducers import Reduction
 from attnx.trace.gradient_record import GradientRecord
-from attnx.trace.layers import attention_layers, matches
+from attnx.trace.layers import attention_layers, matches, selects
 from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord
 from attnx.trace.tokens import Tokens, describe, stack_of
@@ -67,7 +67,7 @@ class Chain:
         """
         if not self.windowed:
             return trace.layout
-        layout, given = TokenLayout(0, self.grids[start]), trace.given_layout
+        layout, given = TokenLayout(0, self.grids[start]), trace.tokens.given
         if given is not None and (given.prefix, given.grid, given.suffix) != (0, layout.grid, 0):
             raise ValueError(f"layout: expected None or that of the windows, {layout}; got {given}")
         return layout
@@ -105,8 +105,8 @@ def self_attention(trace: Trace, weighted: bool = False) -> Chain:
             pool = name, record
         else:
             fits = False
-    if trace.given_layout is not None:
-        n = trace.given_layout.tokens
+    if trace.tokens.given is not None:
+        n = trace.tokens.given.tokens
         odd = next((name for name in trace if trace.kept(name).shape[-1] != n), None)
         if odd is not None:
             raise ValueError(
@@ -243,7 +243,7 @@ def _choice(trace: Trace) -> str:
     if trace.tokens.mixes(group[0], group[-1]) is not None:
         return "no layers of this model form a chain: convolutions or pools run between them"
     for pattern in (f"{stem}.*", f"{stem}*", f"{stem}.*{group[0].rpartition('.')[2]}"):
-        if stem and set(trace.select_names(pattern)) == set(group):
+        if stem and {name for name in trace if selects(pattern, name)} == set(group):
             return f"choose some of one kind, such as layers={pattern!r}"
     return f"choose some of one kind, such as layers={group}"
 

@@ -84,11 +84,12 @@ def entropy_levels(values: Tensor | np.ndarray, levels: int = 4) -> Tensor:
     """Groups of equal size by rank of entropy: 0 for the lowest (most focused), levels - 1 for the highest.
 
     Args:
-        values: [K], a tensor or numpy array of any real dtype.
+        values: [K], or [K, ...] such as the entropies of K images in each layer and head, which are ranked over the
+            images: a tensor or numpy array of any real dtype.
         levels: number of groups, at least 1.
 
     Returns:
-        [K] int64.
+        int64, shaped as `values`.
 
     Raises:
         ValueError: invalid values or levels.
@@ -98,10 +99,10 @@ def entropy_levels(values: Tensor | np.ndarray, levels: int = 4) -> Tensor:
         >>> attnx.entropy_levels(torch.tensor([0.5, 3.0, 1.0, 2.0]), levels=2)
         tensor([0, 1, 0, 1])
     """
-    values = _tensor("values", values, "[K]")
-    if values.dim() != 1 or levels < 1:
-        raise ValueError(f"expected 1-D values and levels >= 1; got {list(values.shape)} and {levels}")
-    rank = values.argsort(stable=True).argsort(stable=True)
+    values = _tensor("values", values, "[K, ...]")
+    if values.dim() < 1 or levels < 1:
+        raise ValueError(f"expected values [K, ...] and levels >= 1; got {list(values.shape)} and {levels}")
+    rank = values.argsort(dim=0, stable=True).argsort(dim=0, stable=True)
     return rank * levels // max(1, len(values))
 
 

@@ -30,7 +30,7 @@ def attention(
     """Output and map, see `attnx.attention`. softcap: 0 for none."""
     scores, reduction = Scores(q, k, bias, is_causal, scale, softcap), Reduction.parse(heads)
     if scores.is_empty:
-        return scores.new_output(v).zero_(), _new_map(q, k, heads, rows).zero_()
+        return scores.new_output(v).zero_(), new_map(q, k, heads, rows).zero_()
     _check_range(rows, q.shape[2])
     match choose(backend, scores, v, reduction):
         case "triton":
@@ -50,7 +50,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float, softcap: float, heads: str,
     rows: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return Scores(q, k, bias, is_causal, scale).new_output(v), _new_map(q, k, heads, rows)
+    return Scores(q, k, bias, is_causal, scale).new_output(v), new_map(q, k, heads, rows)
 
 
 @Operator
@@ -69,7 +69,7 @@ def attention_map(
     """The map alone, see `attnx.attention_map`."""
     scores, reduction = Scores(q, k, bias, is_causal, scale, softcap), Reduction.parse(heads)
     if scores.is_empty:
-        return _new_map(q, k, heads, rows).zero_()
+        return new_map(q, k, heads, rows).zero_()
     _check_range(rows, q.shape[2])
     match choose(backend, scores, None, reduction):
         case "triton":
@@ -89,7 +89,7 @@ def _(
     q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float, softcap: float, heads: str,
     rows: Tensor | None, lse: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
-    return _new_map(q, k, heads, rows)
+    return new_map(q, k, heads, rows)
 
 
 @Operator
@@ -183,7 +183,7 @@ def gradient_map(
     """The gradient-weighted map, see `attnx.gradient_map`."""
     scores, reduction = Scores(q, k, bias, is_causal, scale, softcap), Reduction.parse(heads)
     if scores.is_empty or 0 in v.shape:
-        return _new_map(q, k, heads, rows).zero_()
+        return new_map(q, k, heads, rows).zero_()
     _check_range(rows, q.shape[2])
     match choose(backend, scores, v, reduction):
         case "triton":
@@ -203,7 +203,7 @@ def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float, softcap: float,
     heads: str, clamp: bool, rows: Tensor | None, lse: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
-    return _new_map(q, k, heads, rows)
+    return new_map(q, k, heads, rows)
 
 
 @Operator
@@ -236,7 +236,8 @@ def _(
     return dq, dk, dv, torch.empty_like(bias, memory_format=torch.contiguous_format)
 
 
-def _new_map(q: Tensor, k: Tensor, heads: str, rows: Tensor | None) -> Tensor:
+def new_map(q: Tensor, k: Tensor, heads: str, rows: Tensor | None) -> Tensor:
+    """Uninitialised map of the rows."""
     m = q.shape[2] if rows is None else rows.shape[0]
     planes = q.shape[:2] if heads == "each" else q.shape[:1]
     return q.new_empty((*planes, m, k.shape[2]), dtype=torch.float32)

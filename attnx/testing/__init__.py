@@ -5,13 +5,14 @@ from attnx.testing.assertions import (
     assert_attention_lse,
     assert_gradient_map,
     assert_output,
+    assert_stats,
     assert_vecmat,
     assert_within_budget,
     budget,
     score_size,
 )
 from attnx.testing.cases import LAYOUTS, TABLE, Case, Inputs, random_gradient, random_inputs, random_vector
-from attnx.testing.oracle import oracle, oracle_gradient_map, oracle_lse, oracle_vecmat, torch_reference
+from attnx.testing.oracle import oracle, oracle_gradient_map, oracle_lse, oracle_stats, oracle_vecmat, torch_reference
 
 __all__ = [
     "LAYOUTS",
@@ -22,12 +23,14 @@ __all__ = [
     "assert_attention_lse",
     "assert_gradient_map",
     "assert_output",
+    "assert_stats",
     "assert_vecmat",
     "assert_within_budget",
     "budget",
     "oracle",
     "oracle_gradient_map",
     "oracle_lse",
+    "oracle_stats",
     "oracle_vecmat",
     "random_gradient",
     "random_inputs",

@@ -1,6 +1,6 @@
 """Assertions that a backend's result is within the error budget of the float64 oracle."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from attnx.testing.oracle import (
     oracle,
     oracle_gradient_map,
     oracle_lse,
+    oracle_stats,
     oracle_vecmat,
     torch_reference,
 )
@@ -157,6 +158,34 @@ def assert_gradient_map(
         ours, exact, reference, "gradient map", 1 + score_size(q, k, bias, is_causal, scale, softcap, sinks)
     )
     assert not ours[exact == 0].any(), "gradient map: entries that are zero in the oracle are not"
+
+
+def assert_stats(
+    ours: Mapping[str, Tensor],
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    places: tuple[Tensor, Tensor] | None = None,
+    prefix: int = 0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Raise AssertionError unless each statistic is correct, and zero where the oracle is zero.
+
+    The entropy must be zero for rows without keys. For rows of one key its logarithm may have a rounding error.
+    """
+    call = (q, k, bias, is_causal, scale, places, prefix)
+    more: dict[str, Any] = dict(softcap=softcap, sinks=sinks)
+    exact = oracle_stats(*call, **more)
+    reference = oracle_stats(*call, **more, dtype=torch.promote_types(q.dtype, torch.float32))
+    exponent = score_size(q, k, bias, is_causal, scale, softcap, sinks)
+    for name, stat in ours.items():
+        assert stat.dtype == torch.float32, f"{name}: dtype {stat.dtype}, expected torch.float32"
+        assert_within_budget(stat, exact[name], reference[name], name, exponent)
+        zero = exact["max" if name == "entropy" else name] == 0
+        assert not stat[zero].any(), f"{name}: values that are zero in the oracle are not"
 
 
 def assert_output(

@@ -86,6 +86,39 @@ def oracle_gradient_map(
     return fuse_heads(_chosen(weighted, rows), Reduction.parse(heads))
 
 
+def oracle_stats(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    places: tuple[Tensor, Tensor] | None = None,
+    prefix: int = 0,
+    dtype: torch.dtype = torch.float64,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """{name: [B, H, M]}: entropy, largest weight, mass on the prefix and, with places, distance, by plain softmax.
+
+    Args:
+        places: (queries [P, M, 2], keys [P, N, 2]), as in `attnx.ops.attention_stats.attention_with_stats`.
+        dtype: dtype of the computation; float64 for the oracle, at least float32 for torch's reference.
+    """
+    p = _softmax(biased_scores(q, k, bias, is_causal, scale, dtype, softcap), _hidden(q, k, bias, is_causal), sinks)
+    found = {
+        "entropy": torch.where(p > 0, -p * p.log(), p).sum(-1),
+        "max": p.max(-1).values,
+        "mass": p[..., :prefix].sum(-1),
+    }
+    if places is not None:
+        queries_at, keys_at = (at.to(dtype).repeat(len(q) // len(at), 1, 1) for at in places)
+        far = torch.cdist(queries_at, keys_at.nan_to_num(), compute_mode="donot_use_mm_for_euclid_dist")
+        far = far.masked_fill(keys_at[:, None, :, 0].isnan(), 0.0)
+        no_place = queries_at[:, None, :, 0].isnan()
+        found["distance"] = (p * far[:, None]).sum(-1).masked_fill(no_place, torch.nan)
+    return found
+
+
 def torch_reference(
     q: Tensor,
     k: Tensor,

@@ -47,6 +47,7 @@ def capture(
     keep: str = "map",
     grad: bool | str = False,
     calls: str = "last",
+    stats: Sequence[str] = (),
     layout: TokenLayout | None = None,
     backend: str = "auto",
 ) -> Iterator[Trace]:
@@ -71,7 +72,7 @@ def capture(
             the number of tokens; `rollout` works from these, and a map is computed each time it is read. q and k are
             copied if they are views of a larger tensor, such as a packed qkv; a bias is not copied. "auto" stores q and
             k of a layer if its maps take more than 64 MB and more memory than q and k; it stores maps otherwise, for
-            chosen rows, and for heads other than "mean".
+            chosen rows, and for heads other than "mean". "stats" stores no maps, only the statistics of `stats`.
         grad: True: the maps are weighted by their own gradients, see `attnx.gradient_map`. They are computed in each
             backward pass, `trace.backward(score)` or `score.backward()`. Nothing below the first captured layer needs a
             gradient unless the model's parameters do. "signed": without the clamp.
@@ -79,6 +80,9 @@ def capture(
             Trace of each pass in order, as for `generate()`; the trace itself holds the last pass. "mean": the trace
             holds the mean of each layer over the passes in which it attended. A part of the model that is called by
             itself, such as an encoder in `generate()`, is a separate pass.
+        stats: statistics of every row of each head, beside the maps: names of `attnx.attention_stats`. `trace.stats`
+            holds them. Layers over other tokens than patches have no distances, and layers whose prefix tokens are
+            unknown no mass; reading those raises KeyError with the reason.
         layout: the tokens of the maps, if they cannot be inferred from the model.
         backend: as in `attnx.attention`.
 
@@ -108,7 +112,7 @@ def capture(
         torch.Size([2, 1, 145])
     """
     interceptor = Interceptor(
-        model, layers, Recorder(model, heads, rows, keep, layout, backend, grad=grad, calls=calls)
+        model, layers, Recorder(model, heads, rows, keep, layout, backend, grad=grad, calls=calls, stats=stats)
     )
     with ExitStack() as stack:
         stack.enter_context(uncompiled())
@@ -158,6 +162,7 @@ def patch(
     keep: str = "map",
     grad: bool | str = False,
     calls: str = "last",
+    stats: Sequence[str] = (),
     layout: TokenLayout | None = None,
     backend: str = "auto",
 ) -> Handle:
@@ -167,7 +172,7 @@ def patch(
     around every hook.
 
     Args:
-        model, layers, heads, rows, keep, grad, calls, layout, backend: as in `capture`.
+        model, layers, heads, rows, keep, grad, calls, stats, layout, backend: as in `capture`.
 
     Returns:
         a `Handle`: `handle.trace` holds the maps of the last call.
@@ -190,7 +195,7 @@ def patch(
     if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
         raise ValueError("patch: expected a model that is not compiled; use attnx.capture, or patch model._orig_mod")
     interceptor = Interceptor(
-        model, layers, Recorder(model, heads, rows, keep, layout, backend, grad=grad, calls=calls)
+        model, layers, Recorder(model, heads, rows, keep, layout, backend, grad=grad, calls=calls, stats=stats)
     )
     interceptor.install()
     return Handle(interceptor)

@@ -8,13 +8,16 @@ from torch import Tensor
 
 from attnx.trace.pass_tokens import PassTokens
 from attnx.trace.records import LayerRecord, MapRecord, QKRecord, RowsRecord
+from attnx.trace.row_stats import RowStats
 
 if TYPE_CHECKING:
     from attnx.trace.trace import Trace
 
 
-def item(trace: "Trace", records: Mapping[str, LayerRecord], index: int) -> tuple[dict[str, LayerRecord], PassTokens]:
-    """The records and the tokens of one item, see `Trace.item`.
+def item(
+    trace: "Trace", records: Mapping[str, LayerRecord], index: int
+) -> tuple[dict[str, LayerRecord], dict[str, RowStats], PassTokens]:
+    """The records, the statistics and the tokens of one item, see `Trace.item`.
 
     Args:
         trace: the trace of the batch.
@@ -36,6 +39,7 @@ def item(trace: "Trace", records: Mapping[str, LayerRecord], index: int) -> tupl
             f"item: expected layers of equally many items, and one of these; got {counts} items and {index}"
         )
     found: dict[str, LayerRecord] = {}
+    stats: dict[str, RowStats] = {}
     unpadded: dict[str, int] = {}  # {layer: number of queries without padding}
     for name, record in records.items():
         count, (queries, keys) = windows.get(name, 1), trace.sides(name)
@@ -43,8 +47,11 @@ def item(trace: "Trace", records: Mapping[str, LayerRecord], index: int) -> tupl
         if tokens is not None and queries == keys:
             unpadded[name] = tokens
         rows = unpadded.get(name) if trace.rows is None else None
-        found[name] = _of_items(record, slice(index * count, (index + 1) * count), rows, tokens)
-    return found, trace.tokens.item(index, unpadded)
+        of_item = slice(index * count, (index + 1) * count)
+        found[name] = _of_items(record, of_item, rows, tokens)
+        if name in trace.stats:
+            stats[name] = trace.stats[name].of_items(of_item, unpadded.get(name))
+    return found, stats, trace.tokens.item(index, unpadded)
 
 
 def _of_items(record: LayerRecord, items: slice, rows: int | None, columns: int | None) -> LayerRecord:

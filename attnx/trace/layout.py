@@ -110,6 +110,7 @@ class Grid(NamedTuple):
         items: number of images of the batch; 0 if unknown.
         problem: reason that the images of the batch have no common grid; "" if they have one.
         each: (rows, columns) of each image, if there is padding after the patches of some.
+        step: (rows, columns) of the module's input from one position to the next; (0, 0) if unknown.
     """
 
     shape: tuple[int, int]
@@ -118,6 +119,7 @@ class Grid(NamedTuple):
     items: int = 0
     problem: str = ""
     each: tuple[tuple[int, int], ...] = ()
+    step: tuple[int, int] = (0, 0)
 
     @property
     def tokens(self) -> int:
@@ -257,21 +259,31 @@ def grid_of(module: nn.Module, args: Sequence[Any], output: object) -> Grid | No
     kind = type(module).__name__
     if kind == "NaFlexEmbeds":
         x, shape = output if isinstance(output, tuple) and len(output) == 2 else (None, None)
-        return Grid((int(shape[0]), int(shape[1])), x.shape[-1], 1, len(x)) if isinstance(x, Tensor) and shape else None
+        if not isinstance(x, Tensor) or not shape:
+            return None
+        return Grid((int(shape[0]), int(shape[1])), x.shape[-1], 1, len(x), step=_step(module))
     if not isinstance(output, Tensor) or isinstance(module, _SEQUENCE_MIXERS):
         return None
     if kind == "Siglip2VisionEmbeddings":
         shapes = args[1] if len(args) > 1 else None
-        return _common_grid(shapes, output) if isinstance(shapes, Tensor) else None
+        found = _common_grid(shapes, output) if isinstance(shapes, Tensor) else None
+        return None if found is None else found._replace(step=_step(module))
     if isinstance(module, nn.Conv3d):
         if output.dim() != 5:
             return None
         shape = int(output.shape[-2]), int(output.shape[-1])
-        return Grid(shape, int(output.shape[1]), int(output.shape[2]), len(output))
+        return Grid(shape, int(output.shape[1]), int(output.shape[2]), len(output), step=_step(module))
     if output.dim() in (3, 4):
         shape = int(output.shape[-2]), int(output.shape[-1])
-        return Grid(shape, int(output.shape[-3]), items=len(output) if output.dim() == 4 else 1)
+        return Grid(shape, int(output.shape[-3]), items=len(output) if output.dim() == 4 else 1, step=_step(module))
     return None
+
+
+def _step(module: nn.Module) -> tuple[int, int]:
+    """`Grid.step` of a module: its stride, or the patch size of an embedding of patches."""
+    step = getattr(module, "stride", None) or getattr(module, "patch_size", None) or (0, 0)
+    step = (step, step) if isinstance(step, int) else tuple(step)[-2:]
+    return (int(step[0]), int(step[1])) if len(step) == 2 else (0, 0)
 
 
 def _common_grid(shapes: Tensor, embedded: Tensor) -> Grid | None:

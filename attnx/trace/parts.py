@@ -29,7 +29,7 @@ class Parts:
 
     def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
         self.modules = {clean_name(name): module for name, module in model.named_modules()}
-        attending = {*layers, *attention_layers(model)}
+        self.attending = attending = {*layers, *attention_layers(model)}
         inside = {name.rsplit(".", i)[0] for name in attending for i in range(1, name.count(".") + 1)} | {""}
         convolutions = {id(module) for module in patch_convolutions(model)}
         self.kinds: dict[str, dict[str, str]] = {}  # {part: {module: kind of tokens}}

@@ -132,14 +132,41 @@ class PassTokens:
             layers: names of all layers of the trace.
 
         Raises:
-            ValueError: the model does not declare its layout.
+            ValueError: the keys are not patches of an image, or the model does not declare its layout.
         """
+        if keys.kind == "windows":
+            raise ValueError(
+                f"layout: expected maps over whole images; got {keys} in {name!r}; rollout follows windows, but there "
+                "is no class token"
+            )
+        if keys.kind in ("text", "channels", "queries"):
+            raise ValueError(f"layout: expected maps over patches of an image; got maps over {keys}")
         layout = self.given or keys.layout
         if layout is not None:
             return layout
         parts = self._structure(layers)
         grids = parts.grids(keys.part, self._before.get(name, self._grids), self._facts_of(name).width)
         return infer_layout(parts.modules.get(keys.part, self.model), grids, keys.count)
+
+    def patch_size(self, name: str, tokens: Tokens, layers: Iterable[str]) -> tuple[float, float] | None:
+        """(height, width) in pixels of the image from one token of a grid to the next; None if unknown.
+
+        The first module with a grid, which sees the image, gives its step. A coarser grid has a multiple of it.
+
+        Args:
+            name: of the layer.
+            tokens: of one side of its map.
+            layers: names of all layers of the trace.
+        """
+        grids, sources = self._before.get(name, self._grids), self._structure(layers).sources
+        first = [(sources.get(module), grid) for module, grid in reversed(grids.items()) if min(grid.step)]
+        own = [grid for part, grid in first if part == tokens.part] or [grid for _, grid in first]
+        if not own or tokens.grid is None:
+            return None
+        height, width = (
+            step * _ratio(n, count) for step, n, count in zip(own[0].step, own[0].shape, tokens.grid, strict=True)
+        )
+        return height, width
 
     def _find_sides(self, name: str, shape: tuple[int, int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
         facts = self._facts_of(name)
@@ -154,7 +181,16 @@ class PassTokens:
         return self._facts.get(name) or self._known.get(name.partition("#")[0], Facts())
 
     def _structure(self, layers: Iterable[str]) -> Parts:
-        names = tuple(dict.fromkeys(name.partition("#")[0] for name in layers))
+        if () not in self._parts:
+            self._parts[()] = Parts(self.model, ())
+        known = self._parts[()].attending
+        names = tuple(dict.fromkeys(name for layer in layers if (name := layer.partition("#")[0]) not in known))
         if names not in self._parts:
             self._parts[names] = Parts(self.model, names)
         return self._parts[names]
+
+
+def _ratio(finer: int, coarser: int) -> float:
+    """Cells of an axis of a finer grid per cell of a coarser one: a whole number if padding or cropping gives that."""
+    whole = max(1, round(finer / coarser))
+    return whole if coarser in (finer // whole, -(-finer // whole)) else finer / coarser

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from attnx.ops.functional import attention_map
 from attnx.ops.reducers import MASK_THRESHOLD, Reduction, fuse_heads
-from attnx.trace.attend import attend, check_keep
+from attnx.trace.attend import attend, attend_with_stats, check_keep, without_map
 from attnx.trace.attention_call import Call
 from attnx.trace.facts import Facts
 from attnx.trace.gradient_record import attend_with_gradient, weigh_weights
 from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, qk_bytes
+from attnx.trace.row_stats import Wanted, check_stats, wanted_of
 from attnx.trace.trace import CALLS, Trace
 
 
@@ -36,7 +37,7 @@ class Recorder:
     Args:
         model, heads, rows, keep, layout, backend: as in `attnx.capture`.
         internal: True if only this package reads the maps. Then their rows can be assumed to sum to 1.
-        grad, calls: as in `attnx.capture`.
+        grad, calls, stats: as in `attnx.capture`.
 
     Raises:
         ValueError: an unknown `keep`, `heads`, `grad` or `calls`, rows that are not integers, or no TokenLayout.
@@ -53,6 +54,7 @@ class Recorder:
         internal: bool = False,
         grad: bool | str = False,
         calls: str = "last",
+        stats: Sequence[str] = (),
     ) -> None:
         Reduction.parse(heads)
         if calls not in CALLS:
@@ -61,10 +63,14 @@ class Recorder:
             raise ValueError(
                 "calls: expected 'last' or 'all' with grad or keep='qk' or 'auto', which store no maps; got 'mean'"
             )
+        if calls == "mean" and stats:
+            raise ValueError("calls: expected 'last' or 'all' with stats, of which no mean is stored; got 'mean'")
         if grad not in (False, True, "signed"):
             raise ValueError(f"grad: expected False, True or 'signed'; got {grad!r}")
-        if grad and keep == "qk":
-            raise ValueError("keep: expected 'map' with grad, whose maps are computed in the backward pass; got 'qk'")
+        if grad and keep in ("qk", "stats"):
+            raise ValueError(
+                f"keep: expected 'map' with grad, whose maps are computed in the backward pass; got {keep!r}"
+            )
         if layout is not None and not isinstance(layout, TokenLayout):
             raise ValueError(f"layout: expected a TokenLayout; got {layout!r}")
         try:
@@ -75,7 +81,8 @@ class Recorder:
             raise ValueError("rows: expected at least one row, or None for all; got none")
         self.trace = Trace(model, heads, chosen, layout, calls)
         self.calls = calls
-        self.keep = check_keep(keep)
+        self.stats = check_stats(stats)
+        self.keep = check_keep(keep, self.stats)
         self.backend = backend
         self.stop_after: str | None = None
         self.stop_row: int | None = None
@@ -133,20 +140,26 @@ class Recorder:
         try:
             rows = None if self.trace.rows is None else self._index(self.trace.rows, q)
             options = dict(heads=self.trace.heads, rows=rows, **given)
+            wanted = self._wanted(layer, (len(q), q.shape[2], k.shape[2]), q.device)
             if self.grad:
                 clamp = self.grad != "signed"
                 answer, weighted = attend_with_gradient(call.output, call.fold, q, k, v, clamp=clamp, **options)
-                self.trace.add(layer, weighted, q.shape[2])
+                stats = attend_with_stats(q, k, v, "stats", wanted, output=False, **options)[2] if wanted else None
+                self.trace.add(layer, weighted, q.shape[2], stats)
                 return answer
             use_kernel = (
                 alone and not call.ours and layer != self.stop_after and not self._needs_own_output(q, k, v, call.bias)
             )
-            out, record = attend(q, k, v, self.keep, output=use_kernel, **options)
+            record: LayerRecord
+            if wanted:
+                out, record, stats = attend_with_stats(q, k, v, self.keep, wanted, output=use_kernel, **options)
+            else:
+                (out, record), stats = attend(q, k, v, self.keep, output=use_kernel, **options), None
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{layer}: {error}") from error
         if isinstance(record, MapRecord) and not self.internal:
             record = MapRecord(record.amap)  # users may write to the map, so its rows need not sum to 1
-        self.trace.add(layer, record, q.shape[2])
+        self.trace.add(layer, record, q.shape[2], stats)
         if layer == self.stop_after:
             raise StopForward
         if out is None:
@@ -179,18 +192,29 @@ class Recorder:
         alone = self.stop_row is not None and layer == self.stop_after and self.trace.rows is None
         chosen = (self.stop_row or 0,) if alone else self.trace.rows
         record: LayerRecord
+        wanted = self._wanted(layer, (len(p), *p.shape[2:]), p.device)
         try:
             rows = None if chosen is None else self._index(chosen, p)
-            if self.grad:
+            if self.keep == "stats":
+                record = without_map(p[..., :0], p[:, :, 0, :, None])
+            elif self.grad:
                 record = weigh_weights(weights, fold, rows, self._fused, clamp=self.grad != "signed")
             else:
                 amap = self._fused(p if rows is None else p[..., rows, :])
                 record = RowsRecord(amap, chosen or (), p.shape[2]) if alone else MapRecord(amap)
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from error
-        self.trace.add(layer, record, p.shape[2])
+        self.trace.add(layer, record, p.shape[2], wanted.of_weights(p) if wanted else None)
         if layer == self.stop_after:
             raise StopForward
+
+    def _wanted(self, layer: str, shape: Sequence[int], device: torch.device) -> Wanted | None:
+        """What a layer with maps of this shape, [items, M, N], can have of the requested statistics; None without."""
+        if not self.stats:
+            return None
+        tokens = self.trace.tokens
+        sides = tokens.sides(layer, (shape[0], shape[1], shape[2]), [*self.trace, layer])
+        return wanted_of(self.stats, layer, sides, tokens.windows(layer), device)
 
     def _fused(self, p: Tensor) -> Tensor:
         """[B, H, M, N] weights with their heads fused, in a tensor of its own: float32."""

@@ -3,6 +3,7 @@
 A map takes 4 N^2 bytes; the memory of q and k is linear in N. Methods read both through the interface `LayerRecord`.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from attnx.ops.attention_stats import attention_with_stats
 from attnx.ops.functional import attention_map, vecmat
 from attnx.ops.reducers import Reduction, fuse_heads
 
@@ -126,10 +128,14 @@ class RowsRecord:
 
     def map(self) -> Tensor:
         """Raise RuntimeError: the whole map is not stored."""
+        if not self.rows:
+            raise RuntimeError("no map was stored: the capture has keep='stats'; read trace.stats")
         raise RuntimeError(f"only rows {list(self.rows)} of the map were stored")
 
     def row(self, i: int) -> Tensor:
         """Row `i` of the map. Raises IndexError unless it is stored."""
+        if not self.rows:
+            return self.map()
         if i not in self.rows:
             raise IndexError(f"row: expected one of the stored rows {list(self.rows)}; got {i}")
         return self.amap[..., self.rows.index(i), :]
@@ -220,6 +226,12 @@ class QKRecord:
             return MapRecord(self.map()).vecmat(r)
         with no_autocast(r):
             return torch.stack([vecmat(row, self.q, self.k, **self._call(), lse=self.lse) for row in r.unbind(1)], 1)
+
+    def stats(self, names: Sequence[str], places: tuple[Tensor, Tensor] | None, prefix: int) -> dict[str, Tensor]:
+        """Statistics of all rows: {name: [B, H, M]}, as of `attnx.ops.attention_stats.attention_with_stats`."""
+        with no_autocast(self.q):
+            options: dict[str, Any] = dict(heads=None, stats=names, places=places, prefix=prefix, lse=self.lse)
+            return attention_with_stats(self.q, self.k, None, **options, **self._call())[2]
 
     def _whole_mean(self) -> bool:
         return self.heads == "mean" and self.rows is None and self.sinks is None

@@ -11,6 +11,7 @@ from attnx.trace.layers import Layers, select, selects
 from attnx.trace.layout import TokenLayout
 from attnx.trace.pass_tokens import PassTokens
 from attnx.trace.records import LayerRecord, MapRecord
+from attnx.trace.row_stats import RowStats, StatsOfLayers
 from attnx.trace.tokens import Tokens, describe
 from attnx.trace.windows import Windows
 
@@ -50,6 +51,7 @@ class Trace(Mapping[str, Tensor]):
         self.rows = rows
         self._mode = calls
         self._records: dict[str, LayerRecord] = {}
+        self._stats: dict[str, RowStats] = {}
         self.tokens = PassTokens(model, layout)  # of the current pass
         self.in_a_row = False  # True if the user selected layers that follow one another, whatever their names
         self._calls: list[Trace] = []
@@ -75,8 +77,24 @@ class Trace(Mapping[str, Tensor]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the records of the trace take."""
-        return sum(record.nbytes for record in self._records.values())
+        """Bytes of memory that the records and the statistics of the trace take."""
+        stats = sum(stats.nbytes for stats in self._stats.values())
+        return stats + sum(record.nbytes for record in self._records.values())
+
+    @property
+    def stats(self) -> StatsOfLayers:
+        """The statistics of a capture with `stats`: {layer: {name: [B, H, M]}}.
+
+        Example:
+            >>> import torch, attnx
+            >>> from attnx.demo.vit import demo_model
+            >>> model = demo_model()
+            >>> with torch.no_grad(), attnx.capture(model, keep="stats", stats=["entropy"]) as trace:
+            ...     output = model(torch.zeros(1, 3, 96, 96))
+            >>> trace.stats[-1]["entropy"].shape
+            torch.Size([1, 6, 145])
+        """
+        return StatsOfLayers(self._stats)
 
     def kept(self, layer: str | int) -> LayerRecord:
         """The record of a layer: shape, rows and vector products of its map, without the map if keep="qk".
@@ -96,9 +114,13 @@ class Trace(Mapping[str, Tensor]):
             raise KeyError(f"layer {layer!r}: expected one of {known}{where}")
         return self._records[layer]
 
-    def add(self, layer: str, record: Tensor | LayerRecord, queries: int | None = None) -> None:
+    def add(
+        self, layer: str, record: Tensor | LayerRecord, queries: int | None = None, stats: RowStats | None = None
+    ) -> None:
         """Store a layer's map or record; `queries`: number of queries of the layer, if the map has fewer rows."""
         self._records[layer] = MapRecord(record) if isinstance(record, Tensor) else record
+        if stats is not None:
+            self._stats[layer] = stats
         self.tokens.add(layer, queries)
 
     def backward(self, score: Tensor, retain_graph: bool = False) -> None:
@@ -148,10 +170,6 @@ class Trace(Mapping[str, Tensor]):
         other.in_a_row = isinstance(layers, Sequence) and not isinstance(layers, str) and len(layers) > 1
         return other
 
-    def select_names(self, pattern: str) -> list[str]:
-        """Names of the layers that a name, glob or block name selects; empty if it selects none."""
-        return [name for name in self._records if selects(pattern, name)]
-
     def item(self, index: int) -> "Trace":
         """A trace of one image: the maps [1, M, N] of item `index` of the batch.
 
@@ -160,9 +178,9 @@ class Trace(Mapping[str, Tensor]):
         Raises:
             IndexError: no such item, or the layers have different numbers of items.
         """
-        records, tokens = item(self, self._records, index)
+        records, stats, tokens = item(self, self._records, index)
         other = self._with(records)
-        other.tokens = tokens
+        other._stats, other.tokens = stats, tokens
         return other
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Trace":
@@ -173,6 +191,7 @@ class Trace(Mapping[str, Tensor]):
         """A trace of the same pass with these records."""
         other = Trace(self.tokens.model, self.heads, self.rows, self.tokens.given)
         other._records, other.tokens = records, self.tokens.copy()
+        other._stats = {layer: stats for layer, stats in self._stats.items() if layer in records}
         return other
 
     def begin_call(self, finished: bool = True) -> None:
@@ -188,12 +207,13 @@ class Trace(Mapping[str, Tensor]):
         call = self._with({})
         call.tokens = self.tokens.next_pass()
         # The trace and the call's own trace share the records and tokens of the pass.
-        self._records, self.tokens = call._records, call.tokens
+        self._records, self._stats, self.tokens = call._records, call._stats, call.tokens
         self._calls = [*self._calls, call] if self._mode == "all" else [call]
 
     def clear(self) -> None:
         """Drop all passes."""
-        self._records, self.tokens, self._calls, self._means = {}, self.tokens.next_pass(), [], RunningMeans()
+        self._records, self._stats, self.tokens = {}, {}, self.tokens.next_pass()
+        self._calls, self._means = [], RunningMeans()
 
     def fold(self) -> None:
         """End a pass: with calls="mean" replace its maps by the mean over all passes so far.
@@ -215,11 +235,9 @@ class Trace(Mapping[str, Tensor]):
         Raises:
             KeyError: no such layer was captured.
         """
-        record = self.kept(layer)
-        name = list(self._records)[layer] if isinstance(layer, int) else layer
-        shape = record.shape
+        shape = self.kept(layer).shape
         size = shape[0], shape[-2 if self.rows is None else -1], shape[-1]
-        return self.tokens.sides(name, size, self._records)
+        return self.tokens.sides(self._name(layer), size, self._records)
 
     def windows(self, layer: str | int) -> Windows | None:
         """The windows in which a layer attends: their index into the grid of the image.
@@ -240,16 +258,11 @@ class Trace(Mapping[str, Tensor]):
             ((14, 14), torch.Size([4, 49]), torch.Size([8, 49, 49]))
         """
         self.kept(layer)
-        return self.tokens.windows(list(self._records)[layer] if isinstance(layer, int) else layer)
+        return self.tokens.windows(self._name(layer))
 
     def all_sides(self) -> dict[str, tuple[Tokens, Tokens]]:
         """{layer: (queries, keys)} of every layer."""
         return {layer: self.sides(layer) for layer in self}
-
-    @property
-    def given_layout(self) -> TokenLayout | None:
-        """The `layout` argument of the capture."""
-        return self.tokens.given
 
     @property
     def layout(self) -> TokenLayout:
@@ -280,12 +293,8 @@ class Trace(Mapping[str, Tensor]):
                 `layout=`.
         """
         keys = self.sides(layer)[1]
-        if keys.kind == "windows":
-            raise ValueError(
-                f"layout: expected maps over whole images; got {keys} in {layer!r}; rollout follows windows, but there "
-                "is no class token"
-            )
-        if keys.kind in ("text", "channels", "queries"):
-            raise ValueError(f"layout: expected maps over patches of an image; got maps over {keys}")
-        name = list(self._records)[layer] if isinstance(layer, int) else layer
-        return self.tokens.layout(name, keys, self._records)
+        return self.tokens.layout(self._name(layer), keys, self._records)
+
+    def _name(self, layer: str | int) -> str:
+        """Name of a layer that was captured."""
+        return list(self._records)[layer] if isinstance(layer, int) else layer

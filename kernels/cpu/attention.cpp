@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "weights.h"
+#include "statistics.h"
 
 namespace attnx {
 
@@ -21,12 +21,15 @@ constexpr int BLOCK_COST = 3;  // fixed cost of a block, in rows
 // Computes the outputs of a call for one block of rows.
 template <class T>
 static void attend(const Call& c, const Block& block, const Packed& kv, const Scratch& scratch) {
-    float shift[ROWS], total[ROWS], factor[ROWS], fused[ROWS];
+    float shift[ROWS], total[ROWS], factor[ROWS], fused[ROWS], top[ROWS];
+    if (c.statistics & DISTANCE) distances(c, block, scratch.far);
     for (int64_t h = 0; h < c.H; h++) {
         load_rows<T>(c.q, c.q_stride, c.D, block, h, scratch.qt);
         for (float& x : shift) x = -INF;
         scores<T>(c, block, kv, h, 0, block.limit, scratch, shift, c.map && c.heads == MEAN && h > 0 ? fused : nullptr);
         const int64_t head = (block.b * c.H + h) * c.M;
+        std::memcpy(top, shift, sizeof top);
+        Sums sums;
         for (int i = 0; i < ROWS; i++) {
             if (c.lse) shift[i] = float(c.lse[head + block.row[i]] * LOG2E);
             total[i] = 0;
@@ -36,7 +39,10 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
         if (c.out) std::memset(scratch.o, 0, ROWS * value_stride(c) * sizeof(float));
         for (int64_t j = 0; j < block.limit; j += CHUNK) {
             const int64_t count = block.limit - j < CHUNK ? block.limit - j : CHUNK;
-            exponentiate(block, scratch.s + j * block.width, count, shift, total);
+            if (c.statistics)
+                exponentiate_and_sum(c, block, scratch, j, count, shift, total, sums);
+            else
+                exponentiate(block, scratch.s + j * block.width, count, shift, total);
             if (c.out) weigh<T>(c, block, kv, h, j, count, scratch);
         }
         if (c.grad) {
@@ -52,6 +58,7 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
                     total[i] == 0 ? -INF : float((shift[i] + std::log2(double(total[i]))) / LOG2E);
         }
         if (c.out) store_out<T>(c, block, h, scratch.o, factor);
+        if (c.statistics) store_statistics(c, block, scratch, h, top, shift, total, fused, sums);
         if (!c.map) continue;
         if (c.heads == MEAN)
             for (float& x : fused) x /= float(c.H);

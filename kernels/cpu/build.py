@@ -30,9 +30,9 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-SOURCES = ("attention.cpp", "weights.h", "scores.h", "call.h", "simd.h")
+SOURCES = ("attention.cpp", "statistics.h", "weights.h", "scores.h", "call.h", "simd.h")
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=fast")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=fast", "-fno-math-errno")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512")
 INSTRUCTIONS = {
     "AVX512BF16": (*_AVX512, "-mavx512bf16"),

@@ -22,6 +22,7 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 
 enum Reduction : int64_t { MEAN, MAX, MIN, EACH };
 enum BiasKind : int64_t { NO_BIAS, FLOAT, BOOL };
+enum Statistic : int64_t { ENTROPY = 1, DISTANCE = 2, LARGEST_WEIGHT = 4, MASS = 8 };
 
 // The arguments of a call. `native.py` fills the same structure. Strides count elements. A null pointer stands for an
 // absent input, or for an output that is not computed.
@@ -32,12 +33,14 @@ struct Call {
     const float* lse;                // [B, H, M]; if given, weights are exp(score - lse)
     const float* r;                  // [B, M], the vector of vecmat
     const void* grad;                // [B, H, M, Dv] output gradient, last stride 1; if given, the map is of P * dP
+    const float *queries_at, *keys_at;  // [places, M, 2], [places, N, 2]: rows and columns on the grid, NaN for no place
     void* out;                       // [B, H, M, Dv], stored as [B, M, H, Dv]
     float *map, *lse_out, *passed;   // [B, R, N] or [B, H, R, N]; [B, H, M]; [B, N], the result of vecmat
+    float* stats;                    // [number of `statistics`, B, H, M]
     float* scratch;                  // [attnx_scratch_floats(call)]
-    int64_t B, H, Hk, M, N, D, Dv, R, bias_items;
+    int64_t B, H, Hk, M, N, D, Dv, R, bias_items, places, prefix;
     int64_t q_stride[3], k_stride[3], v_stride[3], bias_stride[4], grad_stride[3];
-    int64_t half, heads, bias_kind, causal, threads, clamp;
+    int64_t half, heads, bias_kind, causal, threads, clamp, statistics;
     double scale;
 };
 
@@ -73,10 +76,10 @@ struct Packed {
 };
 
 // The scratch memory of one thread:
-//   s [N][ROWS] scores, for vecmat [PASSED_KEYS][ROWS] and its sums [PASSED_KEYS][W]; map [N][ROWS];
+//   s [N][ROWS] scores, for vecmat [PASSED_KEYS][ROWS] and its sums [PASSED_KEYS][W]; map, far (distances) [N][ROWS];
 //   qt [words of D][ROWS]; gt [words of Dv][ROWS]; o [ROWS][value_stride]; pairs [CHUNK / 2][ROWS]; bias [KEYS][ROWS].
 struct Scratch {
-    float *s, *map, *qt, *gt, *o, *pairs, *bias;
+    float *s, *map, *far, *qt, *gt, *o, *pairs, *bias;
     int64_t size;
 
     explicit Scratch(const Call& c, float* base = nullptr) {
@@ -88,6 +91,7 @@ struct Scratch {
         };
         s = take(c.passed ? PASSED_KEYS * (ROWS + W) : c.N * ROWS);
         map = take(c.map && c.heads != EACH ? c.N * ROWS : 0);
+        far = take(c.statistics & DISTANCE ? c.N * ROWS : 0);
         qt = take(in_words(c, c.D) * ROWS);
         gt = take(c.grad ? in_words(c, c.Dv) * ROWS : 0);
         o = take(c.out ? ROWS * value_stride(c) : 0);

@@ -139,6 +139,12 @@ static inline vec exp2(vec x) {
     return x < -126.0f ? vec{} : y;
 }
 
+// A loop, which compilers vectorize without checks of errno.
+static inline vec square_root(vec x) {
+    for (int i = 0; i < W; i++) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+}
+
 // Unrolls a loop of multiplications by four, because loop counters compete with them for issue slots.
 #if defined(__clang__)
 #define ATTNX_UNROLL _Pragma("unroll 4")

@@ -27,6 +27,7 @@ from attnx.kernels.inspect.machine_code import Kind, parse
 from attnx.kernels.inspect.undefined import undefined
 from attnx.kernels.map import map_launch
 from attnx.kernels.one_pass import one_pass_launch
+from attnx.kernels.statistics import STATISTICS, statistics_launch
 from attnx.kernels.vecmat import vecmat_launch
 
 TARGETS = (*(Target("cuda", arch) for arch in (80, 86, 89, 90, 100)), Target("hip", "gfx942"))
@@ -38,6 +39,7 @@ _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 _KERNELS = {
     "one_pass": 197, "one_pass_50": 50, "one_pass_224": 224, "one_pass_257": 257,
     "forward": 1370, "map": 1370, "map_row": 1370, "vecmat": 1370, "gradient": 1370,
+    "statistics": 1370,
 }  # fmt: skip
 
 
@@ -125,6 +127,9 @@ def _launches(
         elif name == "vecmat":
             r, sums = torch.empty(2, n, device="meta"), torch.empty(2, 12, n, device="meta")
             yield name, vecmat_launch(shared, r, lse, sums, target)
+        elif name == "statistics":
+            at, stats = torch.empty(1, n, 2, device="meta"), torch.empty(4, 2, 12, n, device="meta")
+            yield name, statistics_launch(shared, lse, at, at, sum(STATISTICS.values()), 1, stats, target)
         elif name == "gradient":
             config = gradient_config(*sizes)
             yield name, gradient_launch(shared, out, v, lse, maps, 0, True, 1, config)

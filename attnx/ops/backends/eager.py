@@ -13,6 +13,7 @@ from torch import Tensor
 from attnx.ops.backends.vendor import output_and_lse
 from attnx.ops.reducers import MASK_THRESHOLD, Reduction, fuse_into
 from attnx.ops.scores import Scores
+from attnx.ops.statistics import Statistic, Statistics
 
 _BLOCK_BYTES = 4 << 20  # of weights at a time
 
@@ -94,6 +95,46 @@ def gradient_map(
         p.mul_(da.clamp_(min=0) if clamp else da)
         _fuse_block(amap, p, block, h, scores.q.shape[1], reduction)
     return amap.float()
+
+
+def attention_stats(
+    scores: Scores, v: Tensor | None, reduction: Reduction | None, statistics: Statistics, lse: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Output, map and statistics, see `ops.attention_stats`."""
+    q = scores.q
+    if v is None and reduction is None and lse is None and statistics.which == Statistic.ENTROPY:
+        entropy = _entropy_by_output(scores)
+        if entropy is not None:
+            return None, None, entropy[None]
+    out = None if v is None else scores.new_output(v)
+    amap = None if reduction is None else _empty_map(scores, reduction)
+    v = None if v is None else v.to(_compute_dtype(q))
+    stats, far = statistics.new_result(q), None
+    for block, h, p in _weights(scores, None, lse):
+        if h == 0:
+            far = statistics.distances(block)
+        stats[:, :, h, block] = statistics.of_rows(p, far).float()
+        if out is not None and v is not None:
+            out[:, h, block] = torch.bmm(p, v[:, h // scores.group])
+        if amap is not None and reduction is not None:
+            _fuse_block(amap, p, block, h, q.shape[1], reduction)
+    return out, None if amap is None else amap.float(), stats
+
+
+def _entropy_by_output(scores: Scores) -> Tensor | None:
+    """Entropy [B,H,M] float32 of the rows by the vendor's kernel; None with a bias, or where that can't serve.
+
+    ``-sum_j P_j log P_j = lse - scale * q . sum_j P_j k_j``, whose sum is the output of attention with v = k.
+    """
+    if scores.bias is not None or scores.q.device.type != "cpu":
+        return None
+    compute = _compute_dtype(scores.q)
+    q, k = scores.q.to(compute), scores.k.to(compute)
+    served = output_and_lse(scores._replace(q=q, k=k), k)
+    if served is None:
+        return None
+    out, lse = served
+    return (lse - scores.scale * (q * out).sum(-1)).clamp_(min=0).float()
 
 
 def attention_backward(

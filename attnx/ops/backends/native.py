@@ -17,13 +17,17 @@ from attnx.kernels.cpu.build import FALLBACK, CacheError, compiled, instructions
 from attnx.ops.backends import map_pool
 from attnx.ops.reducers import Reduction
 from attnx.ops.scores import Scores
+from attnx.ops.statistics import Statistics
 
 _DTYPES = (torch.float32, torch.bfloat16)
 REDUCTIONS = (Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.EACH)  # that call.h has
-_POINTERS = ("q", "k", "v", "bias", "rows", "lse", "r", "grad", "out", "map", "lse_out", "passed", "scratch")
-_SIZES = ("B", "H", "Hk", "M", "N", "D", "Dv", "R", "bias_items")
+_POINTERS = (
+    *("q", "k", "v", "bias", "rows", "lse", "r", "grad", "queries_at", "keys_at"),
+    *("out", "map", "lse_out", "passed", "stats", "scratch"),
+)
+_SIZES = ("B", "H", "Hk", "M", "N", "D", "Dv", "R", "bias_items", "places", "prefix")
 _STRIDES = (("q_stride", 3), ("k_stride", 3), ("v_stride", 3), ("bias_stride", 4), ("grad_stride", 3))
-_KINDS = ("half", "heads", "bias_kind", "causal", "threads", "clamp")
+_KINDS = ("half", "heads", "bias_kind", "causal", "threads", "clamp", "statistics")
 
 
 class _Call(ctypes.Structure):
@@ -112,6 +116,18 @@ def gradient_map(
     return amap
 
 
+def attention_stats(
+    scores: Scores, v: Tensor | None, reduction: Reduction | None, statistics: Statistics, lse: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Output, map and statistics, see `ops.attention_stats`; one product of q and k for all of them."""
+    out = None if v is None else scores.new_output(v)
+    amap = None if reduction is None else _empty_map(scores, reduction, None)
+    stats = statistics.new_result(scores.q)
+    kind, lse = reduction or Reduction.MEAN, None if lse is None else lse.contiguous()
+    _run(scores, v, reduction=kind, statistics=statistics, out=out, map=amap, stats=stats, lse=lse)
+    return out, amap, stats
+
+
 def _empty_map(scores: Scores, reduction: Reduction, rows: Tensor | None) -> Tensor:
     B, H, M, _ = scores.q.shape
     planes = (B, H) if reduction is Reduction.EACH else (B,)
@@ -125,6 +141,7 @@ def _run(
     reduction: Reduction = Reduction.MEAN,
     clamp: bool = False,
     rows: Tensor | None = None,
+    statistics: Statistics | None = None,
     **tensors: Tensor | None,
 ) -> None:
     """Fills a Call and runs it; `tensors` are its other pointers by name."""
@@ -144,6 +161,10 @@ def _run(
     call.scale, call.threads, call.clamp = scores.scale, torch.get_num_threads(), clamp
     call.bias_items = 1 if bias is None else bias.shape[0]
     call.bias_kind = 0 if bias is None else 2 if bias.dtype == torch.bool else 1
+    call.places = 1
+    if statistics is not None:
+        call.statistics, call.prefix, call.places = statistics.which, statistics.prefix, statistics.places
+        tensors |= {"queries_at": statistics.queries_at, "keys_at": statistics.keys_at}
     pointers = dict(tensors, q=q, k=k, v=v, bias=bias, rows=rows)
     assert pointers.keys() <= set(_POINTERS), pointers.keys()
     for name, t in pointers.items():

@@ -26,10 +26,12 @@ from attnx.kernels.forward import forward_launch
 from attnx.kernels.gradient import gradient_launch
 from attnx.kernels.map import fuse_launch, map_launch
 from attnx.kernels.one_pass import one_pass_launch
+from attnx.kernels.statistics import statistics_launch
 from attnx.kernels.vecmat import vecmat_launch
 from attnx.ops.backends import vendor
 from attnx.ops.reducers import Reduction
 from attnx.ops.scores import Scores
+from attnx.ops.statistics import Statistics
 
 REDUCTIONS = (Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.EACH)  # that primitives.py has
 ONE_PASS = 128
@@ -140,6 +142,21 @@ def gradient_map(
         return gradient_launch(shared, grad, v, lse, maps, int(reduction), clamp, splits, config)
 
     return _fused(shared, reduction, _tiles(shared, config), launch)
+
+
+def attention_stats(
+    scores: Scores, v: Tensor | None, reduction: Reduction | None, statistics: Statistics, lse: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Output, map and statistics, see `ops.attention_stats`: a launch each, from the same log-sum-exps."""
+    q, shared, out = scores.q, _shared(scores, None), None
+    if v is not None:
+        out, lse = attention_lse(scores, v)
+    lse = _lse_of_rows(shared, None, lse)
+    amap = None if reduction is None else attention_map(scores, reduction, None, lse)
+    stats = statistics.new_result(q)
+    which, prefix, queries_at, keys_at = statistics
+    _launch(statistics_launch(shared, lse, queries_at, keys_at, which, prefix, stats, target(q.device)), q)
+    return out, amap, stats
 
 
 def _one_pass(shared: dict[str, Any], values: dict[str, Any], reduction: Reduction, short: ShortRows) -> Tensor:

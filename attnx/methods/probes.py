@@ -1,0 +1,149 @@
+"""How far and how widely each head attends: mean attention distance and row entropy."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attnx.trace.records import MapRecord, QKRecord
+from attnx.trace.row_stats import RowStats, Wanted, wanted_of
+from attnx.trace.trace import Trace
+
+
+def mean_attention_distance(trace: Trace, patch_size: float | None = None) -> Tensor:
+    """Mean distance in pixels between a patch and the patches that it attends to, of each head.
+
+    ``mean_i sum_j A_ij d_ij``, with d the Euclidean distance of the patches i and j. Prefix tokens are left out on both
+    sides, and the weights of the others are not renormalised, so weight on the class token counts as distance 0.
+
+    Args:
+        trace: of a capture with stats=("distance",), keep="qk" or heads="each", of all rows.
+        patch_size: pixels between neighbouring patches of every layer; None: inferred from the model's convolutions.
+
+    Returns:
+        [B, L, H] float32 for L layers; H is the largest number of heads, and a layer with fewer has NaN beyond them.
+
+    Raises:
+        ValueError: the trace holds none of these; a layer does not attend from patches to patches; or the size of the
+            patches is unknown, or they are no squares.
+
+    Reference:
+        Raghu et al., https://arxiv.org/abs/2108.08810; as computed in
+        https://github.com/sayakpaul/probing-vits/blob/main/notebooks/mean-attention-distance-1k.ipynb
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.vit import demo_model
+        >>> model = demo_model()
+        >>> with torch.no_grad(), attnx.capture(model, keep="stats", stats=["distance"]) as trace:
+        ...     logits = model(torch.rand(2, 3, 96, 96))
+        >>> attnx.mean_attention_distance(trace).shape
+        torch.Size([2, 4, 6])
+    """
+
+    def of_layer(layer: str) -> Tensor:
+        stats, wanted = _read(trace, layer, "distance")
+        if wanted.places is None:
+            raise ValueError(f"{wanted.missing['distance']}; choose other layers: trace.select(...)")
+        patches = ~wanted.places[0][..., 0].isnan()
+        return _mean(stats["distance"], patches) * (_patch_size(trace, layer) if patch_size is None else patch_size)
+
+    return _by_layer("mean_attention_distance", trace, of_layer)
+
+
+def row_entropy(trace: Trace, rows: str = "mean") -> Tensor:
+    """Entropy of the rows of each head's weights in nats: ``-sum_j A_ij log A_ij``, from 0 to log N.
+
+    Args:
+        trace: of a capture with stats=("entropy",), keep="qk" or heads="each", of all rows.
+        rows: "mean" over all queries, prefix tokens included, or "all": each query. Padding of windows is left out of
+            the mean.
+
+    Returns:
+        [B, L, H] float32 for L layers, or [B, L, H, M] for rows="all". H is the largest number of heads, and a layer
+        with fewer has NaN beyond them.
+
+    Raises:
+        ValueError: the trace holds none of these; rows="all" of layers with different queries or with windows; or
+            images with padding, of which `trace.item(i)` gives one without.
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.vit import demo_model
+        >>> model = demo_model()
+        >>> with torch.no_grad(), attnx.capture(model, keep="stats", stats=["entropy"]) as trace:
+        ...     logits = model(torch.rand(2, 3, 96, 96))
+        >>> attnx.row_entropy(trace).shape, attnx.row_entropy(trace, rows="all").shape
+        (torch.Size([2, 4, 6]), torch.Size([2, 4, 6, 145]))
+    """
+    if rows not in ("mean", "all"):
+        raise ValueError(f"rows: expected 'mean' or 'all'; got {rows!r}")
+
+    def of_layer(layer: str) -> Tensor:
+        stats, _ = _read(trace, layer, "entropy")
+        windows = trace.windows(layer)
+        if rows == "all":
+            if windows is not None:
+                raise ValueError(f"rows='all': expected layers without windows; got windows in {layer}")
+            return stats["entropy"]
+        return _mean(stats["entropy"], None if windows is None else windows.index.to(stats["entropy"].device) >= 0)
+
+    return _by_layer("row_entropy", trace, of_layer)
+
+
+def _read(trace: Trace, layer: str, name: str) -> tuple[RowStats, Wanted]:
+    """A statistic of a layer: stored, or computed from q and k or from the maps of each head."""
+    record, (queries, keys) = trace.kept(layer), trace.sides(layer)
+    if trace.tokens.unpadded(layer, keys, 0, trace) is not None:
+        raise ValueError(f"{layer}: expected images without padding; take one by trace.item(i)")
+    wanted = wanted_of((name,), layer, (queries, keys), trace.windows(layer), record.device)
+    if layer in trace.stats and (name in trace.stats[layer] or name in wanted.missing):
+        return trace.stats[layer], wanted
+    if isinstance(record, QKRecord) and trace.rows is None:
+        return RowStats(record.stats(wanted.names, wanted.places, wanted.prefix), wanted.missing), wanted
+    if isinstance(record, MapRecord) and len(record.shape) == 4 and trace.rows is None:
+        return wanted.of_weights(record.map()), wanted
+    raise ValueError(
+        f"{layer}: expected a capture with stats=({name!r},), or with keep='qk' or heads='each' of all rows; got "
+        f"heads={trace.heads!r}" + ("" if trace.rows is None else f" of rows {list(trace.rows)}")
+    )
+
+
+def _mean(stat: Tensor, counted: Tensor | None) -> Tensor:
+    """[B, H]: mean of a statistic [B * P, H, M] over the rows that count, [P, M] bool; None: all."""
+    if counted is None:
+        return stat.mean(-1)
+    stat = stat.unflatten(0, (-1, len(counted)))
+    return torch.where(counted[:, None], stat, 0.0).sum((1, 3)) / counted.sum()
+
+
+def _patch_size(trace: Trace, layer: str) -> float:
+    """Pixels between neighbouring patches of a layer."""
+    size = trace.tokens.patch_size(layer, trace.sides(layer)[0], trace)
+    if size is None:
+        raise ValueError(f"patch_size: expected it, since it is unknown in {layer}; pass patch_size=16, for example")
+    if abs(size[0] - size[1]) > 1e-6 * size[0]:
+        raise ValueError(
+            f"patch_size: expected square patches; got {size[0]:g} x {size[1]:g} pixels in {layer}; "
+            "trace.stats[layer]['distance'] is in patches"
+        )
+    return size[0]
+
+
+def _by_layer(name: str, trace: Trace, of_layer: Callable[[str], Tensor]) -> Tensor:
+    """[B, L, H, ...]: a result [B, H, ...] of each layer, with NaN for heads that a layer does not have."""
+    if not len(trace):
+        raise ValueError(f"{name}: expected a trace with layers; got none")
+    found = {layer: of_layer(layer) for layer in trace}
+    shapes = {(len(t), *t.shape[2:]) for t in found.values()}
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{layer}: {list(t.shape)}" for layer, t in found.items())
+        raise ValueError(
+            f"{name}: expected layers of the same items and rows; got {sizes}; choose by trace.select(...)"
+        )
+    heads = max(t.shape[1] for t in found.values())
+    return torch.stack([_padded(t, heads) for t in found.values()], 1)
+
+
+def _padded(t: Tensor, heads: int) -> Tensor:
+    return torch.cat([t, t.new_full((len(t), heads - t.shape[1], *t.shape[2:]), torch.nan)], 1)

@@ -1,0 +1,174 @@
+"""Statistics of the rows of a layer's map, and the places of its tokens that distances need."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnx.ops.statistics import Statistics, by_name, grid_places, parse
+from attnx.trace.layout import TokenLayout
+from attnx.trace.tokens import Tokens
+from attnx.trace.windows import Windows
+
+Places = tuple[Tensor, Tensor]
+
+
+class RowStats(Mapping[str, Tensor]):
+    """{name: [B, H, M] float32} of one layer: see `attnx.attention_stats`. Windows are items, as in its map.
+
+    Args:
+        stats: the statistics.
+        missing: {name: reason} of those that the layer cannot have.
+    """
+
+    def __init__(self, stats: Mapping[str, Tensor], missing: Mapping[str, str]) -> None:
+        self._stats = dict(stats)
+        self.missing = dict(missing)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._stats:
+            reason = self.missing.get(name, f"expected one of {', '.join(self._stats)}; pass it in stats=")
+            raise KeyError(f"{name!r}: {reason}")
+        return self._stats[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stats)
+
+    def __len__(self) -> int:
+        return len(self._stats)
+
+    def __repr__(self) -> str:
+        return f"RowStats({{{', '.join(f'{name}: {list(stat.shape)}' for name, stat in self._stats.items())}}})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(stat.nbytes for stat in self._stats.values())
+
+    def of_items(self, items: slice, rows: int | None) -> "RowStats":
+        """The statistics of some items of the batch; `rows`: number of rows to keep; None: all."""
+        return RowStats({name: stat[items, :, :rows] for name, stat in self._stats.items()}, self.missing)
+
+
+class StatsOfLayers(Mapping[str, RowStats]):
+    """{layer: its `RowStats`}, in the order of the calls; an index into the layers is allowed, too."""
+
+    def __init__(self, stats: Mapping[str, RowStats]) -> None:
+        self._stats = stats
+
+    def __getitem__(self, layer: str | int) -> RowStats:
+        names = list(self._stats)
+        if not names:
+            raise KeyError(f"{layer!r}: no statistics were captured; pass stats= to attnx.capture")
+        if isinstance(layer, int) and -len(names) <= layer < len(names):
+            layer = names[layer]
+        if layer not in self._stats:
+            raise KeyError(f"layer {layer!r}: expected one of {', '.join(names)}")
+        return self._stats[str(layer)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stats)
+
+    def __len__(self) -> int:
+        return len(self._stats)
+
+    def __repr__(self) -> str:
+        return f"{{{', '.join(f'{layer!r}: {stats!r}' for layer, stats in self._stats.items())}}}"
+
+
+class Wanted(NamedTuple):
+    """What `attnx.ops.attention_stats.attention_with_stats` computes of one layer.
+
+    Attributes:
+        names: the statistics.
+        missing: {name: reason} of those that were requested, and that the layer cannot have.
+        places: places of the queries and the keys; None without distances.
+        prefix: number of prefix tokens among the keys.
+    """
+
+    names: tuple[str, ...]
+    missing: dict[str, str]
+    places: Places | None
+    prefix: int
+
+    def of_weights(self, p: Tensor) -> RowStats:
+        """The statistics of weights [B, H, M, N] that a model computed itself."""
+        if not self.names:
+            return RowStats({}, self.missing)
+        which, places = parse(self.names), self.places or (None, None)
+        found = Statistics(which, self.prefix, *places).of_weights(p)
+        return RowStats(by_name(found, which, self.names), self.missing)
+
+
+def check_stats(stats: Sequence[str]) -> tuple[str, ...]:
+    """The names, each once. Raise ValueError for an unknown one, or for a string."""
+    if isinstance(stats, str) or not isinstance(stats, Sequence) or stats:
+        parse(stats)
+    return tuple(dict.fromkeys(stats))
+
+
+def wanted_of(
+    names: Sequence[str], layer: str, sides: tuple[Tokens, Tokens], windows: Windows | None, device: torch.device
+) -> Wanted:
+    """What a layer can have of the statistics `names`.
+
+    Distances need patches on both sides, and mass needs to know which keys are prefix tokens.
+
+    Args:
+        names: the requested statistics.
+        layer: name of the layer.
+        sides: its queries and keys.
+        windows: its windows, if it has any.
+        device: of the places.
+    """
+    (queries, keys), missing = sides, {}
+    patches = windows is not None or keys.layout is not None
+    places = places_of(queries, keys, windows, device) if "distance" in names else None
+    if "distance" in names and places is None:
+        missing["distance"] = f"{layer} has no distances: {_why(queries, keys)}"
+    if "mass" in names and not patches:
+        missing["mass"] = f"{layer} has no known prefix tokens: {_why(queries, keys)}"
+    found = tuple(name for name in names if name not in missing)
+    return Wanted(found, missing, places, keys.prefix if patches else 0)
+
+
+@lru_cache(maxsize=256)
+def places_of(queries: Tokens, keys: Tokens, windows: Windows | None, device: torch.device) -> Places | None:
+    """Rows and columns [P, M, 2] and [P, N, 2] of queries and keys, in the queries' grid; None unless they are patches.
+
+    The grid of keys may be coarser, as with spatial reduction: the places are then the centres of its cells. Frames of
+    a video have the same places. In windows, P is their number, and padding has no place.
+    """
+    with torch.inference_mode(False):
+        return _places(queries, keys, windows, device)
+
+
+def _places(queries: Tokens, keys: Tokens, windows: Windows | None, device: torch.device) -> Places | None:
+    if windows is not None:
+        at = windows.index.to(device)
+        columns = windows.grid[1]
+        found = torch.stack([at // columns, at % columns], -1).float()
+        found = found.masked_fill(at[..., None] < 0, torch.nan)
+        return found, found
+    if queries.layout is None or keys.layout is None:
+        return None
+    mine, theirs = _grid(queries.layout, device), _grid(keys.layout, device)
+    if keys.grid != queries.grid:
+        ratios = [a / b for a, b in zip(queries.layout.grid, keys.layout.grid, strict=True)]
+        theirs = (theirs + 0.5) * torch.tensor(ratios, device=device) - 0.5
+    return mine[None], theirs[None]
+
+
+def _grid(layout: TokenLayout, device: torch.device) -> Tensor:
+    frame = grid_places(layout.grid, 0, layout.grid[0] * layout.grid[1], device)
+    around = [torch.full((n, 2), torch.nan, device=device) for n in (layout.prefix, layout.suffix)]
+    return torch.cat([around[0], *[frame] * layout.frames, around[1]])
+
+
+def _why(queries: Tokens, keys: Tokens) -> str:
+    """The reason that tokens have no places, in words."""
+    if all(tokens.kind in ("image", "tokens") for tokens in (queries, keys)):
+        return f"the grid of its {keys} is not known; pass layout=attnx.TokenLayout(...)"
+    return f"its queries are {queries} and its keys {keys}; expected patches of an image"
