@@ -13,6 +13,7 @@ from attnx.methods import (
     entropy_levels,
     fuse_branches,
     gradient_rollout,
+    head_importance,
     layer_maps,
     mass_mask,
     mean_attention_distance,
@@ -23,6 +24,7 @@ from attnx.methods import (
 )
 from attnx.ops.attention_stats import attention_stats
 from attnx.ops.functional import attention, attention_lse, attention_map, gradient_map, vecmat
+from attnx.ops.row_importance import row_importance
 from attnx.trace.capture import Handle, capture, patch
 from attnx.trace.layout import TokenLayout
 from attnx.trace.trace import Trace
@@ -49,6 +51,7 @@ __all__ = [
     "gradcam",
     "gradient_map",
     "gradient_rollout",
+    "head_importance",
     "huggingface",
     "layer_maps",
     "mass_mask",
@@ -59,6 +62,7 @@ __all__ = [
     "relevance",
     "rollout",
     "row_entropy",
+    "row_importance",
     "vecmat",
     "word_maps",
 ]

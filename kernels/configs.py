@@ -212,6 +212,20 @@ def statistics_config(head_dim: int, itemsize: int, rows: int, target: Target, b
     return Config(64, 64, 8 if row_bytes > 256 else 4, min(_stages(row_bytes, target), 2))
 
 
+def importance_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
+    """Configuration of the importance kernel: a tile as of the statistics, with fewer keys, for two products."""
+    if head_dim > WHOLE_HEAD:
+        return WIDE._replace(num_warps=8)
+    row_bytes = sum(split_d(head_dim)) * itemsize
+    if itemsize == 4 and row_bytes > 256:
+        return Config(16, 16, 4, 1)
+    if rows <= 16:
+        return Config(16, 32, 4, 1)
+    if itemsize == 4:
+        return Config(32, 32, 8, 1)
+    return Config(64, 16 if row_bytes > 256 else 32, 8 if row_bytes > 128 else 4, 1)
+
+
 def one_pass_config(head_dim: int, itemsize: int, keys: int, target: Target, bias: bool = False) -> ShortRows | None:
     """Configuration of the one-pass kernel, which holds whole rows of keys on chip.
 

@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 import attnx
 from attnx import testing
-from attnx.ops.backends import eager, native
+from attnx.ops.backends import blocks, eager, native
 from attnx.ops.reducers import Reduction
 from attnx.ops.scores import Scores
 from attnx.testing import Case, assert_attention, random_inputs
@@ -124,7 +124,7 @@ def test_gradient_without_keys_or_items_is_zero(B, device):
 def test_eager_makes_no_map_of_all_heads(heads):
     H, N = 8, 1024
     q, k, v, _ = random_inputs(Case(B=1, H=H, M=N, N=N, D=32))
-    one_map, few_rows, block = 4 * N * N, 4 * 16 * N, eager._BLOCK_BYTES
+    one_map, few_rows, block = 4 * N * N, 4 * 16 * N, blocks.BLOCK_BYTES
     for work, at_least, at_most in (
         (lambda: attnx.attention(q, k, v, heads=heads, backend="eager"), one_map, one_map),
         (lambda: attnx.attention_map(q, k, heads=heads, rows=[0, 5], backend="eager"), few_rows, block),

@@ -114,6 +114,43 @@ def test_stats_beside_maps_weighted_by_gradients(grad):
         assert_same(trace.stats[layer], {name: stat.double() for name, stat in expected.stats[layer].items()})
 
 
+@pytest.mark.parametrize("options", [{}, {"keep": "stats"}, {"rows": [0]}, {"heads": "each"}], ids=str)
+@pytest.mark.parametrize("own", [False, True])
+def test_importance_of_heads(options, own):
+    torch.manual_seed(0)
+    model, x = (Own().eval(), torch.randn(2, 3, 16, 24)) if own else (vit(), torch.randn(2, 3, 48, 64))
+
+    def loss():
+        out = model(x)
+        return -(out if out.dim() == 2 else out.mean(1)).log_softmax(-1)[:, 1].sum()
+
+    with attnx.capture(model, heads="each", grad="signed", backend="eager") as trace:
+        score = loss()
+    trace.backward(score)
+    exact = torch.stack([trace[layer].double().abs().sum(-1).mean(-1) for layer in trace], 1)
+    with attnx.capture(model, grad=True, stats=("max", "importance"), **options) as trace:
+        score = loss()
+    with pytest.raises(RuntimeError, match=r"no gradient reached \S*attn: call trace\.backward\(score\)"):
+        attnx.head_importance(trace)
+    with pytest.raises(KeyError, match="'importance': no gradient reached"):
+        trace.stats[0]["importance"]
+    trace.backward(score)
+    torch.testing.assert_close(attnx.head_importance(trace).double(), exact, rtol=1e-4, atol=1e-8)
+    one = trace.item(1)
+    torch.testing.assert_close(attnx.head_importance(one).double(), exact[1:], rtol=1e-4, atol=1e-8)
+    if options.get("keep") == "stats":
+        for each in (trace, one):
+            with pytest.raises(RuntimeError, match="no map was stored"):
+                each[0]
+
+
+def test_importance_needs_gradients():
+    with pytest.raises(ValueError, match="stats: 'importance' needs grad=True; got grad=False"):
+        captured(vit(), torch.randn(1, 3, 48, 64), stats=["importance"])
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn: expected a capture with grad=True and stats="):
+        attnx.head_importance(captured(vit(), torch.randn(1, 3, 48, 64), stats=["max"]))
+
+
 def test_gradients_are_the_models_own_and_stats_are_detached():
     model, x = vit(), torch.randn(2, 3, 48, 64)
     model(x).sum().backward()
@@ -414,7 +451,6 @@ def test_patches_that_are_no_squares_and_sizes_that_are_not_known():
         ({"stats": ["median"]}, "stats: expected names among entropy, distance, max, mass; got 'median'"),
         ({"stats": 3}, "stats: expected a sequence of entropy, distance, max, mass; got 3"),
         ({"keep": "stats"}, r"keep: expected stats=\('entropy', ...\) with keep='stats'; got no statistics"),
-        ({"keep": "stats", "stats": ["max"], "grad": True}, "keep: expected 'map' with grad, .*; got 'stats'"),
         ({"calls": "mean", "stats": ["max"]}, "calls: expected 'last' or 'all' with stats, .*; got 'mean'"),
     ],
 )

@@ -8,9 +8,21 @@ from torch.library import opcheck
 
 import attnx
 from attnx.ops.attention_stats import attention_with_stats
-from attnx.ops.backends import eager
+from attnx.ops.backends import blocks, eager
 from attnx.ops.statistics import grid_places
-from attnx.testing import TABLE, Case, assert_attention, assert_stats, oracle_lse, oracle_stats, random_inputs
+from attnx.testing import (
+    TABLE,
+    Case,
+    assert_attention,
+    assert_stats,
+    assert_within_budget,
+    oracle_gradient_map,
+    oracle_lse,
+    oracle_stats,
+    random_gradient,
+    random_inputs,
+    score_size,
+)
 from on_backends import of_both_lengths, on_all, on_all_triton_long, pairs
 
 NAMES = ("entropy", "distance", "max", "mass")
@@ -170,7 +182,7 @@ def test_eager_makes_no_map():
     q, k, _, _ = random_inputs(Case(B=1, H=8, M=1024, N=1024, D=32))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         attnx.attention_stats(q, k, grid=(32, 32), backend="eager")
-    assert max(event.self_cpu_memory_usage for event in profile.events()) <= 3 * eager._BLOCK_BYTES
+    assert max(event.self_cpu_memory_usage for event in profile.events()) <= 3 * blocks.BLOCK_BYTES
 
 
 def test_a_grid_of_any_shape_beside_prefix_and_suffix():
@@ -238,3 +250,54 @@ def test_distances_need_places():
     q = torch.zeros(1, 1, 4, 8)
     with pytest.raises(ValueError, match="stats: 'distance' needs the places of the patches"):
         attention_with_stats(q, q, q, heads=None, stats=["distance"])
+
+
+@pairs(CASES, thinned=True)
+def test_importance_is_the_magnitude_of_weights_times_gradients(case, backend, device, poisoned):
+    q, k, v, bias = random_inputs(case, device=device)
+    grad = random_gradient(case, device=device)
+    options = dict(bias=bias, backend=backend, **call(case))
+    ours = attnx.row_importance(grad, q, k, v, **options)
+    exact, reference = (
+        oracle_gradient_map(grad, q, k, v, bias, **call(case), heads="each", clamp=False, dtype=dtype).abs().sum(-1)
+        for dtype in (torch.float64, torch.promote_types(q.dtype, torch.float32))
+    )
+    assert ours.dtype == torch.float32
+    size = 1 + score_size(q, k, bias, **call(case))
+    assert_within_budget(ours, exact, reference, "importance", size)
+    assert not ours[exact == 0].any()
+    lse = attnx.attention_lse(q, k, v, **options)[1]
+    assert_within_budget(attnx.row_importance(grad, q, k, v, lse=lse, **options), exact, reference, "importance", size)
+    assert torch.equal(attnx.row_importance(grad, q, k, v, **options), ours)
+
+
+@on_all_triton_long
+def test_importance_beside_sinks(backend, device):
+    q, k, v, _ = random_inputs(Case(), device=device)
+    grad, sinks = random_gradient(Case(), device=device), torch.linspace(-1, 2, 3, device=device)
+    ours = attnx.row_importance(grad, q, k, v, sinks=sinks, backend=backend)
+    exact = oracle_gradient_map(grad, q, k, v, heads="each", clamp=False, sinks=sinks).abs().sum(-1)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@on_all_triton_long
+@pytest.mark.parametrize(("B", "M", "N", "Dv"), [(0, 4, 5, 16), (2, 4, 0, 16), (2, 0, 5, 16), (2, 4, 5, 0)])
+def test_no_importance_without_rows_keys_or_values(B, M, N, Dv, backend, device):
+    q, k, v, _ = random_inputs(Case(B=B, M=M, N=N, Dv=Dv), device=device)
+    ours = attnx.row_importance(torch.ones(B, 3, M, Dv, device=device), q, k, v, backend=backend)
+    assert ours.shape == (B, 3, M)
+    assert not ours.any()
+
+
+@on_all_triton_long
+def test_the_operator_of_importance_is_registered_as_it_behaves(backend, device):
+    case = Case(M=5, N=6, bias="1HMN", H=4, Hk=2)
+    q, k, v, bias = random_inputs(case, device=device)
+    grad = random_gradient(case, device=device)
+    opcheck(torch.ops.attnx.importance_of_rows, (grad, q, k, v, bias, False, 0.3, 0.0, None, backend))
+
+
+def test_importance_needs_a_gradient_of_the_outputs_shape():
+    q = torch.zeros(2, 3, 4, 8)
+    with pytest.raises(ValueError, match=r"grad: expected torch\.float32 \[2, 3, 4, 8\] on cpu; got .* \[2, 3, 4\]"):
+        attnx.row_importance(q[..., 0], q, q, q)

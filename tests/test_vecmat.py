@@ -9,7 +9,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnx
-from attnx.ops.backends import eager, vendor
+from attnx.ops.backends import blocks, eager, vendor
 from attnx.ops.scores import Scores
 from attnx.testing import (
     TABLE,
@@ -284,7 +284,7 @@ def test_eager_makes_no_map():
     H, N = 8, 1024
     q, k, v, _ = random_inputs(Case(B=1, H=H, M=N, N=N, D=32))
     r, lse = torch.rand(1, N), torch.zeros(1, H, N)
-    block = eager._BLOCK_BYTES
+    block = blocks.BLOCK_BYTES
     for work in (
         lambda: attnx.vecmat(r, q, k, backend="eager"),
         lambda: attnx.vecmat(r, q, k, lse=lse, backend="eager"),

@@ -3,7 +3,7 @@
 from attnx.methods.branches import branch_rollout, fuse_branches
 from attnx.methods.maps import LayerMaps, cls_map, layer_maps
 from attnx.methods.metrics import entropy, entropy_levels, mass_mask, pointing_game
-from attnx.methods.probes import mean_attention_distance, row_entropy
+from attnx.methods.probes import head_importance, mean_attention_distance, row_entropy
 from attnx.methods.relevance import relevance
 from attnx.methods.rollout import gradient_rollout, rollout
 
@@ -15,6 +15,7 @@ __all__ = [
     "entropy_levels",
     "fuse_branches",
     "gradient_rollout",
+    "head_importance",
     "layer_maps",
     "mass_mask",
     "mean_attention_distance",

@@ -1,4 +1,4 @@
-"""How far and how widely each head attends: mean attention distance and row entropy."""
+"""How far and how widely each head attends, and how much a score depends on it: means over a layer's rows."""
 
 from collections.abc import Callable
 
@@ -81,14 +81,59 @@ def row_entropy(trace: Trace, rows: str = "mean") -> Tensor:
 
     def of_layer(layer: str) -> Tensor:
         stats, _ = _read(trace, layer, "entropy")
-        windows = trace.windows(layer)
-        if rows == "all":
-            if windows is not None:
-                raise ValueError(f"rows='all': expected layers without windows; got windows in {layer}")
-            return stats["entropy"]
-        return _mean(stats["entropy"], None if windows is None else windows.index.to(stats["entropy"].device) >= 0)
+        if rows == "mean":
+            return _mean_of_queries(trace, layer, stats["entropy"])
+        if trace.windows(layer) is not None:
+            raise ValueError(f"rows='all': expected layers without windows; got windows in {layer}")
+        return stats["entropy"]
 
     return _by_layer("row_entropy", trace, of_layer)
+
+
+def head_importance(trace: Trace) -> Tensor:
+    """How much a score depends on each head: the mean over queries of ``sum_j |dA_ij A_ij|``, with dA its gradient.
+
+    Its mean over images, of a loss, ranks heads for pruning.
+
+    Args:
+        trace: of a capture with grad=True and stats=("importance",), after the backward pass.
+
+    Returns:
+        [B, L, H] float32 for L layers. H is the largest number of heads, and a layer with fewer has NaN beyond them.
+
+    Raises:
+        ValueError: the trace has no importance.
+        RuntimeError: no backward pass reached a layer.
+
+    Reference:
+        Michel et al., "Are Sixteen Heads Really Better than One?", https://arxiv.org/abs/1905.10650
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.vit import demo_model
+        >>> model = demo_model()
+        >>> with attnx.capture(model, keep="stats", stats=["importance"], grad=True) as trace:
+        ...     loss = -model(torch.rand(2, 3, 96, 96)).log_softmax(-1)[:, 0].sum()
+        >>> trace.backward(loss)
+        >>> attnx.head_importance(trace).shape
+        torch.Size([2, 4, 6])
+    """
+
+    def of_layer(layer: str) -> Tensor:
+        stats = trace.stats[layer] if layer in trace.stats else RowStats({}, {})
+        if "importance" in stats.missing:
+            raise RuntimeError(stats.missing["importance"])
+        if "importance" not in stats:
+            raise ValueError(f"{layer}: expected a capture with grad=True and stats=('importance',)")
+        return _mean_of_queries(trace, layer, stats["importance"])
+
+    return _by_layer("head_importance", trace, of_layer)
+
+
+def _mean_of_queries(trace: Trace, layer: str, stat: Tensor) -> Tensor:
+    """[B, H]: mean of a statistic [B, H, M] of a layer over its queries, without the padding of windows."""
+    windows = trace.windows(layer)
+    return _mean(stat, None if windows is None else windows.index.to(stat.device) >= 0)
 
 
 def _read(trace: Trace, layer: str, name: str) -> tuple[RowStats, Wanted]:

@@ -98,6 +98,14 @@ def check_float32(name: str, t: Tensor | None, shape: Sequence[int], device: tor
         raise ValueError(f"{name}: expected float32 {list(shape)} on {device}; got {came}")
 
 
+def check_gradient(grad: Tensor, q: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless the gradient has the shape of the output, and q's dtype and device."""
+    shape = (*q.shape[:3], v.shape[3])
+    if not isinstance(grad, Tensor) or grad.shape != shape or grad.dtype != q.dtype or grad.device != q.device:
+        came = f"{grad.dtype} {list(grad.shape)} on {grad.device}" if isinstance(grad, Tensor) else f"{grad!r}"
+        raise ValueError(f"grad: expected {q.dtype} {list(shape)} on {q.device}; got {came}")
+
+
 def row_index(rows: Sequence[int] | Tensor | None, m: int, device: torch.device) -> Tensor | None:
     """Row indices as an int64 tensor on the device. Raise ValueError for other than integers, or a list outside 0..m-1.
 

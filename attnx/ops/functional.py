@@ -15,6 +15,7 @@ from attnx.ops.checks import (
     cast_as_sdpa,
     check_backend,
     check_float32,
+    check_gradient,
     check_sinks,
     check_tensors,
     resolve_scale,
@@ -276,10 +277,7 @@ def gradient_map(
     """
     q, k, v = cast_as_sdpa(q, k, v)
     bias = check_tensors(q, k, v, bias, heads)
-    shape = (*q.shape[:3], v.shape[3])
-    if not isinstance(grad, Tensor) or grad.shape != shape or grad.dtype != q.dtype or grad.device != q.device:
-        came = f"{grad.dtype} {list(grad.shape)} on {grad.device}" if isinstance(grad, Tensor) else f"{grad!r}"
-        raise ValueError(f"grad: expected {q.dtype} {list(shape)} on {q.device}; got {came}")
+    check_gradient(grad, q, v)
     index = row_index(rows, q.shape[2], q.device)
     check_float32("lse", lse, q.shape[:3], q.device)
     grad, q, k, v = (t.detach() for t in (grad, q, k, v))

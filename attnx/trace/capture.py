@@ -82,7 +82,8 @@ def capture(
             itself, such as an encoder in `generate()`, is a separate pass.
         stats: statistics of every row of each head, beside the maps: names of `attnx.attention_stats`. `trace.stats`
             holds them. Layers over other tokens than patches have no distances, and layers whose prefix tokens are
-            unknown no mass; reading those raises KeyError with the reason.
+            unknown no mass; reading those raises KeyError with the reason. "importance", with `grad`, is that of
+            `attnx.row_importance`; each backward pass computes it.
         layout: the tokens of the maps, if they cannot be inferred from the model.
         backend: as in `attnx.attention`.
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from attnx.ops.checks import cast_as_sdpa
 from attnx.ops.functional import gradient_map
 from attnx.ops.reducers import Reduction
+from attnx.ops.row_importance import row_importance
 from attnx.trace.adapters.checkpointing import is_checkpointed
-from attnx.trace.records import LayerRecord, MapRecord, no_autocast
+from attnx.trace.records import NO_MAP, LayerRecord, MapRecord, no_autocast
+from attnx.trace.row_stats import RowStats
 
 
 @dataclass(eq=False)
@@ -23,21 +25,33 @@ class GradientRecord:
     Attributes:
         shape: shape of the map.
         held: the detached tensors from which `weigh` computes the map.
-        weigh: gradient of `out` -> the map.
+        weigh: gradient of `out` -> the map; None: no map is stored.
         out: output of the attention, or its weights, with its graph; None once the graph was freed.
         amap: the map; None before the first backward pass.
+        importance: gradient of `out` -> the importance of the rows, which is added to `stats`; None: not computed.
+        stats: the statistics of the layer.
     """
 
     shape: tuple[int, ...]
     held: tuple[Tensor, ...]
-    weigh: Callable[[Tensor], Tensor]
+    weigh: Callable[[Tensor], Tensor] | None
     out: Tensor | None
     amap: Tensor | None = None
+    importance: Callable[[Tensor], Tensor] | None = None
+    stats: RowStats | None = None
 
     def note(self, grad: Tensor) -> None:
-        """Compute the map; a hook that autograd calls with the gradient of `out`."""
+        """Compute the map and the importance; a hook that autograd calls with the gradient of `out`."""
         with no_autocast(grad):
-            self.amap = self.weigh(grad)
+            if self.weigh is not None:
+                self.amap = self.weigh(grad)
+            if self.importance is not None and self.stats is not None:
+                self.stats.add("importance", self.importance(grad))
+
+    def set_importance(self, importance: Callable[[Tensor], Tensor], stats: RowStats | None) -> None:
+        """Let the backward pass compute the importance of the rows, if `stats` expects it."""
+        if stats is not None and "importance" in stats.missing:
+            self.importance, self.stats = importance, stats
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +69,9 @@ class GradientRecord:
         return False
 
     def map(self) -> Tensor:
-        """The map. Raises RuntimeError before the backward pass."""
+        """The map. Raises RuntimeError before the backward pass, or if none is stored."""
+        if self.weigh is None:
+            raise RuntimeError(NO_MAP)
         if self.amap is None:
             raise RuntimeError("no gradient reached this layer: call trace.backward(score) or score.backward()")
         return self.amap
@@ -78,7 +94,18 @@ class GradientRecord:
 
 
 def attend_with_gradient(
-    sdpa: Callable[[], Tensor], fold: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, **call: Any
+    sdpa: Callable[[], Tensor],
+    fold: Callable[[Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    heads: str,
+    rows: Tensor | None,
+    clamp: bool,
+    keep: str,
+    stats: RowStats | None,
+    **call: Any,
 ) -> tuple[Tensor, GradientRecord]:
     """Output of SDPA, and a record whose map is computed in the backward pass.
 
@@ -87,7 +114,9 @@ def attend_with_gradient(
     Args:
         sdpa: computes the output.
         fold: turns a gradient of the output into [B, H, M, Dv].
-        q, k, v, call: as in `attnx.gradient_map`.
+        q, k, v, heads, rows, clamp, call: as in `attnx.gradient_map`.
+        keep: "stats": no map is computed.
+        stats: receives the importance of the rows, if that was requested.
 
     Raises:
         ValueError: as `starts_graph`.
@@ -95,10 +124,18 @@ def attend_with_gradient(
     _check_enabled()
     out = starts_graph(sdpa())
     q, k, v = (t.detach() for t in cast_as_sdpa(q, k, v))
-    (B, H, M, _), N, rows = q.shape, k.shape[2], call["rows"]
+    (B, H, M, _), N = q.shape, k.shape[2]
     M = M if rows is None else len(rows)
-    shape = (B, H, M, N) if call["heads"] == "each" else (B, M, N)
-    record = GradientRecord(shape, (q, k, v), lambda grad: gradient_map(fold(grad), q, k, v, **call), out)
+    shape = (B, H, M, N) if heads == "each" else (B, M, N)
+
+    def weigh(grad: Tensor) -> Tensor:
+        return gradient_map(fold(grad), q, k, v, heads=heads, rows=rows, clamp=clamp, **call)
+
+    def importance(grad: Tensor) -> Tensor:
+        return row_importance(fold(grad), q, k, v, **call)
+
+    record = GradientRecord(shape, (q, k, v), None if keep == "stats" else weigh, out)
+    record.set_importance(importance, stats)
     out.register_hook(record.note)
     return out, record
 
@@ -109,6 +146,8 @@ def weigh_weights(
     rows: Tensor | None,
     fuse: Callable[[Tensor], Tensor],
     clamp: bool,
+    keep: str,
+    stats: RowStats | None,
 ) -> GradientRecord:
     """A record of weights that the model computed itself: dP P with the heads fused, computed in the backward pass.
 
@@ -118,20 +157,25 @@ def weigh_weights(
         rows: indices of the queries; None: all.
         fuse: fuses the heads of a detached [B, H, M, N].
         clamp: set negative products to 0.
+        keep, stats: as in `attend_with_gradient`.
 
     Raises:
         ValueError: gradients are off.
     """
     _check_enabled()
-    p = fold(weights.detach())
-    p = p if rows is None else p[..., rows, :]
+    whole = fold(weights.detach())
+    p = whole if rows is None else whole[..., rows, :]
 
     def weigh(grad: Tensor) -> Tensor:
         dp = fold(grad)
         weighted = (dp if rows is None else dp[..., rows, :]).float() * p.float()
         return fuse(weighted.clamp(min=0) if clamp else weighted)
 
-    record = GradientRecord(tuple(fuse(p.to("meta")).shape), (p,), weigh, weights)
+    def importance(grad: Tensor) -> Tensor:
+        return (fold(grad).float() * whole.float()).abs().sum(-1)
+
+    record = GradientRecord(tuple(fuse(p.to("meta")).shape), (p,), None if keep == "stats" else weigh, weights)
+    record.set_importance(importance, stats)
     # register_hook of a view that was written to crashes torch 2.14 unless its grad_fn was read before.
     _ = weights.grad_fn
     weights.register_hook(record.note)

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from attnx.trace.gradient_record import GradientRecord
 from attnx.trace.pass_tokens import PassTokens
 from attnx.trace.records import LayerRecord, MapRecord, QKRecord, RowsRecord
 from attnx.trace.row_stats import RowStats
@@ -71,6 +73,8 @@ def _of_items(record: LayerRecord, items: slice, rows: int | None, columns: int 
             bias=_of_bias(record.bias, items, rows, columns),
             versions=(),
         )
+    if isinstance(record, GradientRecord) and record.weigh is None:
+        return RowsRecord(torch.empty(items.stop - items.start, 0, record.shape[-1]), (), rows or record.shape[-2])
     if isinstance(record, RowsRecord):
         return replace(record, amap=record.amap[items][..., :columns])
     rows_sum_to_one = record.rows_sum_to_one and rows is None and columns is None

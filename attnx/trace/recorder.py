@@ -67,10 +67,8 @@ class Recorder:
             raise ValueError("calls: expected 'last' or 'all' with stats, of which no mean is stored; got 'mean'")
         if grad not in (False, True, "signed"):
             raise ValueError(f"grad: expected False, True or 'signed'; got {grad!r}")
-        if grad and keep in ("qk", "stats"):
-            raise ValueError(
-                f"keep: expected 'map' with grad, whose maps are computed in the backward pass; got {keep!r}"
-            )
+        if grad and keep == "qk":
+            raise ValueError("keep: expected 'map' with grad, whose maps are computed in the backward pass; got 'qk'")
         if layout is not None and not isinstance(layout, TokenLayout):
             raise ValueError(f"layout: expected a TokenLayout; got {layout!r}")
         try:
@@ -81,7 +79,7 @@ class Recorder:
             raise ValueError("rows: expected at least one row, or None for all; got none")
         self.trace = Trace(model, heads, chosen, layout, calls)
         self.calls = calls
-        self.stats = check_stats(stats)
+        self.stats = check_stats(stats, grad)
         self.keep = check_keep(keep, self.stats)
         self.backend = backend
         self.stop_after: str | None = None
@@ -142,9 +140,10 @@ class Recorder:
             options = dict(heads=self.trace.heads, rows=rows, **given)
             wanted = self._wanted(layer, (len(q), q.shape[2], k.shape[2]), q.device)
             if self.grad:
-                clamp = self.grad != "signed"
-                answer, weighted = attend_with_gradient(call.output, call.fold, q, k, v, clamp=clamp, **options)
                 stats = attend_with_stats(q, k, v, "stats", wanted, output=False, **options)[2] if wanted else None
+                answer, weighted = attend_with_gradient(
+                    call.output, call.fold, q, k, v, clamp=self.grad != "signed", keep=self.keep, stats=stats, **options
+                )
                 self.trace.add(layer, weighted, q.shape[2], stats)
                 return answer
             use_kernel = (
@@ -195,16 +194,18 @@ class Recorder:
         wanted = self._wanted(layer, (len(p), *p.shape[2:]), p.device)
         try:
             rows = None if chosen is None else self._index(chosen, p)
-            if self.keep == "stats":
+            stats = wanted.of_weights(p) if wanted else None
+            if self.grad:
+                clamp = self.grad != "signed"
+                record = weigh_weights(weights, fold, rows, self._fused, clamp, self.keep, stats)
+            elif self.keep == "stats":
                 record = without_map(p[..., :0], p[:, :, 0, :, None])
-            elif self.grad:
-                record = weigh_weights(weights, fold, rows, self._fused, clamp=self.grad != "signed")
             else:
                 amap = self._fused(p if rows is None else p[..., rows, :])
                 record = RowsRecord(amap, chosen or (), p.shape[2]) if alone else MapRecord(amap)
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from error
-        self.trace.add(layer, record, p.shape[2], wanted.of_weights(p) if wanted else None)
+        self.trace.add(layer, record, p.shape[2], stats)
         if layer == self.stop_after:
             raise StopForward
 

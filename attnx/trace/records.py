@@ -15,6 +15,8 @@ from attnx.ops.attention_stats import attention_with_stats
 from attnx.ops.functional import attention_map, vecmat
 from attnx.ops.reducers import Reduction, fuse_heads
 
+NO_MAP = "no map was stored: the capture has keep='stats'; read trace.stats"
+
 
 class LayerRecord(Protocol):
     """Interface of the records of a layer's map: [B, M, N], or [B, H, M, N] for heads="each"."""
@@ -129,7 +131,7 @@ class RowsRecord:
     def map(self) -> Tensor:
         """Raise RuntimeError: the whole map is not stored."""
         if not self.rows:
-            raise RuntimeError("no map was stored: the capture has keep='stats'; read trace.stats")
+            raise RuntimeError(NO_MAP)
         raise RuntimeError(f"only rows {list(self.rows)} of the map were stored")
 
     def row(self, i: int) -> Tensor:

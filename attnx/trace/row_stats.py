@@ -47,6 +47,11 @@ class RowStats(Mapping[str, Tensor]):
         """Bytes of the stored tensors."""
         return sum(stat.nbytes for stat in self._stats.values())
 
+    def add(self, name: str, stat: Tensor) -> None:
+        """Store a statistic that a backward pass has computed."""
+        self._stats[name] = stat
+        self.missing.pop(name, None)
+
     def of_items(self, items: slice, rows: int | None) -> "RowStats":
         """The statistics of some items of the batch; `rows`: number of rows to keep; None: all."""
         return RowStats({name: stat[items, :, :rows] for name, stat in self._stats.items()}, self.missing)
@@ -102,10 +107,15 @@ class Wanted(NamedTuple):
         return RowStats(by_name(found, which, self.names), self.missing)
 
 
-def check_stats(stats: Sequence[str]) -> tuple[str, ...]:
-    """The names, each once. Raise ValueError for an unknown one, or for a string."""
-    if isinstance(stats, str) or not isinstance(stats, Sequence) or stats:
+def check_stats(stats: Sequence[str], grad: bool | str) -> tuple[str, ...]:
+    """The names, each once. Raise ValueError for an unknown one, for a string, or for importance without gradients."""
+    if isinstance(stats, str) or not isinstance(stats, Sequence):
         parse(stats)
+    others = [name for name in stats if name != "importance"]
+    if others:
+        parse(others)
+    if len(others) < len(stats) and not grad:
+        raise ValueError("stats: 'importance' needs grad=True; got grad=False")
     return tuple(dict.fromkeys(stats))
 
 
@@ -130,6 +140,8 @@ def wanted_of(
         missing["distance"] = f"{layer} has no distances: {_why(queries, keys)}"
     if "mass" in names and not patches:
         missing["mass"] = f"{layer} has no known prefix tokens: {_why(queries, keys)}"
+    if "importance" in names:
+        missing["importance"] = f"no gradient reached {layer}: call trace.backward(score) or score.backward()"
     found = tuple(name for name in names if name not in missing)
     return Wanted(found, missing, places, keys.prefix if patches else 0)
 

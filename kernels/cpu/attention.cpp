@@ -48,6 +48,7 @@ static void attend(const Call& c, const Block& block, const Packed& kv, const Sc
         if (c.grad) {
             load_rows<T>(c.grad, c.grad_stride, c.Dv, block, h, scratch.gt);
             weigh_by_gradient<T>(c, block, kv, h, scratch);
+            if (c.statistics & IMPORTANCE) sum_magnitudes(block, scratch.s, sums);
         }
         for (int i = 0; i < ROWS; i++) {
             // Only a bias can mask all keys of a row. Else, if all scores are -inf, the result is NaN as in softmax.

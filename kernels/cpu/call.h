@@ -22,7 +22,7 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 
 enum Reduction : int64_t { MEAN, MAX, MIN, EACH };
 enum BiasKind : int64_t { NO_BIAS, FLOAT, BOOL };
-enum Statistic : int64_t { ENTROPY = 1, DISTANCE = 2, LARGEST_WEIGHT = 4, MASS = 8 };
+enum Statistic : int64_t { ENTROPY = 1, DISTANCE = 2, LARGEST_WEIGHT = 4, MASS = 8, IMPORTANCE = 16 };
 
 // The arguments of a call. `native.py` fills the same structure. Strides count elements. A null pointer stands for an
 // absent input, or for an output that is not computed.

@@ -1,4 +1,4 @@
-// Statistics of each row of weights: entropy, mean distance, largest weight, and mass on the prefix tokens.
+// Statistics of each row of weights: entropy, mean distance, largest weight, mass on the prefix tokens, and importance.
 #pragma once
 
 #include "weights.h"
@@ -10,6 +10,7 @@ struct Sums {
     float logs[ROWS] = {};       // of p log2(p)
     float distances[ROWS] = {};  // of p times the distance of query and key
     float mass[ROWS] = {};       // of p of the first `c.prefix` keys
+    float importance[ROWS] = {}; // of the magnitude of p times its gradient
 };
 
 // Writes the distance of each query of the block to each key, to [key][width]. It is 0 for keys without a place, and NaN
@@ -75,6 +76,24 @@ static void exponentiate_and_sum(const Call& c, const Block& block, const Scratc
             store(sums.mass + i, load(sums.mass + i) + load(scratch.s + j * block.width + i));
 }
 
+// Adds the magnitudes of scratch.s [key][width], which are weights times their gradients.
+static void sum_magnitudes(const Block& block, const float* s, Sums& sums) {
+    for (int64_t first = 0; first < block.limit; first += CHUNK)
+        by_vectors(block, [&](auto V, int i) {
+            vec sum[V];
+            for (int v = 0; v < V; v++) sum[v] = vec{};
+            for (int64_t j = first; j < block.limit && j < first + CHUNK; j++)
+                for (int v = 0; v < V; v++) {
+                    const vec x = load(s + j * block.width + i + v * W);
+                    sum[v] += x < 0.0f ? -x : x;
+                }
+            for (int v = 0; v < V; v++) {
+                const int lane = i + v * W;
+                store(sums.importance + lane, load(sums.importance + lane) + sum[v]);
+            }
+        });
+}
+
 // Writes the statistics of head h to c.stats, one [B, H, M] after another, in the order of `Statistic`.
 //   top: the largest scores [ROWS]; shift: what was subtracted from the scores; factor: what turns the exponentials into
 //   weights, 0 for rows without keys.
@@ -95,6 +114,7 @@ static void store_statistics(const Call& c, const Block& block, const Scratch& s
     write(DISTANCE, [&](int i) { return factor[i] == 0 ? scratch.far[i] * 0 : sums.distances[i] * factor[i]; });
     write(LARGEST_WEIGHT, [&](int i) { return factor[i] == 0 ? 0 : exp2(splat(top[i] - shift[i]))[0] * factor[i]; });
     write(MASS, [&](int i) { return factor[i] == 0 ? 0 : sums.mass[i] * factor[i]; });
+    write(IMPORTANCE, [&](int i) { return factor[i] == 0 ? 0 : sums.importance[i] * factor[i]; });
 }
 
 }  // namespace attnx

@@ -23,6 +23,7 @@ from attnx.kernels.arguments import shared_args, value_args
 from attnx.kernels.configs import WHOLE_HEAD, Launch, Target, gradient_config, map_config, one_pass_config
 from attnx.kernels.forward import forward_launch
 from attnx.kernels.gradient import gradient_launch
+from attnx.kernels.importance import importance_launch
 from attnx.kernels.inspect.machine_code import Kind, parse
 from attnx.kernels.inspect.undefined import undefined
 from attnx.kernels.map import map_launch
@@ -39,7 +40,7 @@ _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 _KERNELS = {
     "one_pass": 197, "one_pass_50": 50, "one_pass_224": 224, "one_pass_257": 257,
     "forward": 1370, "map": 1370, "map_row": 1370, "vecmat": 1370, "gradient": 1370,
-    "statistics": 1370,
+    "statistics": 1370, "importance": 1370,
 }  # fmt: skip
 
 
@@ -130,6 +131,8 @@ def _launches(
         elif name == "statistics":
             at, stats = torch.empty(1, n, 2, device="meta"), torch.empty(4, 2, 12, n, device="meta")
             yield name, statistics_launch(shared, lse, at, at, sum(STATISTICS.values()), 1, stats, target)
+        elif name == "importance":
+            yield name, importance_launch(shared, out, v, lse, lse, target)
         elif name == "gradient":
             config = gradient_config(*sizes)
             yield name, gradient_launch(shared, out, v, lse, maps, 0, True, 1, config)

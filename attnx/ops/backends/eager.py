@@ -4,18 +4,15 @@ For a block of query rows and one head after another: scores, softmax, into the 
 weights is small enough to stay in cache. Half precision is computed in fp32, so the maps are as exact as fp32's.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnx.ops.backends.blocks import bias_block, by_item, causal_mask, compute_dtype, scores_by_block, weights
 from attnx.ops.backends.vendor import output_and_lse
 from attnx.ops.reducers import MASK_THRESHOLD, Reduction, fuse_into
 from attnx.ops.scores import Scores
 from attnx.ops.statistics import Statistic, Statistics
-
-_BLOCK_BYTES = 4 << 20  # of weights at a time
 
 
 def attention(scores: Scores, v: Tensor, reduction: Reduction, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -43,9 +40,9 @@ def attention_lse(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
     served = output_and_lse(scores, v)
     if served is not None:
         return served
-    q, compute = scores.q, _compute_dtype(scores.q)
+    q, compute = scores.q, compute_dtype(scores.q)
     out, lse, v = scores.new_output(v), torch.empty(q.shape[:3], dtype=compute, device=q.device), v.to(compute)
-    for block, h, s in _scores(scores, None):
+    for block, h, s in scores_by_block(scores, None):
         top = s.amax(-1, keepdim=True)
         # A row without keys has no maximum to subtract: its weights are then exp(-inf) = 0, its lse log(0).
         p = s.sub_(top.masked_fill(top == -torch.inf, 0.0)).exp_()
@@ -64,11 +61,11 @@ def vecmat(scores: Scores, r: Tensor, lse: Tensor | None) -> Tensor:
             rows = used.nonzero()[:, 0]
             r = r.index_select(1, rows)
             scores, lse = scores.at_rows(rows), None if lse is None else lse.index_select(2, rows)
-    r = r.to(_compute_dtype(scores.q))
+    r = r.to(compute_dtype(scores.q))
     skip = r == 0
     some = r.device.type != "cpu" or bool(skip.any())
     passed = r.new_zeros(r.shape[0], 1, scores.k.shape[2])
-    for block, _, p in _weights(scores, rows, lse):
+    for block, _, p in weights(scores, rows, lse):
         if some:
             p.masked_fill_(skip[:, block, None], 0.0)  # zero times NaN is NaN
         passed.baddbmm_(r[:, None, block], p)
@@ -88,9 +85,9 @@ def gradient_map(
     if rows is not None:
         scores, lse = scores.at_rows(rows), None if lse is None else lse.index_select(2, rows)
         grad = grad.index_select(2, rows)
-    compute = _compute_dtype(scores.q)
+    compute = compute_dtype(scores.q)
     amap, v = _empty_map(scores, reduction), v.to(compute)
-    for block, h, p in _weights(scores, rows, lse):
+    for block, h, p in weights(scores, rows, lse):
         da = torch.bmm(grad[:, h, block].to(compute), v[:, h // scores.group].transpose(1, 2))
         p.mul_(da.clamp_(min=0) if clamp else da)
         _fuse_block(amap, p, block, h, scores.q.shape[1], reduction)
@@ -108,9 +105,9 @@ def attention_stats(
             return None, None, entropy[None]
     out = None if v is None else scores.new_output(v)
     amap = None if reduction is None else _empty_map(scores, reduction)
-    v = None if v is None else v.to(_compute_dtype(q))
+    v = None if v is None else v.to(compute_dtype(q))
     stats, far = statistics.new_result(q), None
-    for block, h, p in _weights(scores, None, lse):
+    for block, h, p in weights(scores, None, lse):
         if h == 0:
             far = statistics.distances(block)
         stats[:, :, h, block] = statistics.of_rows(p, far).float()
@@ -128,13 +125,23 @@ def _entropy_by_output(scores: Scores) -> Tensor | None:
     """
     if scores.bias is not None or scores.q.device.type != "cpu":
         return None
-    compute = _compute_dtype(scores.q)
+    compute = compute_dtype(scores.q)
     q, k = scores.q.to(compute), scores.k.to(compute)
     served = output_and_lse(scores._replace(q=q, k=k), k)
     if served is None:
         return None
     out, lse = served
     return (lse - scores.scale * (q * out).sum(-1)).clamp_(min=0).float()
+
+
+def row_importance(scores: Scores, grad: Tensor, v: Tensor, lse: Tensor | None) -> Tensor:
+    """[B,H,M]: the importance of each row, see `ops.row_importance`."""
+    compute = compute_dtype(scores.q)
+    importance, v = scores.q.new_empty(scores.q.shape[:3], dtype=torch.float32), v.to(compute)
+    for block, h, p in weights(scores, None, lse):
+        dp = torch.bmm(grad[:, h, block].to(compute), v[:, h // scores.group].transpose(1, 2))
+        importance[:, h, block] = p.mul_(dp).abs_().sum(-1).float()
+    return importance
 
 
 def attention_backward(
@@ -150,12 +157,12 @@ def attention_backward(
         dlse: [B, H, M] float, the gradient of the log-sum-exp; None: zero.
     """
     q, k, bias, _, scale, softcap = scores
-    compute = _compute_dtype(q)
+    compute = compute_dtype(q)
     dq, dk, dv = (torch.zeros(t.shape, dtype=compute, device=t.device) for t in (q, k, v))
     additive = bias is not None and bias.dtype != torch.bool
     dbias = torch.zeros(bias.shape, dtype=compute, device=q.device) if bias is not None and additive else None
     k_, v_, grad, out = (t.to(compute) for t in (k, v, grad, out))
-    for block, h, p in _weights(scores._replace(k=k_), None, None):
+    for block, h, p in weights(scores._replace(k=k_), None, None):
         hk = h // scores.group
         q_block, grad_block = q[:, h, block].to(compute), grad[:, h, block]
         ds = torch.bmm(grad_block, v_[:, hk].transpose(1, 2))
@@ -164,8 +171,8 @@ def attention_backward(
         ds *= p
         dv[:, hk].baddbmm_(p.transpose(1, 2), grad_block)
         if dbias is not None:
-            target = _bias_block(dbias, h, block)
-            target += _by_item(ds, dbias).sum_to_size(target.shape)
+            target = bias_block(dbias, h, block)
+            target += by_item(ds, dbias).sum_to_size(target.shape)
         if softcap:
             # The weights are no longer needed: the capped scores take their place.
             tanh = torch.bmm(q_block, k_[:, hk].transpose(1, 2), out=p).mul_(scale / softcap).tanh_()
@@ -184,7 +191,7 @@ def _output(scores: Scores, v: Tensor) -> Tensor:
         bias = bias.to(q.dtype).masked_fill(bias.float() < MASK_THRESHOLD, -torch.inf)
     # SDPA on CPUs masks before it scales: a scale of 0 or less would turn minus infinity into NaN.
     if is_causal and (bias is not None or scale <= 0):
-        hidden = _causal_mask(slice(0, q.shape[2]), None, k.shape[2], q.device)
+        hidden = causal_mask(slice(0, q.shape[2]), None, k.shape[2], q.device)
         if bias is None:
             bias = ~hidden
         else:
@@ -208,8 +215,8 @@ def _map(
 ) -> Tensor:
     """The map [B,M,N] (EACH: [B,H,M,N]); with v, also writes the output into out [B,H,M,Dv]."""
     H, amap = scores.q.shape[1], _empty_map(scores, reduction)
-    v = None if v is None else v.to(_compute_dtype(scores.q))
-    for block, h, p in _weights(scores, rows, lse):
+    v = None if v is None else v.to(compute_dtype(scores.q))
+    for block, h, p in weights(scores, rows, lse):
         _fuse_block(amap, p, block, h, H, reduction)
         if v is not None and out is not None:
             out[:, h, block] = torch.bmm(p, v[:, h // scores.group])
@@ -219,7 +226,7 @@ def _map(
 def _empty_map(scores: Scores, reduction: Reduction) -> Tensor:
     (B, H, M, _), N = scores.q.shape, scores.k.shape[2]
     shape = (B, H, M, N) if reduction is Reduction.EACH else (B, M, N)
-    return scores.q.new_empty(shape, dtype=_compute_dtype(scores.q))
+    return scores.q.new_empty(shape, dtype=compute_dtype(scores.q))
 
 
 def _fuse_block(amap: Tensor, p: Tensor, block: slice, h: int, H: int, reduction: Reduction) -> None:
@@ -232,70 +239,3 @@ def _fuse_block(amap: Tensor, p: Tensor, block: slice, h: int, H: int, reduction
         fuse_into(amap[:, block], p, reduction)
     if reduction is Reduction.MEAN and h == H - 1:
         amap[:, block].div_(H)
-
-
-def _weights(scores: Scores, rows: Tensor | None, lse: Tensor | None) -> Iterator[tuple[slice, int, Tensor]]:
-    """(rows of the block, head, P [B, rows, N]) for every block and head. The next step overwrites P."""
-    q, k = scores.q, scores.k
-    size = k.shape[0] * _rows_in_a_block(q, k) * k.shape[2] if lse is None else 0
-    scratch = torch.empty(size, dtype=_compute_dtype(q), device=q.device)
-    for block, h, s in _scores(scores, rows):
-        # A row without keys: softmax gives NaN, and the answer is zero.
-        empty = (s == -torch.inf).all(-1, keepdim=True) if scores.bias is not None else None
-        if lse is None:
-            p = torch.softmax(s, -1, out=scratch[: s.numel()].view(s.shape))
-        else:
-            p = s.sub_(lse[:, h, block, None]).exp_()
-        if empty is not None:
-            p.masked_fill_(empty, 0.0)
-        yield block, h, p
-
-
-def _scores(scores: Scores, rows: Tensor | None) -> Iterator[tuple[slice, int, Tensor]]:
-    """(rows of the block, head, scores [B, rows, N]) for every block and head. The next step overwrites them."""
-    q, k, bias, is_causal, scale, softcap = scores
-    (B, H, M, _), N = q.shape, k.shape[2]
-    step, k = _rows_in_a_block(q, k), k.to(_compute_dtype(q))
-    scratch = k.new_empty(B * step * N)
-    alpha = scale / softcap if softcap else scale
-    for start in range(0, M, step):
-        block = slice(start, min(M, start + step))
-        s = scratch[: B * (block.stop - start) * N].view(B, block.stop - start, N)
-        hidden = _causal_mask(block, rows, N, q.device) if is_causal else None
-        for h in range(H):
-            q_block = q[:, h, block].to(k.dtype)
-            torch.baddbmm(s, q_block, k[:, h // scores.group].transpose(1, 2), beta=0, alpha=alpha, out=s)
-            if softcap:
-                s.tanh_().mul_(softcap)
-            if bias is not None:
-                tile, repeated = _bias_block(bias, h, block), _by_item(s, bias)
-                if bias.dtype != torch.bool:
-                    repeated.add_(tile)
-                repeated.masked_fill_(~tile if bias.dtype == torch.bool else tile < MASK_THRESHOLD, -torch.inf)
-            if hidden is not None:
-                s.masked_fill_(hidden, -torch.inf)
-            yield block, h, s
-
-
-def _rows_in_a_block(q: Tensor, k: Tensor) -> int:
-    return max(16, min(q.shape[2], _BLOCK_BYTES // max(1, k.shape[0] * k.shape[2] * _compute_dtype(q).itemsize)))
-
-
-def _bias_block(bias: Tensor, h: int, block: slice) -> Tensor:
-    """The [P, 1|rows, 1|N] part of a [P, 1|H, 1|M, 1|N] bias."""
-    return bias[:, h if bias.shape[1] > 1 else 0, block if bias.shape[2] > 1 else slice(None)]
-
-
-def _by_item(s: Tensor, bias: Tensor) -> Tensor:
-    """[B / P, P, rows, N]: scores [B, rows, N] in the form that a `_bias_block` of P items broadcasts to."""
-    return s.view(-1, len(bias), *s.shape[1:])
-
-
-def _causal_mask(block: slice, rows: Tensor | None, keys: int, device: torch.device) -> Tensor:
-    """[rows, N] bool: True where row i may not see key j (j > i)."""
-    i = torch.arange(block.start, block.stop, device=device) if rows is None else rows[block]
-    return torch.arange(keys, device=device) > i[:, None]
-
-
-def _compute_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32

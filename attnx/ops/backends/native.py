@@ -20,6 +20,7 @@ from attnx.ops.scores import Scores
 from attnx.ops.statistics import Statistics
 
 _DTYPES = (torch.float32, torch.bfloat16)
+IMPORTANCE = 16  # as call.h's
 REDUCTIONS = (Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.EACH)  # that call.h has
 _POINTERS = (
     *("q", "k", "v", "bias", "rows", "lse", "r", "grad", "queries_at", "keys_at"),
@@ -126,6 +127,14 @@ def attention_stats(
     kind, lse = reduction or Reduction.MEAN, None if lse is None else lse.contiguous()
     _run(scores, v, reduction=kind, statistics=statistics, out=out, map=amap, stats=stats, lse=lse)
     return out, amap, stats
+
+
+def row_importance(scores: Scores, grad: Tensor, v: Tensor, lse: Tensor | None) -> Tensor:
+    """[B,H,M]: the importance of each row, see `ops.row_importance`."""
+    importance = scores.q.new_empty(scores.q.shape[:3], dtype=torch.float32)
+    lse, grad = None if lse is None else lse.contiguous(), _rows_contiguous(grad)
+    _run(scores, v, statistics=Statistics(IMPORTANCE), stats=importance, lse=lse, grad=grad)
+    return importance
 
 
 def _empty_map(scores: Scores, reduction: Reduction, rows: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from attnx.kernels.configs import (
 )
 from attnx.kernels.forward import forward_launch
 from attnx.kernels.gradient import gradient_launch
+from attnx.kernels.importance import importance_launch
 from attnx.kernels.map import fuse_launch, map_launch
 from attnx.kernels.one_pass import one_pass_launch
 from attnx.kernels.statistics import statistics_launch
@@ -157,6 +158,14 @@ def attention_stats(
     which, prefix, queries_at, keys_at = statistics
     _launch(statistics_launch(shared, lse, queries_at, keys_at, which, prefix, stats, target(q.device)), q)
     return out, amap, stats
+
+
+def row_importance(scores: Scores, grad: Tensor, v: Tensor, lse: Tensor | None) -> Tensor:
+    """[B,H,M]: the importance of each row, see `ops.row_importance`."""
+    q, shared = scores.q, _shared(scores, None)
+    lse, importance = _lse_of_rows(shared, None, lse), _lse(shared)
+    _launch(importance_launch(shared, grad, v, lse, importance, target(q.device)), q)
+    return importance
 
 
 def _one_pass(shared: dict[str, Any], values: dict[str, Any], reduction: Reduction, short: ShortRows) -> Tensor:
