@@ -215,12 +215,12 @@ def statistics_config(head_dim: int, itemsize: int, rows: int, target: Target, b
 def importance_config(head_dim: int, itemsize: int, rows: int, target: Target, bias: bool = False) -> Config:
     """Configuration of the importance kernel: a tile as of the statistics, with fewer keys, for two products."""
     if head_dim > WHOLE_HEAD:
-        return WIDE._replace(num_warps=8)
+        return WIDE._replace(num_warps=8) if itemsize == 4 else WIDE
     row_bytes = sum(split_d(head_dim)) * itemsize
     if itemsize == 4 and row_bytes > 256:
         return Config(16, 16, 4, 1)
     if rows <= 16:
-        return Config(16, 32, 4, 1)
+        return Config(16, 16 if _is_blackwell(target) else 32, 4, 1)
     if itemsize == 4:
         return Config(32, 32, 8, 1)
     return Config(64, 16 if row_bytes > 256 else 32, 8 if row_bytes > 128 else 4, 1)

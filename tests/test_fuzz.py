@@ -71,6 +71,11 @@ OPTIONS: dict[str, dict[str, list[str] | None]] = {
         **COMMON, **JOB, **STYLE, "--pairs": ["pairs.jsonl", *HOSTILE], "--vocab": HOSTILE, "--pictures": None,
         "--stage": ["0", "3", "4", "-1", "1" * 30, "x", ""],
     },
+    "probe": {
+        **COMMON, **JOB, "--stat": ["entropy", "distance", "max", "mass", "x", ""], "--targets": HOSTILE,
+        "--patch-size": NUMBERS, "--pixels": ["timm", "whole", "x"],
+    },
+    "compare": {"--out": OUT},
     "show": {**COMMON, **STYLE, **ROLLING, "--mass": NUMBERS, "--keep": NUMBERS},
     "summary": {
         **STYLE, "--out": OUT, "--masks": HOSTILE, "--examples": ["1", "2", "0", "-1", "x"], "--mass": NUMBERS,
@@ -81,10 +86,13 @@ OPTIONS: dict[str, dict[str, list[str] | None]] = {
 }  # fmt: skip
 ARGUMENTS = {
     "extract": ["pictures"], "words": ["pictures/000.jpg", "a red circle"], "show": ["pictures/000.jpg"],
-    "summary": ["job"], "kernels": [], "demo": [],
+    "probe": ["pictures"], "compare": ["job", "job"], "summary": ["job"], "kernels": [], "demo": [],
 }  # fmt: skip
+COMMANDS = [
+    *("extract", "extract", "words", "words", "probe", "compare", "show", "summary", "summary", "kernels", "demo"),
+]
 # The first lines of a job, and messages that torch logs when it imports other packages.
-NOTICES = re.compile(r"attnx: (no --model|model |caption: )|[WE]\d{4} .*torch/")
+NOTICES = re.compile(r"attnx: (no --model|model |caption: |--keep of show)|[WE]\d{4} .*torch/")
 
 
 class TooLongError(BaseException):
@@ -135,7 +143,7 @@ def limited() -> Iterator[None]:
 
 def command_line(rng: random.Random) -> list[str]:
     """A random command line. About half have one or two options, so that each option is tested alone."""
-    command = rng.choice(["extract", "extract", "words", "words", "show", "summary", "summary", "kernels", "demo"])
+    command = rng.choice(COMMANDS)
     known, more = OPTIONS[command], []
     for _ in range(rng.choice([0, 1, 1, 2, 2, 4, 8])):
         name = rng.choice(list(known))
@@ -162,9 +170,9 @@ def command_line(rng: random.Random) -> list[str]:
         return [command, "--help", *line[1:]]
     last = [] if "--model" in more else ["--model", rng.choice(MODELS) if rng.random() < 0.15 else "demo"]
     last += ["--device", "cpu"] if rng.random() < 0.8 else []
-    if command == "summary":
-        last = ["--examples", "1"] if rng.random() < 0.5 else []
-    if command in ("extract", "words"):
+    if command in ("summary", "compare"):
+        last = ["--examples", "1"] if command == "summary" and rng.random() < 0.5 else []
+    if command in ("extract", "words", "probe"):
         last += ["--workers", "0"]
     at = 1 if "--" in line else len(line)
     return [*line[:at], *last, *line[at:]]

@@ -34,6 +34,7 @@ from attnx.cli.job_options import (
 )
 from attnx.cli.options import (
     MODEL,
+    PICTURE_PIXELS,
     SOURCE,
     BatchSize,
     Checkpoint,
@@ -48,8 +49,10 @@ from attnx.cli.options import (
     Residual,
     Seed,
     Start,
+    absolute_model,
     autocast_of,
     layers_of,
+    named_model,
     one_of,
     pixels_of,
     report_errors,
@@ -90,15 +93,7 @@ def extract(
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = True,
     image_size: ImageSize = None,
-    pixels: Annotated[
-        str | None,
-        typer.Option(
-            help="[bold]timm[/bold]: timm's evaluation transform with its crop (default for timm:, torchvision: and "
-            "open_clip: models, with their own settings); "
-            "[bold]whole[/bold]: the whole picture (default for others); [bold]processor[/bold]: the image processor "
-            "of an hf: model."
-        ),
-    ] = None,
+    pixels: Annotated[str | None, PICTURE_PIXELS] = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = "float32",
     map_dtype: MapDtype = "float16",
@@ -151,24 +146,13 @@ def extract(
     one_of("store", store, STORES)
     if store != "map" and (method, heads, compile) != (None, "mean", False):
         raise ValueError(f"method, heads, compile: only for --store map; got --store {store}")
-    notice = "no --model: using the demo model, which was trained on drawn scenes and not on photos"
-    notice, model = (notice, "demo") if model is None else ("", model)
+    notice, model = named_model(model)
     images, method = open_source(source, kind, root, split), method or "rollout"
     recipe = ExtractRecipe(
-        source=absolute(source), kind=images.kind, root=absolute(root), split=split, model=_absolute(model),
+        source=absolute(source), kind=images.kind, root=absolute(root), split=split, model=absolute_model(model),
         pretrained=pretrained, checkpoint=absolute(checkpoint), image_size=pixels_of(image_size), seed=seed,
         method=method, heads=heads, dtype=dtype, map_dtype=map_dtype, max_pixels=options.pixels, pixels=pixels,
         layers=layers_of(layer), keep=keep, compile=compile, store=store,
         rolling=rollout_options(residual, discard, start, preset) if method == "rollout" else {},
     )  # fmt: skip
     run_recipe(recipe, images, out, options, "images", notice=notice)
-
-
-def _absolute(model: str) -> str:
-    """The model's name, with an absolute path if it is a folder."""
-    from attnx.models.torchhub import absolute_name
-
-    kind, _, name = model.partition(":")
-    if kind == "torchhub":
-        return absolute_name(model)
-    return f"{kind}:{Path(name).absolute()}" if kind == "hf" and Path(name).is_dir() else model

@@ -1,4 +1,4 @@
-"""The command line: attnx demo | show | extract | words | summary | models | kernels."""
+"""The command line: attnx demo | show | extract | words | probe | compare | summary | models | kernels."""
 
 import importlib.util
 import os
@@ -42,6 +42,7 @@ from attnx.cli.options import (
     report_errors,
     rollout_options,
 )
+from attnx.cli.probe import compare, probe
 from attnx.cli.summary import summary
 from attnx.cli.words import words
 from attnx.messages import say, warnings_in_lines
@@ -84,8 +85,10 @@ app = typer.Typer(
     [bold]attnx demo[/bold] shows examples without a download. [bold]attnx show photo.jpg --model demo[/bold] draws
     the maps of one image, [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
     the maps of a folder, and [bold]attnx summary maps/[/bold] computes statistics of them. [bold]attnx words photo.jpg
-    "a dog" --checkpoint ALBEF.pth[/bold] draws the map of each word. [bold]attnx models[/bold] shows what works for
-    each family of models. [bold]attnx kernels[/bold] compiles the GPU kernels without a GPU.
+    "a dog" --checkpoint ALBEF.pth[/bold] draws the map of each word. [bold]attnx probe photos/ --model
+    timm:vit_base_patch16_224[/bold] computes how far and how widely each head attends, and [bold]attnx compare[/bold]
+    overlays several models. [bold]attnx models[/bold] shows what works for each family of models. [bold]attnx
+    kernels[/bold] compiles the GPU kernels without a GPU.
 
     Exit codes: 0 success, 1 some images or captions could not be read or a kernel spills, 2 wrong usage or another
     error.""",
@@ -157,6 +160,8 @@ def show(
 
 app.command()(extract)
 app.command()(words)
+app.command()(probe)
+app.command()(compare)
 app.command()(summary)
 app.command()(models)
 
@@ -231,7 +236,7 @@ def _stop(number: int, frame: object) -> None:
 
 def main() -> None:
     """The entry point. After a signal, the exit code is 128 plus its number, as in shells: 130 for an interrupt."""
-    if sys.argv[1:2] in (["extract"], ["words"]) and can_supervise():
+    if sys.argv[1:2] in (["extract"], ["words"], ["probe"]) and can_supervise():
         try:
             supervise()
         except OSError as error:

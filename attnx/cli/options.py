@@ -46,6 +46,11 @@ MODEL = typer.Option(
     "part), or [bold]torchhub:FOLDER:ENTRY[/bold] (runs the code in that folder)."
 )
 Model = Annotated[str, MODEL]
+PICTURE_PIXELS = typer.Option(
+    help="[bold]timm[/bold]: timm's evaluation transform with its crop (default for timm:, torchvision: and open_clip: "
+    "models, with their own settings); [bold]whole[/bold]: the whole picture (default for others); "
+    "[bold]processor[/bold]: the image processor of an hf: model."
+)
 PATH: dict[str, Any] = {"parser": path_of, "metavar": "PATH"}  # arguments of typer.Option and typer.Argument
 SOURCE: dict[str, Any] = {"parser": source_of, "metavar": "PATH"}
 Out = Annotated[Path, typer.Option(help="Folder for the results; created if missing.", **PATH)]
@@ -212,6 +217,23 @@ def prepared(
     loaded = load_model(model, pretrained=pretrained, checkpoint=checkpoint, image_size=size)
     loaded.model.to(on)
     return on, loaded
+
+
+def named_model(model: str | None) -> tuple[str, str]:
+    """A notice, and the model's name: the demo model if there is none."""
+    if model is not None:
+        return "", model
+    return "no --model: using the demo model, which was trained on drawn scenes and not on photos", "demo"
+
+
+def absolute_model(model: str) -> str:
+    """The model's name, with an absolute path if it is a folder."""
+    from attnx.models.torchhub import absolute_name
+
+    kind, _, name = model.partition(":")
+    if kind == "torchhub":
+        return absolute_name(model)
+    return f"{kind}:{Path(name).absolute()}" if kind == "hf" and Path(name).is_dir() else model
 
 
 def layers_of(layers: list[str] | None) -> list[str | int] | None:

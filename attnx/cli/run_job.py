@@ -36,6 +36,7 @@ def run_recipe(
     unit: str,
     finish: "Callable[[Runtime, Report], str] | None" = None,
     notice: str = "",
+    made: str = "maps",
 ) -> None:
     """Run or estimate a job, and print the result. Exits with code 1 if too many rows have an error.
 
@@ -43,6 +44,7 @@ def run_recipe(
         unit: name of the rows, "images" or "pairs".
         finish: called at the end; its text is appended to the result.
         notice: message before the run.
+        made: name of what is made of each image.
     """
     import torch
 
@@ -95,7 +97,7 @@ def run_recipe(
     if report.made:
         typer.echo(report.stage_table())
     more = "" if finish is None else finish(runtime, report)
-    _print_report(report, out, unit, rank, more, about)
+    _print_report(report, out, f"{made} of {report.maps} {unit}", unit, rank, more, about)
     if report.set_aside or report.errors > allowed_errors(options.allow_errors, report.rows):
         raise typer.Exit(1)
 
@@ -142,8 +144,10 @@ def _make_shards(
         )  # fmt: skip
 
 
-def _print_report(report: "Report", out: Path, unit: str, rank: "Rank | None", more: str, about: str) -> None:
-    """Print the counts of a run, and messages about its errors."""
+def _print_report(
+    report: "Report", out: Path, made: str, unit: str, rank: "Rank | None", more: str, about: str
+) -> None:
+    """Print the counts of a run, and messages about its errors; `made`: "maps of 12 images"."""
     prefix = "" if rank is None else f"rank {rank.rank} of {rank.world}: "
     before = f", {report.before} rows from earlier runs" if report.before else ""
     rate = f" ({report.made / report.seconds:.1f} {unit}/s)" if report.made else ""
@@ -155,7 +159,7 @@ def _print_report(report: "Report", out: Path, unit: str, rank: "Rank | None", m
     if report.set_aside:
         numbers = ", ".join(map(str, sorted(report.set_aside)))
         wrong += f", {len(report.set_aside)} shards could not be made (numbers {numbers}); run again to try them again"
-    typer.echo(f"{prefix}maps of {report.maps} {unit} in {out}{before}{rate}{more}{wrong}; {about}")
+    typer.echo(f"{prefix}{made} in {out}{before}{rate}{more}{wrong}; {about}")
 
 
 @contextmanager

@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from attnx.cli.options import PATH, Alpha, Colormap, FormerMass, Interpolation, Mass, mass_of, report_errors
+from attnx.cli.probe import write_report
 
 
 @report_errors
 def summary(
     folder: Annotated[
-        Path, typer.Argument(help="OUT of attnx extract or attnx words; it may still be running.", **PATH)
+        Path, typer.Argument(help="OUT of attnx extract, words or probe; it may still be running.", **PATH)
     ],
     masks: Annotated[
         Path | None,
@@ -34,7 +35,8 @@ def summary(
     """Summarises a job: counts, errors, images/s, entropy levels with examples, and the mean map.
 
     Writes summary.json, levels.png, focus.png (the most and least focused images) and mean.png. An image's entropy is
-    the entropy of its map over the patches, averaged over layers and heads. The levels are quarters of the images.
+    the entropy of its map over the patches, averaged over layers and heads. The levels are quarters of the images. Of a
+    job of attnx probe, writes its tables and figures, of the shards that exist.
     """
     mass = mass_of(mass, keep)
     from attnx.figures.one_image import Style
@@ -44,6 +46,10 @@ def summary(
     from attnx.jobs.summary import summarise
 
     maps = Maps(folder)
+    if "stats" in maps.settings:
+        for path, what in write_report(folder, folder / "probe" if out is None else out).items():
+            typer.echo(f"{path}  {what}")
+        return
     found = summarise(maps)
     if masks is not None and not masks.is_dir():
         raise ValueError(f"masks: expected a folder of masks; {masks} is not a folder")

@@ -5,6 +5,7 @@ To add a column, add a field with its type, and set it in a task (`attnx.jobs.ta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,18 @@ import numpy as np
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["MapRow", "schema"]
+__all__ = ["STATS", "MapRow", "schema"]
 
 
-def _stored(arrow: str, captions: bool = False) -> dict[str, Any]:
-    """The metadata of a field: its Arrow type, "list<...>" included. captions: only in jobs of captions."""
-    return {"arrow": arrow, "captions": captions}
+STATS = ("entropy", "distance", "max", "mass", "importance")
+
+
+def _stored(arrow: str, only: str = "") -> dict[str, Any]:
+    """The metadata of a field: its Arrow type, "list<...>" included.
+
+    only: the jobs that have the column: "maps", "captions" (of captions), "stats" (of probes), or "" for all.
+    """
+    return {"arrow": arrow, "only": only}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,32 +43,47 @@ class MapRow:
         word_of: the word number of each token; None for [CLS] and [SEP].
         score: the matching logit.
         cut: number of words at the end that exceed the model's length.
+        entropy, distance, max, mass, importance: the mean of a statistic of each head, float32 [T], layer by layer; see
+            `attnx.methods.probes.head_means`.
     """
 
     key: str = field(metadata=_stored("string"))
     text: str | None = field(default=None, metadata=_stored("string"))
-    map: np.ndarray | None = field(default=None, metadata=_stored("map"))
+    map: np.ndarray | None = field(default=None, metadata=_stored("map", "maps"))
     width: int | None = field(default=None, metadata=_stored("int32"))
     height: int | None = field(default=None, metadata=_stored("int32"))
     crop: tuple[float, ...] | None = field(default=None, metadata=_stored("list<float32>"))
     error: str | None = field(default=None, metadata=_stored("string"))
-    tokens: tuple[str, ...] | None = field(default=None, metadata=_stored("list<string>", captions=True))
-    word_of: tuple[int | None, ...] | None = field(default=None, metadata=_stored("list<int32>", captions=True))
-    score: float | None = field(default=None, metadata=_stored("float32", captions=True))
-    cut: int | None = field(default=None, metadata=_stored("int32", captions=True))
+    tokens: tuple[str, ...] | None = field(default=None, metadata=_stored("list<string>", "captions"))
+    word_of: tuple[int | None, ...] | None = field(default=None, metadata=_stored("list<int32>", "captions"))
+    score: float | None = field(default=None, metadata=_stored("float32", "captions"))
+    cut: int | None = field(default=None, metadata=_stored("int32", "captions"))
+    entropy: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
+    distance: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
+    max: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
+    mass: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
+    importance: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
 
 
-def schema(dtype: str, captions: bool) -> pa.Schema:
-    """The schema of a shard whose maps are stored as `dtype`. captions: with the columns of captions."""
+def schema(dtype: str, captions: bool, stats: Sequence[str] = ()) -> pa.Schema:
+    """The schema of a shard.
+
+    Args:
+        dtype: of the stored maps.
+        captions: with the columns of captions.
+        stats: names of the columns of statistics; the shard then has no maps.
+    """
     import pyarrow as pa
 
     columns: dict[str, pa.DataType] = {}
     for each in fields(MapRow):
-        kind = each.metadata["arrow"]
-        if kind == "map":
+        has = {"": True, "maps": not stats, "captions": captions, "stats": each.name in stats}
+        if not has[each.metadata["only"]]:
+            continue
+        if each.metadata["arrow"] == "map":
             columns |= {"map": pa.list_(_type(dtype)), "shape": pa.list_(pa.int32()), "scale": pa.float32()}
-        elif captions or not each.metadata["captions"]:
-            columns[each.name] = _type(kind)
+        else:
+            columns[each.name] = _type(each.metadata["arrow"])
     return pa.schema(columns.items())
 
 

@@ -26,17 +26,19 @@ class Format:
     Args:
         dtype: dtype of the stored values: "float16", "float32" or "uint8".
         captions: add the columns of captions, see `attnx.jobs.columns`.
+        stats: names of the columns of statistics, in place of maps.
     """
 
     dtype: str = "float16"
     captions: bool = False
+    stats: tuple[str, ...] = ()
 
     def schema(self) -> pa.Schema:
         """The columns and their types."""
-        return schema(self.dtype, self.captions)
+        return schema(self.dtype, self.captions, self.stats)
 
     def table(self, rows: list[MapRow]) -> pa.Table:
-        """The rows as a table. A map that can't be stored becomes an error of its row."""
+        """The rows as a table. A map or statistics that can't be stored become an error of their row."""
         import pyarrow as pa
 
         schema = self.schema()
@@ -49,6 +51,10 @@ class Format:
                     values["map"], values["shape"] = stored.reshape(-1), stored.shape
                 except ValueError as cause:
                     values["map"], values["error"] = None, str(cause)
+            if self.stats and values["error"] is None:
+                values["error"] = next(filter(None, (_unstorable(name, values[name]) for name in self.stats)), None)
+            if self.stats and values["error"] is not None:
+                values |= dict.fromkeys(self.stats)
             # The error may have a file name with invalid Unicode.
             values["error"] = None if values["error"] is None else text_of(values["error"])
             for name, column in columns.items():
@@ -63,6 +69,13 @@ class Format:
         schema = self.schema()
         whole = pa.concat_tables([schema.empty_table(), *tables], promote_options="default")
         return whole.select(schema.names).cast(schema)
+
+
+def _unstorable(name: str, values: np.ndarray | None) -> str | None:
+    """The reason that a statistic can't be stored: a head's is not finite; None if it can."""
+    if values is None or np.isfinite(values).all():
+        return None
+    return f"the {name} is not finite in {int((~np.isfinite(values)).sum())} of {values.size} heads"
 
 
 def pack(amap: np.ndarray, dtype: str) -> tuple[np.ndarray, float]:

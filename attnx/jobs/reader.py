@@ -31,7 +31,7 @@ def open(folder: str | Path) -> Maps:
     """The rows that a job has written so far. The job may still be running.
 
     Args:
-        folder: OUT of `attnx extract` or `attnx words`.
+        folder: OUT of `attnx extract`, `attnx words` or `attnx probe`.
 
     Returns:
         A sequence of rows, see `Maps`.
@@ -130,6 +130,10 @@ class Maps:
             for batch in file.batches(columns):
                 yield list(rows_of(batch, shard))
 
+    def tables(self, columns: list[str]) -> Iterator[pa.Table]:
+        """Some columns of each shard, as stored."""
+        return (self._file(number).table(columns) for number in range(self.shards))
+
     def written(self) -> list[float]:
         """The modification time of each shard, in seconds since 1970."""
         return [shard.stat().st_mtime for shard in self._shards]
@@ -156,7 +160,12 @@ class Maps:
 
         Items are {"key": str, "map": float32 tensor, "text": caption or ""}.
         `torch.utils.data.DataLoader(maps.to_torch(), batch_size=64)` stacks them.
+
+        Raises:
+            ValueError: the job is one of `attnx probe`, which has no maps.
         """
+        if "stats" in self.settings:
+            raise ValueError(f"to_torch: expected a job with maps; {self.folder} has statistics of heads")
         return MapDataset(self)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from attnx.models.loading import load_model, load_word_model
 from attnx.models.registry import IMAGE_MODELS
 from attnx.version import MAPS_VERSION
 
-__all__ = ["ExtractRecipe", "Recipe", "WordsRecipe", "recipe_of"]
+__all__ = ["ExtractRecipe", "ProbeRecipe", "Recipe", "WordsRecipe", "recipe_of"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,46 @@ class ExtractRecipe(Recipe):
 
 
 @dataclass(frozen=True)
+class ProbeRecipe(Recipe):
+    """A recipe for statistics of heads.
+
+    stats: names of the statistics. targets: the file of the images' classes; None: no importance of heads.
+    """
+
+    pixels: str | None
+    layers: list[str | int] | None
+    stats: list[str]
+    targets: str | None
+    patch_size: float | None
+
+    def load(self, device: torch.device) -> Runtime:
+        """The runtime: the model on a device, its preprocessing and its task."""
+        from attnx.jobs.probes import HeadProbes, ProbeTask, Targets
+
+        torch.manual_seed(self.seed)
+        checkpoint = None if self.checkpoint is None else Path(self.checkpoint)
+        loaded = load_model(
+            self.model, pretrained=self.pretrained, checkpoint=checkpoint, image_size=_size(self.image_size)
+        )
+        pixels = _pixels(loaded, self.pixels)
+        pixels.check()
+        loaded.model.to(device)
+        targets = None if self.targets is None else Targets(Path(self.targets))
+        probes = HeadProbes(
+            loaded.model, self.stats, targets is not None, self.layers, self.patch_size, self.autocast,
+            loaded.model_kwargs,
+        )  # fmt: skip
+        # The first call chooses the layers.
+        shape = probes(torch.zeros(1, 3, *loaded.size, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+        settings = self._settings(loaded, pixels) | {
+            "stats": list(probes.names), "layers": probes.heads, "left_out": probes.left_out,
+            "patch_size": self.patch_size, "targets": None if targets is None else targets.fingerprint,
+        }  # fmt: skip
+        task = ProbeTask(probes, Format(self.map_dtype, stats=probes.names), targets)
+        return Runtime(self, device, loaded, pixels, task, settings, 4 * shape[0].numel(), tensors=False, fill=False)
+
+
+@dataclass(frozen=True)
 class WordsRecipe(Recipe):
     """A recipe for maps of the words of captions. layer: of ALBEF; stage: of LAVT."""
 
@@ -188,9 +228,9 @@ def recipe_of(value: dict[str, Any] | None) -> Recipe:
         ValueError: `value` is not a recipe, or another version of attnx wrote it.
     """
     fields = dict(value or {})
-    kind = {each.__name__: each for each in (ExtractRecipe, WordsRecipe)}.get(fields.pop("recipe", ""))
+    kind = {each.__name__: each for each in (ExtractRecipe, ProbeRecipe, WordsRecipe)}.get(fields.pop("recipe", ""))
     if kind is None:
-        raise ValueError("recipe: expected a recipe of attnx extract or attnx words; the job has none")
+        raise ValueError("recipe: expected a recipe of attnx extract, words or probe; the job has none")
     try:
         return kind(**fields)
     except TypeError as error:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnx.jobs.columns import MapRow
+from attnx.jobs.columns import STATS, MapRow
 from attnx.jobs.shards import DamagedError, parts, strays
 from attnx.jobs.tensors import read_tensor, tensors_of
 
@@ -34,8 +34,11 @@ def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[MapRow]:
             amap = values[offsets[i] : offsets[i + 1]].reshape(shape).copy()
         if amap is not None and scale is not None:
             amap = amap.astype(np.float32) * np.float32(scale)
-        lists = {name: tuple(row[name]) for name in ("tokens", "word_of", "crop") if row.get(name) is not None}
-        yield MapRow(map=amap, **{**row, **lists})
+        lists: dict[str, Any] = {
+            name: tuple(row[name]) for name in ("tokens", "word_of", "crop") if row.get(name) is not None
+        }
+        stats = {name: np.array(row[name], np.float32) for name in STATS if row.get(name) is not None}
+        yield MapRow(map=amap, **{**row, **lists, **stats})
 
 
 def shards_in(out: Path, shards: int | None = None) -> list[Path]:

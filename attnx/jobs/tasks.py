@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from attnx.extract.captions import CaptionMaps
     from attnx.models.tokenizer import Tokenizer
 
-__all__ = ["Extract", "Find", "ImageTask", "Task", "WordTask"]
+__all__ = ["Extract", "Find", "ImageTask", "Task", "WordTask", "fetch"]
 
 Extract: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 Find: TypeAlias = "Callable[[torch.Tensor, list[list[str]]], Sequence[CaptionMaps]]"
@@ -61,7 +61,7 @@ class ImageTask:
         maps = self.extract(images)
         if maps.shape[:1] != (len(images),) or not maps.is_floating_point():
             raise ValueError(f"extract: expected a float tensor [{len(images)}, ...]; got {list(maps.shape)}")
-        wait = _fetch(maps)
+        wait = fetch(maps)
         return lambda: [MapRow(group[0].key, map=amap) for group, amap in zip(groups, wait(), strict=False)]
 
 
@@ -103,7 +103,7 @@ class WordTask:
                 # Truncated captions are recorded in their rows.
                 warnings.simplefilter("ignore", UserWarning)
                 results = self.find(images[valid], [texts[i] for i in valid])
-        waits = iter([(result, _fetch(result.maps)) for result in results])
+        waits = iter([(result, fetch(result.maps)) for result in results])
 
         def wait() -> list[MapRow]:
             pairs = [pair for group, own in zip(groups, errors, strict=True) for pair in zip(group, own, strict=True)]
@@ -133,7 +133,7 @@ def _row(entry: Entry, result: CaptionMaps, wait: Callable[[], np.ndarray]) -> M
     )
 
 
-def _fetch(maps: torch.Tensor) -> Callable[[], np.ndarray]:
+def fetch(maps: torch.Tensor) -> Callable[[], np.ndarray]:
     """Start a copy of the maps to the CPU. The returned function waits for it."""
     maps = maps.detach()
     if maps.device.type != "cuda":

@@ -1,6 +1,6 @@
 """How far and how widely each head attends, and how much a score depends on it: means over a layer's rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,15 +40,7 @@ def mean_attention_distance(trace: Trace, patch_size: float | None = None) -> Te
         >>> attnx.mean_attention_distance(trace).shape
         torch.Size([2, 4, 6])
     """
-
-    def of_layer(layer: str) -> Tensor:
-        stats, wanted = _read(trace, layer, "distance")
-        if wanted.places is None:
-            raise ValueError(f"{wanted.missing['distance']}; choose other layers: trace.select(...)")
-        patches = ~wanted.places[0][..., 0].isnan()
-        return _mean(stats["distance"], patches) * (_patch_size(trace, layer) if patch_size is None else patch_size)
-
-    return _by_layer("mean_attention_distance", trace, of_layer)
+    return _by_layer("mean_attention_distance", trace, lambda layer: _mean_distance(trace, layer, patch_size))
 
 
 def row_entropy(trace: Trace, rows: str = "mean") -> Tensor:
@@ -80,9 +72,9 @@ def row_entropy(trace: Trace, rows: str = "mean") -> Tensor:
         raise ValueError(f"rows: expected 'mean' or 'all'; got {rows!r}")
 
     def of_layer(layer: str) -> Tensor:
-        stats, _ = _read(trace, layer, "entropy")
         if rows == "mean":
-            return _mean_of_queries(trace, layer, stats["entropy"])
+            return _mean_of_queries(trace, layer, "entropy")
+        stats, _ = _read(trace, layer, "entropy")
         if trace.windows(layer) is not None:
             raise ValueError(f"rows='all': expected layers without windows; got windows in {layer}")
         return stats["entropy"]
@@ -118,22 +110,57 @@ def head_importance(trace: Trace) -> Tensor:
         >>> attnx.head_importance(trace).shape
         torch.Size([2, 4, 6])
     """
-
-    def of_layer(layer: str) -> Tensor:
-        stats = trace.stats[layer] if layer in trace.stats else RowStats({}, {})
-        if "importance" in stats.missing:
-            raise RuntimeError(stats.missing["importance"])
-        if "importance" not in stats:
-            raise ValueError(f"{layer}: expected a capture with grad=True and stats=('importance',)")
-        return _mean_of_queries(trace, layer, stats["importance"])
-
-    return _by_layer("head_importance", trace, of_layer)
+    return _by_layer("head_importance", trace, lambda layer: _mean_of_queries(trace, layer, "importance"))
 
 
-def _mean_of_queries(trace: Trace, layer: str, stat: Tensor) -> Tensor:
-    """[B, H]: mean of a statistic [B, H, M] of a layer over its queries, without the padding of windows."""
+def head_means(trace: Trace, stats: Sequence[str], patch_size: float | None = None) -> Tensor:
+    """The mean of each statistic over the rows of each head, for the heads of all layers one after another.
+
+    Args:
+        trace: as in `row_entropy`.
+        stats: names of `attnx.attention_stats`, or "importance". The distance is `mean_attention_distance`, in pixels;
+            the others are means over all queries.
+        patch_size: as in `mean_attention_distance`.
+
+    Returns:
+        [B, S, T] float32 for S statistics and the T heads of all layers.
+
+    Raises:
+        ValueError, RuntimeError: as in `mean_attention_distance` and `head_importance`.
+
+    Example:
+        >>> import torch, attnx
+        >>> from attnx.demo.vit import demo_model
+        >>> from attnx.methods.probes import head_means
+        >>> model = demo_model()
+        >>> with torch.no_grad(), attnx.capture(model, keep="stats", stats=["max", "mass"]) as trace:
+        ...     logits = model(torch.rand(2, 3, 96, 96))
+        >>> head_means(trace, ["max", "mass"]).shape
+        torch.Size([2, 2, 24])
+    """
+
+    def of_stat(name: str) -> Tensor:
+        if name == "distance":
+            return torch.cat([_mean_distance(trace, layer, patch_size) for layer in trace], 1)
+        return torch.cat([_mean_of_queries(trace, layer, name) for layer in trace], 1)
+
+    return torch.stack([of_stat(name) for name in stats], 1)
+
+
+def _mean_distance(trace: Trace, layer: str, patch_size: float | None) -> Tensor:
+    """[B, H]: mean distance of a layer in pixels, over the queries that are patches."""
+    stats, wanted = _read(trace, layer, "distance")
+    if wanted.places is None:
+        raise ValueError(f"{wanted.missing['distance']}; choose other layers: trace.select(...)")
+    patches = ~wanted.places[0][..., 0].isnan()
+    return _mean(stats["distance"], patches) * (_patch_size(trace, layer) if patch_size is None else patch_size)
+
+
+def _mean_of_queries(trace: Trace, layer: str, name: str) -> Tensor:
+    """[B, H]: mean of a statistic of a layer over its queries, without the padding of windows."""
+    stats, _ = _read(trace, layer, name)
     windows = trace.windows(layer)
-    return _mean(stat, None if windows is None else windows.index.to(stat.device) >= 0)
+    return _mean(stats[name], None if windows is None else windows.index.to(stats[name].device) >= 0)
 
 
 def _read(trace: Trace, layer: str, name: str) -> tuple[RowStats, Wanted]:
@@ -142,6 +169,13 @@ def _read(trace: Trace, layer: str, name: str) -> tuple[RowStats, Wanted]:
     if trace.tokens.unpadded(layer, keys, 0, trace) is not None:
         raise ValueError(f"{layer}: expected images without padding; take one by trace.item(i)")
     wanted = wanted_of((name,), layer, (queries, keys), trace.windows(layer), record.device)
+    if name == "importance":
+        stats = trace.stats[layer] if layer in trace.stats else RowStats({}, {})
+        if name in stats.missing:
+            raise RuntimeError(stats.missing[name])
+        if name not in stats:
+            raise ValueError(f"{layer}: expected a capture with grad=True and stats=('importance',)")
+        return stats, wanted
     if layer in trace.stats and (name in trace.stats[layer] or name in wanted.missing):
         return trace.stats[layer], wanted
     if isinstance(record, QKRecord) and trace.rows is None:

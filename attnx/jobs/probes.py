@@ -1,0 +1,194 @@
+"""Statistics of heads as a batch job: the task of `attnx probe`, and the targets of its images."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnx.files import open_regular
+from attnx.jobs.columns import MapRow
+from attnx.jobs.packing import Format
+from attnx.jobs.sources import Entry
+from attnx.jobs.tasks import fetch
+from attnx.methods.probes import head_means
+from attnx.ops.statistics import NAMES
+from attnx.trace.capture import capture
+from attnx.trace.layers import Layers
+from attnx.trace.trace import Trace
+
+__all__ = ["HeadProbes", "ProbeTask", "Targets"]
+
+
+class Targets:
+    """The classes of images, from a CSV file with the columns key and target.
+
+    Attributes:
+        of: {key: class}.
+        fingerprint: SHA-256 of the file.
+
+    Raises:
+        ValueError: the file has other columns, a repeated key, or a target that is no whole number.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with open_regular(path) as file:
+            content = file.read()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.of: dict[str, int] = {}
+        try:
+            rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+            names = list(rows.fieldnames or ())
+            if not {"key", "target"} <= set(names):
+                raise ValueError(
+                    f"targets: expected the columns key, target in {path}; got {', '.join(names) or 'none'}"
+                )
+            for row in rows:
+                key, target = row["key"], row["target"] or ""
+                if not target.strip().isdecimal() or len(target) > 9:
+                    raise ValueError(
+                        f"targets: expected a class from 0 on in line {rows.line_num}; got {target[:80]!r}"
+                    )
+                if key in self.of:
+                    raise ValueError(f"targets: expected every key once; {key[:200]!r} is repeated")
+                self.of[key] = int(target)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"targets: expected a CSV file in UTF-8; {path}: {error}") from error
+
+
+class HeadProbes:
+    """The mean statistics of the heads of all layers: `HeadProbes(model)(images)` -> [B, S, T].
+
+    The first images choose the layers: with layers=None, those that have all of the statistics.
+
+    Args:
+        stats: names among those of `attnx.attention_stats`.
+        importance: also compute "importance", of the cross entropy of the model's logits and the targets.
+        patch_size: as in `attnx.mean_attention_distance`.
+        layers, model_kwargs, dtype: see `attnx.Extractor`.
+
+    Attributes:
+        heads: {layer: number of its heads}.
+        left_out: {layer: reason} of layers without one of the statistics.
+        classes: number of classes of the logits; 0 without importance.
+
+    Raises:
+        ValueError: no layer has all of the statistics, or a requested one does not; the model gives no logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stats: Sequence[str] = NAMES,
+        importance: bool = False,
+        layers: Layers = None,
+        patch_size: float | None = None,
+        dtype: torch.dtype | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model.requires_grad_(False) if importance else model
+        self.names = (*stats, "importance") if importance else tuple(stats)
+        self.importance = importance
+        self.layers = layers
+        self.patch_size = patch_size
+        self.dtype = dtype
+        self.model_kwargs = model_kwargs or {}
+        self.heads: dict[str, int] = {}
+        self.left_out: dict[str, str] = {}
+        self.classes = 0
+
+    def __call__(self, images: Tensor, targets: Tensor | None = None) -> Tensor:
+        """[B, 3, height, width] on the model's device, and [B] classes -> float32 [B, S, T], see `head_means`."""
+        with torch.inference_mode(not self.importance):
+            trace = self._trace(images, targets)
+            if not self.heads:
+                self._choose(trace)
+            return head_means(trace.select(list(self.heads)), self.names, self.patch_size)
+
+    def _trace(self, images: Tensor, targets: Tensor | None) -> Trace:
+        with (
+            torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None),
+            torch.enable_grad() if self.importance else nullcontext(),
+            capture(self.model, self.layers, keep="stats", stats=self.names, grad=self.importance) as trace,
+        ):
+            out = self.model(images, **self.model_kwargs)
+        if self.importance:
+            assert targets is not None
+            logits = _logits(out, len(images))
+            self.classes = logits.shape[1]
+            trace.backward(F.cross_entropy(logits, targets, reduction="sum"))
+        return trace
+
+    def _choose(self, trace: Trace) -> None:
+        """Choose the layers with all of the statistics, of a trace of the first images."""
+        self.left_out = {
+            layer: next(iter(trace.stats[layer].missing.values())) for layer in trace if trace.stats[layer].missing
+        }
+        chosen = [layer for layer in trace if layer not in self.left_out]
+        if not chosen or (self.left_out and self.layers is not None):
+            raise ValueError(f"stats: {next(iter(self.left_out.values()))}; choose others by --stat or --layer")
+        self.heads = {layer: trace.stats[layer][self.names[0]].shape[1] for layer in chosen}
+
+
+def _logits(out: Any, count: int) -> Tensor:
+    """The logits [B, classes] of a model's output."""
+    logits = getattr(out, "logits", out)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
+        came = f"{list(logits.shape)}" if isinstance(logits, Tensor) else type(out).__name__
+        raise ValueError(f"targets: expected a model that gives logits [{count}, classes]; got {came}")
+    return logits.float()
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """The statistics of the heads for every image.
+
+    Args:
+        probes: computes them.
+        format: its `stats` are those of `probes`.
+        targets: of the images; None without importance.
+    """
+
+    probes: HeadProbes
+    format: Format
+    targets: Targets | None = None
+
+    def groups(self, entries: list[Entry]) -> list[list[Entry]]:
+        """Groups of one entry each."""
+        return [[entry] for entry in entries]
+
+    def start(self, images: Tensor, groups: list[list[Entry]]) -> Callable[[], list[MapRow]]:
+        """Start the computation and the copy to the CPU. An image without a target becomes a row with an error."""
+        keys = [group[0].key for group in groups]
+        errors = [self._error(key) for key in keys]
+        targets = None
+        if self.targets is not None:
+            classes = [0 if error else self.targets.of[key] for key, error in zip(keys, errors, strict=True)]
+            targets = torch.tensor(classes, device=images.device)
+        wait = fetch(self.probes(images, targets))
+
+        def rows() -> list[MapRow]:
+            return [
+                MapRow(key, error=error) if error else MapRow(key, **dict(zip(self.probes.names, values, strict=True)))
+                for key, error, values in zip(keys, errors, wait(), strict=True)
+            ]
+
+        return rows
+
+    def _error(self, key: str) -> str | None:
+        if self.targets is None:
+            return None
+        target = self.targets.of.get(key)
+        if target is None:
+            return "target: expected one in the file of --targets; got none"
+        most = self.probes.classes - 1
+        return None if target <= most else f"target: expected a class in 0..{most}; got {target}"
