@@ -40,14 +40,15 @@ if [[ -n $QUICK ]]; then
     step benchmarks 300 "$PYTHON" -m benchmarks.run --quick --device cpu --out "$OUT"
     step words 100 "$PYTHON" -m benchmarks.suites.words --quick --out "$OUT"
     step windows 100 "$PYTHON" -m benchmarks.suites.windows --quick --out "$OUT"
+    step probes 100 "$PYTHON" -m benchmarks.suites.probes --quick --out "$OUT"
     step jobs 100 "$PYTHON" -m benchmarks.suites.jobs --quick --out "$OUT"
     step sweep 130 "$PYTHON" -m benchmarks.suites.sweep --compile-only --quick --out "$OUT"
     exit "$status"
 fi
 # Most of the tests' time is compilation, so they run in parallel if pytest-xdist is installed.
 parallel=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 12")
-tests=(tests/test_{ops,ops_contract,vecmat,keep,gradient,gradient_map,gradient_kernel,bias_period,capture,widths,worker,maps}.py)
-for timed in ${STEPS:-tests:130 benchmarks:230 words:75 windows:75 jobs:75 sweep:75}; do
+tests=(tests/test_{ops,ops_contract,vecmat,keep,gradient,gradient_map,gradient_kernel,bias_period,capture,widths,worker,maps,stats,probes}.py)
+for timed in ${STEPS:-tests:130 benchmarks:230 words:75 windows:75 probes:90 jobs:75 sweep:75}; do
     name=${timed%:*} seconds=${timed#*:}
     case $name in
         # shellcheck disable=SC2086
@@ -56,9 +57,10 @@ for timed in ${STEPS:-tests:130 benchmarks:230 words:75 windows:75 jobs:75 sweep
         # shellcheck disable=SC2086
         words) step words "$seconds" "$PYTHON" -m benchmarks.suites.words --device cuda --only "384 px b16" ${ALBEF:+--original "$ALBEF"} --out "$OUT" ;;
         windows) step windows "$seconds" "$PYTHON" -m benchmarks.suites.windows --device cuda --seconds 8 --out "$OUT" ;;
+        probes) step probes "$seconds" "$PYTHON" -m benchmarks.suites.probes --device cuda --seconds 5 --out "$OUT" ;;
         jobs) step jobs "$seconds" "$PYTHON" -m benchmarks.suites.jobs --device cuda --dtype bfloat16 --batch 64 --out "$OUT" ;;
         sweep) step sweep "$seconds" "$PYTHON" -m benchmarks.suites.sweep --limit $((seconds - 10)) --out "$OUT" ;;
-        *) echo "STEPS: expected tests, benchmarks, words, windows, jobs or sweep, each with :SECONDS; got $timed" >&2; exit 2 ;;
+        *) echo "STEPS: expected tests, benchmarks, words, windows, probes, jobs or sweep, each with :SECONDS; got $timed" >&2; exit 2 ;;
     esac
 done
 exit "$status"

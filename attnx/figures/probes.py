@@ -61,7 +61,7 @@ def _against_depth(tables: Sequence[HeadTable], names: list[str], path: Path, ti
                 _dots(panel, table, name, f"C{number}", number - (len(tables) - 1) / 2, len(tables))
             panel.set_xlabel("layer")
             panel.set_ylabel(TITLES[name])
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
             panel.xaxis.get_major_locator().set_params(integer=True)
         if title:
             axes[0].set_title(title, loc="left")

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.machine import ROOT, write
 from benchmarks.report import plots
 from benchmarks.report.jobs import jobs_section
+from benchmarks.report.probes import probes_section
 from benchmarks.report.stored import Row, Run, Stored, load
 from benchmarks.report.sweeps import sweep_section
 from benchmarks.report.table import ms, number, origin, table
@@ -36,6 +37,7 @@ def page(stored: Stored, plot_files: dict[str, list[str]]) -> str:
     sections += [run_section(run, plot_files.get(run.file, [])) for run in stored.runs]
     sections += [words_section(*item) for item in stored.words.items()]
     sections += [windows_section(*item) for item in stored.windows.items()]
+    sections += [probes_section(*item) for item in stored.probes.items()]
     sections += [jobs_section(*item) for item in stored.jobs.items()]
     if stored.sweeps:
         sections.append(sweep_section(stored.sweeps))

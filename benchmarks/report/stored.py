@@ -75,12 +75,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Stored:
-    """All results. runs: those on GPUs first, then newest first. sweeps, words, windows, jobs: {file name: content}."""
+    """All results. runs: those on GPUs first, then newest first. The others: {file name: content}."""
 
     runs: list[Run]
     sweeps: dict[str, dict[str, Any]]
     words: dict[str, dict[str, Any]]
     windows: dict[str, dict[str, Any]]
+    probes: dict[str, dict[str, Any]]
     jobs: dict[str, dict[str, Any]]
 
 
@@ -91,7 +92,9 @@ def load(folder: Path) -> Stored:
         ValueError: a file is not a result; the message names it.
     """
     runs: list[Run] = []
-    others: dict[str, dict[str, dict[str, Any]]] = {"sweep": {}, "words": {}, "windows": {}, "jobs": {}}
+    others: dict[str, dict[str, dict[str, Any]]] = {
+        "sweep": {}, "words": {}, "windows": {}, "probes": {}, "jobs": {},
+    }  # fmt: skip
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text())
@@ -108,7 +111,7 @@ def load(folder: Path) -> Stored:
             raise ValueError(message) from error
     runs.sort(key=lambda run: run.about["date"], reverse=True)
     runs.sort(key=lambda run: not run.cuda)
-    return Stored(runs, others["sweep"], others["words"], others["windows"], others["jobs"])
+    return Stored(runs, others["sweep"], others["words"], others["windows"], others["probes"], others["jobs"])
 
 
 def read_row(content: dict[str, Any]) -> Row:
