@@ -220,7 +220,7 @@ def importance_config(head_dim: int, itemsize: int, rows: int, target: Target, b
     if itemsize == 4 and row_bytes > 256:
         return Config(16, 16, 4, 1)
     if rows <= 16:
-        return Config(16, 16 if _is_blackwell(target) else 32, 4, 1)
+        return Config(16, 16 if itemsize == 2 and _is_blackwell(target) else 32, 4, 1)
     if itemsize == 4:
         return Config(32, 32, 8, 1)
     return Config(64, 16 if row_bytes > 256 else 32, 8 if row_bytes > 128 else 4, 1)

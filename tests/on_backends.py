@@ -61,3 +61,12 @@ def pairs(cases, thinned=False):
             if takes(backend, case)
         ],
     )
+
+
+def random_places(case, count=1, device="cpu"):
+    """Places (queries [P, M, 2], keys [P, N, 2]): every seventh query and every fifth key has none."""
+    generator = torch.Generator().manual_seed(3)
+    queries, keys = (torch.randn(count, n, 2, generator=generator) * 10 for n in (case.M, case.N))
+    queries[:, 3::7] = torch.nan
+    keys[:, 4::5] = torch.nan
+    return queries.to(device), keys.to(device)

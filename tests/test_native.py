@@ -15,6 +15,7 @@ import torch
 import attnx
 from attnx.kernels.cpu import build
 from attnx.ops import backends
+from attnx.ops.attention_stats import attention_with_stats
 from attnx.ops.backends import native
 from attnx.ops.reducers import MASK_THRESHOLD, Reduction
 from attnx.testing import (
@@ -23,12 +24,14 @@ from attnx.testing import (
     assert_attention,
     assert_attention_lse,
     assert_gradient_map,
+    assert_stats,
     assert_vecmat,
+    oracle_gradient_map,
     random_gradient,
     random_inputs,
     random_vector,
 )
-from on_backends import TAKES
+from on_backends import TAKES, random_places
 
 HIGHEST = "AVX512BF16" if build.instructions() == "AVX512" and build.has("avx512_bf16", False) else build.instructions()
 LEVELS = list(build.INSTRUCTIONS)[list(build.INSTRUCTIONS).index(HIGHEST) :]  # that run here
@@ -70,6 +73,14 @@ def check(case):
     grad, clamp = random_gradient(case), case.M % 2 == 0
     weighted = attnx.gradient_map(grad, q, k, v, bias=bias, clamp=clamp, backend="native", **case.options)
     assert_gradient_map(weighted, grad, q, k, v, bias, clamp=clamp, **case.options)
+    places, prefix = random_places(case), min(3, case.N)
+    wanted = dict(heads=case.heads, stats=("entropy", "distance", "max", "mass"), places=places, prefix=prefix)
+    out, amap, stats = attention_with_stats(q, k, v, **wanted, backend="native", **given)
+    assert_attention(out, amap, q, k, v, bias, **{**case.options, "rows": None})
+    assert_stats(stats, q, k, **given, places=places, prefix=prefix)
+    importance = attnx.row_importance(grad, q, k, v, lse=lse, backend="native", **given)
+    weighted = oracle_gradient_map(grad, q, k, v, **given, heads="each", clamp=False)
+    torch.testing.assert_close(importance.double(), weighted.abs().sum(-1), rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -176,7 +187,12 @@ def test_the_same_bits_in_any_number_of_threads(openmp, monkeypatch):
                 grad = random_gradient(case)
                 call = dict(bias=bias, is_causal=case.is_causal, backend="native")
                 weighted = attnx.gradient_map(grad, q, k, v, **call)
-                results.append((out, amap, passed, weighted))
+                stats = attention_with_stats(
+                    q, k, None, heads=None, stats=("entropy", "distance", "max", "mass"), places=random_places(case),
+                    prefix=3, **call,
+                )[2].values()  # fmt: skip
+                importance = attnx.row_importance(grad, q, k, v, **call)
+                results.append((out, amap, passed, weighted, importance, *(stat.nan_to_num(-1) for stat in stats)))
         finally:
             torch.set_num_threads(before)
         for result in results[1:]:

@@ -23,19 +23,10 @@ from attnx.testing import (
     random_inputs,
     score_size,
 )
-from on_backends import of_both_lengths, on_all, on_all_triton_long, pairs
+from on_backends import of_both_lengths, on_all, on_all_triton_long, pairs, random_places
 
 NAMES = ("entropy", "distance", "max", "mass")
 CASES = tuple(dict.fromkeys(replace(case, heads="mean", rows=None) for case in TABLE))
-
-
-def random_places(case, count=1, device="cpu"):
-    """Places (queries [P, M, 2], keys [P, N, 2]): every seventh query and every fifth key has none."""
-    generator = torch.Generator().manual_seed(3)
-    queries, keys = (torch.randn(count, n, 2, generator=generator) * 10 for n in (case.M, case.N))
-    queries[:, 3::7] = torch.nan
-    keys[:, 4::5] = torch.nan
-    return queries.to(device), keys.to(device)
 
 
 def call(case):
