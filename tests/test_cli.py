@@ -132,7 +132,7 @@ def test_extract_records_what_it_cannot_read(photos: Path, tmp_path: Path) -> No
     result = run("extract", photos, "--out", tmp_path / "maps", *RANDOM)
     assert result.exit_code == 1
     assert "maps of 2 images in" in result.output
-    assert "2 images could not be read" in result.output
+    assert "2 images have an error" in result.output
     errors = {r.key: r.error for r in attnx.open(tmp_path / "maps")}
     assert errors["a.png"] is None
     assert "b.jpg" in (errors["b.jpg"] or "")

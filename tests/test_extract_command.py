@@ -38,7 +38,7 @@ def test_run_again_it_goes_on(photos: Path, tmp_path: Path) -> None:
     first = run("extract", photos, "--out", out, *CPU, "--shard-size", 3)
     assert first.exit_code == 1
     assert "maps of 9 images in" in first.output
-    assert "1 images could not be read: see the error column" in first.output
+    assert "1 images have an error: see the error column" in first.output
     assert "waiting for images" in first.output
     before = files(out)
     (out / "part-00001.parquet").unlink()

@@ -166,12 +166,14 @@ def test_compare_overlays_models(photos: Path, probed: Path, tmp_path: Path) -> 
     assert [row["model"] for row in distances] == ["demo"] * 24 + ["timm:vit_tiny_patch16_224"] * 36
     assert (tmp_path / "both" / "compare.csv").read_text().startswith("model,stat,layer,depth,head,images,mean,std,min")
     assert Image.open(tmp_path / "both" / "compare.png").size[0] > 300
-    result = run("compare", probed, probed, "--out", tmp_path / "same")
-    assert {row["model"] for row in pq.read_table(tmp_path / "same" / "compare.parquet").to_pylist()} == {str(probed)}
+    assert "folders: expected different folders; got" in fails("compare", probed, probed)
     other = draw(tmp_path / "other", 2)
     assert run("probe", other, "--out", tmp_path / "few", *CPU, "--stat", "distance").exit_code == 0
-    result = run("compare", probed, tmp_path / "few", "--out", tmp_path / "differ")
-    assert "the jobs have different images, so part of the differences may be theirs" in result.output
+    for folder in ("few", "tiny"):
+        result = run("compare", probed, tmp_path / folder, "--out", tmp_path / "differ")
+        assert "the jobs have different images, so part of the differences may be theirs" in result.output
+    models = {row["model"] for row in pq.read_table(tmp_path / "differ" / "compare.parquet").to_pylist()}
+    assert models == {"demo", "timm:vit_tiny_patch16_224"}
     assert run("probe", other, "--out", tmp_path / "max", *CPU, "--stat", "max").exit_code == 0
     assert "expected jobs with a statistic in common; got" in fails("compare", tmp_path / "max", tmp_path / "few")
     assert "folders: expected two or more; got 1" in fails("compare", probed)
@@ -217,6 +219,8 @@ def labels_of(folder: Path, text: str) -> Path:
         ("key,target\na.jpg,-1\n", "targets: expected a class from 0 on in line 2; got '-1'"),
         ("key,target\na.jpg\n", "targets: expected a class from 0 on in line 2; got ''"),
         ("key,target\na.jpg,1\na.jpg,2\n", "targets: expected every key once; 'a.jpg' is repeated"),
+        ("key,target\na.jpg,1,2\n", "targets: expected a key, and no more columns than names, in line 2"),
+        ("key,target\n,1\n", "targets: expected a key, and no more columns than names, in line 2"),
     ],
 )
 def test_targets_that_can_not_be_read(text: str, message: str, photos: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from windowed_blocks import CASES as WINDOWED
 
 import attnx
+from attnx.methods.probes import head_means
 from attnx.trace.windows import Windows
 
 NAMES = ("entropy", "distance", "max", "mass")
@@ -292,15 +293,15 @@ def test_keys_of_a_coarser_grid_are_at_the_centres_of_their_cells():
     torch.manual_seed(0)
     options = dict(embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), sr_ratios=(4, 2, 1, 1))
     model = timm.create_model("pvt_v2_b0", num_classes=2, **options).eval()
-    layer, layout = "stages.0.blocks.0.attn", attnx.TokenLayout(0, (4, 4))
-    trace = captured(model, torch.randn(1, 3, 64, 64), heads="each", stats=["distance"], layers=[layer], layout=layout)
+    layer = "stages.0.blocks.0.attn"
+    trace = captured(model, torch.randn(1, 3, 64, 64), heads="each", stats=["distance"])
     assert trace[layer].shape == (1, 1, 256, 16)
     queries = torch.tensor([(i, j) for i in range(16) for j in range(16)], dtype=torch.float64)
     keys = torch.tensor([(i, j) for i in range(4) for j in range(4)], dtype=torch.float64) * 4 + 1.5
     far = (queries[:, None] - keys[None]).square().sum(-1).sqrt()
     exact = (trace[layer].double() * far).sum(-1)
     torch.testing.assert_close(trace.stats[layer]["distance"].double(), exact, rtol=1e-5, atol=1e-6)
-    distance = attnx.mean_attention_distance(trace)
+    distance = attnx.mean_attention_distance(trace.select([layer]))
     torch.testing.assert_close(distance[:, 0].double(), 4 * exact.mean(-1), rtol=1e-5, atol=1e-5)
 
 
@@ -410,8 +411,14 @@ def test_layers_over_words_have_entropies_and_say_why_they_have_no_distances():
         trace.stats[text]["distance"]
     with pytest.raises(KeyError, match=r"'mass': text_model\S+ has no known prefix tokens"):
         trace.stats[text]["mass"]
-    with pytest.raises(ValueError, match=r"text_model\S+ has no distances: .*; choose other layers: trace\.select"):
-        attnx.mean_attention_distance(trace)
+    message = (
+        r"text_model\S+ has no distances: .*; 2 of 4 layers have it: vision_model\S+ \.\.\. vision_model\S+; choose"
+    )
+    for each in (trace, captured(clip(), ids, x, keep="qk"), captured(clip(), ids, x, heads="each")):
+        with pytest.raises(ValueError, match=message):
+            attnx.mean_attention_distance(each)
+        with pytest.raises(ValueError, match=r"text_model\S+ has no known prefix tokens: .*; 2 of 4 layers have it"):
+            head_means(each, ["mass"])
     vision_only = attnx.mean_attention_distance(trace.select("vision_model.*"))
     assert vision_only.shape == (2, 2, 2)
     assert vision_only.isfinite().all()
@@ -447,9 +454,10 @@ def test_patches_that_are_no_squares_and_sizes_that_are_not_known():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stats": "entropy"}, "stats: expected a sequence of entropy, distance, max, mass; got 'entropy'"),
-        ({"stats": ["median"]}, "stats: expected names among entropy, distance, max, mass; got 'median'"),
-        ({"stats": 3}, "stats: expected a sequence of entropy, distance, max, mass; got 3"),
+        ({"stats": "entropy"}, "stats: expected a sequence of entropy, distance, max, mass, importance; got 'entropy'"),
+        ({"stats": ["median"]}, r"stats: expected a sequence of entropy, .*, importance; got \['median'\]"),
+        ({"stats": [["max"]]}, r"stats: expected a sequence of entropy, .*, importance; got \[\['max'\]\]"),
+        ({"stats": None}, "stats: expected a sequence of entropy, .*, importance; got None"),
         ({"keep": "stats"}, r"keep: expected stats=\('entropy', ...\) with keep='stats'; got no statistics"),
         ({"calls": "mean", "stats": ["max"]}, "calls: expected 'last' or 'all' with stats, .*; got 'mean'"),
     ],
@@ -487,16 +495,19 @@ def test_images_with_padding_are_probed_one_by_one():
     mask = torch.zeros(2, 12, dtype=torch.long)
     for i, (h, w) in enumerate(shapes.tolist()):
         mask[i, : h * w] = 1
-    trace = captured(model, x, mask, shapes, stats=["entropy"], heads="each", layers=["*layers.0.self_attn"])
-    with pytest.raises(ValueError, match=r"expected images without padding; take one by trace\.item\(i\)"):
-        attnx.row_entropy(trace)
-    one = trace.item(1)
-    assert one.stats[0]["entropy"].shape == (1, 2, 6)
-    exact = torch.special.entr(one[0]).sum(-1).mean(-1)
-    torch.testing.assert_close(attnx.row_entropy(one)[:, 0], exact)
-    distance = attnx.mean_attention_distance(one)
-    exact = 8 * (one[0].double() * grid_distances(2, 3)).sum(-1).mean(-1)
-    torch.testing.assert_close(distance[:, 0].double(), exact, rtol=1e-5, atol=1e-5)
+    each = captured(model, x, mask, shapes, heads="each", layers=["*layers.0.self_attn"]).item(1)
+    entropy = torch.special.entr(each[0]).sum(-1).mean(-1)
+    distance = 8 * (each[0].double() * grid_distances(2, 3)).sum(-1).mean(-1)
+    for options in ({"keep": "stats", "stats": NAMES}, {"keep": "qk"}, {"heads": "each"}):
+        trace = captured(model, x, mask, shapes, layers=["*layers.0.self_attn"], **options)
+        with pytest.raises(ValueError, match=r"expected images without padding; take one by trace\.item\(i\)"):
+            attnx.row_entropy(trace)
+        one = trace.item(1)
+        torch.testing.assert_close(attnx.row_entropy(one)[:, 0], entropy)
+        ours = attnx.mean_attention_distance(one)[:, 0].double()
+        torch.testing.assert_close(ours, distance, rtol=1e-5, atol=1e-5)
+        if "stats" in options:
+            assert one.stats[0]["entropy"].shape == (1, 2, 6)
 
 
 def test_windows_share_places_and_padding_has_none():
@@ -508,3 +519,122 @@ def test_windows_share_places_and_padding_has_none():
     queries, keys = places_of(tokens, tokens, windows, torch.device("cpu"))
     assert queries.nan_to_num(-1).tolist() == [[[0, 0], [0, 1]], [[0, 2], [-1, -1]]]
     assert keys is queries
+
+
+def hf_swin(size):
+    config = transformers.SwinConfig(image_size=size, embed_dim=16, depths=[1] * 4, num_heads=[1] * 4, window_size=4)
+    return transformers.SwinModel(config)
+
+
+def segformer():
+    config = transformers.SegformerConfig(
+        depths=[1] * 4, hidden_sizes=[16] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=16, mlp_ratios=[1] * 4
+    )
+    return transformers.SegformerModel(config)
+
+
+def detr():
+    config = transformers.DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, d_model=32, encoder_layers=1,
+        decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        backbone_config=transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], out_features=["stage4"]
+        ),
+    )  # fmt: skip
+    return transformers.DetrModel(config)
+
+
+class Resized(nn.Module):
+    """A vision transformer that halves its input first."""
+
+    num_prefix_tokens = 1
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, patch_size=8, in_chans=channels)
+
+    def forward(self, x):
+        return self.vit(torch.nn.functional.interpolate(x, size=(32, 32)))
+
+
+FOUR = {"depths": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32), "num_heads": (1, 1, 1, 1), "num_classes": 2}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("make", "size", "pixels"),
+    [
+        (lambda: timm.create_model("davit_tiny", **FOUR), (224, 224), [4, 8, 16, 32]),
+        (lambda: timm.create_model("efficientvit_m0"), (224, 224), [32, 64]),
+        (lambda: timm.create_model("pit_ti_224"), (224, 224), [8, 16, 32]),
+        (lambda: timm.create_model("vit_tiny_r_s16_p8_224", depth=1), (224, 224), [32]),
+        (lambda: timm.create_model("crossvit_tiny_240"), (240, 240), [12, 240 / 14]),
+        (lambda: hf_swin(228), (228, 228), [4, 8, 16, 32]),
+        (segformer, (130, 166), [4, 8, 16, 32]),
+        (detr, (225, 225), [32]),
+        (detr, (417, 480), [32]),
+        (lambda: timm.create_model("pvt_v2_b0", **FOUR), (224, 224), [4, 8, 16, 32]),
+        (lambda: timm.create_model("beit_base_patch16_224", depth=1, embed_dim=48, num_heads=3), (224, 224), [16]),
+        (Resized, (64, 64), [8]),  # of what the first convolution sees
+    ],
+    ids=[
+        "davit", "efficientvit", "pit", "hybrid", "crossvit", "swin", "segformer", "detr", "detr of any size", "pvt",
+        "beit", "resized",
+    ],
+)  # fmt: skip
+def test_pixels_of_patches_of_many_models(make, size, pixels):
+    torch.manual_seed(0)
+    trace = captured(make().eval(), torch.randn(1, 3, *size), keep="stats", stats=["distance"])
+    found = set()
+    for layer in trace:
+        if "distance" in trace.stats[layer]:
+            distance = attnx.mean_attention_distance(trace.select([layer]))
+            in_patches = attnx.mean_attention_distance(trace.select([layer]), patch_size=1)
+            if in_patches.max() > 0:
+                found.add(round(float((distance / in_patches).mean()), 3))
+    assert sorted(found) == [round(value, 3) for value in pixels]
+
+
+def test_pixels_of_an_input_with_many_channels_are_asked_for():
+    torch.manual_seed(0)
+    trace = captured(Resized(12).eval(), torch.randn(1, 12, 64, 64), keep="stats", stats=["distance"])
+    with pytest.raises(ValueError, match="patch_size: expected it, since it is unknown"):
+        attnx.mean_attention_distance(trace)
+    assert attnx.mean_attention_distance(trace, 8).shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_places_do_not_depend_on_the_default_dtype(dtype):
+    model, x = sharpened(vit()), torch.randn(2, 3, 48, 64)
+    expected = attnx.mean_attention_distance(captured(model, x, keep="stats", stats=["distance"]))
+    q = torch.randn(1, 1, 10, 16)
+    rows = attnx.attention_stats(q, q, grid=(3, 3), prefix=1)["distance"]
+    torch.set_default_dtype(dtype)
+    try:
+        found = attnx.mean_attention_distance(captured(model, x, keep="stats", stats=["distance"]))
+        assert torch.equal(attnx.attention_stats(q, q, grid=(3, 3), prefix=1)["distance"][..., 1:], rows[..., 1:])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_pass_of_fake_tensors_leaves_nothing_behind():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, x = vit(), torch.randn(1, 3, 48, 64)
+    handle = attnx.patch(model, stats=["distance"], keep="stats")
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        model(torch.empty(1, 3, 48, 64))
+    with torch.no_grad():
+        model(x)
+    found = attnx.mean_attention_distance(handle.trace)
+    handle.remove()
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, attnx.mean_attention_distance(captured(model, x, stats=["distance"], keep="stats")))
+
+
+def test_head_means_of_wrong_names():
+    trace = captured(vit(), torch.randn(1, 3, 48, 64), keep="stats", stats=["max"])
+    for names in ([], ["median"]):
+        with pytest.raises(ValueError, match="stats: expected names among entropy, distance, max, mass, importance"):
+            head_means(trace, names)

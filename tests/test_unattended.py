@@ -85,7 +85,7 @@ def test_the_beginning_and_the_end_say_which_model_and_source(photos: Path, tmp_
     assert told(result)[0] == about
     last = result.stdout.splitlines()[-1]
     assert last.startswith(f"maps of 9 images in {tmp_path / 'out'} (")
-    assert "1 images could not be read: see the error column; --retry-failed tries them again" in last
+    assert "1 images have an error: see the error column; --retry-failed tries them again" in last
     assert last.endswith(f"; {about}")
     (photos / "003.jpg").write_bytes((photos / "004.jpg").read_bytes())
     again = extract(photos, tmp_path / "out", "--model", "demo", "--retry-failed")

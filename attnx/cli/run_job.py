@@ -153,7 +153,7 @@ def _print_report(
     rate = f" ({report.made / report.seconds:.1f} {unit}/s)" if report.made else ""
     wrong = ""
     if report.errors:
-        wrong = f", {report.errors} {unit} could not be read: see the error column; --retry-failed tries them again"
+        wrong = f", {report.errors} {unit} have an error: see the error column; --retry-failed tries them again"
     if report.first_error is not None:
         say(f"the first error is in {_name(report.first_error[0])}: {_name(report.first_error[1])}")
     if report.set_aside:

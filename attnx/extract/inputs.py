@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnx.trace.layout import patch_convolutions
+from attnx.trace.grids import patch_convolutions
 
 
 def image_call(model: nn.Module, kwargs: dict[str, Any]) -> Callable[[Tensor], Any]:

@@ -14,9 +14,9 @@ from attnx.extract.projections import HeadDims, projects, queries_and_keys
 from attnx.extract.rebind import unbound_reason
 from attnx.trace.adapters.sharding import is_sharded
 from attnx.trace.explain import unintercepted
+from attnx.trace.grids import grid_modules
 from attnx.trace.interceptor import Interceptor
 from attnx.trace.layers import Layers, attention_layers, clean_name, matches
-from attnx.trace.layout import grid_modules
 from attnx.trace.recorder import Recorder
 from attnx.trace.records import LayerRecord, MapRecord, QKRecord
 

@@ -85,6 +85,12 @@ def _over_images(maps: Maps, name: str, images: int, heads: int) -> dict[str, np
     return columns
 
 
+def _keys(maps: Maps) -> Iterator[dict[str, str | None]]:
+    """{"key": key, "error": None} of the images with values."""
+    for table in maps.tables(["key", "error"]):
+        yield from (row for row in table.to_pylist() if row["error"] is None)
+
+
 def _values(maps: Maps, name: str, heads: int) -> Iterator[np.ndarray]:
     """The values of the images of each shard, [K, T]; images with an error are left out."""
     for table in maps.tables([name]):
@@ -96,16 +102,18 @@ def compared(jobs: Sequence[Maps]) -> tuple[list[HeadTable], str]:
     """The tables of several jobs with different names, and a notice if their images differ.
 
     Raises:
-        ValueError: as `head_table`; or no statistic is in all of the jobs.
+        ValueError: as `head_table`; a folder is given twice; or no statistic is in all of the jobs.
     """
     tables = [head_table(job) for job in jobs]
     if not set.intersection(*(set(table.stats) for table in tables)):
         each = "; ".join(f"{job.folder}: {', '.join(table.stats)}" for job, table in zip(jobs, tables, strict=True))
         raise ValueError(f"folders: expected jobs with a statistic in common; got {each}")
+    if len({job.folder.resolve() for job in jobs}) < len(jobs):
+        raise ValueError(f"folders: expected different folders; got {', '.join(str(job.folder) for job in jobs)}")
     names = [table.model for table in tables]
     if len(set(names)) < len(names):
         names = [str(job.folder) for job in jobs]
-    keys = {hash(tuple(job.keys())) for job in jobs}
+    keys = {frozenset(row["key"] for row in _keys(job)) for job in jobs}
     notice = "the jobs have different images, so part of the differences may be theirs" if len(keys) > 1 else ""
     return [replace(table, model=name) for table, name in zip(tables, names, strict=True)], notice
 

@@ -58,6 +58,10 @@ class Targets:
                     raise ValueError(
                         f"targets: expected a class from 0 on in line {rows.line_num}; got {target[:80]!r}"
                     )
+                if not key or None in row:
+                    raise ValueError(
+                        f"targets: expected a key, and no more columns than names, in line {rows.line_num}"
+                    )
                 if key in self.of:
                     raise ValueError(f"targets: expected every key once; {key[:200]!r} is repeated")
                 self.of[key] = int(target)
@@ -72,7 +76,8 @@ class HeadProbes:
 
     Args:
         stats: names among those of `attnx.attention_stats`.
-        importance: also compute "importance", of the cross entropy of the model's logits and the targets.
+        importance: also compute "importance", of the cross entropy of the model's logits and the targets. The model's
+            parameters then need no gradients any more.
         patch_size: as in `attnx.mean_attention_distance`.
         layers, model_kwargs, dtype: see `attnx.Extractor`.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from attnx.ops.statistics import NAMES
 from attnx.trace.records import MapRecord, QKRecord
 from attnx.trace.row_stats import RowStats, Wanted, wanted_of
 from attnx.trace.trace import Trace
@@ -138,6 +139,8 @@ def head_means(trace: Trace, stats: Sequence[str], patch_size: float | None = No
         >>> head_means(trace, ["max", "mass"]).shape
         torch.Size([2, 2, 24])
     """
+    if not stats or any(name not in (*NAMES, "importance") for name in stats):
+        raise ValueError(f"stats: expected names among {', '.join(NAMES)}, importance; got {list(stats)}")
 
     def of_stat(name: str) -> Tensor:
         if name == "distance":
@@ -150,8 +153,7 @@ def head_means(trace: Trace, stats: Sequence[str], patch_size: float | None = No
 def _mean_distance(trace: Trace, layer: str, patch_size: float | None) -> Tensor:
     """[B, H]: mean distance of a layer in pixels, over the queries that are patches."""
     stats, wanted = _read(trace, layer, "distance")
-    if wanted.places is None:
-        raise ValueError(f"{wanted.missing['distance']}; choose other layers: trace.select(...)")
+    assert wanted.places is not None
     patches = ~wanted.places[0][..., 0].isnan()
     return _mean(stats["distance"], patches) * (_patch_size(trace, layer) if patch_size is None else patch_size)
 
@@ -165,10 +167,10 @@ def _mean_of_queries(trace: Trace, layer: str, name: str) -> Tensor:
 
 def _read(trace: Trace, layer: str, name: str) -> tuple[RowStats, Wanted]:
     """A statistic of a layer: stored, or computed from q and k or from the maps of each head."""
-    record, (queries, keys) = trace.kept(layer), trace.sides(layer)
+    record, (_, keys) = trace.kept(layer), trace.sides(layer)
     if trace.tokens.unpadded(layer, keys, 0, trace) is not None:
         raise ValueError(f"{layer}: expected images without padding; take one by trace.item(i)")
-    wanted = wanted_of((name,), layer, (queries, keys), trace.windows(layer), record.device)
+    wanted = _wanted(trace, layer, name)
     if name == "importance":
         stats = trace.stats[layer] if layer in trace.stats else RowStats({}, {})
         if name in stats.missing:
@@ -176,7 +178,11 @@ def _read(trace: Trace, layer: str, name: str) -> tuple[RowStats, Wanted]:
         if name not in stats:
             raise ValueError(f"{layer}: expected a capture with grad=True and stats=('importance',)")
         return stats, wanted
-    if layer in trace.stats and (name in trace.stats[layer] or name in wanted.missing):
+    if name in wanted.missing:
+        has = [other for other in trace if name not in _wanted(trace, other, name).missing]
+        named = f"{len(has)} of {len(trace)} layers have it" + (f": {has[0]} ... {has[-1]}" if has else "")
+        raise ValueError(f"{wanted.missing[name]}; {named}; choose layers by trace.select(...)")
+    if layer in trace.stats and name in trace.stats[layer]:
         return trace.stats[layer], wanted
     if isinstance(record, QKRecord) and trace.rows is None:
         return RowStats(record.stats(wanted.names, wanted.places, wanted.prefix), wanted.missing), wanted
@@ -186,6 +192,11 @@ def _read(trace: Trace, layer: str, name: str) -> tuple[RowStats, Wanted]:
         f"{layer}: expected a capture with stats=({name!r},), or with keep='qk' or heads='each' of all rows; got "
         f"heads={trace.heads!r}" + ("" if trace.rows is None else f" of rows {list(trace.rows)}")
     )
+
+
+def _wanted(trace: Trace, layer: str, name: str) -> Wanted:
+    """What a layer can have of one statistic."""
+    return wanted_of((name,), layer, trace.sides(layer), trace.windows(layer), trace.kept(layer).device)
 
 
 def _mean(stat: Tensor, counted: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 from attnx.models.checkpoint import first_line, load_checkpoint, weights_file
 from attnx.models.loaded import IMAGENET, Loaded, height_and_width
 from attnx.models.registry import IMAGE_MODELS, WORD_MODELS
-from attnx.trace.layout import patch_convolutions
+from attnx.trace.grids import patch_convolutions
 
 _NAMES = "timm:NAME, hf:NAME, torchvision:NAME, open_clip:NAME/PRETRAINED, torchhub:FOLDER:ENTRY"
 _VL_DINO_SIZE = (480, 480)

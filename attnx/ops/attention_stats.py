@@ -134,8 +134,8 @@ def attention_with_stats(
     check_float32("lse", lse, q.shape[:3], q.device)
     cap, name, scale = resolve_softcap(softcap), check_backend(backend), resolve_scale(scale, q)
     which = parse(stats)
-    if which & Statistic.DISTANCE and places is None:
-        raise ValueError("stats: 'distance' needs the places of the patches")
+    if which & Statistic.DISTANCE:
+        _check_places(places, q, k)
     q, k = q.detach(), k.detach()
     v, bias, lse = (None if t is None else t.detach() for t in (v, bias, lse))
     with_output, without = v is not None, None
@@ -206,6 +206,20 @@ def _results(q: Tensor, k: Tensor, v: Tensor | None, heads: str, which: int) -> 
     out = q.new_empty(0) if v is None else Scores(q, k, None, False, 1.0).new_output(v)
     amap = operators.new_map(q, k, heads, None) if heads else q.new_empty(0)
     return out, amap, Statistics(which).new_result(q)
+
+
+def _check_places(places: Places | None, q: Tensor, k: Tensor) -> None:
+    """Raise ValueError unless places are float32 [P, M, 2] and [P, N, 2] on q's device, and P divides B."""
+    if places is None:
+        raise ValueError("stats: 'distance' needs the places of the patches")
+    items = len(places[0])
+    for at, x in zip(places, (q, k), strict=True):
+        fits = at.shape == (items, x.shape[2], 2) and at.dtype == torch.float32 and at.device == q.device
+        if not fits or items == 0 or len(q) % items:
+            raise ValueError(
+                f"places: expected float32 [P, {x.shape[2]}, 2] on {q.device}, where P divides {len(q)}; got "
+                f"{at.dtype} {list(at.shape)} on {at.device}"
+            )
 
 
 def _grid_places(grid: tuple[int, int] | None, prefix: int, queries: int, keys: int, device: torch.device) -> Tensor:

@@ -32,7 +32,7 @@ def parse(names: Sequence[str]) -> int:
         raise ValueError(f"stats: expected a sequence of {', '.join(NAMES)}; got {names!r}")
     which = 0
     for name in names:
-        if name not in _BY_NAME:
+        if not isinstance(name, str) or name not in _BY_NAME:
             raise ValueError(f"stats: expected names among {', '.join(NAMES)}; got {name!r}")
         which |= _BY_NAME[name]
     return which
@@ -122,7 +122,7 @@ def distances(queries_at: Tensor, keys_at: Tensor) -> Tensor:
 
 def grid_places(grid: tuple[int, int], prefix: int, count: int, device: torch.device) -> Tensor:
     """[count, 2] float32: row and column of each token; the grid follows `prefix` tokens, other tokens are NaN."""
-    at = torch.full((count, 2), torch.nan, device=device)
+    at = torch.full((count, 2), torch.nan, device=device, dtype=torch.float32)
     rows = torch.arange(grid[0], device=device, dtype=torch.float32)
     columns = torch.arange(grid[1], device=device, dtype=torch.float32)
     at[prefix : prefix + grid[0] * grid[1]] = torch.cartesian_prod(rows, columns).view(-1, 2)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from attnx.trace.layout import Grid, TokenLayout, declared_tokens
+from attnx.trace.grids import Grid
+from attnx.trace.layout import TokenLayout, declared_tokens
 
 # Names of CrossViT's attention layers; other models may have such names, too.
 LAYER = re.compile(r"(|.*\.)blocks\.(\d+)\.(?:blocks\.(\d+)\.\d+|fusion\.(\d+)(?:\.(\d+))?)\.attn")

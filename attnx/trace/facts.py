@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from attnx.trace.layout import Grid, TokenLayout
+from attnx.trace.grids import Grid
+from attnx.trace.layout import TokenLayout
 from attnx.trace.tokens import Tokens, of_layout
 
 if TYPE_CHECKING:

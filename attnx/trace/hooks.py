@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from attnx.trace.adapters.switches import DOES_NOTHING
 from attnx.trace.explicit import Weights, note_unused
 from attnx.trace.folding import Around
+from attnx.trace.grids import grid_of, mixes_tokens
 from attnx.trace.inputs import is_norm
-from attnx.trace.layout import grid_of, mixes_tokens
 
 if TYPE_CHECKING:
     from attnx.trace.interceptor import Interceptor

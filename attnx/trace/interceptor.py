@@ -24,10 +24,10 @@ from attnx.trace.adapters.checkpointing import recomputes, switch_off
 from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
 from attnx.trace.attention_call import Call, sdpa_in_four
 from attnx.trace.facts import Facts, facts_of
+from attnx.trace.grids import MIXERS, function_mixes, grid_modules, is_grid_module
 from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, ThreadState
 from attnx.trace.inputs import WRITES, Inputs
 from attnx.trace.layers import Layers, clean_name, is_attention, matches, names_in_graph, resolve
-from attnx.trace.layout import MIXERS, function_mixes, grid_modules, is_grid_module
 from attnx.trace.recorder import Recorder
 from attnx.trace.window_readers import windows_of
 from attnx.trace.windows import merges

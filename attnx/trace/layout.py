@@ -1,12 +1,12 @@
 """Token layouts: the grid of patches and the tokens around it, read from the model and its actual input."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from attnx.trace.grids import Grid, patch_convolutions
 
 # Number of prefix tokens of Hugging Face vision models by model_type, class token included, registers excluded.
 _HF_PREFIX = {
@@ -20,15 +20,6 @@ _HF_PREFIX = {
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "cls_token_0")
 _REGISTER_TOKENS = ("register_tokens", "storage_tokens")
 _REGISTERS = ("num_register_tokens", "n_storage_tokens", "num_registers")
-
-# Class names of embeddings that have a grid although they have no convolution.
-_EMBEDDINGS = ("NaFlexEmbeds", "Siglip2VisionEmbeddings")
-_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-# Modules that may mix neighbouring tokens, besides those with a grid.
-_SEQUENCE_MIXERS = (nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d, nn.RNNBase)
-# Functions that do the same.
-_CONVOLVE = frozenset({F.conv1d, F.conv2d, F.conv3d})
-MIXERS = _CONVOLVE | {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d}
 
 
 @dataclass(frozen=True)
@@ -100,40 +91,6 @@ class TokenLayout:
         return image
 
 
-class Grid(NamedTuple):
-    """The grid of the output of a convolution, a pool or an embedding.
-
-    Attributes:
-        shape: (rows, columns).
-        channels: number of features of each position.
-        frames: number of frames, or tubelets of frames.
-        items: number of images of the batch; 0 if unknown.
-        problem: reason that the images of the batch have no common grid; "" if they have one.
-        each: (rows, columns) of each image, if there is padding after the patches of some.
-        step: (rows, columns) of the module's input from one position to the next; (0, 0) if unknown.
-    """
-
-    shape: tuple[int, int]
-    channels: int = 0
-    frames: int = 1
-    items: int = 0
-    problem: str = ""
-    each: tuple[tuple[int, int], ...] = ()
-    step: tuple[int, int] = (0, 0)
-
-    @property
-    def tokens(self) -> int:
-        """Number of positions; 0 if there is no common grid."""
-        return 0 if self.problem else self.frames * self.shape[0] * self.shape[1]
-
-    def of_item(self, index: int) -> "Grid":
-        """The grid of one image of the batch."""
-        return self._replace(shape=self.each[index] if self.each else self.shape, items=1, problem="", each=())
-
-    def __str__(self) -> str:
-        return " * ".join(str(n) for n in (self.frames, *self.shape)[self.frames == 1 :])
-
-
 class Declared(NamedTuple):
     """The tokens around the patches, as a model declares them: `prefix`, `cls` and `suffix` as in `TokenLayout`."""
 
@@ -193,35 +150,6 @@ def declared_input(model: nn.Module) -> tuple[int, int, int] | None:
     return (convolutions[0].in_channels, height, width) if height else None
 
 
-def patch_convolutions(model: nn.Module) -> list[nn.Conv2d]:
-    """The convolutions that cut images into patches: those whose stride equals their kernel size and exceeds 1."""
-    return [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride != (1, 1)]
-
-
-def grid_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules whose output may have the grid of tokens, or that may mix tokens: convolutions, pools, embeddings."""
-    return [m for m in model.modules() if is_grid_module(m)]
-
-
-def is_grid_module(module: nn.Module) -> bool:
-    """True for a module that `grid_modules` lists."""
-    kinds = (*_CONVOLUTIONS, *_SEQUENCE_MIXERS, nn.ConvTranspose2d)
-    return isinstance(module, kinds) or type(module).__name__ in _EMBEDDINGS
-
-
-def mixes_tokens(module: nn.Module) -> bool:
-    """True for a recurrent network, and for a convolution or a pool over more than one position."""
-    size = getattr(module, "kernel_size", 1)
-    return isinstance(module, nn.RNNBase) or (size if isinstance(size, int) else max(size, default=1)) > 1
-
-
-def function_mixes(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """True if a function of MIXERS is called with a kernel over more than one position."""
-    kernel = args[1] if len(args) > 1 else kwargs.get("weight" if func in _CONVOLVE else "kernel_size", 1)
-    size = kernel.shape[2:] if isinstance(kernel, Tensor) else kernel
-    return (size if isinstance(size, int) else max(size, default=1)) > 1
-
-
 def infer_layout(model: nn.Module, grids: Sequence[Grid], tokens: int) -> TokenLayout:
     """The layout of maps over `tokens` tokens.
 
@@ -249,57 +177,3 @@ def infer_layout(model: nn.Module, grids: Sequence[Grid], tokens: int) -> TokenL
     if fitting:
         raise ValueError(f"{type(model).__name__}: several grids make {tokens} tokens: {sums}; {advice}")
     raise ValueError(f"{type(model).__name__}: expected {sums} tokens; got maps of {tokens}; {advice}")
-
-
-def grid_of(module: nn.Module, args: Sequence[Any], output: object) -> Grid | None:
-    """The grid of a module of `grid_modules` from a call: its output is [B, C, h, w], [C, h, w] or [B, C, t, h, w].
-
-    None for other outputs.
-    """
-    kind = type(module).__name__
-    if kind == "NaFlexEmbeds":
-        x, shape = output if isinstance(output, tuple) and len(output) == 2 else (None, None)
-        if not isinstance(x, Tensor) or not shape:
-            return None
-        return Grid((int(shape[0]), int(shape[1])), x.shape[-1], 1, len(x), step=_step(module))
-    if not isinstance(output, Tensor) or isinstance(module, _SEQUENCE_MIXERS):
-        return None
-    if kind == "Siglip2VisionEmbeddings":
-        shapes = args[1] if len(args) > 1 else None
-        found = _common_grid(shapes, output) if isinstance(shapes, Tensor) else None
-        return None if found is None else found._replace(step=_step(module))
-    if isinstance(module, nn.Conv3d):
-        if output.dim() != 5:
-            return None
-        shape = int(output.shape[-2]), int(output.shape[-1])
-        return Grid(shape, int(output.shape[1]), int(output.shape[2]), len(output), step=_step(module))
-    if output.dim() in (3, 4):
-        shape = int(output.shape[-2]), int(output.shape[-1])
-        return Grid(shape, int(output.shape[-3]), items=len(output) if output.dim() == 4 else 1, step=_step(module))
-    return None
-
-
-def _step(module: nn.Module) -> tuple[int, int]:
-    """`Grid.step` of a module: its stride, or the patch size of an embedding of patches."""
-    step = getattr(module, "stride", None) or getattr(module, "patch_size", None) or (0, 0)
-    step = (step, step) if isinstance(step, int) else tuple(step)[-2:]
-    return (int(step[0]), int(step[1])) if len(step) == 2 else (0, 0)
-
-
-def _common_grid(shapes: Tensor, embedded: Tensor) -> Grid | None:
-    """The grid that all images of a batch have.
-
-    Args:
-        shapes: (rows, columns) of each image, [B, 2].
-        embedded: the embedded patches [B, N, C], with padding after the patches of an image.
-    """
-    if shapes.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    each = tuple((int(h), int(w)) for h, w in shapes.tolist())
-    own = sorted(set(each))
-    (h, w), n, problem = own[0], embedded.shape[1], ""
-    if len(own) > 1:
-        problem = f"the images have different grids, {own}; trace.item(i) gives the maps of image i"
-    elif h * w != n:
-        problem = f"expected {h} * {w} patches; got {n}, with padding; trace.item(i) has the maps of image i alone"
-    return Grid((h, w), embedded.shape[-1], 1, len(embedded), problem, each if problem else ())

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from attnx.trace.grids import Grid, grid_modules, patch_convolutions
 from attnx.trace.layers import attention_layers, clean_name
-from attnx.trace.layout import Declared, Grid, TokenLayout, declared_tokens, grid_modules, patch_convolutions
+from attnx.trace.layout import Declared, TokenLayout, declared_tokens
 from attnx.trace.tokens import Tokens, of_layout
 
 # Names of word embeddings, as opposed to those of positions, types or queries.

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from attnx.trace.facts import Facts
-from attnx.trace.layout import Grid, TokenLayout, infer_layout
+from attnx.trace.grids import Grid
+from attnx.trace.layout import TokenLayout, infer_layout
 from attnx.trace.parts import Parts
 from attnx.trace.sides import sides
 from attnx.trace.tokens import Tokens, of_layout
@@ -64,14 +65,18 @@ class PassTokens:
         }
         return other
 
-    def unpadded(self, layer: str, keys: Tokens, index: int, layers: Iterable[str]) -> int | None:
-        """Number of tokens of one image among the padded keys of a layer; None if there is no padding."""
+    def grids_of_items(self, layer: str, keys: Tokens, layers: Iterable[str]) -> tuple[tuple[int, int], ...] | None:
+        """The grid of each image among the padded keys of a layer; None if there is no padding."""
         if keys.kind not in ("image", "tokens"):
             return None
         parts = self._structure(layers)
         grids = parts.grids(keys.part, self._before.get(layer, self._grids), self._facts_of(layer).width)
-        padded = next((grid for grid in grids if grid.each), None)
-        return None if padded is None else padded.of_item(index).tokens
+        return next((grid.each for grid in grids if grid.each), None)
+
+    def unpadded(self, layer: str, keys: Tokens, index: int, layers: Iterable[str]) -> int | None:
+        """Number of tokens of one image among the padded keys of a layer; None if there is no padding."""
+        each = self.grids_of_items(layer, keys, layers)
+        return None if each is None else each[index][0] * each[index][1]
 
     def add(self, layer: str, queries: int | None) -> None:
         """Store the number of queries of a layer, if given. The layer's map is new, so its tokens are found again."""
@@ -149,9 +154,9 @@ class PassTokens:
         return infer_layout(parts.modules.get(keys.part, self.model), grids, keys.count)
 
     def patch_size(self, name: str, tokens: Tokens, layers: Iterable[str]) -> tuple[float, float] | None:
-        """(height, width) in pixels of the image from one token of a grid to the next; None if unknown.
+        """(height, width) in pixels from one token of a grid to the next; None if unknown.
 
-        The first module with a grid, which sees the image, gives its step. A coarser grid has a multiple of it.
+        A pixel is one of what the first convolution of the layer's part, or of the model, sees, if that is an image.
 
         Args:
             name: of the layer.
@@ -159,14 +164,13 @@ class PassTokens:
             layers: names of all layers of the trace.
         """
         grids, sources = self._before.get(name, self._grids), self._structure(layers).sources
-        first = [(sources.get(module), grid) for module, grid in reversed(grids.items()) if min(grid.step)]
-        own = [grid for part, grid in first if part == tokens.part] or [grid for _, grid in first]
-        if not own or tokens.grid is None:
+        oldest = [(sources.get(module), grid) for module, grid in reversed(grids.items())]
+        first = [grid for part, grid in oldest if part == tokens.part][:1] + [grid for _, grid in oldest][:1]
+        seen = next((grid for grid in first if min(grid.image) and min(grid.step)), None)
+        if seen is None or tokens.grid is None:
             return None
-        height, width = (
-            step * _ratio(n, count) for step, n, count in zip(own[0].step, own[0].shape, tokens.grid, strict=True)
-        )
-        return height, width
+        height, width = map(_pixels, seen.image, seen.step, seen.shape, tokens.grid)
+        return None if height is None or width is None else (height, width)
 
     def _find_sides(self, name: str, shape: tuple[int, int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
         facts = self._facts_of(name)
@@ -190,7 +194,22 @@ class PassTokens:
         return self._parts[names]
 
 
-def _ratio(finer: int, coarser: int) -> float:
-    """Cells of an axis of a finer grid per cell of a coarser one: a whole number if padding or cropping gives that."""
-    whole = max(1, round(finer / coarser))
-    return whole if coarser in (finer // whole, -(-finer // whole)) else finer / coarser
+def _pixels(image: int, step: int, first: int, count: int) -> float | None:
+    """Pixels from cell to cell along an axis of a grid; None if several numbers are possible.
+
+    A whole multiple of the first convolution's step that gives `count` cells, in rounding up or down; several halvings
+    round like one division. Powers of two are preferred. Without such a multiple, the model has resized the image.
+
+    Args:
+        image: pixels of the axis.
+        step: of the first convolution.
+        first: cells of its output.
+        count: cells of the grid.
+    """
+    if count == first:
+        return step
+    multiples = [m for m in range(1, image // step + 2) if count in (image // (m * step), -(-image // (m * step)))]
+    found = [m for m in multiples if m & (m - 1) == 0] or multiples
+    if len(found) > 1 and count > 1:
+        return None
+    return found[0] * step if found else image / count

@@ -1,18 +1,19 @@
 """Statistics of the rows of a layer's map, and the places of its tokens that distances need."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnx.ops.statistics import Statistics, by_name, grid_places, parse
+from attnx.ops.statistics import NAMES, Statistics, by_name, grid_places, parse
 from attnx.trace.layout import TokenLayout
 from attnx.trace.tokens import Tokens
 from attnx.trace.windows import Windows
 
 Places = tuple[Tensor, Tensor]
+PlacesCache = dict[Any, Places]
+_MOST_PLACES = 256  # in a cache
 
 
 class RowStats(Mapping[str, Tensor]):
@@ -109,18 +110,22 @@ class Wanted(NamedTuple):
 
 def check_stats(stats: Sequence[str], grad: bool | str) -> tuple[str, ...]:
     """The names, each once. Raise ValueError for an unknown one, for a string, or for importance without gradients."""
-    if isinstance(stats, str) or not isinstance(stats, Sequence):
-        parse(stats)
-    others = [name for name in stats if name != "importance"]
-    if others:
-        parse(others)
-    if len(others) < len(stats) and not grad:
+    known = (*NAMES, "importance")
+    if isinstance(stats, str) or not isinstance(stats, Sequence) or any(name not in known for name in stats):
+        raise ValueError(f"stats: expected a sequence of {', '.join(known)}; got {stats!r}")
+    if "importance" in stats and not grad:
         raise ValueError("stats: 'importance' needs grad=True; got grad=False")
     return tuple(dict.fromkeys(stats))
 
 
 def wanted_of(
-    names: Sequence[str], layer: str, sides: tuple[Tokens, Tokens], windows: Windows | None, device: torch.device
+    names: Sequence[str],
+    layer: str,
+    sides: tuple[Tokens, Tokens],
+    windows: Windows | None,
+    device: torch.device,
+    each: Sequence[tuple[int, int]] | None = None,
+    known: PlacesCache | None = None,
 ) -> Wanted:
     """What a layer can have of the statistics `names`.
 
@@ -132,51 +137,76 @@ def wanted_of(
         sides: its queries and keys.
         windows: its windows, if it has any.
         device: of the places.
+        each: the grid of each image, if there is padding after the patches of some.
+        known: places of earlier calls, to which those of this call are added.
     """
     (queries, keys), missing = sides, {}
-    patches = windows is not None or keys.layout is not None
-    places = places_of(queries, keys, windows, device) if "distance" in names else None
+    patches = windows is not None or keys.layout is not None or each is not None
+    places = None
+    if "distance" in names:
+        key = (queries, keys, windows, device, each)
+        places = (known or {}).get(key) or places_of(*key)
+        # Not those of a pass of fake tensors.
+        if known is not None and places is not None and type(places[0]) is Tensor:
+            if len(known) >= _MOST_PLACES:
+                known.clear()
+            known[key] = places
     if "distance" in names and places is None:
         missing["distance"] = f"{layer} has no distances: {_why(queries, keys)}"
     if "mass" in names and not patches:
         missing["mass"] = f"{layer} has no known prefix tokens: {_why(queries, keys)}"
     if "importance" in names:
-        missing["importance"] = f"no gradient reached {layer}: call trace.backward(score) or score.backward()"
+        missing["importance"] = f"no gradient reached {layer}: call trace.backward(score) first"
     found = tuple(name for name in names if name not in missing)
     return Wanted(found, missing, places, keys.prefix if patches else 0)
 
 
-@lru_cache(maxsize=256)
-def places_of(queries: Tokens, keys: Tokens, windows: Windows | None, device: torch.device) -> Places | None:
+def places_of(
+    queries: Tokens,
+    keys: Tokens,
+    windows: Windows | None,
+    device: torch.device,
+    each: Sequence[tuple[int, int]] | None = None,
+) -> Places | None:
     """Rows and columns [P, M, 2] and [P, N, 2] of queries and keys, in the queries' grid; None unless they are patches.
 
     The grid of keys may be coarser, as with spatial reduction: the places are then the centres of its cells. Frames of
-    a video have the same places. In windows, P is their number, and padding has no place.
+    a video have the same places. In windows, P is their number, and padding has no place. Images with grids of their
+    own (`each`) have P = B.
     """
     with torch.inference_mode(False):
-        return _places(queries, keys, windows, device)
+        return _places(queries, keys, windows, device, each)
 
 
-def _places(queries: Tokens, keys: Tokens, windows: Windows | None, device: torch.device) -> Places | None:
+def _places(
+    queries: Tokens,
+    keys: Tokens,
+    windows: Windows | None,
+    device: torch.device,
+    each: Sequence[tuple[int, int]] | None,
+) -> Places | None:
     if windows is not None:
         at = windows.index.to(device)
         columns = windows.grid[1]
         found = torch.stack([at // columns, at % columns], -1).float()
         found = found.masked_fill(at[..., None] < 0, torch.nan)
         return found, found
+    if each is not None and queries == keys:
+        found = torch.stack([grid_places(grid, 0, keys.count, device) for grid in each])
+        return found, found
     if queries.layout is None or keys.layout is None:
         return None
     mine, theirs = _grid(queries.layout, device), _grid(keys.layout, device)
     if keys.grid != queries.grid:
         ratios = [a / b for a, b in zip(queries.layout.grid, keys.layout.grid, strict=True)]
-        theirs = (theirs + 0.5) * torch.tensor(ratios, device=device) - 0.5
+        theirs = (theirs + 0.5) * torch.tensor(ratios, device=device, dtype=torch.float32) - 0.5
     return mine[None], theirs[None]
 
 
 def _grid(layout: TokenLayout, device: torch.device) -> Tensor:
     frame = grid_places(layout.grid, 0, layout.grid[0] * layout.grid[1], device)
-    around = [torch.full((n, 2), torch.nan, device=device) for n in (layout.prefix, layout.suffix)]
-    return torch.cat([around[0], *[frame] * layout.frames, around[1]])
+    before, after = (frame.new_full((n, 2), torch.nan) for n in (layout.prefix, layout.suffix))
+    return torch.cat([before, *[frame] * layout.frames, after])
 
 
 def _why(queries: Tokens, keys: Tokens) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from attnx.trace.branch_layers import BranchLayer, branch_layer, branch_layout
 from attnx.trace.facts import Facts
-from attnx.trace.layout import Grid
+from attnx.trace.grids import Grid
+from attnx.trace.layout import TokenLayout
 from attnx.trace.parts import CROSS, Parts
 from attnx.trace.tokens import Tokens, of_layout
 
@@ -44,9 +45,16 @@ def sides(
         return keys, keys
     if keys.kind == "text":
         return Tokens("text", count=rows, part=part), keys
+    keys = keys if keys.grid else _reduced(keys, layer, grids)
     queries = parts.tokens(part, grids, rows, width)
     queries = queries if queries.grid else facts.placed(queries, items, parts.outside(grids))
     return queries if rows > 1 and queries.grid else Tokens("queries", count=rows, part=part), keys
+
+
+def _reduced(keys: Tokens, layer: str, grids: Mapping[str, Grid]) -> Tokens:
+    """The keys with the grid of the only convolution or pool inside the layer that gives as many; else unchanged."""
+    inside = {grid.shape for name, grid in grids.items() if name.startswith(f"{layer}.") and grid.tokens == keys.count}
+    return of_layout(TokenLayout(0, inside.pop()), keys.part) if len(inside) == 1 else keys
 
 
 def _crossing(

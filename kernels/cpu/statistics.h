@@ -113,7 +113,7 @@ static void store_statistics(const Call& c, const Block& block, const Scratch& s
     // Distances to the first key are NaN for queries without a place.
     write(DISTANCE, [&](int i) { return factor[i] == 0 ? scratch.far[i] * 0 : sums.distances[i] * factor[i]; });
     write(LARGEST_WEIGHT, [&](int i) { return factor[i] == 0 ? 0 : exp2(splat(top[i] - shift[i]))[0] * factor[i]; });
-    write(MASS, [&](int i) { return factor[i] == 0 ? 0 : sums.mass[i] * factor[i]; });
+    write(MASS, [&](int i) { return factor[i] == 0 || c.prefix == 0 ? 0 : sums.mass[i] * factor[i]; });
     write(IMPORTANCE, [&](int i) { return factor[i] == 0 ? 0 : sums.importance[i] * factor[i]; });
 }
 

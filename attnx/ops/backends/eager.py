@@ -14,6 +14,8 @@ from attnx.ops.reducers import MASK_THRESHOLD, Reduction, fuse_into
 from attnx.ops.scores import Scores
 from attnx.ops.statistics import Statistic, Statistics
 
+_MOST_SCORE = 100.0  # up to which an entropy is a difference of scores
+
 
 def attention(scores: Scores, v: Tensor, reduction: Reduction, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output [B,H,M,Dv] in q's dtype and map, see `ops.functional.attention`."""
@@ -127,6 +129,9 @@ def _entropy_by_output(scores: Scores) -> Tensor | None:
         return None
     compute = compute_dtype(scores.q)
     q, k = scores.q.to(compute), scores.k.to(compute)
+    # The difference of large numbers would have few digits. Not true for NaN either.
+    if not abs(scores.scale) * q.norm(dim=-1).max() * k.norm(dim=-1).max() < _MOST_SCORE:
+        return None
     served = output_and_lse(scores._replace(q=q, k=k), k)
     if served is None:
         return None
