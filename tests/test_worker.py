@@ -17,7 +17,7 @@ from PIL import Image
 from small_job import draw
 
 import attnx
-from attnx.jobs.columns import MapRow
+from attnx.jobs.columns import STATS, MapRow
 from attnx.jobs.decoding import Decode, Decoders, Picture
 from attnx.jobs.job import Job
 from attnx.jobs.options import RunOptions
@@ -428,10 +428,15 @@ def test_pictures_say_how_long_they_took(tmp_path: Path) -> None:
 
 
 def test_the_columns_are_the_fields_of_a_row() -> None:
-    for captions in (False, True):
-        names = Format(captions=captions).schema().names
-        fields = [f.name for f in dataclasses.fields(MapRow) if captions or not f.metadata["captions"]]
-        assert [name for name in names if name not in ("shape", "scale")] == fields
+    stats = ("entropy", "mass")
+    for form, own in (
+        (Format(), {"", "maps"}),
+        (Format(captions=True), {"", "maps", "captions"}),
+        (Format(stats=stats), {"", "stats"}),
+    ):
+        names = [name for name in form.schema().names if name not in ("shape", "scale")]
+        fields = [f.name for f in dataclasses.fields(MapRow) if f.metadata["only"] in own]
+        assert names == [name for name in fields if name not in STATS or name in stats]
     assert set(Format(captions=True).schema().names) - set(Format().schema().names) == {
         "tokens", "word_of", "score", "cut"
     }  # fmt: skip
