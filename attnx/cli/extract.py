@@ -6,37 +6,18 @@ from typing import Annotated
 import typer
 
 from attnx.cli.job_options import (
-    ActorCpus,
-    ActorGpus,
-    Actors,
-    Address,
-    AllowErrors,
-    DecodeTimeout,
-    Devices,
-    DryRun,
-    Engine,
     JobOptions,
     Kind,
-    LogEvery,
     MapDtype,
-    MaxPixels,
-    RankOf,
-    RetryFailed,
     Root,
-    ShardSize,
-    ShardTimeout,
     Split,
-    Tries,
-    Verify,
-    Workers,
-    World,
     absolute,
+    runs_jobs,
 )
 from attnx.cli.options import (
     MODEL,
     PICTURE_PIXELS,
     SOURCE,
-    BatchSize,
     Checkpoint,
     Discard,
     Dtype,
@@ -62,6 +43,7 @@ from attnx.cli.run_job import run_recipe
 
 
 @report_errors
+@runs_jobs
 def extract(
     source: Annotated[
         Path,
@@ -94,7 +76,6 @@ def extract(
     pretrained: Pretrained = True,
     image_size: ImageSize = None,
     pixels: Annotated[str | None, PICTURE_PIXELS] = None,
-    batch_size: BatchSize = 16,
     dtype: Dtype = "float32",
     map_dtype: MapDtype = "float16",
     keep: Annotated[
@@ -104,30 +85,13 @@ def extract(
     kind: Kind = None,
     root: Root = None,
     split: Split = None,
-    shard_size: ShardSize = None,
-    max_pixels: MaxPixels = None,
-    workers: Workers = None,
-    decode_timeout: DecodeTimeout = 120.0,
-    device: Devices = None,
-    engine: Engine = "local",
-    rank: RankOf = None,
-    world: World = None,
-    address: Address = None,
-    actors: Actors = None,
-    actor_cpus: ActorCpus = None,
-    actor_gpus: ActorGpus = None,
-    tries: Tries = 3,
-    shard_timeout: ShardTimeout = None,
-    retry_failed: RetryFailed = False,
-    verify: Verify = False,
-    allow_errors: AllowErrors = "0",
-    log_every: LogEvery = None,
-    dry_run: DryRun = False,
     residual: Residual = 0.5,
     discard: Discard = 0.0,
     start: Start = 0,
     preset: Preset = None,
     seed: Seed = 0,
+    *,
+    options: JobOptions,
 ) -> None:
     """Writes the maps of many images as Parquet shards. The same command continues a job that was stopped.
 
@@ -136,7 +100,6 @@ def extract(
     becomes a row with an error, and the job continues. manifest.parquet is the list of images, fixed by the first run.
     run.json has the settings; a later run with other settings is an error.
     """
-    options = JobOptions.of(locals())
     from attnx.jobs.packing import DTYPES, STORES
     from attnx.jobs.recipe import ExtractRecipe
     from attnx.jobs.sources import open_source

@@ -2,14 +2,17 @@
 
 import importlib.util
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import typer
 
-from attnx.cli.options import SOURCE, devices_of, one_of
+from attnx.cli.options import SOURCE, BatchSize, devices_of, one_of
 from attnx.limits import ACTORS
 from attnx.remote import is_remote
 
@@ -92,33 +95,28 @@ Devices = Annotated[
 
 @dataclass(frozen=True)
 class JobOptions:
-    """The options of a run, as given on the command line."""
+    """The options of a run, as given on the command line; the defaults and helps of all commands that run jobs."""
 
-    batch_size: int
-    workers: int | None
-    decode_timeout: float
-    shard_size: int | None
-    device: str | None
-    engine: str
-    rank: int | None
-    world: int | None
-    address: str | None
-    actors: int | None
-    actor_cpus: int | None
-    actor_gpus: float | None
-    tries: int
-    retry_failed: bool
-    dry_run: bool
-    max_pixels: int | None
-    shard_timeout: float | None
-    verify: bool
-    log_every: float | None
-    allow_errors: str
-
-    @classmethod
-    def of(cls, arguments: dict[str, Any]) -> "JobOptions":
-        """The options among the arguments of a command, by name."""
-        return cls(**{each.name: arguments[each.name] for each in fields(cls)})
+    batch_size: BatchSize = 16
+    workers: Workers = None
+    decode_timeout: DecodeTimeout = 120.0
+    shard_size: ShardSize = None
+    max_pixels: MaxPixels = None
+    device: Devices = None
+    engine: Engine = "local"
+    rank: RankOf = None
+    world: World = None
+    address: Address = None
+    actors: Actors = None
+    actor_cpus: ActorCpus = None
+    actor_gpus: ActorGpus = None
+    tries: Tries = 3
+    shard_timeout: ShardTimeout = None
+    retry_failed: RetryFailed = False
+    verify: Verify = False
+    allow_errors: AllowErrors = "0"
+    log_every: LogEvery = None
+    dry_run: DryRun = False
 
     def check(self) -> "tuple[list[str], Rank | None, Cluster | None]":
         """The devices, the rank of engine ranks, and the cluster of engine ray.
@@ -171,6 +169,26 @@ class JobOptions:
 
         workers = default_workers() if self.workers is None else self.workers
         return self.max_pixels or default_max_pixels(max(1, workers))
+
+
+def runs_jobs(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the options of `JobOptions` after its own; it receives them as its argument `options`."""
+    own = [each for each in signature(command).parameters.values() if each.name != "options"]
+    names = [each.name for each in fields(JobOptions)]
+    shared = [
+        Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for each in fields(JobOptions)
+    ]
+
+    @wraps(command)
+    def run(**arguments: Any) -> None:
+        options = JobOptions(**{name: arguments.pop(name) for name in names})
+        command(**arguments, options=options)
+
+    # What typer reads.
+    run.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in (*own, *shared)}
+    return run
 
 
 @overload

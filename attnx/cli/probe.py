@@ -7,37 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from attnx.cli.job_options import (
-    ActorCpus,
-    ActorGpus,
-    Actors,
-    Address,
-    AllowErrors,
-    DecodeTimeout,
-    Devices,
-    DryRun,
-    Engine,
     JobOptions,
     Kind,
-    LogEvery,
-    MaxPixels,
-    RankOf,
-    RetryFailed,
     Root,
-    ShardSize,
-    ShardTimeout,
     Split,
-    Tries,
-    Verify,
-    Workers,
-    World,
     absolute,
+    runs_jobs,
 )
 from attnx.cli.options import (
     MODEL,
     PATH,
     PICTURE_PIXELS,
     SOURCE,
-    BatchSize,
     Checkpoint,
     Dtype,
     ImageSize,
@@ -60,6 +41,7 @@ if TYPE_CHECKING:
 
 
 @report_errors
+@runs_jobs
 def probe(
     source: Annotated[Path, typer.Argument(help="Images, as for attnx extract.", **SOURCE)],
     model: Annotated[str | None, MODEL] = None,
@@ -87,31 +69,13 @@ def probe(
     pretrained: Pretrained = True,
     image_size: ImageSize = None,
     pixels: Annotated[str | None, PICTURE_PIXELS] = None,
-    batch_size: BatchSize = 16,
     dtype: Dtype = "float32",
     kind: Kind = None,
     root: Root = None,
     split: Split = None,
-    shard_size: ShardSize = None,
-    max_pixels: MaxPixels = None,
-    workers: Workers = None,
-    decode_timeout: DecodeTimeout = 120.0,
-    device: Devices = None,
-    engine: Engine = "local",
-    rank: RankOf = None,
-    world: World = None,
-    address: Address = None,
-    actors: Actors = None,
-    actor_cpus: ActorCpus = None,
-    actor_gpus: ActorGpus = None,
-    tries: Tries = 3,
-    shard_timeout: ShardTimeout = None,
-    retry_failed: RetryFailed = False,
-    verify: Verify = False,
-    allow_errors: AllowErrors = "0",
-    log_every: LogEvery = None,
-    dry_run: DryRun = False,
     seed: Seed = 0,
+    *,
+    options: JobOptions,
 ) -> None:
     """Computes statistics of each attention head over many images: how far and how widely it attends.
 
@@ -120,7 +84,6 @@ def probe(
     probe/heads.csv and heads.parquet (mean, deviation and quantiles over the images, for each head), distance.png,
     entropy.png, sinks.png, heads.png and importance.png. The same command continues a job that was stopped.
     """
-    options = JobOptions.of(locals())
     from attnx.jobs.recipe import ProbeRecipe
     from attnx.jobs.sources import open_source
     from attnx.ops.statistics import NAMES, parse

@@ -7,37 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from attnx.cli.job_options import (
-    ActorCpus,
-    ActorGpus,
-    Actors,
-    Address,
-    AllowErrors,
-    DecodeTimeout,
-    Devices,
-    DryRun,
-    Engine,
     JobOptions,
     Kind,
-    LogEvery,
     MapDtype,
-    MaxPixels,
-    RankOf,
-    RetryFailed,
     Root,
-    ShardSize,
-    ShardTimeout,
     Split,
-    Tries,
-    Verify,
-    Workers,
-    World,
     absolute,
+    runs_jobs,
 )
 from attnx.cli.options import (
     PATH,
     SOURCE,
     Alpha,
-    BatchSize,
     Checkpoint,
     Colormap,
     Dtype,
@@ -63,6 +44,7 @@ if TYPE_CHECKING:
 
 
 @report_errors
+@runs_jobs
 def words(
     image: Annotated[Path | None, typer.Argument(help="An image file.", **PATH)] = None,
     caption: Annotated[str | None, typer.Argument(help="A caption of the image.")] = None,
@@ -106,7 +88,6 @@ def words(
         typer.Option(help="vl-dino: the input (480 pixels, ImageNet's mean and std) and forward pass of that script."),
     ] = None,
     image_size: ImageSize = None,
-    batch_size: BatchSize = 16,
     dtype: Dtype = "float32",
     pictures: Annotated[
         bool, typer.Option("--pictures", help="With --pairs: also draw words.png for every pair.")
@@ -115,29 +96,12 @@ def words(
     kind: Kind = None,
     root: Root = None,
     split: Split = None,
-    shard_size: ShardSize = None,
-    max_pixels: MaxPixels = None,
-    workers: Workers = None,
-    decode_timeout: DecodeTimeout = 120.0,
-    device: Devices = None,
-    engine: Engine = "local",
-    rank: RankOf = None,
-    world: World = None,
-    address: Address = None,
-    actors: Actors = None,
-    actor_cpus: ActorCpus = None,
-    actor_gpus: ActorGpus = None,
-    tries: Tries = 3,
-    shard_timeout: ShardTimeout = None,
-    retry_failed: RetryFailed = False,
-    verify: Verify = False,
-    allow_errors: AllowErrors = "0",
-    log_every: LogEvery = None,
-    dry_run: DryRun = False,
     colormap: Colormap = "turbo",
     alpha: Alpha = 0.5,
     interpolation: Interpolation = "bilinear",
     seed: Seed = 0,
+    *,
+    options: JobOptions,
 ) -> None:
     """Draws a map for each word of a caption: cross-attention, its Grad-CAM (ALBEF), or its rollout (LAVT).
 
@@ -146,7 +110,6 @@ def words(
     (the word of each token), score (gradcam: the matching logit) and cut (words beyond the model's length). Pairs that
     can't be read become rows with an error. The same command continues a job that was stopped.
     """
-    options = JobOptions.of(locals())
     from attnx.figures.one_image import Style
     from attnx.images import read_image
     from attnx.jobs.packing import DTYPES
@@ -182,7 +145,7 @@ def words(
     if images is not None:
         run_recipe(recipe, images, out, options, "pairs", partial(_finish, out, style if pictures else None))
     elif image is not None and caption is not None:
-        on, picture = device_of(device), read_image(image)
+        on, picture = device_of(options.device), read_image(image)
         loaded, find = recipe.load_words(on)
         _draw(picture, find(loaded.prepare(picture)[None].to(on), [[caption]])[0], out, style)
 

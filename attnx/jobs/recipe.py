@@ -77,6 +77,18 @@ class Recipe(ABC):
         dtype: torch.dtype | None = None if self.dtype == "float32" else getattr(torch, self.dtype)
         return dtype
 
+    def _load_image_model(self, device: torch.device, kind: str | None) -> tuple[Loaded, Pixels]:
+        """The model on a device, and its preprocessing of a kind; None: the model's own."""
+        torch.manual_seed(self.seed)
+        checkpoint = None if self.checkpoint is None else Path(self.checkpoint)
+        loaded = load_model(
+            self.model, pretrained=self.pretrained, checkpoint=checkpoint, image_size=_size(self.image_size)
+        )
+        pixels = _pixels(loaded, kind)
+        pixels.check()
+        loaded.model.to(device)
+        return loaded, pixels
+
     def _settings(self, loaded: Loaded, pixels: Pixels) -> dict[str, Any]:
         """The settings that determine the maps of every kind of recipe."""
         return {
@@ -99,14 +111,7 @@ class ExtractRecipe(Recipe):
 
     def load(self, device: torch.device) -> Runtime:
         """The runtime: the model on a device, its preprocessing and its task."""
-        torch.manual_seed(self.seed)
-        checkpoint = None if self.checkpoint is None else Path(self.checkpoint)
-        loaded = load_model(
-            self.model, pretrained=self.pretrained, checkpoint=checkpoint, image_size=_size(self.image_size)
-        )
-        pixels = _pixels(loaded, self.pixels)
-        pixels.check()
-        loaded.model.to(device)
+        loaded, pixels = self._load_image_model(device, self.pixels)
         extract = self._extract(loaded)
         # The extractor's first call builds its plan and may round differently, so it gets no real image.
         shape = tuple(extract(torch.zeros(1, 3, *loaded.size, device=device)).shape[1:])
@@ -146,14 +151,7 @@ class ProbeRecipe(Recipe):
         """The runtime: the model on a device, its preprocessing and its task."""
         from attnx.jobs.probes import HeadProbes, ProbeTask, Targets
 
-        torch.manual_seed(self.seed)
-        checkpoint = None if self.checkpoint is None else Path(self.checkpoint)
-        loaded = load_model(
-            self.model, pretrained=self.pretrained, checkpoint=checkpoint, image_size=_size(self.image_size)
-        )
-        pixels = _pixels(loaded, self.pixels)
-        pixels.check()
-        loaded.model.to(device)
+        loaded, pixels = self._load_image_model(device, self.pixels)
         targets = None if self.targets is None else Targets(Path(self.targets))
         probes = HeadProbes(
             loaded.model, self.stats, targets is not None, self.layers, self.patch_size, self.autocast,
