@@ -34,7 +34,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def labels(photos: Path) -> Path:
     """Targets of all images but the last; that of the first is no class of the model."""
     path = photos.parent / "labels.csv"
-    rows = "".join(f"{i:03d}.jpg,{99 if i == 0 else i % 3}\n" for i in range(9))
+    rows = "".join(f"{i:03d}.jpg,{99 if i == 0 else i % 3}\n" for i in range(9)) + "./001.jpg,1\n"
     path.write_text(f"key,target\n{rows}")
     return path
 
@@ -46,6 +46,7 @@ def probed(photos: Path, labels: Path, tmp_path_factory: pytest.TempPathFactory)
     result = run("probe", photos, "--out", out, *CPU, "--targets", labels, "--shard-size", 4, "--batch-size", 3)
     assert result.exit_code == 1
     assert "statistics of 7 images in" in result.output
+    assert "1 keys of --targets are of no image, such as './001.jpg'" in result.output
     return out
 
 

@@ -145,6 +145,17 @@ def test_importance_of_heads(options, own):
                 each[0]
 
 
+def test_maps_weighted_by_gradients_are_not_probed():
+    model, x = vit(), torch.randn(2, 3, 48, 64)
+    with attnx.capture(model, heads="each", grad=True) as trace:
+        score = model(x).sum()
+    trace.backward(score)
+    for each in (trace, trace.item(1)):
+        with pytest.raises(ValueError, match=r"blocks\.0\.attn: expected a capture with stats=\('entropy',\)"):
+            attnx.row_entropy(each)
+    assert torch.equal(trace.item(1)[0], trace[0][1:])
+
+
 def test_importance_needs_gradients():
     with pytest.raises(ValueError, match="stats: 'importance' needs grad=True; got grad=False"):
         captured(vit(), torch.randn(1, 3, 48, 64), stats=["importance"])

@@ -111,6 +111,10 @@ def _finish(out: Path, runtime: "Runtime", report: "Report") -> str:
     left_out: dict[str, str] = runtime.settings["left_out"]
     more = f", {len(left_out)} layers left out: {next(iter(left_out.values()))}" if left_out else ""
     job = Job(out)
+    targets = getattr(runtime.task, "targets", None)
+    if targets is not None:
+        unused = set(targets.of).difference(*job.manifest.key_groups())
+        more += f", {len(unused)} keys of --targets are of no image, such as {min(unused)!r:.80}" if unused else ""
     missing = job.shards - len(job.done())
     if missing:
         return f"{more}, no tables yet, since {missing} of {job.shards} shards are missing"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["QUANTILES", "HeadTable", "compared", "head_table", "write_table"]
 
 QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
-_MOST_BYTES = 2**29  # of the values in memory at a time
+_MOST_BYTES = 2**28  # of the values in memory at a time
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,11 @@ def _of_items(record: LayerRecord, items: slice, rows: int | None, columns: int 
             bias=_of_bias(record.bias, items, rows, columns),
             versions=(),
         )
-    if isinstance(record, GradientRecord) and record.weigh is None:
-        return RowsRecord(torch.empty(items.stop - items.start, 0, record.shape[-1]), (), rows or record.shape[-2])
+    if isinstance(record, GradientRecord):
+        if record.weigh is None:
+            return RowsRecord(torch.empty(items.stop - items.start, 0, record.shape[-1]), (), rows or record.shape[-2])
+        amap = record.map()[items][..., :rows, :columns]
+        return replace(record, shape=tuple(amap.shape), held=(amap,), out=None, amap=amap)
     if isinstance(record, RowsRecord):
         return replace(record, amap=record.amap[items][..., :columns])
     rows_sum_to_one = record.rows_sum_to_one and rows is None and columns is None
