@@ -25,7 +25,7 @@ def probed(scenes: Path, out: Path, pretrained: bool) -> Maps:
     recipe = ProbeRecipe(
         source=str(scenes), kind="folder", root=None, split=None, model="demo", pretrained=pretrained, checkpoint=None,
         image_size=None, seed=0, method="probe", heads="each", dtype="float32", map_dtype="float32",
-        max_pixels=10**8, pixels=None, layers=None, stats=["entropy", "distance", "max", "mass"], targets=None,
+        max_pixels=10**8, pixels=None, layers=None, stats=None, targets=None,
         patch_size=None,
     )  # fmt: skip
     runtime = recipe.load(torch.device("cpu"))

@@ -218,7 +218,7 @@ def importance_config(head_dim: int, itemsize: int, rows: int, target: Target, b
         return WIDE._replace(num_warps=8) if itemsize == 4 else WIDE
     row_bytes = sum(split_d(head_dim)) * itemsize
     if itemsize == 4 and row_bytes > 256:
-        return Config(16, 16, 4, 1)
+        return Config(16, 16, 8, 1)
     if rows <= 16:
         return Config(16, 16 if itemsize == 2 and _is_blackwell(target) else 32, 4, 1)
     if itemsize == 4:

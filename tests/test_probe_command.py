@@ -32,9 +32,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def labels(photos: Path) -> Path:
-    """Targets of all images but the last; that of the first is no class of the model."""
+    """Targets of all images but the first and the last."""
     path = photos.parent / "labels.csv"
-    rows = "".join(f"{i:03d}.jpg,{99 if i == 0 else i % 3}\n" for i in range(9)) + "./001.jpg,1\n"
+    rows = "".join(f"{'./' * (i == 2)}{i:03d}.jpg,{i % 3}\n" for i in range(1, 9)) + "other.jpg,1\n"
     path.write_text(f"key,target\n{rows}")
     return path
 
@@ -46,7 +46,7 @@ def probed(photos: Path, labels: Path, tmp_path_factory: pytest.TempPathFactory)
     result = run("probe", photos, "--out", out, *CPU, "--targets", labels, "--shard-size", 4, "--batch-size", 3)
     assert result.exit_code == 1
     assert "statistics of 7 images in" in result.output
-    assert "1 keys of --targets are of no image, such as './001.jpg'" in result.output
+    assert "1 keys of --targets are of no image, such as 'other.jpg'" in result.output
     return out
 
 
@@ -54,8 +54,7 @@ def test_the_values_of_each_head_are_those_of_a_capture(photos: Path, probed: Pa
     rows = list(attnx.open(probed))
     errors = {row.key: row.error for row in rows if row.error is not None}
     assert set(errors) == {"000.jpg", "003.jpg", "009.jpg"}
-    assert errors["000.jpg"] == "target: expected a class in 0..15; got 99"
-    assert errors["009.jpg"] == "target: expected one in the file of --targets; got none"
+    assert errors["000.jpg"] == errors["009.jpg"] == "target: expected one in the file of --targets; got none"
     model, loaded = demo_model(), load_model("demo")
     for row in rows:
         if row.error is not None:
@@ -79,7 +78,9 @@ def test_the_values_of_each_head_are_those_of_a_capture(photos: Path, probed: Pa
             ours = getattr(row, name)
             assert ours.dtype == np.float32
             np.testing.assert_allclose(ours, values.flatten().numpy(), rtol=2e-4, atol=1e-7)
-    assert Maps(probed).settings["layers"] == {f"blocks.{i}.attn": 6 for i in range(4)}
+    about = {"heads": 6, "queries": 145, "keys": 145, "prefix": 1, "grid": [12, 12], "patch_size": 8}
+    assert Maps(probed).settings["layers"] == {f"blocks.{i}.attn": about for i in range(4)}
+    assert Maps(probed).settings["uniform"]["entropy"] == pytest.approx([np.log(145)] * 4)
     assert rows[1].map is None
 
 
@@ -95,6 +96,9 @@ def test_tables_have_the_mean_deviation_and_quantiles_in_float64(probed: Path) -
         values = np.array([getattr(each, row["stat"]) for each in rows], np.float64)
         values = values[:, int(row["depth"]) * 6 + int(row["head"])]
         assert row["layer"] == f"blocks.{row['depth']}.attn"
+        assert row["unit"] == {"entropy": "nats", "distance": "pixels", "importance": "of the score"}.get(
+            row["stat"], "share"
+        )
         assert int(row["images"]) == 7
         assert float(row["mean"]) == pytest.approx(values.mean(), rel=1e-12)
         assert float(row["std"]) == pytest.approx(values.std(), rel=1e-9)
@@ -103,7 +107,13 @@ def test_tables_have_the_mean_deviation_and_quantiles_in_float64(probed: Path) -
 
 
 def type_of(column: str) -> type:
-    return str if column in ("stat", "layer") else int if column in ("depth", "head", "images") else float
+    return (
+        str
+        if column in ("model", "folder", "stat", "unit", "layer")
+        else int
+        if column in ("depth", "head", "images")
+        else float
+    )
 
 
 def test_columns_and_figures(probed: Path) -> None:
@@ -165,7 +175,11 @@ def test_compare_overlays_models(photos: Path, probed: Path, tmp_path: Path) -> 
     rows = pq.read_table(tmp_path / "both" / "compare.parquet").to_pylist()
     distances = [row for row in rows if row["stat"] == "distance"]
     assert [row["model"] for row in distances] == ["demo"] * 24 + ["timm:vit_tiny_patch16_224"] * 36
-    assert (tmp_path / "both" / "compare.csv").read_text().startswith("model,stat,layer,depth,head,images,mean,std,min")
+    assert (
+        (tmp_path / "both" / "compare.csv")
+        .read_text()
+        .startswith("model,folder,stat,unit,layer,depth,head,images,mean")
+    )
     assert Image.open(tmp_path / "both" / "compare.png").size[0] > 300
     assert "folders: expected different folders; got" in fails("compare", probed, probed)
     other = draw(tmp_path / "other", 2)
@@ -193,15 +207,16 @@ def test_layers_without_a_statistic_are_left_out_or_refused(tmp_path: Path) -> N
     job = ["probe", photos, "--model", f"hf:{tmp_path / 'siglip'}", "--device", "cpu", "--pixels", "whole"]
     result = run(*job, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "1 layers left out: " in result.output
-    assert "has no distances: its queries are 1 query" in result.output
+    assert "is left out: it has no distances: expected patches of an image; got 1 query over 16 image" in result.output
     settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
-    assert list(settings["layers"].values()) == [3, 3]
+    assert [layer["heads"] for layer in settings["layers"].values()] == [3, 3]
+    assert settings["stats"] == ["entropy", "distance", "max"]  # SigLIP has no prefix tokens
     assert [name for name in settings["left_out"] if "head" in name]
-    told = fails(*job, "--out", tmp_path / "head", "--layer", "*head*")
+    told = fails(*job, "--out", tmp_path / "head", "--layer", "*head*", "--stat", "distance")
     assert "has no distances" in told
     assert "choose others by --stat or --layer" in told
-    assert run(*job, "--out", tmp_path / "head", "--layer", "*head*", "--stat", "entropy").exit_code == 0
+    assert run(*job, "--out", tmp_path / "head", "--layer", "*head*").exit_code == 0
+    assert attnx.open(tmp_path / "head").settings["stats"] == ["entropy", "max"]
     told = fails(*job, "--out", tmp_path / "targets", "--targets", labels_of(tmp_path, "key,target\n000.jpg,1\n"))
     assert "targets: expected a model that gives logits [1, classes]; got" in told
 
@@ -214,11 +229,15 @@ def labels_of(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,class\na,1\n", "targets: expected the columns key, target in"),
-        ("", "targets: expected the columns key, target in"),
-        ("key,target\na.jpg,cat\n", "targets: expected a class from 0 on in line 2; got 'cat'"),
-        ("key,target\na.jpg,-1\n", "targets: expected a class from 0 on in line 2; got '-1'"),
-        ("key,target\na.jpg\n", "targets: expected a class from 0 on in line 2; got ''"),
+        ("file,class\na,1\n", "targets: expected the columns 'key' and 'target' in"),
+        ("key, target\na,1\n", "got 'key', ' target'"),
+        ("", "targets: expected the columns 'key' and 'target' in"),
+        ("key,target\n", "targets: expected keys of images, such as '000.jpg'; got none"),
+        ("key,target\nphotos/001.jpg,1\n", "targets: expected keys of images, such as '000.jpg'; got 'photos/001.jpg'"),
+        ("key,target\n001.jpg,16\n", "targets: expected classes in 0..15; got 16 for '001.jpg'"),
+        ("key,target\na.jpg,cat\n", "targets: expected the number of a class, from 0 on, in line 2 of"),
+        ("key,target\na.jpg,-1\n", "labels.csv; got '-1'"),
+        ("key,target\na.jpg\n", "labels.csv; got ''"),
         ("key,target\na.jpg,1\na.jpg,2\n", "targets: expected every key once; 'a.jpg' is repeated"),
         ("key,target\na.jpg,1,2\n", "targets: expected a key, and no more columns than names, in line 2"),
         ("key,target\n,1\n", "targets: expected a key, and no more columns than names, in line 2"),
@@ -234,7 +253,7 @@ def test_options_that_do_not_fit(photos: Path, tmp_path: Path) -> None:
     job = ["probe", photos, "--out", tmp_path / "out", *CPU]
     assert "stats: expected names among entropy, distance, max, mass; got 'x'" in fails(*job, "--stat", "x")
     assert "patch-size: expected pixels above 0; got 0" in fails(*job, "--patch-size", 0)
-    assert "No such file" in fails(*job, "--targets", tmp_path / "missing.csv")
+    assert "targets: expected a CSV file; got" in fails(*job, "--targets", tmp_path / "missing.csv")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
     assert "targets: expected a CSV file in UTF-8" in fails(*job, "--targets", tmp_path / "binary.csv")
     assert not (tmp_path / "out").exists()

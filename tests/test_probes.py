@@ -16,7 +16,7 @@ from torch import nn
 from windowed_blocks import CASES as WINDOWED
 
 import attnx
-from attnx.methods.probes import head_means
+from attnx.methods.probes import head_means, uniform_means
 from attnx.trace.windows import Windows
 
 NAMES = ("entropy", "distance", "max", "mass")
@@ -195,6 +195,7 @@ def test_windows_have_the_distances_of_the_image(name):
         distance = (p * (far * real[:, None])[:, None]).sum(-1)
         distance = torch.where(real[:, None], distance, torch.nan).flatten(0, 1)
         exact = {**stats_of(each[layer], 0, torch.zeros(())), "distance": distance}
+        del exact["mass"]
         assert_same(trace.stats[layer], exact, atol=1e-5)
         ours = attnx.mean_attention_distance(trace.select([layer]), patch_size=2)[:, 0]
         mean = 2 * torch.where(real[:, None], distance.unflatten(0, (-1, windows.count)), 0).sum((1, 3)) / real.sum()
@@ -213,6 +214,10 @@ def test_pixels_of_each_stage_and_heads_that_differ():
         "swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1), num_heads=(2, 3), embed_dim=24, window_size=7
     ).eval()
     trace = captured(model, torch.randn(2, 3, 56, 56), stats=NAMES)
+    with pytest.raises(
+        KeyError, match=r"'mass': layers\.0\.blocks\.0\.attn has no prefix tokens: its keys are windows"
+    ):
+        trace.stats[0]["mass"]
     distance, entropy = attnx.mean_attention_distance(trace), attnx.row_entropy(trace)
     assert distance.shape == entropy.shape == (2, 2, 3)
     assert distance.isnan().tolist() == entropy.isnan().tolist() == [[[False, False, True], [False] * 3]] * 2
@@ -297,7 +302,12 @@ def test_patch_size_and_prefix_are_those_of_the_model(make, size, patch, prefix)
     exact = stats_of(p, prefix, grid_distances(size[0] // patch, size[1] // patch))
     mean = patch * exact["distance"][..., prefix:].mean(-1)
     torch.testing.assert_close(attnx.mean_attention_distance(trace)[:, 0].double(), mean, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(trace.stats[0]["mass"].double(), exact["mass"], rtol=1e-5, atol=1e-6)
+    if prefix:
+        torch.testing.assert_close(trace.stats[0]["mass"].double(), exact["mass"], rtol=1e-5, atol=1e-6)
+    uniform = stats_of(torch.full_like(p, 1 / p.shape[-1]), prefix, grid_distances(size[0] // patch, size[1] // patch))
+    found = uniform_means(trace, ["entropy", "distance", "max"])[:, 0]
+    means = [uniform["entropy"].mean(), patch * uniform["distance"][..., prefix:].mean(), uniform["max"].mean()]
+    torch.testing.assert_close(found.double(), torch.stack(means), rtol=1e-5, atol=1e-6)
 
 
 def test_keys_of_a_coarser_grid_are_at_the_centres_of_their_cells():
@@ -396,6 +406,8 @@ def test_a_patched_model_and_a_selection():
         stat["max"].nbytes for stat in trace.stats.values()
     )
     assert repr(trace.stats[0]) == "RowStats({max: [2, 3, 13]})"
+    silent = captured(model, x, keep="stats", stats=["max"], layers=[0])
+    assert repr(silent) == "Trace(heads='mean', {blocks.0.attn: no map})"
 
 
 def clip():
@@ -418,17 +430,17 @@ def test_layers_over_words_have_entropies_and_say_why_they_have_no_distances():
     text, vision = (next(name for name in trace if name.startswith(part.split(".")[0])) for part in (text, vision))
     assert list(trace.stats[vision]) == list(NAMES)
     assert list(trace.stats[text]) == ["entropy", "max"]
-    with pytest.raises(KeyError, match=r"'distance': text_model\S+ has no distances: its queries are 7 text tokens"):
+    with pytest.raises(
+        KeyError, match=r"'distance': text_model\S+ has no distances: expected patches of an image; got 7 text"
+    ):
         trace.stats[text]["distance"]
     with pytest.raises(KeyError, match=r"'mass': text_model\S+ has no known prefix tokens"):
         trace.stats[text]["mass"]
-    message = (
-        r"text_model\S+ has no distances: .*; 2 of 4 layers have it: vision_model\S+ \.\.\. vision_model\S+; choose"
-    )
+    message = r"text_model\S+ has no distances: .* can choose the 2 layers that do: vision_model\S+ \.\.\. vision_model"
     for each in (trace, captured(clip(), ids, x, keep="qk"), captured(clip(), ids, x, heads="each")):
         with pytest.raises(ValueError, match=message):
             attnx.mean_attention_distance(each)
-        with pytest.raises(ValueError, match=r"text_model\S+ has no known prefix tokens: .*; 2 of 4 layers have it"):
+        with pytest.raises(ValueError, match=r"text_model\S+ has no known prefix tokens: .* the 2 layers that do"):
             head_means(each, ["mass"])
     vision_only = attnx.mean_attention_distance(trace.select("vision_model.*"))
     assert vision_only.shape == (2, 2, 2)
@@ -453,7 +465,9 @@ def test_patches_that_are_no_squares_and_sizes_that_are_not_known():
             return self.attn(x, x, x, need_weights=False)[0]
 
     trace = captured(NoGrid().eval(), torch.randn(1, 10, 16), keep="stats", stats=NAMES)
-    with pytest.raises(KeyError, match=r"the grid of its 10 tokens is not known; pass layout=attnx\.TokenLayout"):
+    with pytest.raises(
+        KeyError, match=r"got 10 tokens of no known grid: if they are patches, pass layout=attnx\.TokenLayout"
+    ):
         trace.stats[0]["distance"]
     layout = attnx.TokenLayout(1, (3, 3))
     trace = captured(NoGrid().eval(), torch.randn(1, 10, 16), keep="stats", stats=NAMES, layout=layout)
@@ -469,6 +483,7 @@ def test_patches_that_are_no_squares_and_sizes_that_are_not_known():
         ({"stats": ["median"]}, r"stats: expected a sequence of entropy, .*, importance; got \['median'\]"),
         ({"stats": [["max"]]}, r"stats: expected a sequence of entropy, .*, importance; got \[\['max'\]\]"),
         ({"stats": None}, "stats: expected a sequence of entropy, .*, importance; got None"),
+        ({"keep": "stat", "stats": ["max"]}, "keep: expected one of map, qk, auto, or stats where .*; got 'stat'"),
         ({"keep": "stats"}, r"keep: expected stats=\('entropy', ...\) with keep='stats'; got no statistics"),
         ({"calls": "mean", "stats": ["max"]}, "calls: expected 'last' or 'all' with stats, .*; got 'mean'"),
     ],
@@ -486,11 +501,19 @@ def test_traces_without_what_the_probes_read():
             attnx.row_entropy(trace)
     with pytest.raises(KeyError, match=r"no statistics were captured; pass stats= to attnx\.capture"):
         captured(model, x).stats["blocks.0.attn"]
-    with pytest.raises(KeyError, match="'entropy': expected one of max; pass it in stats="):
+    with pytest.raises(KeyError, match="'entropy': expected one of max; pass it in stats= of the capture"):
         trace.stats[0]["entropy"]
+    with pytest.raises(KeyError, match=r"'entrpy': expected one of max\"$"):
+        trace.stats[0]["entrpy"]
+    for given in (model, torch.zeros(2, 3, 4, 4)):
+        with pytest.raises(ValueError, match=r"row_entropy: expected a Trace, which attnx\.capture gives; got"):
+            attnx.row_entropy(given)
+    for size in (0, -3, float("nan"), (8, 8)):
+        with pytest.raises(ValueError, match="patch_size: expected a finite number of pixels above 0; got"):
+            attnx.mean_attention_distance(trace, size)
     with pytest.raises(KeyError, match=r"layer 'nothing': expected one of blocks\.0\.attn, blocks\.1\.attn"):
         trace.stats["nothing"]
-    with pytest.raises(ValueError, match="rows: expected 'mean' or 'all'; got 'each'"):
+    with pytest.raises(ValueError, match=r"rows: expected 'mean' or 'all', .*; got 'each'"):
         attnx.row_entropy(trace, rows="each")
     with pytest.raises(ValueError, match="row_entropy: expected a trace with layers; got none"):
         attnx.row_entropy(trace.select("blocks.0.attn").item(0).__class__(model, "mean", None, None))

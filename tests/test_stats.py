@@ -53,8 +53,9 @@ def test_stats_beside_output_and_map(case, backend, device, poisoned):
 def test_a_choice_of_stats_in_the_order_asked_for(names, N, backend, device):
     case = Case(M=N, N=N)
     q, k, _, _ = random_inputs(case, device=device)
-    some = attnx.attention_stats(q, k, stats=names, grid=(N // 10, 9), prefix=N // 10, backend=backend)
-    every = attnx.attention_stats(q, k, grid=(N // 10, 9), prefix=N // 10, backend=backend)
+    options = dict(grid=(N // 10, 9), prefix=N // 10, backend=backend)
+    some = attnx.attention_stats(q, k, stats=names, **options)
+    every = attnx.attention_stats(q, k, **options)
     assert tuple(some) == names
     for name in names:
         torch.testing.assert_close(some[name], every[name], equal_nan=True, rtol=1e-5, atol=1e-6)
@@ -133,7 +134,8 @@ def test_one_hot_and_uniform_rows(backend, device):
 def test_same_bits_every_time(backend, N, device):
     case = Case(M=N, N=N, dtype=torch.bfloat16, bias="1HMN")
     q, k, _, bias = random_inputs(case, device=device)
-    one, two = (attnx.attention_stats(q, k, bias=bias, grid=(4, 4), prefix=2, backend=backend) for _ in range(2))
+    options = dict(grid=(4, 4), prefix=2, suffix=N - 18, bias=bias, backend=backend)
+    one, two = (attnx.attention_stats(q, k, **options) for _ in range(2))
     for name in NAMES:
         assert torch.equal(one[name].nan_to_num(-1), two[name].nan_to_num(-1))
 
@@ -147,7 +149,7 @@ def test_a_row_of_nan_is_nan_in_every_statistic(value, backend, N, device):
     q[0, 1, 7] = value
     expected = oracle_stats(q, k)["entropy"].isnan()
     assert expected.sum() == 1
-    stats = attnx.attention_stats(q, k, grid=(4, 4), prefix=0, backend=backend)
+    stats = attnx.attention_stats(q, k, grid=(4, 4), suffix=N - 16, backend=backend)
     for name in ("entropy", "max"):
         assert torch.equal(stats[name].isnan(), expected), name
     assert stats["distance"][0, 1, 7].isnan()
@@ -178,7 +180,7 @@ def test_eager_makes_no_map():
 
 def test_a_grid_of_any_shape_beside_prefix_and_suffix():
     q, k, _, _ = random_inputs(Case(M=20, N=20))
-    stats = attnx.attention_stats(q, k, grid=(2, 7), prefix=3)
+    stats = attnx.attention_stats(q, k, grid=(2, 7), prefix=3, suffix=3)
     assert_stats(stats, q, k, places=(grid_places((2, 7), 3, 20, q.device)[None],) * 2, prefix=3)
     assert stats["distance"].isnan().any(1).all(0).nonzero()[:, 0].tolist() == [0, 1, 2, 17, 18, 19]
 
@@ -188,7 +190,7 @@ def test_compiles_without_a_break(compiler, device):
     q, k, _, bias = random_inputs(Case(bias="1HMN", M=20, N=20), device=device)
 
     def step(q, k):
-        stats = attnx.attention_stats(q * 2, k, bias=bias, grid=(4, 4), prefix=1)
+        stats = attnx.attention_stats(q * 2, k, bias=bias, grid=(4, 4), prefix=1, suffix=3)
         return torch.stack(list(stats.values())) + 1
 
     compiled = torch.compile(step, fullgraph=True, backend=compiler)
@@ -222,7 +224,10 @@ def test_results_are_detached_and_autocast_casts_as_sdpa_does(device):
         ({"grid": None}, r"grid: expected \(rows, columns\) of patches for stats='distance'; got None"),
         ({"grid": (2, 0)}, r"grid: expected \(rows, columns\) .*; got \(2, 0\)"),
         ({"grid": 4}, r"grid: expected \(rows, columns\) .*; got 4"),
-        ({"grid": (2, 3)}, r"grid: expected queries and keys of at least 0 \+ 2 x 3 tokens; got 4 queries and 4 keys"),
+        ({"grid": (2, 3)}, r"grid: expected .* of prefix \+ grid = 0 \+ 2 x 3 tokens; got 4 queries and 4 keys"),
+        ({"grid": (1, 3)}, r"grid: expected .* of prefix \+ grid = 0 \+ 1 x 3 tokens; got 4 queries and 4 keys"),
+        ({"grid": (1, 1), "prefix": 1, "suffix": 1}, r"grid: expected .* = 1 \+ 1 x 1 \+ 1 tokens; got 4 queries"),
+        ({"suffix": -1}, r"suffix: expected a number of tokens in 0\.\.4; got -1"),
         ({"k": torch.zeros(2, 3, 5, 8)}, r"grid: expected queries and keys .*; got 4 queries and 5 keys"),
         ({"prefix": 5}, r"prefix: expected a number of tokens in 0\.\.4; got 5"),
         ({"prefix": True}, r"prefix: expected a number of tokens in 0\.\.4; got True"),

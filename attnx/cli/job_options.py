@@ -173,6 +173,8 @@ class JobOptions:
 
 def runs_jobs(command: Callable[..., None]) -> Callable[..., None]:
     """A command with the options of `JobOptions` after its own; it receives them as its argument `options`."""
+    for each in fields(JobOptions):
+        each.type.__metadata__[0].rich_help_panel = "Options of jobs"  # type: ignore[union-attr]
     own = [each for each in signature(command).parameters.values() if each.name != "options"]
     names = [each.name for each in fields(JobOptions)]
     shared = [

@@ -1,6 +1,7 @@
 """`attnx probe`: how far and how widely each head attends, over a data set; `attnx compare`: several such jobs."""
 
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from attnx.jobs.runtime import Runtime
 
 
+_FIRST = 1000  # images, of which one must have a target
+
+
 @report_errors
 @runs_jobs
 def probe(
@@ -50,7 +54,7 @@ def probe(
         list[str] | None,
         typer.Option(
             help="[bold]entropy[/bold] (nats), [bold]distance[/bold] (pixels), [bold]max[/bold] (largest weight), "
-            "[bold]mass[/bold] (weight on prefix tokens); repeat for several; default: all four."
+            "[bold]mass[/bold] (weight on prefix tokens); repeat for several; default: all that the model has."
         ),
     ] = None,
     targets: Annotated[
@@ -84,17 +88,21 @@ def probe(
     probe/heads.csv and heads.parquet (mean, deviation and quantiles over the images, for each head), distance.png,
     entropy.png, sinks.png, heads.png and importance.png. The same command continues a job that was stopped.
     """
+    from attnx.jobs.probes import Targets
     from attnx.jobs.recipe import ProbeRecipe
     from attnx.jobs.sources import open_source
-    from attnx.ops.statistics import NAMES, parse
+    from attnx.ops.statistics import parse
 
     autocast_of(dtype)
-    stats = list(dict.fromkeys(stat or NAMES))
-    parse(stats)
+    stats = list(dict.fromkeys(stat)) if stat else None
+    if stats:
+        parse(stats)
     if patch_size is not None and not 0 < patch_size < 1e6:
         raise ValueError(f"patch-size: expected pixels above 0; got {patch_size:g}")
     notice, model = named_model(model)
     images = open_source(source, kind, root, split)
+    if targets is not None:
+        Targets(targets).check_keys([entry.key for entry in islice(images.entries(), _FIRST)])
     recipe = ProbeRecipe(
         source=absolute(source), kind=images.kind, root=absolute(root), split=split, model=absolute_model(model),
         pretrained=pretrained, checkpoint=absolute(checkpoint), image_size=pixels_of(image_size), seed=seed,
@@ -108,8 +116,9 @@ def _finish(out: Path, runtime: "Runtime", report: "Report") -> str:
     """Write the tables and figures if the job is complete; a text that says so, and which layers were left out."""
     from attnx.jobs.job import Job
 
-    left_out: dict[str, str] = runtime.settings["left_out"]
-    more = f", {len(left_out)} layers left out: {next(iter(left_out.values()))}" if left_out else ""
+    more = ""
+    for layer, why in runtime.settings["left_out"].items():
+        typer.echo(f"{layer} is left out: it {why.removeprefix(f'{layer} ')}; --stat chooses what it has")
     job = Job(out)
     targets = getattr(runtime.task, "targets", None)
     if targets is not None:
@@ -119,7 +128,7 @@ def _finish(out: Path, runtime: "Runtime", report: "Report") -> str:
     if missing:
         return f"{more}, no tables yet, since {missing} of {job.shards} shards are missing"
     if report.maps == 0:
-        return f"{more}, no tables, since no image could be read"
+        return f"{more}, no tables, since every image has an error"
     for path, what in write_report(out, out / "probe").items():
         typer.echo(f"{path}  {what}")
     return more
@@ -144,7 +153,8 @@ def compare(
 ) -> None:
     """Compares the heads of several models: overlays the figures of attnx probe, and joins its tables.
 
-    Writes compare.png, compare.csv and compare.parquet. Models of the same name are called by their folders.
+    Writes compare.png, compare.csv and compare.parquet. In the figure, models of the same name are called by their
+    folders.
     """
     from attnx.figures.probes import draw_comparison
     from attnx.jobs.probe_summary import compared, write_table
@@ -153,8 +163,8 @@ def compare(
 
     if len(folders) < 2:
         raise ValueError(f"folders: expected two or more; got {len(folders)}")
-    tables, notice = compared([Maps(folder) for folder in folders])
-    if notice:
+    tables, notices = compared([Maps(folder) for folder in folders])
+    for notice in notices:
         say(notice)
     out.mkdir(parents=True, exist_ok=True)
     draw_comparison(tables, out / "compare.png")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["QUANTILES", "HeadTable", "compared", "head_table", "write_table"]
 
 QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
+UNITS = {"entropy": "nats", "distance": "pixels", "max": "share", "mass": "share", "importance": "of the score"}
 _MOST_BYTES = 2**28  # of the values in memory at a time
 
 
@@ -27,29 +28,46 @@ class HeadTable:
     """The result of `head_table`.
 
     Attributes:
-        model: name of the model.
-        layers: {layer: number of its heads}.
-        images: number of images with values.
+        model: name of the model; folder: of the job; size: (height, width) of its input.
+        layers: {layer: what is known of it}, see `attnx.jobs.probes.HeadProbes`.
+        images, planned: numbers of images with values, and of the job.
         stats: {statistic: {"mean" | "std" | a name of QUANTILES: [T] float64}}, for the heads of all layers one after
             another. std is the root of the mean squared deviation.
+        uniform: {statistic: its value in each layer for heads that attend to all keys alike}.
     """
 
     model: str
-    layers: dict[str, int]
+    folder: str
+    size: tuple[int, int]
+    layers: dict[str, dict[str, Any]]
     images: int
+    planned: int
     stats: dict[str, dict[str, np.ndarray]]
+    uniform: dict[str, list[float]]
 
     def by_layer(self, stat: str, column: str = "mean") -> list[np.ndarray]:
         """The values of the heads of each layer."""
-        return np.split(self.stats[stat][column], np.cumsum(list(self.layers.values()))[:-1])
+        return np.split(self.stats[stat][column], np.cumsum(self.heads)[:-1])
+
+    @property
+    def heads(self) -> list[int]:
+        """The number of heads of each layer."""
+        return [about["heads"] for about in self.layers.values()]
+
+    @property
+    def of_images(self) -> str:
+        """The number of images, in words."""
+        count = f"{self.images:,}" if self.images == self.planned else f"{self.images:,} of {self.planned:,}"
+        return f"{count} image" if self.planned == 1 else f"{count} images"
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for each statistic, layer and head."""
         for stat, columns in self.stats.items():
             place = 0
-            for depth, (layer, heads) in enumerate(self.layers.items()):
+            for depth, (layer, heads) in enumerate(zip(self.layers, self.heads, strict=True)):
                 for head in range(heads):
-                    named = {"stat": stat, "layer": layer, "depth": depth, "head": head, "images": self.images}
+                    named: dict[str, Any] = {"stat": stat, "unit": UNITS[stat], "layer": layer, "depth": depth}
+                    named |= {"head": head, "images": self.images}
                     yield named | {name: float(values[place]) for name, values in columns.items()}
                     place += 1
 
@@ -62,13 +80,18 @@ def head_table(maps: Maps) -> HeadTable:
     """
     if "stats" not in maps.settings:
         raise ValueError(f"folder: expected the output of attnx probe; {maps.folder} has maps: see attnx summary")
-    layers: dict[str, int] = maps.settings["layers"]
+    settings = maps.settings
     images = sum(int(maps.has_map(shard).sum()) for shard in range(maps.shards))
     if not images:
         raise ValueError(f"folder: expected at least one image without an error in {maps.folder}; got none")
-    heads = sum(layers.values())
-    stats = {name: _over_images(maps, name, images, heads) for name in maps.settings["stats"]}
-    return HeadTable(str(maps.settings["model"]), layers, images, stats)
+    layers = settings["layers"]
+    heads = sum(about["heads"] for about in layers.values())
+    stats = {name: _over_images(maps, name, images, heads) for name in settings["stats"]}
+    height, width = settings["input_size"]
+    return HeadTable(
+        settings["model"], maps.folder.name, (height, width), layers, images, maps.planned or len(maps), stats,
+        settings["uniform"],
+    )  # fmt: skip
 
 
 def _over_images(maps: Maps, name: str, images: int, heads: int) -> dict[str, np.ndarray]:
@@ -98,8 +121,8 @@ def _values(maps: Maps, name: str, heads: int) -> Iterator[np.ndarray]:
         yield column.flatten().to_numpy(zero_copy_only=False).reshape(-1, heads)
 
 
-def compared(jobs: Sequence[Maps]) -> tuple[list[HeadTable], str]:
-    """The tables of several jobs with different names, and a notice if their images differ.
+def compared(jobs: Sequence[Maps]) -> tuple[list[HeadTable], list[str]]:
+    """The tables of several jobs, and notices of what else differs between them than the model.
 
     Raises:
         ValueError: as `head_table`; a folder is given twice; or no statistic is in all of the jobs.
@@ -110,21 +133,28 @@ def compared(jobs: Sequence[Maps]) -> tuple[list[HeadTable], str]:
         raise ValueError(f"folders: expected jobs with a statistic in common; got {each}")
     if len({job.folder.resolve() for job in jobs}) < len(jobs):
         raise ValueError(f"folders: expected different folders; got {', '.join(str(job.folder) for job in jobs)}")
-    names = [table.model for table in tables]
-    if len(set(names)) < len(names):
-        names = [str(job.folder) for job in jobs]
-    keys = {frozenset(row["key"] for row in _keys(job)) for job in jobs}
-    notice = "the jobs have different images, so part of the differences may be theirs" if len(keys) > 1 else ""
-    return [replace(table, model=name) for table, name in zip(tables, names, strict=True)], notice
+    notices = []
+    if len({frozenset(row["key"] for row in _keys(job)) for job in jobs}) > 1:
+        notices.append("the jobs have different images, so part of the differences may be theirs")
+    sizes = list(dict.fromkeys(f"{height} x {width}" for height, width in (table.size for table in tables)))
+    if len(sizes) > 1:
+        notices.append(
+            f"the models see images of {' and '.join(sizes)} pixels, so distances and entropies differ for that alone; "
+            "the dotted lines are those of uniform attention"
+        )
+    return tables, notices
 
 
 def write_table(tables: Sequence[HeadTable], folder: Path, name: str) -> list[Path]:
-    """Write NAME.csv and NAME.parquet; with several tables, the first column is the model."""
+    """Write NAME.csv and NAME.parquet; with several tables, the first columns are the model and the job's folder."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    several = len(tables) > 1
-    rows = [({"model": table.model} if several else {}) | row for table in tables for row in table.rows()]
+    rows = [
+        ({"model": table.model, "folder": table.folder} if len(tables) > 1 else {}) | row
+        for table in tables
+        for row in table.rows()
+    ]
     paths = [folder / f"{name}.csv", folder / f"{name}.parquet"]
     with replacing(paths[0]) as path, path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

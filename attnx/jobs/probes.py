@@ -20,7 +20,7 @@ from attnx.jobs.columns import MapRow
 from attnx.jobs.packing import Format
 from attnx.jobs.sources import Entry
 from attnx.jobs.tasks import fetch
-from attnx.methods.probes import head_means
+from attnx.methods.probes import head_means, pixels_of, uniform_means
 from attnx.ops.statistics import NAMES
 from attnx.trace.capture import capture
 from attnx.trace.layers import Layers
@@ -41,8 +41,11 @@ class Targets:
     """
 
     def __init__(self, path: Path) -> None:
-        with open_regular(path) as file:
-            content = file.read()
+        try:
+            with open_regular(path) as file:
+                content = file.read()
+        except OSError as error:
+            raise ValueError(f"targets: expected a CSV file; got {path}: {error.strerror or error}") from error
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.of: dict[str, int] = {}
         try:
@@ -50,23 +53,38 @@ class Targets:
             names = list(rows.fieldnames or ())
             if not {"key", "target"} <= set(names):
                 raise ValueError(
-                    f"targets: expected the columns key, target in {path}; got {', '.join(names) or 'none'}"
+                    f"targets: expected the columns 'key' and 'target' in {path}; got "
+                    + (", ".join(map(repr, names)) or "none")
                 )
             for row in rows:
                 key, target = row["key"], row["target"] or ""
                 if not target.strip().isdecimal() or len(target) > 9:
                     raise ValueError(
-                        f"targets: expected a class from 0 on in line {rows.line_num}; got {target[:80]!r}"
+                        f"targets: expected the number of a class, from 0 on, in line {rows.line_num} of {path}; got "
+                        f"{target[:80]!r}"
                     )
                 if not key or None in row:
                     raise ValueError(
                         f"targets: expected a key, and no more columns than names, in line {rows.line_num}"
                     )
+                key = key.removeprefix("./")
                 if key in self.of:
                     raise ValueError(f"targets: expected every key once; {key[:200]!r} is repeated")
                 self.of[key] = int(target)
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"targets: expected a CSV file in UTF-8; {path}: {error}") from error
+
+    def check(self, classes: int) -> None:
+        """Raise ValueError if a target is not below the number of classes."""
+        wrong = next((key for key, target in self.of.items() if target >= classes), None)
+        if wrong is not None:
+            raise ValueError(f"targets: expected classes in 0..{classes - 1}; got {self.of[wrong]} for {wrong[:200]!r}")
+
+    def check_keys(self, keys: Sequence[str]) -> None:
+        """Raise ValueError if none of the keys of images has a target."""
+        if keys and self.of.keys().isdisjoint(keys):
+            first = repr(next(iter(self.of))[:200]) if self.of else "none"
+            raise ValueError(f"targets: expected keys of images, such as {keys[0][:200]!r}; got {first}")
 
 
 class HeadProbes:
@@ -75,14 +93,17 @@ class HeadProbes:
     The first images choose the layers: with layers=None, those that have all of the statistics.
 
     Args:
-        stats: names among those of `attnx.attention_stats`.
+        stats: names among those of `attnx.attention_stats`; None: those that some layer has.
         importance: also compute "importance", of the cross entropy of the model's logits and the targets. The model's
             parameters then need no gradients any more.
         patch_size: as in `attnx.mean_attention_distance`.
         layers, model_kwargs, dtype: see `attnx.Extractor`.
 
     Attributes:
-        heads: {layer: number of its heads}.
+        names: the statistics.
+        layers_of: {layer: {"heads": ..., "queries": ..., "keys": ..., "prefix": ..., "grid": ..., "patch_size": ...}};
+            what is not known is None.
+        uniform: {statistic: its value in each layer for heads that attend to all keys alike}.
         left_out: {layer: reason} of layers without one of the statistics.
         classes: number of classes of the logits; 0 without importance.
 
@@ -93,7 +114,7 @@ class HeadProbes:
     def __init__(
         self,
         model: nn.Module,
-        stats: Sequence[str] = NAMES,
+        stats: Sequence[str] | None = None,
         importance: bool = False,
         layers: Layers = None,
         patch_size: float | None = None,
@@ -101,13 +122,15 @@ class HeadProbes:
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.model = model.requires_grad_(False) if importance else model
-        self.names = (*stats, "importance") if importance else tuple(stats)
+        self.names = (*(stats or NAMES), *(("importance",) if importance else ()))
+        self.all_stats = stats is None
         self.importance = importance
         self.layers = layers
         self.patch_size = patch_size
         self.dtype = dtype
         self.model_kwargs = model_kwargs or {}
-        self.heads: dict[str, int] = {}
+        self.layers_of: dict[str, dict[str, Any]] = {}
+        self.uniform: dict[str, list[float]] = {}
         self.left_out: dict[str, str] = {}
         self.classes = 0
 
@@ -115,9 +138,9 @@ class HeadProbes:
         """[B, 3, height, width] on the model's device, and [B] classes -> float32 [B, S, T], see `head_means`."""
         with torch.inference_mode(not self.importance):
             trace = self._trace(images, targets)
-            if not self.heads:
+            if not self.layers_of:
                 self._choose(trace)
-            return head_means(trace.select(list(self.heads)), self.names, self.patch_size)
+            return head_means(trace.select(list(self.layers_of)), self.names, self.patch_size)
 
     def _trace(self, images: Tensor, targets: Tensor | None) -> Trace:
         with (
@@ -134,14 +157,32 @@ class HeadProbes:
         return trace
 
     def _choose(self, trace: Trace) -> None:
-        """Choose the layers with all of the statistics, of a trace of the first images."""
+        """Choose the statistics, and the layers that have all of them, of a trace of the first images."""
+        if self.all_stats:
+            had = {name for layer in trace for name in trace.stats[layer]}
+            self.names = tuple(name for name in self.names if name in had)
+            for layer in trace:
+                for name in set(trace.stats[layer].missing) - had:
+                    del trace.stats[layer].missing[name]
         self.left_out = {
             layer: next(iter(trace.stats[layer].missing.values())) for layer in trace if trace.stats[layer].missing
         }
         chosen = [layer for layer in trace if layer not in self.left_out]
         if not chosen or (self.left_out and self.layers is not None):
             raise ValueError(f"stats: {next(iter(self.left_out.values()))}; choose others by --stat or --layer")
-        self.heads = {layer: trace.stats[layer][self.names[0]].shape[1] for layer in chosen}
+        trace = trace.select(chosen)
+        self.layers_of = {layer: self._about(trace, layer) for layer in chosen}
+        uniform = uniform_means(trace, self.names, self.patch_size).tolist()
+        self.uniform = {name: found for name, found in zip(self.names, uniform, strict=True) if name != "importance"}
+
+    def _about(self, trace: Trace, layer: str) -> dict[str, Any]:
+        queries, keys = trace.sides(layer)
+        pixels = self.patch_size
+        if pixels is None and "distance" in self.names:
+            pixels = pixels_of(trace, layer)
+        heads = trace.stats[layer][self.names[0]].shape[1]
+        size = dict(heads=heads, queries=trace.kept(layer).shape[-2], keys=trace.kept(layer).shape[-1])
+        return size | dict(prefix=keys.prefix, grid=queries.grid, patch_size=pixels)
 
 
 def _logits(out: Any, count: int) -> Tensor:
@@ -193,7 +234,4 @@ class ProbeTask:
         if self.targets is None:
             return None
         target = self.targets.of.get(key)
-        if target is None:
-            return "target: expected one in the file of --targets; got none"
-        most = self.probes.classes - 1
-        return None if target <= most else f"target: expected a class in 0..{most}; got {target}"
+        return "target: expected one in the file of --targets; got none" if target is None else None

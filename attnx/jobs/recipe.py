@@ -138,12 +138,15 @@ class ExtractRecipe(Recipe):
 class ProbeRecipe(Recipe):
     """A recipe for statistics of heads.
 
-    stats: names of the statistics. targets: the file of the images' classes; None: no importance of heads.
+    Args:
+        stats: names of the statistics; None: those that the model has.
+        targets: the file of the images' classes; None: no importance of heads.
+        pixels, layers, patch_size: as in `attnx.jobs.probes.HeadProbes`.
     """
 
     pixels: str | None
     layers: list[str | int] | None
-    stats: list[str]
+    stats: list[str] | None
     targets: str | None
     patch_size: float | None
 
@@ -159,9 +162,12 @@ class ProbeRecipe(Recipe):
         )  # fmt: skip
         # The first call chooses the layers.
         shape = probes(torch.zeros(1, 3, *loaded.size, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+        if targets is not None:
+            targets.check(probes.classes)
         settings = self._settings(loaded, pixels) | {
-            "stats": list(probes.names), "layers": probes.heads, "left_out": probes.left_out,
-            "patch_size": self.patch_size, "targets": None if targets is None else targets.fingerprint,
+            "stats": list(probes.names), "layers": probes.layers_of, "left_out": probes.left_out,
+            "uniform": probes.uniform, "input_size": list(loaded.size),
+            "targets_sha256": None if targets is None else targets.fingerprint,
         }  # fmt: skip
         task = ProbeTask(probes, Format(self.map_dtype, stats=probes.names), targets)
         return Runtime(self, device, loaded, pixels, task, settings, 4 * shape[0].numel(), tensors=False, fill=False)

@@ -1,13 +1,14 @@
 """How far and how widely each head attends, and how much a score depends on it: means over a layer's rows."""
 
 from collections.abc import Callable, Sequence
+from math import inf
 
 import torch
 from torch import Tensor
 
-from attnx.ops.statistics import NAMES
+from attnx.ops.attention_stats import attention_with_stats
 from attnx.trace.records import MapRecord, QKRecord
-from attnx.trace.row_stats import RowStats, Wanted, wanted_of
+from attnx.trace.row_stats import KNOWN, RowStats, Wanted, wanted_of
 from attnx.trace.trace import Trace
 
 
@@ -41,7 +42,8 @@ def mean_attention_distance(trace: Trace, patch_size: float | None = None) -> Te
         >>> attnx.mean_attention_distance(trace).shape
         torch.Size([2, 4, 6])
     """
-    return _by_layer("mean_attention_distance", trace, lambda layer: _mean_distance(trace, layer, patch_size))
+    _check_patch_size(patch_size)
+    return _by_layer("mean_attention_distance", trace, lambda layer: _mean_of(trace, layer, "distance", patch_size))
 
 
 def row_entropy(trace: Trace, rows: str = "mean") -> Tensor:
@@ -70,11 +72,11 @@ def row_entropy(trace: Trace, rows: str = "mean") -> Tensor:
         (torch.Size([2, 4, 6]), torch.Size([2, 4, 6, 145]))
     """
     if rows not in ("mean", "all"):
-        raise ValueError(f"rows: expected 'mean' or 'all'; got {rows!r}")
+        raise ValueError(f"rows: expected 'mean' or 'all', whose last dimension are the queries; got {rows!r}")
 
     def of_layer(layer: str) -> Tensor:
         if rows == "mean":
-            return _mean_of_queries(trace, layer, "entropy")
+            return _mean_of(trace, layer, "entropy")
         stats, _ = _read(trace, layer, "entropy")
         if trace.windows(layer) is not None:
             raise ValueError(f"rows='all': expected layers without windows; got windows in {layer}")
@@ -111,7 +113,7 @@ def head_importance(trace: Trace) -> Tensor:
         >>> attnx.head_importance(trace).shape
         torch.Size([2, 4, 6])
     """
-    return _by_layer("head_importance", trace, lambda layer: _mean_of_queries(trace, layer, "importance"))
+    return _by_layer("head_importance", trace, lambda layer: _mean_of(trace, layer, "importance"))
 
 
 def head_means(trace: Trace, stats: Sequence[str], patch_size: float | None = None) -> Tensor:
@@ -139,30 +141,51 @@ def head_means(trace: Trace, stats: Sequence[str], patch_size: float | None = No
         >>> head_means(trace, ["max", "mass"]).shape
         torch.Size([2, 2, 24])
     """
-    if not stats or any(name not in (*NAMES, "importance") for name in stats):
-        raise ValueError(f"stats: expected names among {', '.join(NAMES)}, importance; got {list(stats)}")
+    if not stats or any(name not in KNOWN for name in stats):
+        raise ValueError(f"stats: expected names among {', '.join(KNOWN)}; got {list(stats)}")
+    _check_patch_size(patch_size)
 
-    def of_stat(name: str) -> Tensor:
-        if name == "distance":
-            return torch.cat([_mean_distance(trace, layer, patch_size) for layer in trace], 1)
-        return torch.cat([_mean_of_queries(trace, layer, name) for layer in trace], 1)
-
-    return torch.stack([of_stat(name) for name in stats], 1)
+    return torch.stack(
+        [torch.cat([_mean_of(trace, layer, name, patch_size) for layer in trace], 1) for name in stats], 1
+    )
 
 
-def _mean_distance(trace: Trace, layer: str, patch_size: float | None) -> Tensor:
-    """[B, H]: mean distance of a layer in pixels, over the queries that are patches."""
-    stats, wanted = _read(trace, layer, "distance")
-    assert wanted.places is not None
-    patches = ~wanted.places[0][..., 0].isnan()
-    return _mean(stats["distance"], patches) * (_patch_size(trace, layer) if patch_size is None else patch_size)
+def uniform_means(trace: Trace, stats: Sequence[str], patch_size: float | None = None) -> Tensor:
+    """[S, L] float32: the means of heads that attend to all keys of a layer alike; NaN for importance.
+
+    Args:
+        trace, stats, patch_size: as in `head_means`.
+    """
+
+    def of_layer(layer: str, name: str) -> Tensor:
+        if name == "importance":
+            return torch.full((), torch.nan)
+        wanted, (*_, M, N), windows = _wanted(trace, layer, name), trace.kept(layer).shape, trace.windows(layer)
+        zeros = torch.zeros(1 if windows is None else windows.count, 1, M, 1, device=trace.kept(layer).device)
+        found = attention_with_stats(
+            zeros, zeros[:, :, :1].expand(-1, -1, N, -1), None, heads=None, stats=[name], places=wanted.places,
+            prefix=wanted.prefix,
+        )  # fmt: skip
+        return _mean_of(trace, layer, name, patch_size, found[2][name])[0, 0]
+
+    return torch.stack([torch.stack([of_layer(layer, name).cpu() for layer in trace]) for name in stats])
 
 
-def _mean_of_queries(trace: Trace, layer: str, name: str) -> Tensor:
-    """[B, H]: mean of a statistic of a layer over its queries, without the padding of windows."""
-    stats, _ = _read(trace, layer, name)
+def _mean_of(
+    trace: Trace, layer: str, name: str, patch_size: float | None = None, stat: Tensor | None = None
+) -> Tensor:
+    """[B, H]: mean of a statistic of a layer over its queries, without padding.
+
+    The mean distance is over the queries that are patches, in pixels. stat: in place of the trace's own.
+    """
+    found, wanted = _read(trace, layer, name)
+    stat = found[name] if stat is None else stat
+    if name == "distance":
+        assert wanted.places is not None
+        patches = ~wanted.places[0][..., 0].isnan()
+        return _mean(stat, patches) * (pixels_of(trace, layer) if patch_size is None else patch_size)
     windows = trace.windows(layer)
-    return _mean(stats[name], None if windows is None else windows.index.to(stats[name].device) >= 0)
+    return _mean(stat, None if windows is None else windows.index.to(stat.device) >= 0)
 
 
 def _read(trace: Trace, layer: str, name: str) -> tuple[RowStats, Wanted]:
@@ -178,20 +201,24 @@ def _read(trace: Trace, layer: str, name: str) -> tuple[RowStats, Wanted]:
         if name not in stats:
             raise ValueError(f"{layer}: expected a capture with grad=True and stats=('importance',)")
         return stats, wanted
+    stored = trace.stats[layer] if layer in trace.stats else RowStats({}, {})
+    from_qk = isinstance(record, QKRecord) and trace.rows is None
+    from_map = isinstance(record, MapRecord) and len(record.shape) == 4 and trace.rows is None
+    if name not in (*stored, *stored.missing) and not from_qk and not from_map:
+        got = f"stats={tuple(stored)} and " if stored else ""
+        raise ValueError(
+            f"{layer}: expected a capture with stats=({name!r},), or with keep='qk' or heads='each' of all rows; got "
+            f"{got}heads={trace.heads!r}" + ("" if trace.rows is None else f" of rows {list(trace.rows)}")
+        )
     if name in wanted.missing:
         has = [other for other in trace if name not in _wanted(trace, other, name).missing]
-        named = f"{len(has)} of {len(trace)} layers have it" + (f": {has[0]} ... {has[-1]}" if has else "")
-        raise ValueError(f"{wanted.missing[name]}; {named}; choose layers by trace.select(...)")
-    if layer in trace.stats and name in trace.stats[layer]:
-        return trace.stats[layer], wanted
-    if isinstance(record, QKRecord) and trace.rows is None:
+        advice = f"; trace.select(...) can choose the {len(has)} layers that do: {has[0]} ... {has[-1]}" if has else ""
+        raise ValueError(f"{wanted.missing[name]}{advice}")
+    if name in stored:
+        return stored, wanted
+    if isinstance(record, QKRecord):
         return RowStats(record.stats(wanted.names, wanted.places, wanted.prefix), wanted.missing), wanted
-    if isinstance(record, MapRecord) and len(record.shape) == 4 and trace.rows is None:
-        return wanted.of_weights(record.map()), wanted
-    raise ValueError(
-        f"{layer}: expected a capture with stats=({name!r},), or with keep='qk' or heads='each' of all rows; got "
-        f"heads={trace.heads!r}" + ("" if trace.rows is None else f" of rows {list(trace.rows)}")
-    )
+    return wanted.of_weights(record.map()), wanted
 
 
 def _wanted(trace: Trace, layer: str, name: str) -> Wanted:
@@ -207,8 +234,19 @@ def _mean(stat: Tensor, counted: Tensor | None) -> Tensor:
     return torch.where(counted[:, None], stat, 0.0).sum((1, 3)) / counted.sum()
 
 
-def _patch_size(trace: Trace, layer: str) -> float:
-    """Pixels between neighbouring patches of a layer."""
+def _check_patch_size(patch_size: float | None) -> None:
+    """Raise ValueError unless the size is None, or a finite number above 0."""
+    if patch_size is None or (isinstance(patch_size, int | float) and 0 < patch_size < inf):
+        return
+    raise ValueError(f"patch_size: expected a finite number of pixels above 0; got {patch_size!r}")
+
+
+def pixels_of(trace: Trace, layer: str) -> float:
+    """Pixels between neighbouring patches of a layer.
+
+    Raises:
+        ValueError: the number is not known, or the patches are no squares.
+    """
     size = trace.tokens.patch_size(layer, trace.sides(layer)[0], trace)
     if size is None:
         raise ValueError(f"patch_size: expected it, since it is unknown in {layer}; pass patch_size=16, for example")
@@ -222,6 +260,8 @@ def _patch_size(trace: Trace, layer: str) -> float:
 
 def _by_layer(name: str, trace: Trace, of_layer: Callable[[str], Tensor]) -> Tensor:
     """[B, L, H, ...]: a result [B, H, ...] of each layer, with NaN for heads that a layer does not have."""
+    if not isinstance(trace, Trace):
+        raise ValueError(f"{name}: expected a Trace, which attnx.capture gives; got {type(trace).__name__}")
     if not len(trace):
         raise ValueError(f"{name}: expected a trace with layers; got none")
     found = {layer: of_layer(layer) for layer in trace}

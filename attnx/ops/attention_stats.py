@@ -33,6 +33,7 @@ def attention_stats(
     stats: Sequence[str] = NAMES,
     grid: tuple[int, int] | None = None,
     prefix: int = 0,
+    suffix: int = 0,
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -47,8 +48,8 @@ def attention_stats(
 
     - "entropy": ``-sum_j P_ij log P_ij`` in nats, between 0 and log N;
     - "distance": ``sum_j P_ij d(i, j)``, where d is the Euclidean distance of two patches on the grid, 1 between
-      neighbours. Prefix tokens are no patches: as keys they add nothing (the other weights are not renormalised), and
-      as queries they have NaN;
+      neighbours. Prefix and suffix tokens are no patches: as keys they add nothing (the other weights are not
+      renormalised), and as queries they have NaN: take the mean over ``[..., prefix:]``;
     - "max": ``max_j P_ij``, the largest weight;
     - "mass": ``sum_j P_ij`` over the prefix tokens, such as a class token and registers.
 
@@ -56,7 +57,7 @@ def attention_stats(
         q, k, bias, is_causal, scale, softcap, sinks, backend: as in `attnx.attention`.
         stats: which of them.
         grid: (rows, columns) of patches; needed for "distance". Queries and keys are then the same tokens.
-        prefix: number of tokens before the patches.
+        prefix, suffix: numbers of tokens before and after the patches.
         lse: [B, H, M] float32 as `attnx.attention_lse` gives it, with the same sinks, where it is known already.
 
     Returns:
@@ -82,11 +83,12 @@ def attention_stats(
     q, k = cast_as_sdpa(q, k)
     bias = check_tensors(q, k, None, bias, "mean")
     M, N = q.shape[2], k.shape[2]
-    if isinstance(prefix, bool) or not isinstance(prefix, int) or not 0 <= prefix <= N:
-        raise ValueError(f"prefix: expected a number of tokens in 0..{N}; got {prefix!r}")
+    for name, count in (("prefix", prefix), ("suffix", suffix)):
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= N:
+            raise ValueError(f"{name}: expected a number of tokens in 0..{N}; got {count!r}")
     places = None
     if which & Statistic.DISTANCE:
-        at = _grid_places(grid, prefix, M, N, q.device)
+        at = _grid_places(grid, (prefix, suffix), M, N, q.device)
         places = at, at
     return attention_with_stats(
         q, k, None, heads=None, stats=stats, places=places, prefix=prefix, bias=bias, is_causal=is_causal, scale=scale,
@@ -222,14 +224,20 @@ def _check_places(places: Places | None, q: Tensor, k: Tensor) -> None:
             )
 
 
-def _grid_places(grid: tuple[int, int] | None, prefix: int, queries: int, keys: int, device: torch.device) -> Tensor:
-    """[1, N, 2]: the places of tokens on a grid. Raise ValueError for a grid that doesn't fit."""
+def _grid_places(
+    grid: tuple[int, int] | None, around: tuple[int, int], queries: int, keys: int, device: torch.device
+) -> Tensor:
+    """[1, N, 2]: the places of tokens on a grid. Raise ValueError for a grid that doesn't fit.
+
+    around: numbers of tokens before and after the grid.
+    """
     sizes = list(grid) if isinstance(grid, Sequence) else []
     if len(sizes) != 2 or not all(isinstance(n, int) and n > 0 for n in sizes):
         raise ValueError(f"grid: expected (rows, columns) of patches for stats='distance'; got {grid!r}")
-    if queries != keys or prefix + sizes[0] * sizes[1] > keys:
+    if queries != keys or sum(around) + sizes[0] * sizes[1] != keys:
+        after = f" + {around[1]}" if around[1] else ""
         raise ValueError(
-            f"grid: expected queries and keys of at least {prefix} + {sizes[0]} x {sizes[1]} tokens; got {queries} "
-            f"queries and {keys} keys"
+            f"grid: expected queries and keys of prefix + grid = {around[0]} + {sizes[0]} x {sizes[1]}{after} tokens; "
+            f"got {queries} queries and {keys} keys"
         )
-    return grid_places((sizes[0], sizes[1]), prefix, keys, device)[None]
+    return grid_places((sizes[0], sizes[1]), around[0], keys, device)[None]

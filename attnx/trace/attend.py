@@ -108,5 +108,6 @@ def check_keep(keep: str, stats: Sequence[str] = ()) -> str:
     if keep == "stats" and not stats:
         raise ValueError("keep: expected stats=('entropy', ...) with keep='stats'; got no statistics")
     if keep not in KEEP and keep != "stats":
-        raise ValueError(f"keep: expected one of {', '.join(KEEP)}; got {keep!r}")
+        stored = f", or stats where statistics are captured; got {keep!r}" if stats else f"; got {keep!r}"
+        raise ValueError(f"keep: expected one of {', '.join(KEEP)}{stored}")
     return keep

@@ -253,6 +253,11 @@ class QKRecord:
         return dict(bias=self.bias, is_causal=self.is_causal, scale=self.scale, backend=self.backend, **given)
 
 
+def has_no_map(record: LayerRecord) -> bool:
+    """True if a capture with keep="stats" stored the record."""
+    return isinstance(record, RowsRecord) and not record.rows
+
+
 def qk_bytes(q: Tensor, k: Tensor, bias: Tensor | None) -> int:
     """Bytes of q, k, the log-sum-exp and the bias."""
     return q.nbytes + k.nbytes + 4 * q.shape[:3].numel() + _held(bias)

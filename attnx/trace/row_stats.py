@@ -14,6 +14,7 @@ from attnx.trace.windows import Windows
 Places = tuple[Tensor, Tensor]
 PlacesCache = dict[Any, Places]
 _MOST_PLACES = 256  # in a cache
+KNOWN = (*NAMES, "importance")
 
 
 class RowStats(Mapping[str, Tensor]):
@@ -30,8 +31,9 @@ class RowStats(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._stats:
-            reason = self.missing.get(name, f"expected one of {', '.join(self._stats)}; pass it in stats=")
-            raise KeyError(f"{name!r}: {reason}")
+            captured = f"expected one of {', '.join(self._stats) or 'none'}"
+            other = f"{captured}; pass it in stats= of the capture" if name in KNOWN else captured
+            raise KeyError(f"{name!r}: {self.missing.get(name, other)}")
         return self._stats[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -41,7 +43,8 @@ class RowStats(Mapping[str, Tensor]):
         return len(self._stats)
 
     def __repr__(self) -> str:
-        return f"RowStats({{{', '.join(f'{name}: {list(stat.shape)}' for name, stat in self._stats.items())}}})"
+        shapes = [f"{name}: {list(stat.shape)}" for name, stat in self._stats.items()]
+        return f"RowStats({{{', '.join([*shapes, *(f'{name}: none' for name in self.missing)])}}})"
 
     @property
     def nbytes(self) -> int:
@@ -110,9 +113,8 @@ class Wanted(NamedTuple):
 
 def check_stats(stats: Sequence[str], grad: bool | str) -> tuple[str, ...]:
     """The names, each once. Raise ValueError for an unknown one, for a string, or for importance without gradients."""
-    known = (*NAMES, "importance")
-    if isinstance(stats, str) or not isinstance(stats, Sequence) or any(name not in known for name in stats):
-        raise ValueError(f"stats: expected a sequence of {', '.join(known)}; got {stats!r}")
+    if isinstance(stats, str) or not isinstance(stats, Sequence) or any(name not in KNOWN for name in stats):
+        raise ValueError(f"stats: expected a sequence of {', '.join(KNOWN)}; got {stats!r}")
     if "importance" in stats and not grad:
         raise ValueError("stats: 'importance' needs grad=True; got grad=False")
     return tuple(dict.fromkeys(stats))
@@ -129,7 +131,7 @@ def wanted_of(
 ) -> Wanted:
     """What a layer can have of the statistics `names`.
 
-    Distances need patches on both sides, and mass needs to know which keys are prefix tokens.
+    Distances need patches on both sides, and mass needs prefix tokens among the keys.
 
     Args:
         names: the requested statistics.
@@ -155,6 +157,8 @@ def wanted_of(
         missing["distance"] = f"{layer} has no distances: {_why(queries, keys)}"
     if "mass" in names and not patches:
         missing["mass"] = f"{layer} has no known prefix tokens: {_why(queries, keys)}"
+    elif "mass" in names and not keys.prefix:
+        missing["mass"] = f"{layer} has no prefix tokens: its keys are {keys}"
     if "importance" in names:
         missing["importance"] = f"no gradient reached {layer}: call trace.backward(score) first"
     found = tuple(name for name in names if name not in missing)
@@ -212,5 +216,9 @@ def _grid(layout: TokenLayout, device: torch.device) -> Tensor:
 def _why(queries: Tokens, keys: Tokens) -> str:
     """The reason that tokens have no places, in words."""
     if all(tokens.kind in ("image", "tokens") for tokens in (queries, keys)):
-        return f"the grid of its {keys} is not known; pass layout=attnx.TokenLayout(...)"
-    return f"its queries are {queries} and its keys {keys}; expected patches of an image"
+        return (
+            f"expected patches of an image; got {keys} of no known grid: if they are patches, pass "
+            f"layout=attnx.TokenLayout(prefix=..., grid=(rows, columns)) of {keys.count} tokens to attnx.capture"
+        )
+    both = f"{queries}" if queries == keys else f"{queries} over {keys}"
+    return f"expected patches of an image; got {both}"

@@ -10,7 +10,7 @@ from attnx.trace.items import item
 from attnx.trace.layers import Layers, select, selects
 from attnx.trace.layout import TokenLayout
 from attnx.trace.pass_tokens import PassTokens
-from attnx.trace.records import LayerRecord, MapRecord
+from attnx.trace.records import LayerRecord, MapRecord, has_no_map
 from attnx.trace.row_stats import RowStats, StatsOfLayers
 from attnx.trace.tokens import Tokens, describe
 from attnx.trace.windows import Windows
@@ -72,14 +72,14 @@ class Trace(Mapping[str, Tensor]):
         return len(self._records)
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name}: {list(record.shape)}" for name, record in self._records.items())
+        what = {name: "no map" if has_no_map(record) else list(record.shape) for name, record in self._records.items()}
+        shapes = ", ".join(f"{name}: {shape}" for name, shape in what.items())
         return f"Trace(heads={self.heads!r}, {{{shapes}}})"
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the records and the statistics of the trace take."""
-        stats = sum(stats.nbytes for stats in self._stats.values())
-        return stats + sum(record.nbytes for record in self._records.values())
+        return sum(each.nbytes for each in self._records.values()) + sum(each.nbytes for each in self._stats.values())
 
     @property
     def stats(self) -> StatsOfLayers:
