@@ -20,10 +20,11 @@ from attnx.jobs.columns import MapRow
 from attnx.jobs.packing import Format
 from attnx.jobs.sources import Entry
 from attnx.jobs.tasks import fetch
-from attnx.methods.probes import head_means, pixels_of, uniform_means
+from attnx.methods.probes import head_means, layer_means, pixels_of, uniform_means
 from attnx.ops.statistics import NAMES
 from attnx.trace.capture import capture
 from attnx.trace.layers import Layers
+from attnx.trace.row_stats import RowStats
 from attnx.trace.trace import Trace
 
 __all__ = ["HeadProbes", "ProbeTask", "Targets"]
@@ -137,17 +138,31 @@ class HeadProbes:
     def __call__(self, images: Tensor, targets: Tensor | None = None) -> Tensor:
         """[B, 3, height, width] on the model's device, and [B] classes -> float32 [B, S, T], see `head_means`."""
         with torch.inference_mode(not self.importance):
-            trace = self._trace(images, targets)
             if not self.layers_of:
-                self._choose(trace)
-            return head_means(trace.select(list(self.layers_of)), self.names, self.patch_size)
+                self._choose(self._trace(images, targets, {}))
+            means: dict[str, Tensor] = {}
+            trace = self._trace(images, targets, means)
+            layers = list(self.layers_of)
+            found = torch.cat([means[layer] for layer in layers], 2)
+            if not self.importance:
+                return found
+            return torch.cat([found, head_means(trace.select(layers), ["importance"])], 1)
 
-    def _trace(self, images: Tensor, targets: Tensor | None) -> Trace:
+    def _trace(self, images: Tensor, targets: Tensor | None, means: dict[str, Tensor]) -> Trace:
+        """A pass of the model. Statistics of chosen layers are replaced by their means [B, S, H] as they come."""
+        names = [name for name in self.names if name != "importance"]
+
+        def reduce(layer: str, stats: RowStats) -> None:
+            if layer in self.layers_of and names:
+                means[layer] = layer_means(trace, layer, names, self.patch_size)
+                stats.clear()
+
         with (
             torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None),
             torch.enable_grad() if self.importance else nullcontext(),
             capture(self.model, self.layers, keep="stats", stats=self.names, grad=self.importance) as trace,
         ):
+            trace.on_stats = reduce
             out = self.model(images, **self.model_kwargs)
         if self.importance:
             assert targets is not None

@@ -145,9 +145,12 @@ def head_means(trace: Trace, stats: Sequence[str], patch_size: float | None = No
         raise ValueError(f"stats: expected names among {', '.join(KNOWN)}; got {list(stats)}")
     _check_patch_size(patch_size)
 
-    return torch.stack(
-        [torch.cat([_mean_of(trace, layer, name, patch_size) for layer in trace], 1) for name in stats], 1
-    )
+    return torch.cat([layer_means(trace, layer, stats, patch_size) for layer in trace], 2)
+
+
+def layer_means(trace: Trace, layer: str, stats: Sequence[str], patch_size: float | None = None) -> Tensor:
+    """[B, S, H] float32: `head_means` of one layer."""
+    return torch.stack([_mean_of(trace, layer, name, patch_size) for name in stats], 1)
 
 
 def uniform_means(trace: Trace, stats: Sequence[str], patch_size: float | None = None) -> Tensor:

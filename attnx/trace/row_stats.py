@@ -56,6 +56,10 @@ class RowStats(Mapping[str, Tensor]):
         self._stats[name] = stat
         self.missing.pop(name, None)
 
+    def clear(self) -> None:
+        """Drop the statistics; the reasons of missing ones stay."""
+        self._stats.clear()
+
     def of_items(self, items: slice, rows: int | None) -> "RowStats":
         """The statistics of some items of the batch; `rows`: number of rows to keep; None: all."""
         return RowStats({name: stat[items, :, :rows] for name, stat in self._stats.items()}, self.missing)

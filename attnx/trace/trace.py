@@ -52,6 +52,7 @@ class Trace(Mapping[str, Tensor]):
         self._mode = calls
         self._records: dict[str, LayerRecord] = {}
         self._stats: dict[str, RowStats] = {}
+        self.on_stats: Callable[[str, RowStats], None] | None = None  # called with those of each layer
         self.tokens = PassTokens(model, layout)  # of the current pass
         self.in_a_row = False  # True if the user selected layers that follow one another, whatever their names
         self._calls: list[Trace] = []
@@ -61,9 +62,7 @@ class Trace(Mapping[str, Tensor]):
         return self.kept(layer).map()
 
     def __contains__(self, layer: object) -> bool:
-        if isinstance(layer, int):
-            return -len(self) <= layer < len(self)
-        return layer in self._records
+        return -len(self) <= layer < len(self) if isinstance(layer, int) else layer in self._records
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._records)
@@ -119,9 +118,11 @@ class Trace(Mapping[str, Tensor]):
     ) -> None:
         """Store a layer's map or record; `queries`: number of queries of the layer, if the map has fewer rows."""
         self._records[layer] = MapRecord(record) if isinstance(record, Tensor) else record
+        self.tokens.add(layer, queries)
         if stats is not None:
             self._stats[layer] = stats
-        self.tokens.add(layer, queries)
+            if self.on_stats is not None:
+                self.on_stats(layer, stats)
 
     def backward(self, score: Tensor, retain_graph: bool = False) -> None:
         """Compute the maps of a capture with `grad`, from the gradient of `score`. No parameter receives a gradient.
@@ -206,7 +207,7 @@ class Trace(Mapping[str, Tensor]):
             self._calls.pop()
         call = self._with({})
         call.tokens = self.tokens.next_pass()
-        # The trace and the call's own trace share the records and tokens of the pass.
+        # The trace and the call's own trace share the dicts and tokens of the pass, which are updated in place.
         self._records, self._stats, self.tokens = call._records, call._stats, call.tokens
         self._calls = [*self._calls, call] if self._mode == "all" else [call]
 
@@ -225,7 +226,6 @@ class Trace(Mapping[str, Tensor]):
             return
         for layer, record in self._records.items():
             self._means.add(layer, record.map(), self.sides(layer))
-        # The dict is updated in place because the call's own trace shares it.
         self._records.clear()
         self._records.update({layer: MapRecord(mean) for layer, mean in self._means.maps.items()})
 

@@ -9,20 +9,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-import attnx
-from attnx.methods.probes import head_means
+from attnx.jobs.probes import HeadProbes
 
 Probe = Callable[[Tensor], Tensor]
 ALL = ("distance", "entropy", "max", "mass")
 
 
 def stats(model: nn.Module) -> Probe:
-    """attnx: all four statistics by `attnx.capture`, without maps. Distances and entropies are returned."""
+    """attnx: all four statistics, as `attnx probe` computes them. Distances and entropies are returned."""
+    probes = HeadProbes(model, ALL)
 
     def call(images: Tensor) -> Tensor:
-        with attnx.capture(model, keep="stats", stats=ALL) as trace:
-            model(images)
-        return head_means(trace, ALL)[:, :2].unflatten(-1, (len(trace), -1))
+        return probes(images)[:, :2].unflatten(-1, (len(probes.layers_of), -1))
 
     return call
 
