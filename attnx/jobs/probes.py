@@ -91,7 +91,7 @@ class Targets:
 class HeadProbes:
     """The mean statistics of the heads of all layers: `HeadProbes(model)(images)` -> [B, S, T].
 
-    The first images choose the layers: with layers=None, those that have all of the statistics.
+    The first image chooses the layers: with layers=None, those that have all of the statistics.
 
     Args:
         stats: names among those of `attnx.attention_stats`; None: those that some layer has.
@@ -138,23 +138,25 @@ class HeadProbes:
     def __call__(self, images: Tensor, targets: Tensor | None = None) -> Tensor:
         """[B, 3, height, width] on the model's device, and [B] classes -> float32 [B, S, T], see `head_means`."""
         with torch.inference_mode(not self.importance):
+            trace, means = self._pass(images, targets)
             if not self.layers_of:
-                self._choose(self._trace(images, targets, {}))
-            means: dict[str, Tensor] = {}
-            trace = self._trace(images, targets, means)
+                self._choose(trace, means)
             layers = list(self.layers_of)
             found = torch.cat([means[layer] for layer in layers], 2)
             if not self.importance:
                 return found
             return torch.cat([found, head_means(trace.select(layers), ["importance"])], 1)
 
-    def _trace(self, images: Tensor, targets: Tensor | None, means: dict[str, Tensor]) -> Trace:
-        """A pass of the model. Statistics of chosen layers are replaced by their means [B, S, H] as they come."""
-        names = [name for name in self.names if name != "importance"]
+    def _pass(self, images: Tensor, targets: Tensor | None) -> tuple[Trace, dict[str, Tensor]]:
+        """The trace of a pass of the model, and {layer: means [B, S, H]} of the statistics that the layer has.
+
+        The means are taken as the statistics come, so that the rows of one layer are in memory at a time.
+        """
+        means: dict[str, Tensor] = {}
 
         def reduce(layer: str, stats: RowStats) -> None:
-            if layer in self.layers_of and names:
-                means[layer] = layer_means(trace, layer, names, self.patch_size)
+            if stats:
+                means[layer] = layer_means(trace, layer, list(stats), self.patch_size)
                 stats.clear()
 
         with (
@@ -169,33 +171,33 @@ class HeadProbes:
             logits = _logits(out, len(images))
             self.classes = logits.shape[1]
             trace.backward(F.cross_entropy(logits, targets, reduction="sum"))
-        return trace
+        return trace, means
 
-    def _choose(self, trace: Trace) -> None:
-        """Choose the statistics, and the layers that have all of them, of a trace of the first images."""
+    def _choose(self, trace: Trace, means: dict[str, Tensor]) -> None:
+        """Choose the statistics, and the layers that have all of them, after the first pass."""
+        missing = {layer: dict(trace.stats[layer].missing) for layer in trace}
         if self.all_stats:
-            had = {name for layer in trace for name in trace.stats[layer]}
-            self.names = tuple(name for name in self.names if name in had)
-            for layer in trace:
-                for name in set(trace.stats[layer].missing) - had:
-                    del trace.stats[layer].missing[name]
-        self.left_out = {
-            layer: next(iter(trace.stats[layer].missing.values())) for layer in trace if trace.stats[layer].missing
-        }
+            # Those that every layer lacks are not wanted.
+            none = set.intersection(*(set(reasons) for reasons in missing.values())) - {"importance"}
+            self.names = tuple(name for name in self.names if name not in none)
+            missing = {
+                layer: {name: why for name, why in reasons.items() if name not in none}
+                for layer, reasons in missing.items()
+            }
+        self.left_out = {layer: next(iter(reasons.values())) for layer, reasons in missing.items() if reasons}
         chosen = [layer for layer in trace if layer not in self.left_out]
         if not chosen or (self.left_out and self.layers is not None):
             raise ValueError(f"stats: {next(iter(self.left_out.values()))}; choose others by --stat or --layer")
         trace = trace.select(chosen)
-        self.layers_of = {layer: self._about(trace, layer) for layer in chosen}
+        self.layers_of = {layer: self._about(trace, layer, means[layer].shape[2]) for layer in chosen}
         uniform = uniform_means(trace, self.names, self.patch_size).tolist()
         self.uniform = {name: found for name, found in zip(self.names, uniform, strict=True) if name != "importance"}
 
-    def _about(self, trace: Trace, layer: str) -> dict[str, Any]:
+    def _about(self, trace: Trace, layer: str, heads: int) -> dict[str, Any]:
         queries, keys = trace.sides(layer)
         pixels = self.patch_size
         if pixels is None and "distance" in self.names:
             pixels = pixels_of(trace, layer)
-        heads = trace.stats[layer][self.names[0]].shape[1]
         size = dict(heads=heads, queries=trace.kept(layer).shape[-2], keys=trace.kept(layer).shape[-1])
         return size | dict(prefix=keys.prefix, grid=queries.grid, patch_size=pixels)
 

@@ -181,8 +181,11 @@ def _mean_of(
 
     The mean distance is over the queries that are patches, in pixels. stat: in place of the trace's own.
     """
-    found, wanted = _read(trace, layer, name)
-    stat = found[name] if stat is None else stat
+    if stat is None:
+        found, wanted = _read(trace, layer, name)
+        stat = found[name]
+    else:
+        wanted = _wanted(trace, layer, name)
     if name == "distance":
         assert wanted.places is not None
         patches = ~wanted.places[0][..., 0].isnan()
