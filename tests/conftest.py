@@ -21,7 +21,7 @@ if not HAS_CUDA:
 MINUTES = {
     "test_kernels_offline", "test_engines", "test_native", "test_benchmarks", "test_ops", "test_vecmat",
     "test_supervision", "test_remote_sources", "test_gradient_kernel", "test_ops_contract", "test_family_layouts",
-    "test_family_maps", "test_docs",
+    "test_family_maps", "test_docs", "test_stats", "test_probes",
 }  # fmt: skip
 
 
