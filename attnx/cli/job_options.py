@@ -173,23 +173,22 @@ class JobOptions:
 
 def runs_jobs(command: Callable[..., None]) -> Callable[..., None]:
     """A command with the options of `JobOptions` after its own; it receives them as its argument `options`."""
-    for each in fields(JobOptions):
-        each.type.__metadata__[0].rich_help_panel = "Options of jobs"  # type: ignore[union-attr]
     own = [each for each in signature(command).parameters.values() if each.name != "options"]
-    names = [each.name for each in fields(JobOptions)]
-    shared = [
-        Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
-        for each in fields(JobOptions)
-    ]
+    shared = []
+    for each in fields(JobOptions):
+        kind: Any = each.type
+        kind.__metadata__[0].rich_help_panel = "Options of jobs"
+        shared.append(Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=kind))
 
     @wraps(command)
     def run(**arguments: Any) -> None:
-        options = JobOptions(**{name: arguments.pop(name) for name in names})
+        options = JobOptions(**{each.name: arguments.pop(each.name) for each in shared})
         command(**arguments, options=options)
 
-    # What typer reads.
-    run.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in (*own, *shared)}
+    # Typer reads these.
+    made: Any = run
+    made.__signature__ = Signature([*own, *shared])
+    made.__annotations__ = {each.name: each.annotation for each in (*own, *shared)}
     return run
 
 

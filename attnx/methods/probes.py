@@ -1,4 +1,4 @@
-"""How far and how widely each head attends, and how much a score depends on it: means over a layer's rows."""
+"""Distance, entropy and importance of each head: means over the rows of a layer."""
 
 from collections.abc import Callable, Sequence
 from math import inf
@@ -86,7 +86,7 @@ def row_entropy(trace: Trace, rows: str = "mean") -> Tensor:
 
 
 def head_importance(trace: Trace) -> Tensor:
-    """How much a score depends on each head: the mean over queries of ``sum_j |dA_ij A_ij|``, with dA its gradient.
+    """The dependence of a score on each head: the mean over queries of ``sum_j |dA_ij A_ij|``, with dA the gradient.
 
     Its mean over images, of a loss, ranks heads for pruning.
 
@@ -191,7 +191,7 @@ def _mean_of(
         patches = ~wanted.places[0][..., 0].isnan()
         return _mean(stat, patches) * (pixels_of(trace, layer) if patch_size is None else patch_size)
     windows = trace.windows(layer)
-    return _mean(stat, None if windows is None else windows.index.to(stat.device) >= 0)
+    return _mean(stat, None if windows is None else windows.places(stat.device)[0] < windows.tokens)
 
 
 def _read(trace: Trace, layer: str, name: str) -> tuple[RowStats, Wanted]:
@@ -228,8 +228,9 @@ def _read(trace: Trace, layer: str, name: str) -> tuple[RowStats, Wanted]:
 
 
 def _wanted(trace: Trace, layer: str, name: str) -> Wanted:
-    """What a layer can have of one statistic."""
-    return wanted_of((name,), layer, trace.sides(layer), trace.windows(layer), trace.kept(layer).device)
+    """The request for one statistic of a layer."""
+    device, known = trace.kept(layer).device, trace.tokens.places
+    return wanted_of((name,), layer, trace.sides(layer), trace.windows(layer), device, known=known)
 
 
 def _mean(stat: Tensor, counted: Tensor | None) -> Tensor:

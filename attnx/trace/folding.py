@@ -1,4 +1,4 @@
-"""Which dimension of attention holds the heads; attention over 3 or 5 dimensions as [B, H, M, D], and the way back."""
+"""The dimension of attention that holds the heads; attention over 3 or 5 dimensions as [B, H, M, D], and back."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

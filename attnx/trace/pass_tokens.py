@@ -8,6 +8,7 @@ from attnx.trace.facts import Facts
 from attnx.trace.grids import Grid
 from attnx.trace.layout import TokenLayout, infer_layout
 from attnx.trace.parts import Parts
+from attnx.trace.row_stats import PlacesCache
 from attnx.trace.sides import sides
 from attnx.trace.tokens import Tokens, of_layout
 from attnx.trace.windows import Windows
@@ -20,6 +21,7 @@ class PassTokens:
 
     Attributes:
         given: the `layout` argument of the capture.
+        places: places of the tokens of layers, see `attnx.trace.row_stats.wanted_of`.
         beside: pairs of modules that had the same input.
         ran: names of the attention modules that ran, with or without a map.
     """
@@ -37,7 +39,8 @@ class PassTokens:
         self._queries: dict[str, int] = {}
         self._facts: dict[str, Facts] = {}
         self._sides: dict[str, tuple[Tokens, Tokens]] = {}
-        # Facts and parts that hold for every pass.
+        # Facts, parts and places that hold for every pass.
+        self.places: PlacesCache = {}
         self._known: dict[str, Facts] = {}
         self._parts: dict[tuple[str, ...], Parts] = {}
 
@@ -50,9 +53,9 @@ class PassTokens:
         return other
 
     def next_pass(self) -> "PassTokens":
-        """The tokens of a new pass: only facts and parts that hold for every pass are kept."""
+        """The tokens of a new pass: only facts, parts and places that hold for every pass are kept."""
         other = PassTokens(self.model, self.given)
-        other._known, other._parts = self._known, self._parts
+        other._known, other._parts, other.places = self._known, self._parts, self.places
         return other
 
     def item(self, index: int, queries: Mapping[str, int]) -> "PassTokens":

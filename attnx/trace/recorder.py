@@ -16,7 +16,7 @@ from attnx.trace.facts import Facts
 from attnx.trace.gradient_record import attend_with_gradient, weigh_weights
 from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, qk_bytes
-from attnx.trace.row_stats import PlacesCache, Wanted, check_stats, wanted_of
+from attnx.trace.row_stats import Wanted, check_stats, wanted_of
 from attnx.trace.trace import CALLS, Trace
 
 
@@ -88,7 +88,6 @@ class Recorder:
         self.grad = grad
         self.attended: dict[str, dict[str, Any]] | None = None
         self._rows: dict[tuple[Any, ...], Tensor] = {}
-        self._places: PlacesCache = {}
         # {id of a mask: (mask, version, True if it masks whole rows)}
         self._masks_rows: dict[int, tuple[ref[Tensor], int, bool]] = {}
 
@@ -211,13 +210,13 @@ class Recorder:
             raise StopForward
 
     def _wanted(self, layer: str, shape: Sequence[int], device: torch.device) -> Wanted | None:
-        """What a layer with maps of this shape, [items, M, N], can have of the requested statistics; None without."""
+        """The request for the statistics of a layer with maps of this shape, [items, M, N]; None if there is none."""
         if not self.stats:
             return None
         tokens, layers = self.trace.tokens, [*self.trace, layer]
         sides = tokens.sides(layer, (shape[0], shape[1], shape[2]), layers)
         each = tokens.grids_of_items(layer, sides[1], layers)
-        return wanted_of(self.stats, layer, sides, tokens.windows(layer), device, each, self._places)
+        return wanted_of(self.stats, layer, sides, tokens.windows(layer), device, each, tokens.places)
 
     def _fused(self, p: Tensor) -> Tensor:
         """[B, H, M, N] weights with their heads fused, in a tensor of its own: float32."""

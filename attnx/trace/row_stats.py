@@ -92,7 +92,7 @@ class StatsOfLayers(Mapping[str, RowStats]):
 
 
 class Wanted(NamedTuple):
-    """What `attnx.ops.attention_stats.attention_with_stats` computes of one layer.
+    """The request for the statistics of one layer, for `attnx.ops.attention_stats.attention_with_stats`.
 
     Attributes:
         names: the statistics.
@@ -133,7 +133,7 @@ def wanted_of(
     each: Sequence[tuple[int, int]] | None = None,
     known: PlacesCache | None = None,
 ) -> Wanted:
-    """What a layer can have of the statistics `names`.
+    """The request for those of the statistics `names` that a layer can have.
 
     Distances need patches on both sides, and mass needs prefix tokens among the keys.
 
@@ -194,10 +194,9 @@ def _places(
     each: Sequence[tuple[int, int]] | None,
 ) -> Places | None:
     if windows is not None:
-        at = windows.index.to(device)
-        columns = windows.grid[1]
+        at, columns = windows.places(device)[0], windows.grid[1]
         found = torch.stack([at // columns, at % columns], -1).float()
-        found = found.masked_fill(at[..., None] < 0, torch.nan)
+        found = found.masked_fill(at[..., None] == windows.tokens, torch.nan)
         return found, found
     if each is not None and queries == keys:
         found = torch.stack([grid_places(grid, 0, keys.count, device) for grid in each])

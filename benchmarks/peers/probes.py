@@ -5,6 +5,7 @@ pixels, entropies in nats.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,12 @@ def stats(model: nn.Module) -> Probe:
 def hooks(model: nn.Module) -> Probe:
     """A timm model with fused attention off, and hooks that keep every layer's weights, then `of_weights`."""
     kept: list[Tensor] = []
-    block: nn.Module
-    for block in [module for module in model.modules() if hasattr(module, "fused_attn")]:
-        block.fused_attn = False  # type: ignore[assignment]
-        block.attn_drop.register_forward_hook(lambda module, args, output: kept.append(output))  # type: ignore
-    patch: int = model.patch_embed.patch_size[0]  # type: ignore
+    network: Any = model
+    blocks: list[Any] = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    for block in blocks:
+        block.fused_attn = False
+        block.attn_drop.register_forward_hook(lambda module, args, output: kept.append(output))
+    patch: int = network.patch_embed.patch_size[0]
 
     def call(images: Tensor) -> Tensor:
         kept.clear()
@@ -47,11 +49,12 @@ def hooks(model: nn.Module) -> Probe:
 
 def output_attentions(model: nn.Module) -> Probe:
     """A Hugging Face model with eager attention and ``output_attentions=True``, then `of_weights`."""
-    model.set_attn_implementation("eager")  # type: ignore[operator]
-    patch: int = model.config.patch_size  # type: ignore
+    network: Any = model
+    network.set_attn_implementation("eager")
+    patch: int = network.config.patch_size
 
     def call(images: Tensor) -> Tensor:
-        return of_weights(model(images, output_attentions=True).attentions, patch)
+        return of_weights(network(images, output_attentions=True).attentions, patch)
 
     return call
 
