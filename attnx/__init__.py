@@ -19,8 +19,10 @@ from attnx.methods import (
     mean_attention_distance,
     pointing_game,
     relevance,
+    resize,
     rollout,
     row_entropy,
+    token_map,
 )
 from attnx.ops.attention_stats import attention_stats
 from attnx.ops.functional import attention, attention_lse, attention_map, gradient_map, vecmat
@@ -60,9 +62,11 @@ __all__ = [
     "patch",
     "pointing_game",
     "relevance",
+    "resize",
     "rollout",
     "row_entropy",
     "row_importance",
+    "token_map",
     "vecmat",
     "word_maps",
 ]

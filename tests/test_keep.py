@@ -19,7 +19,8 @@ from attnx.ops.backends import native
 from attnx.testing import oracle
 from attnx.trace import attend as kept
 from attnx.trace.attend import attend
-from attnx.trace.records import MapRecord, QKRecord
+from attnx.trace.qk_record import QKRecord
+from attnx.trace.records import MapRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}

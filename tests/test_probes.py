@@ -407,7 +407,7 @@ def test_a_patched_model_and_a_selection():
     )
     assert repr(trace.stats[0]) == "RowStats({max: [2, 3, 13]})"
     silent = captured(model, x, keep="stats", stats=["max"], layers=[0])
-    assert repr(silent) == "Trace(heads='mean', {blocks.0.attn: no map})"
+    assert repr(silent) == "Trace(1 layer: no map, heads='mean')"
 
 
 def clip():

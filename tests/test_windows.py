@@ -10,7 +10,8 @@ from torchvision.models import swin_transformer as vision
 from windowed_blocks import CASES, dense_map, lavt_code, samvit, windowed_calls
 
 from attnx.ops.reducers import Reduction
-from attnx.trace.records import MapRecord, QKRecord
+from attnx.trace.qk_record import QKRecord
+from attnx.trace.records import MapRecord
 from attnx.trace.window_readers import windows_of
 from attnx.trace.window_record import PatchMerge, WindowRecord
 from attnx.trace.windows import Windows, grid_index, merges, window_index

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import Lock, RLock
-from typing import Any
+from typing import Any, SupportsIndex
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +17,7 @@ from attnx.methods import cls_map, layer_maps, rollout
 from attnx.methods.chain import renamed
 from attnx.methods.maps import cls_layer
 from attnx.methods.rollout import last_needed
+from attnx.methods.token_map import token_layer, token_map
 from attnx.trace.adapters.sharding import is_sharded
 from attnx.trace.capture import uncompiled
 from attnx.trace.layers import Layers, attention_layers
@@ -24,8 +25,8 @@ from attnx.trace.layout import TokenLayout, declared_input
 from attnx.trace.recorder import Recorder
 from attnx.trace.trace import Trace
 
-METHODS = ("rollout", "cls", "layers")
-_ROLLOUT = ("residual", "discard", "start", "preset", "query", "rows")
+METHODS = ("rollout", "cls", "layers", "token")
+_OPTIONS = {"rollout": ("residual", "discard", "start", "preset", "query", "rows"), "token": ("token",)}
 
 # One extraction at a time per model, because an extraction binds forwards to its blocks.
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -42,15 +43,16 @@ class Extractor:
     followed by the method.
 
     Rollout stores the whole map of each layer, or q and k of a large layer (see `keep` of `attnx.capture`). The other
-    methods store the row of the class token.
+    methods store the row of their token.
 
     Args:
         model: a model in eval mode.
         method: "rollout": `attnx.rollout`, [B, h, w]. "cls": the class token's map of one layer, [B, h, w], or
             [B, H, h, w] with heads="each", or [B, L, h, w] for L requested layers. "layers": the class token's map of
-            each layer, [B, L, h, w].
-        layers: as in `attnx.capture`; for "cls" the default is the layer that `attnx.cls_map` reads.
-        heads: "mean", "max" or "min"; for "cls" also "each".
+            each layer, [B, L, h, w]. "token": `attnx.token_map` of the token `token`, with the shapes of "cls".
+        layers: as in `attnx.capture`; for "cls" the default is the layer that `attnx.cls_map` reads, for "token" the
+            last self-attention layer over the patches.
+        heads: "mean", "max" or "min"; for "cls" and "token" also "each".
         keep, layout: as in `attnx.capture`.
         dtype: dtype of autocast; None: no autocast.
         channels_last: convert the images to torch's channels-last memory format.
@@ -58,7 +60,8 @@ class Extractor:
             the Python overhead that dominates at small batch sizes. The pass must depend on nothing but its images.
         backend: as in `attnx.attention`.
         model_kwargs: further arguments of each call of the model, such as interpolate_pos_encoding=True.
-        options: further arguments of `attnx.rollout` (residual, discard, start, preset, query).
+        options: further arguments of `attnx.rollout` (residual, discard, start, preset, query); for "token": token, its
+            index, such as `TokenLayout.token(row, column)` gives it.
 
     Raises:
         ValueError: an unknown method, options that the method does not have, a model in training mode, or compile with
@@ -93,7 +96,7 @@ class Extractor:
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
-        known = _ROLLOUT if method == "rollout" else ()
+        known = _OPTIONS.get(method, ())
         if not set(options) <= set(known):
             raise ValueError(
                 f"options of method {method!r}: expected {', '.join(known) or 'none'}; got {', '.join(options)}"
@@ -102,8 +105,10 @@ class Extractor:
             raise ValueError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype: expected a floating-point torch.dtype; got {dtype!r}")
-        if heads == "each" and method != "cls":
-            raise ValueError(f"heads='each' is for method 'cls'; got method {method!r}")
+        if heads == "each" and method not in ("cls", "token"):
+            raise ValueError(f"heads='each' is for methods 'cls' and 'token'; got method {method!r}")
+        if method == "token" and not isinstance(options.get("token"), SupportsIndex):
+            raise ValueError(f"token: expected the index of a token for method 'token'; got {options.get('token')!r}")
         if model.training:
             raise ValueError("model: expected eval mode; got training mode; call model.eval()")
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -120,8 +125,9 @@ class Extractor:
         self.options = options
         self._call = image_call(model, self.model_kwargs)
         self._recorder = Recorder(
-            model, heads, None if method == "rollout" else [0], keep, layout, backend, internal=True
-        )
+            model, heads, None if method == "rollout" else [options.get("token", 0)], keep, layout, backend,
+            internal=True,
+        )  # fmt: skip
         self._graphs = Graphs(self._maps) if compile else None
         self._plan: Plan | None = None
         self._size: torch.Size | None = None  # height and width of the last images
@@ -237,9 +243,10 @@ class Extractor:
     def _reduce(self, trace: Trace, options: dict[str, Any]) -> Tensor:
         if self.method == "rollout":
             return rollout(trace, **options)
+        token = self.options.get("token")
         if self.method == "layers" or (len({name.partition("#")[0] for name in trace}) > 1 and self.layers is not None):
-            return layer_maps(trace, trace.heads).maps
-        return cls_map(trace)
+            return layer_maps(trace, trace.heads, token=token).maps
+        return cls_map(trace) if token is None else token_map(trace, token, token_layer(trace))
 
     def _autocast(self, images: Tensor) -> torch.autocast:
         # A CUDA graph holds the addresses of cast weights, so these must not be in the autocast cache.
@@ -262,8 +269,10 @@ class Extractor:
         if self.method == "rollout":
             last, row = last_needed(trace, **self.options)
             names = names[self.options.get("start", 0) : names.index(last) + 1]
-        elif self.method == "cls" and self.layers is None:
-            names = self._last(names, cls_layer(trace))
+        elif self.method in ("cls", "token") and self.layers is None:
+            names = self._last(names, (cls_layer if self.method == "cls" else token_layer)(trace))
+        if self.method == "token":
+            row = int(self.options["token"])
         with self._autocast(image):
             self._plan = trial.plan(names, row)
         self._size = image.shape[-2:]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registry
 
 from attnx.trace.adapters.switches import own_forward_only
+from attnx.trace.records import in_range
 
 # Blocks whose queries and keys are linear maps of their input, at most normalised: no rotation and no own scale.
 _TIMM = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
@@ -36,14 +37,15 @@ def queries_and_keys(module: nn.Module, x: Tensor, row: int, heads: HeadDims) ->
     Args:
         module: a block with a packed linear `qkv`, or with linears for queries and keys of known names.
         x: [B, N, C], the block's input.
-        row: index of the query.
+        row: index of the query; -1 is the last.
         heads: numbers of heads and their dimension.
     """
     weights = _weights(module, heads) if projects(module) and x.dim() == 3 else None
     if weights is None:
         return None
     (wq, bq), (wk, bk) = weights
-    q = F.linear(x[:, row : row + 1], wq, bq).unflatten(-1, (heads.H, heads.D)).transpose(1, 2)
+    (at,) = in_range([row], x.shape[1])
+    q = F.linear(x[:, at : at + 1], wq, bq).unflatten(-1, (heads.H, heads.D)).transpose(1, 2)
     k = F.linear(x, wk, bk).unflatten(-1, (heads.Hk, heads.D)).transpose(1, 2)
     norms: list[Any] = [getattr(module, name, None) or nn.Identity() for name in ("q_norm", "k_norm")]
     return norms[0](q), norms[1](k)

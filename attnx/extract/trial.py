@@ -17,8 +17,9 @@ from attnx.trace.explain import unintercepted
 from attnx.trace.grids import grid_modules
 from attnx.trace.interceptor import Interceptor
 from attnx.trace.layers import Layers, attention_layers, clean_name, matches
+from attnx.trace.qk_record import QKRecord
 from attnx.trace.recorder import Recorder
-from attnx.trace.records import LayerRecord, MapRecord, QKRecord
+from attnx.trace.records import LayerRecord, MapRecord, in_range
 
 
 class Trial:
@@ -101,11 +102,12 @@ class Trial:
         if call["bias"] is not None or call["is_causal"] or not {"softcap", "sinks"}.isdisjoint(call):
             return "all its projections run: its scores have a mask, a bias, a softcap or sinks"
         q, k = call["q"], call["k"]
+        (at,) = in_range([row], q.shape[2])
         heads = HeadDims(q.shape[1], k.shape[1], q.shape[3])
         projected = queries_and_keys(block, x, row, heads)
         if projected is None:
             return "all its projections run: they are replaced, hooked, quantised or sharded"
-        if not (_close(projected[0], q[:, :, row : row + 1]) and _close(projected[1], k)):
+        if not (_close(projected[0], q[:, :, at : at + 1]) and _close(projected[1], k)):
             return "all its projections run: alone they do not give the queries and keys that it attended with"
         return Split(heads, call["scale"])
 

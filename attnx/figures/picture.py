@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from attnx.files import replacing
+from attnx.methods import resize
 
 if TYPE_CHECKING:
     import torch
@@ -41,17 +42,13 @@ def heat(
     """
     check(normalize in ("minmax", "max", None), "normalize", "minmax, max or None", repr(normalize))
     array = float_array(amap, "amap", 2)
-    resized = _resize(array, _target(size, array.shape), interpolation)
-    low, high = resized.min(), resized.max()
+    check(interpolation in ("bilinear", "nearest"), "interpolation", "bilinear or nearest", repr(interpolation))
+    resized = resize(array, _target(size, array.shape), normalize=normalize, mode=interpolation)
     if normalize is None:
+        low, high = resized.min(), resized.max()
         check(low > -1e-5 and high < 1 + 1e-5, "amap", "0..1 with normalize=None", f"{low:.4g}..{high:.4g}")
         return resized.clip(0, 1)
-    low = low if normalize == "minmax" else np.float32(0)
-    # Resizing a constant map gives rounding noise, which stretching would amplify.
-    if high - low <= 8 * np.finfo(np.float32).eps * np.abs(resized).max():
-        return np.zeros_like(resized)
-    scaled: np.ndarray = ((resized - low) / (high - low)).clip(0, 1)
-    return scaled
+    return resized
 
 
 def overlay(

@@ -5,7 +5,9 @@ from attnx.methods.maps import LayerMaps, cls_map, layer_maps
 from attnx.methods.metrics import entropy, entropy_levels, mass_mask, pointing_game
 from attnx.methods.probes import head_importance, mean_attention_distance, row_entropy
 from attnx.methods.relevance import relevance
+from attnx.methods.resize import resize
 from attnx.methods.rollout import gradient_rollout, rollout
+from attnx.methods.token_map import token_map
 
 __all__ = [
     "LayerMaps",
@@ -21,6 +23,8 @@ __all__ = [
     "mean_attention_distance",
     "pointing_game",
     "relevance",
+    "resize",
     "rollout",
     "row_entropy",
+    "token_map",
 ]

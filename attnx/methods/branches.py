@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attnx.methods.maps import fusion, inverse
 from attnx.ops.reducers import Reduction
-from attnx.trace.branch_layers import LAYER, BranchLayer, branch_layer
-from attnx.trace.layers import Layers, attention_layers, clean_name
+from attnx.trace.branch_layers import LAYER, BranchLayer
+from attnx.trace.layers import Layers
 from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord, no_autocast
 from attnx.trace.trace import Trace
@@ -52,8 +52,7 @@ def branches_of(trace: Trace) -> Branches | None:
     """
     if not any(LAYER.fullmatch(name.partition("#")[0]) for name in trace):
         return None
-    modules = {clean_name(name): module for name, module in trace.tokens.model.named_modules()}
-    places = {name: branch_layer(modules, name.partition("#")[0]) for name in trace}
+    places = {name: trace.tokens.branch(name) for name in trace}
     found = {name: place for name, place in places.items() if place is not None}
     if not found:
         return None
@@ -64,7 +63,7 @@ def branches_of(trace: Trace) -> Branches | None:
     first = next(iter(found.values()))
     if first.branches != 2:
         raise NotImplementedError(f"rollout of CrossViT: expected 2 branches; got {first.branches}")
-    _check_order(trace, attention_layers(trace.tokens.model), first, [place.block for place in found.values()])
+    _check_order(trace, trace.tokens.attending, first, [place.block for place in found.values()])
     layouts = [next(name for name, place in found.items() if (place.branch, place.fusion) == (b, None)) for b in (0, 1)]
     blocks = [_block(trace, dict(group)) for _, group in groupby(found.items(), lambda item: item[1].block)]
     return Branches(tuple(blocks), (trace.layout_of(layouts[0]), trace.layout_of(layouts[1])))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnx.ops.reducers import Reduction
 from attnx.trace.gradient_record import GradientRecord
-from attnx.trace.layers import attention_layers, matches, selects
+from attnx.trace.layers import matches, selects
 from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord
 from attnx.trace.tokens import Tokens, describe, stack_of
@@ -166,7 +166,7 @@ def _gaps(trace: Trace) -> list[str]:
     stacks = {stack_of(name) for name in maps}
     return [
         name
-        for name in attention_layers(trace.tokens.model)
+        for name in trace.tokens.attending
         if name in trace.tokens.ran
         and stack_of(name) in stacks
         and not any(other == name or matches(other, name) or matches(name, other) for other in maps)

@@ -1,11 +1,13 @@
 """Maps of the class token: in one layer, or in every layer of a trace."""
 
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
 from attnx.ops.reducers import Reduction, fuse_heads
+from attnx.trace.records import LayerRecord, in_range
 from attnx.trace.trace import Trace
 
 
@@ -88,19 +90,20 @@ class LayerMaps:
         return self.maps.mean(1)
 
 
-def layer_maps(trace: Trace, heads: str | None = None) -> LayerMaps:
-    """The class token's map in every captured layer, and the max, min and mean over layers.
+def layer_maps(trace: Trace, heads: str | None = None, *, token: int | None = None) -> LayerMaps:
+    """The class token's map in every captured layer, or another token's, and the max, min and mean over layers.
 
     Args:
-        trace: a capture of all rows, or of rows that include 0.
+        trace: a capture of all rows, or of rows that include the token's.
         heads: how to fuse the heads of a capture with heads="each": "mean" (default), "max", "min", or "each" to keep
             them. For other captures it must be the capture's own value.
+        token: index of the token whose row is read, as in `attnx.token_map`; None: the class token.
 
     Returns:
         `LayerMaps`: maps [B, L, h, w], or [B, L, H, h, w] for heads="each", and max, min and mean without L.
 
     Raises:
-        ValueError: the model has no class token, its row was not captured, or the layers have different tokens (the
+        ValueError: the model has no such token, its row was not captured, or the layers have different tokens (the
             message lists them) or numbers of heads.
 
     Example:
@@ -115,7 +118,7 @@ def layer_maps(trace: Trace, heads: str | None = None) -> LayerMaps:
     """
     kind = fusion(trace, heads)
     layout = trace.layout
-    rows = [_cls_rows(trace, name) for name in trace]
+    rows = [_cls_rows(trace, name) if token is None else token_row(trace, name, token) for name in trace]
     fused = [fuse_heads(r[:, :, None], kind)[:, 0] if r.dim() == 3 and kind is not Reduction.EACH else r for r in rows]
     shapes = dict.fromkeys(tuple(r.shape) for r in fused)
     if len(shapes) > 1:
@@ -148,11 +151,35 @@ def _cls_rows(trace: Trace, layer: str | int) -> Tensor:
             raise ValueError(f"the model has no class token ({layout}); use rollout, or read trace[{layer!r}]")
         if queries != keys:
             raise ValueError(f"layer {layer!r}: expected rows of the image's tokens; got {queries} over {keys}")
+    return captured_row(trace, record, 0, queries.count, "the class token's row")
+
+
+def token_row(trace: Trace, layer: str | int, token: int) -> Tensor:
+    """Row of a query in a layer: [B, N], or [B, H, N] for heads="each".
+
+    Raises:
+        ValueError: the layer has no such query, or its row was not captured.
+    """
+    count = trace.sides(layer)[0].count
+    return captured_row(trace, trace.kept(layer), index_of(token, count, layer), count, f"row {token}")
+
+
+def index_of(token: int, count: int, layer: str | int) -> int:
+    """The index of a token, not negative. Raise ValueError unless it is an integer in -count..count - 1."""
+    whole = isinstance(token, SupportsIndex) and not isinstance(token, bool)
+    if not whole or not -count <= int(token) < count:
+        raise ValueError(f"token: expected an index in -{count}..{count - 1} of layer {layer!r}; got {token!r}")
+    return int(token) % count
+
+
+def captured_row(trace: Trace, record: LayerRecord, row: int, count: int, name: str) -> Tensor:
+    """A row of a layer with `count` queries, among the captured rows; `name` is for the message of the ValueError."""
     if trace.rows is None:
-        return record.row(0)
-    if 0 not in trace.rows:
-        raise ValueError(f"the class token's row was not captured: expected 0 among rows; got {list(trace.rows)}")
-    return record.row(trace.rows.index(0))
+        return record.row(row)
+    captured = in_range(trace.rows, count)
+    if row not in captured:
+        raise ValueError(f"{name} was not captured: expected {row} among rows; got {list(trace.rows)}")
+    return record.row(captured.index(row))
 
 
 def inverse(sums: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from attnx.ops.attention_stats import attention_with_stats
-from attnx.trace.records import MapRecord, QKRecord
+from attnx.trace.qk_record import QKRecord
+from attnx.trace.records import MapRecord
 from attnx.trace.row_stats import KNOWN, RowStats, Wanted, wanted_of
 from attnx.trace.trace import Trace
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from attnx.ops.attention_stats import attention_with_stats
 from attnx.ops.checks import cast_as_sdpa
 from attnx.ops.functional import attention, attention_lse, attention_map
-from attnx.trace.records import LayerRecord, MapRecord, QKRecord, RowsRecord, detached, qk_bytes, versions_of
+from attnx.trace.qk_record import QKRecord, detached, qk_bytes, versions_of
+from attnx.trace.records import LayerRecord, MapRecord, RowsRecord
 from attnx.trace.row_stats import RowStats, Wanted
 
 KEEP = ("map", "qk", "auto")

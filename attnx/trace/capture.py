@@ -42,7 +42,7 @@ def capture(
     model: nn.Module,
     layers: Layers = None,
     heads: str = "mean",
-    rows: Sequence[int] | None = None,
+    rows: int | Sequence[int] | None = None,
     *,
     keep: str = "map",
     grad: bool | str = False,
@@ -67,7 +67,7 @@ def capture(
             ("blocks.*"), or depth indices among the self-attention blocks (-1 is the last). None: every layer that can
             be intercepted.
         heads: "mean", "max" or "min" over the heads, or "each".
-        rows: indices of the queries to capture ([0] is the class token); None: all.
+        rows: indices of the queries to capture ([0] is the class token, [-1] the last query), or one index; None: all.
         keep: "map" stores the maps. "qk" stores q, k and the log-sum-exp of the rows instead, so memory is linear in
             the number of tokens; `rollout` works from these, and a map is computed each time it is read. q and k are
             copied if they are views of a larger tensor, such as a packed qkv; a bias is not copied. "auto" stores q and
@@ -158,7 +158,7 @@ def patch(
     model: nn.Module,
     layers: Layers = None,
     heads: str = "mean",
-    rows: Sequence[int] | None = None,
+    rows: int | Sequence[int] | None = None,
     *,
     keep: str = "map",
     grad: bool | str = False,

@@ -80,6 +80,10 @@ class GradientRecord:
         """Row `i` of the map."""
         return MapRecord(self.map()).row(i)
 
+    def column(self, i: int) -> Tensor:
+        """Column `i` of the map."""
+        return self.map()[..., i]
+
     def fused(self, heads: Reduction) -> MapRecord:
         """A `MapRecord` with the heads fused."""
         return MapRecord(self.map()).fused(heads)

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from attnx.trace.gradient_record import GradientRecord
 from attnx.trace.pass_tokens import PassTokens
-from attnx.trace.records import LayerRecord, MapRecord, QKRecord, RowsRecord
+from attnx.trace.qk_record import QKRecord
+from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, without_rows
 from attnx.trace.row_stats import RowStats
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def _of_items(record: LayerRecord, items: slice, rows: int | None, columns: int 
         )
     if isinstance(record, GradientRecord):
         if record.weigh is None:
-            return RowsRecord(torch.empty(items.stop - items.start, 0, record.shape[-1]), (), rows or record.shape[-2])
+            shape = items.stop - items.start, rows or record.shape[-2], record.shape[-1]
+            return without_rows(shape, record.device)
         amap = record.map()[items][..., :rows, :columns]
         return replace(record, shape=tuple(amap.shape), held=(amap,), out=None, amap=amap)
     if isinstance(record, RowsRecord):

@@ -44,6 +44,8 @@ class TokenLayout:
         >>> layout.patches(torch.arange(7.0))
         tensor([[1., 2., 3.],
                 [4., 5., 6.]])
+        >>> layout.token(1, 2), layout.token_at(250, 90, size=(100, 300))  # size: (height, width)
+        (6, 6)
     """
 
     prefix: int
@@ -77,6 +79,47 @@ class TokenLayout:
     def patch_count(self) -> int:
         """Number of patches of all frames."""
         return self.frames * self.grid[0] * self.grid[1]
+
+    def token(self, row: int, column: int, frame: int = 0) -> int:
+        """Index of the patch in a row and a column of the grid, among all tokens.
+
+        Raises:
+            ValueError: the grid has no such row, column or frame.
+        """
+        rows, columns = self.grid
+        if not (0 <= row < rows and 0 <= column < columns and 0 <= frame < self.frames):
+            video = f" and frame in 0..{self.frames - 1}" if self.frames > 1 or frame else ""
+            got = f"{row}, {column}" + (f" and frame {frame}" if video else "")
+            raise ValueError(f"token: expected row in 0..{rows - 1}, column in 0..{columns - 1}{video}; got {got}")
+        return self.prefix + (frame * rows + row) * columns + column
+
+    def token_at(
+        self, x: float, y: float, size: tuple[int, int], crop: Sequence[float] | None = None, frame: int = 0
+    ) -> int:
+        """Index of the patch that shows a place of the picture, among all tokens.
+
+        Args:
+            x, y: the place in pixels, from the picture's left and top.
+            size: (height, width) of the picture in pixels. PIL's `image.size` is (width, height).
+            crop: the part of the picture that the model saw, (left, top, right, bottom) in pixels; None: all of it.
+            frame: of a video.
+
+        Raises:
+            ValueError: the place is outside the picture, or outside the part of it that the model saw.
+        """
+        height, width = size
+        left, top, right, bottom = (0, 0, width, height) if crop is None else crop
+        if not (max(left, 0) <= x < min(right, width) and max(top, 0) <= y < min(bottom, height)):
+            seen = (
+                "" if crop is None else f", of which the model saw x in {left:g}..{right:g}, y in {top:g}..{bottom:g}"
+            )
+            raise ValueError(
+                f"token_at: expected a place in a picture {width} wide and {height} high{seen}; got {x:g}, {y:g}"
+            )
+        # Rounding may give the index after the last one.
+        row = min(int((y - top) / (bottom - top) * self.grid[0]), self.grid[0] - 1)
+        column = min(int((x - left) / (right - left) * self.grid[1]), self.grid[1] - 1)
+        return self.token(row, column, frame)
 
     def patches(self, values: Tensor) -> Tensor:
         """The values of the patches: [..., N] -> [..., h, w], or [..., t, h, w] for t > 1 frames.

@@ -1,11 +1,13 @@
 """The tokens of the maps of one pass, from the model, the grids of its patches, and facts about its attention calls."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from attnx.trace.branch_layers import BranchLayer, branch_layer
 from attnx.trace.facts import Facts
 from attnx.trace.grids import Grid
+from attnx.trace.layers import attention_layers
 from attnx.trace.layout import TokenLayout, infer_layout
 from attnx.trace.parts import Parts
 from attnx.trace.row_stats import PlacesCache
@@ -101,6 +103,15 @@ class PassTokens:
         """Store the grid of a module's output; the newest grid comes first."""
         self._grids = {module: grid} | {name: other for name, other in self._grids.items() if name != module}
 
+    @property
+    def attending(self) -> Sequence[str]:
+        """Names of the model's attention layers in the order of its modules."""
+        return attention_layers(self.model)
+
+    def branch(self, layer: str) -> BranchLayer | None:
+        """The place of a layer in a CrossViT; None for a layer of another model."""
+        return branch_layer(self._structure([layer]).modules, layer.partition("#")[0])
+
     def windows(self, layer: str) -> Windows | None:
         """The windows of a layer; None if it attends in none, or in windows that are not known."""
         return self._facts_of(layer).windows
@@ -112,7 +123,20 @@ class PassTokens:
 
     def merges(self, first: str, last: str) -> int:
         """Number of patch mergings that ran between two layers."""
-        return self._facts_of(last).merges - self._facts_of(first).merges
+        return self.merges_before(last) - self.merges_before(first)
+
+    def merges_before(self, layer: str) -> int:
+        """Number of patch mergings that ran before a layer."""
+        return self._facts_of(layer).merges
+
+    @property
+    def mixing(self) -> tuple[str, ...]:
+        """What mixes tokens besides attention, in the order of the calls."""
+        return tuple(self._mixing)
+
+    def place(self, layer: str) -> int:
+        """Number of calls in `mixing` that ran before a layer."""
+        return self._place.get(layer, 0)
 
     def mixes(self, first: str, last: str) -> str | None:
         """Name of what `note_mixing` stored between two layers, outside attention layers; None if there is nothing."""

@@ -15,7 +15,8 @@ from attnx.trace.attention_call import Call
 from attnx.trace.facts import Facts
 from attnx.trace.gradient_record import attend_with_gradient, weigh_weights
 from attnx.trace.layout import TokenLayout
-from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, qk_bytes
+from attnx.trace.qk_record import qk_bytes
+from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, in_range
 from attnx.trace.row_stats import Wanted, check_stats, wanted_of
 from attnx.trace.trace import CALLS, Trace
 
@@ -47,7 +48,7 @@ class Recorder:
         self,
         model: nn.Module,
         heads: str,
-        rows: Sequence[int] | None,
+        rows: int | Sequence[int] | None,
         keep: str,
         layout: TokenLayout | None,
         backend: str,
@@ -71,13 +72,7 @@ class Recorder:
             raise ValueError("keep: expected 'map' with grad, whose maps are computed in the backward pass; got 'qk'")
         if layout is not None and not isinstance(layout, TokenLayout):
             raise ValueError(f"layout: expected a TokenLayout; got {layout!r}")
-        try:
-            chosen = None if rows is None else tuple(index(row) for row in rows)
-        except TypeError as error:
-            raise ValueError(f"rows: expected a sequence of integers; got {rows!r}") from error
-        if chosen == ():
-            raise ValueError("rows: expected at least one row, or None for all; got none")
-        self.trace = Trace(model, heads, chosen, layout, calls)
+        self.trace = Trace(model, heads, _chosen(rows), layout, calls)
         self.calls = calls
         self.stats = check_stats(stats, grad)
         self.keep = check_keep(keep, self.stats)
@@ -269,10 +264,26 @@ class Recorder:
         raise StopForward
 
     def _index(self, rows: tuple[int, ...], q: Tensor) -> Tensor:
-        """The chosen rows as a tensor on q's device; copied to the device only once."""
-        if not all(isinstance(row, int) and 0 <= row < q.shape[2] for row in rows):
-            raise ValueError(f"rows: expected integers in 0..{q.shape[2] - 1}; got {list(rows)}")
-        key = (rows, q.device)
+        """The chosen rows as a tensor on q's device, not negative; copied to the device only once."""
+        key = (in_range(rows, q.shape[2]), q.device)
         if key not in self._rows:
-            self._rows[key] = torch.tensor(rows, dtype=torch.int64, device=q.device)
+            self._rows[key] = torch.tensor(key[0], dtype=torch.int64, device=q.device)
         return self._rows[key]
+
+
+def _chosen(rows: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """The indices of the chosen rows, as given; one integer is one row.
+
+    Raises:
+        ValueError: not integers, or none.
+    """
+    if rows is None:
+        return None
+    try:
+        one = isinstance(rows, int) or getattr(rows, "ndim", 1) == 0
+        chosen = (index(rows),) if one else tuple(map(index, rows))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"rows: expected an integer or a sequence of integers; got {rows!r}") from error
+    if not chosen:
+        raise ValueError("rows: expected at least one row, or None for all; got none")
+    return chosen

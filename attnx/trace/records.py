@@ -1,4 +1,4 @@
-"""Records of a layer: its map, or q, k and the log-sum-exp of its rows, from which the map can be computed.
+"""Records of a layer: its map, or some rows of it. `qk_record` has those of q and k.
 
 A map takes 4 N^2 bytes; the memory of q and k is linear in N. Methods read both through the interface `LayerRecord`.
 """
@@ -11,8 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from attnx.ops.attention_stats import attention_with_stats
-from attnx.ops.functional import attention_map, vecmat
 from attnx.ops.reducers import Reduction, fuse_heads
 
 NO_MAP = "no map was stored: the capture has keep='stats'; read trace.stats"
@@ -42,6 +40,9 @@ class LayerRecord(Protocol):
 
     def row(self, i: int) -> Tensor:
         """Row i of the map: [B, N], or [B, H, N] for heads="each". Only that row is computed."""
+
+    def column(self, i: int) -> Tensor:
+        """Column i of the map: [B, M], or [B, H, M] for heads="each". Only that column is computed where possible."""
 
     def fused(self, heads: Reduction) -> "LayerRecord":
         """The record with its heads fused, if heads="each"; else the record itself."""
@@ -82,6 +83,10 @@ class MapRecord:
     def row(self, i: int) -> Tensor:
         """Row `i` of the map."""
         return self.amap[..., i, :]
+
+    def column(self, i: int) -> Tensor:
+        """Column `i` of the map."""
+        return self.amap[..., i]
 
     def fused(self, heads: Reduction) -> "MapRecord":
         """A record with the heads fused; the record itself if they already are."""
@@ -142,6 +147,10 @@ class RowsRecord:
             raise IndexError(f"row: expected one of the stored rows {list(self.rows)}; got {i}")
         return self.amap[..., self.rows.index(i), :]
 
+    def column(self, i: int) -> Tensor:
+        """Raise RuntimeError: the whole map is not stored."""
+        return self.map()[..., i]
+
     def fused(self, heads: Reduction) -> "RowsRecord":
         """A record of the same rows with the heads fused."""
         return replace(self, amap=fuse_heads(self.amap, heads)) if self.amap.dim() == 4 else self
@@ -155,127 +164,21 @@ class RowsRecord:
         return self.map()
 
 
-@dataclass(frozen=True, eq=False)
-class QKRecord:
-    """The record of a layer that holds q, k and lse. Arguments as in `attnx.attention_map`; rows: tensor on q's device.
+def without_rows(shape: Sequence[int], device: torch.device) -> RowsRecord:
+    """The record of a layer of which no map is stored; `shape` is that of the whole map."""
+    return RowsRecord(torch.empty(*shape[:-2], 0, shape[-1], device=device), (), shape[-2])
 
-    Tensors that own their storage are not copied. If the model writes to them afterwards, reading the record raises
-    RuntimeError, except under inference_mode, whose tensors have no version counters.
-    """
 
-    q: Tensor
-    k: Tensor
-    lse: Tensor
-    bias: Tensor | None
-    is_causal: bool
-    scale: float | None
-    heads: str = "mean"
-    rows: Tensor | None = None
-    backend: str = "auto"
-    versions: tuple[int | None, ...] = ()
-    softcap: float | None = None
-    sinks: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the map."""
-        B, H, M, _ = self.q.shape
-        M = M if self.rows is None else len(self.rows)
-        return (B, H, M, self.k.shape[2]) if self.heads == "each" else (B, M, self.k.shape[2])
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the stored tensors."""
-        return self.q.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored tensors."""
-        return self.q.nbytes + self.k.nbytes + self.lse.nbytes + _held(self.bias)
-
-    @property
-    def rows_sum_to_one(self) -> bool:
-        """False: the scores may be infinite."""
-        return False  # a row with infinite scores passes nothing on here, whereas its map would be NaN
-
-    def map(self) -> Tensor:
-        """The map, computed from q, k and lse at each call."""
-        return self._rows(self.rows)
-
-    def row(self, i: int) -> Tensor:
-        """Row `i` of the map, computed without the other rows."""
-        count = self.shape[-2]
-        if not -count <= i < count:
-            raise IndexError(f"row: expected -{count}..{count - 1}; got {i}")
-        i %= count
-        chosen = torch.arange(i, i + 1, device=self.q.device) if self.rows is None else self.rows[i : i + 1]
-        return self._rows(chosen)[..., 0, :]
-
-    def fused(self, heads: Reduction) -> "QKRecord":
-        """A record with the heads fused; the record itself if they already are."""
-        return replace(self, heads=heads.name.lower()) if self.heads == "each" else self
-
-    def row_sums(self) -> Tensor:
-        """Row sums of the map, from lse where possible."""
-        if not self._whole_mean():
-            return self.map().sum(-1)
-        # A row of softmax sums to 1, or to 0 in a head in which it has no keys.
-        return (~self.lse.isinf()).float().mean(1)
-
-    def vecmat(self, r: Tensor) -> Tensor:
-        """Row vectors times the map, without computing the map where possible."""
-        if not self._whole_mean():
-            return MapRecord(self.map()).vecmat(r)
-        with no_autocast(r):
-            return torch.stack([vecmat(row, self.q, self.k, **self._call(), lse=self.lse) for row in r.unbind(1)], 1)
-
-    def stats(self, names: Sequence[str], places: tuple[Tensor, Tensor] | None, prefix: int) -> dict[str, Tensor]:
-        """Statistics of all rows: {name: [B, H, M]}, as of `attnx.ops.attention_stats.attention_with_stats`."""
-        with no_autocast(self.q):
-            options: dict[str, Any] = dict(heads=None, stats=names, places=places, prefix=prefix, lse=self.lse)
-            return attention_with_stats(self.q, self.k, None, **options, **self._call())[2]
-
-    def _whole_mean(self) -> bool:
-        return self.heads == "mean" and self.rows is None and self.sinks is None
-
-    def _rows(self, rows: Tensor | None) -> Tensor:
-        # q and k were cast by autocast before they were stored, and lse was computed from the cast values.
-        with no_autocast(self.q):
-            return attention_map(self.q, self.k, **self._call(), heads=self.heads, rows=rows, lse=self.lse)
-
-    def _call(self) -> dict[str, Any]:
-        if self.versions and versions_of(self.q, self.k, self.bias) != self.versions:
-            raise RuntimeError(
-                "q, k or the mask of a layer was modified in place after the layer ran; capture with keep='map'"
-            )
-        beyond = dict(softcap=self.softcap, sinks=self.sinks)
-        given = {name: value for name, value in beyond.items() if value is not None}
-        return dict(bias=self.bias, is_causal=self.is_causal, scale=self.scale, backend=self.backend, **given)
+def in_range(rows: Sequence[int], count: int) -> tuple[int, ...]:
+    """Indices of `count` rows, not negative. Raise ValueError unless they are in -count..count - 1."""
+    if not all(-count <= row < count for row in rows):
+        raise ValueError(f"rows: expected integers in -{count}..{count - 1}; got {list(rows)}")
+    return tuple(row % count for row in rows)
 
 
 def has_no_map(record: LayerRecord) -> bool:
     """True if a capture with keep="stats" stored the record."""
     return isinstance(record, RowsRecord) and not record.rows
-
-
-def qk_bytes(q: Tensor, k: Tensor, bias: Tensor | None) -> int:
-    """Bytes of q, k, the log-sum-exp and the bias."""
-    return q.nbytes + k.nbytes + 4 * q.shape[:3].numel() + _held(bias)
-
-
-def _held(bias: Tensor | None) -> int:
-    return 0 if bias is None else bias.untyped_storage().nbytes()
-
-
-def versions_of(*tensors: Tensor | None) -> tuple[int | None, ...]:
-    """Version counters of the tensors: how often each was modified in place; None if unknown."""
-    return tuple(None if t is None or t.is_inference() else t._version for t in tensors)
-
-
-def detached(t: Tensor) -> Tensor:
-    """The tensor without its graph; copied if it is a view of a larger storage, such as a packed qkv."""
-    t = t.detach()
-    return t.clone(memory_format=torch.contiguous_format) if t.untyped_storage().nbytes() > t.nbytes else t
 
 
 def no_autocast(t: Tensor) -> AbstractContextManager[Any]:

@@ -60,6 +60,10 @@ class RowStats(Mapping[str, Tensor]):
         """Drop the statistics; the reasons of missing ones stay."""
         self._stats.clear()
 
+    def to(self, device: str | torch.device) -> "RowStats":
+        """The statistics on another device."""
+        return RowStats({name: stat.to(device) for name, stat in self._stats.items()}, self.missing)
+
     def of_items(self, items: slice, rows: int | None) -> "RowStats":
         """The statistics of some items of the batch; `rows`: number of rows to keep; None: all."""
         return RowStats({name: stat[items, :, :rows] for name, stat in self._stats.items()}, self.missing)

@@ -1,24 +1,28 @@
 """The maps of a forward pass, and the tokens that their rows and columns stand for."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from attnx.trace.calls import Calls, RunningMeans
+from attnx.trace.display import table_of, text_of
 from attnx.trace.gradient_record import backward
 from attnx.trace.items import item
+from attnx.trace.layer_tokens import LayerTokens
 from attnx.trace.layers import Layers, select, selects
 from attnx.trace.layout import TokenLayout
+from attnx.trace.moving import on_device
 from attnx.trace.pass_tokens import PassTokens
-from attnx.trace.records import LayerRecord, MapRecord, has_no_map
+from attnx.trace.records import LayerRecord, MapRecord
 from attnx.trace.row_stats import RowStats, StatsOfLayers
-from attnx.trace.tokens import Tokens, describe
-from attnx.trace.windows import Windows
 
 CALLS = ("last", "all", "mean")
 
 
-class Trace(Mapping[str, Tensor]):
+class Trace(LayerTokens):
     """The maps of one forward pass: a mapping {layer name: float32 map} in the order of the calls.
 
     A map is [B, M, N], or [B, R, N] for R chosen rows, or [B, H, M, N] for heads="each". `trace[-1]` is the map of the
@@ -71,9 +75,11 @@ class Trace(Mapping[str, Tensor]):
         return len(self._records)
 
     def __repr__(self) -> str:
-        what = {name: "no map" if has_no_map(record) else list(record.shape) for name, record in self._records.items()}
-        shapes = ", ".join(f"{name}: {shape}" for name, shape in what.items())
-        return f"Trace(heads={self.heads!r}, {{{shapes}}})"
+        return text_of(self)
+
+    def _repr_html_(self) -> str:
+        """The layers as a table, for notebooks."""
+        return table_of(self)
 
     @property
     def nbytes(self) -> int:
@@ -184,6 +190,58 @@ class Trace(Mapping[str, Tensor]):
         other._stats, other.tokens = stats, tokens
         return other
 
+    def to(self, device: str | torch.device) -> "Trace":
+        """A trace of the same pass on another device. Its maps can be read there; it has no backward pass any more.
+
+        Example:
+            >>> import torch, attnx
+            >>> from attnx.demo.vit import demo_model
+            >>> model = demo_model()
+            >>> with torch.no_grad(), attnx.capture(model) as trace:
+            ...     output = model(torch.zeros(1, 3, 96, 96))
+            >>> trace.to("cpu")[-1].device
+            device(type='cpu')
+        """
+        other = self._with({layer: on_device(record, device) for layer, record in self._records.items()})
+        other._stats = {layer: stats.to(device) for layer, stats in other._stats.items()}
+        return other
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """{layer: float32 array} of all maps, copied to the CPU; a layer captured with keep="qk" is computed."""
+        return {layer: self[layer].detach().cpu().numpy().copy() for layer in self}
+
+    def save(self, path: str | Path) -> None:
+        """Write the trace to one safetensors file, atomically: records, statistics and tokens, but not the model.
+
+        Raises:
+            ValueError: the trace has several passes, no layer, or a gradient capture had no backward pass.
+
+        Example:
+            >>> import torch, attnx
+            >>> from attnx.demo.vit import demo_model
+            >>> model = demo_model()
+            >>> with torch.no_grad(), attnx.capture(model) as trace:
+            ...     output = model(torch.zeros(1, 3, 96, 96))
+            >>> trace.save("trace.safetensors")
+            >>> torch.equal(attnx.rollout(attnx.Trace.load("trace.safetensors")), attnx.rollout(trace))
+            True
+        """
+        from attnx.trace.saving import save
+
+        save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Trace":
+        """The trace in a file written by `save`. Methods give what they give of the original.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a file written by `save`.
+        """
+        from attnx.trace.saving import load
+
+        return load(Path(path), device)
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Trace":
         """A trace of the same pass with `function` applied to each map."""
         return self._with({layer: MapRecord(function(record.map())) for layer, record in self._records.items()})
@@ -228,73 +286,3 @@ class Trace(Mapping[str, Tensor]):
             self._means.add(layer, record.map(), self.sides(layer))
         self._records.clear()
         self._records.update({layer: MapRecord(mean) for layer, mean in self._means.maps.items()})
-
-    def sides(self, layer: str | int) -> tuple[Tokens, Tokens]:
-        """(queries, keys): the tokens that the rows and the columns of a layer's map stand for.
-
-        Raises:
-            KeyError: no such layer was captured.
-        """
-        shape = self.kept(layer).shape
-        size = shape[0], shape[-2 if self.rows is None else -1], shape[-1]
-        return self.tokens.sides(self._name(layer), size, self._records)
-
-    def windows(self, layer: str | int) -> Windows | None:
-        """The windows in which a layer attends: their index into the grid of the image.
-
-        A map of the layer is [B * nW, K, K]: item b * nW + w is window w of image b. None if the layer does not attend
-        in windows, or in windows that attnx does not know.
-
-        Raises:
-            KeyError: no such layer was captured.
-
-        Example:
-            >>> import timm, torch, attnx
-            >>> model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1, 1, 1)).eval()
-            >>> with torch.no_grad(), attnx.capture(model) as trace:
-            ...     logits = model(torch.zeros(2, 3, 56, 56))
-            >>> windows = trace.windows("layers.0.blocks.0.attn")
-            >>> windows.grid, windows.index.shape, trace["layers.0.blocks.0.attn"].shape
-            ((14, 14), torch.Size([4, 49]), torch.Size([8, 49, 49]))
-        """
-        self.kept(layer)
-        return self.tokens.windows(self._name(layer))
-
-    def all_sides(self) -> dict[str, tuple[Tokens, Tokens]]:
-        """{layer: (queries, keys)} of every layer."""
-        return {layer: self.sides(layer) for layer in self}
-
-    @property
-    def layout(self) -> TokenLayout:
-        """Token layout of the maps' columns, inferred from the model and its input, or as passed to `capture`.
-
-        Raises:
-            ValueError: the layers have different tokens (the message lists them), or the model does not declare its
-                layout: pass `layout=`.
-        """
-        if self.tokens.given is not None and not self._records:
-            return self.tokens.given
-        if not self._records:
-            raise ValueError("layout: no layer was captured yet")
-        keys = {self.sides(layer)[1]: layer for layer in self._records}
-        if len(keys) > 1:
-            raise ValueError(
-                f"layout: expected layers over the same tokens; got {describe(self.all_sides())}; "
-                "choose layers= of one kind"
-            )
-        return self.layout_of(next(iter(keys.values())))
-
-    def layout_of(self, layer: str | int) -> TokenLayout:
-        """Token layout of the columns of one layer's map.
-
-        Raises:
-            KeyError: no such layer was captured.
-            ValueError: the columns are not patches of an image, or the model does not declare its layout: pass
-                `layout=`.
-        """
-        keys = self.sides(layer)[1]
-        return self.tokens.layout(self._name(layer), keys, self._records)
-
-    def _name(self, layer: str | int) -> str:
-        """Name of a layer that was captured."""
-        return list(self._records)[layer] if isinstance(layer, int) else layer

@@ -104,6 +104,18 @@ class WindowRecord:
         whole[..., at[w]] = row
         return whole[..., :n]
 
+    def column(self, i: int) -> Tensor:
+        """Column of the token at position `i` of the grid: [B, N], or [B, H, N] for heads="each"."""
+        n = self.windows.tokens
+        if not -n <= i < n:
+            raise IndexError(f"column: expected -{n}..{n - 1}; got {i}")
+        w, inside = divmod(int(self.windows.places(torch.device("cpu"))[1][i]), self.windows.size)
+        at, _ = self.windows.places(self.device)
+        column = self._real(self.record.map()[w :: self.windows.count], at[w : w + 1])[..., inside]
+        whole = column.new_zeros(*column.shape[:-1], n + 1)
+        whole[..., at[w]] = column
+        return whole[..., :n]
+
     def fused(self, heads: Reduction) -> "WindowRecord":
         """A record with the heads fused; the record itself if they already are."""
         record = self.record.fused(heads)

@@ -1,0 +1,35 @@
+"""Small pictures inside HTML, for notebooks."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+
+import numpy as np
+from PIL import Image
+
+
+def heat_tag(values: np.ndarray, title: str = "", side: int = 64) -> str:
+    """An HTML <img> of a map [h, w]: its smallest value is dark, its largest bright.
+
+    Args:
+        values: [h, w] real.
+        title: text of the picture for screen readers and tooltips.
+        side: pixels of its longer side.
+    """
+    low, high = float(values.min()), float(values.max())
+    grey = np.uint8(255) * ((values - low) / (high - low) if high > low else np.zeros_like(values))
+    return picture_tag(Image.fromarray(grey.round().astype(np.uint8)), title, side)
+
+
+def picture_tag(picture: Image.Image, title: str = "", side: int | None = None) -> str:
+    """An HTML <img> with the picture inside it as PNG; `side`: pixels of its longer side as shown."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    width, height = picture.size
+    scale = 1 if side is None else side / max(width, height)
+    size = f'width="{max(1, round(width * scale))}" height="{max(1, round(height * scale))}"'
+    style = 'style="image-rendering:pixelated;display:inline-block"'
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(title)}" title="{escape(title)}" {size} {style}>'

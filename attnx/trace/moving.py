@@ -1,0 +1,33 @@
+"""Records of layers on another device."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnx.trace.gradient_record import GradientRecord
+from attnx.trace.qk_record import QKRecord
+from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, without_rows
+
+
+def on_device(record: LayerRecord, device: str | torch.device) -> LayerRecord:
+    """The record with its tensors on a device. That of a gradient capture holds its map only."""
+    if isinstance(record, QKRecord):
+        moved: dict[str, Any] = {
+            name: _moved(getattr(record, name), device) for name in ("q", "k", "lse", "bias", "sinks", "rows")
+        }
+        # A tensor that stays is the same object, so its version still counts.
+        return replace(record, **moved, versions=record.versions if moved["q"] is record.q else ())
+    if isinstance(record, GradientRecord):
+        if record.weigh is None:
+            return without_rows(record.shape, torch.device(device))
+        amap = record.map().to(device)
+        return replace(record, held=(amap,), out=None, amap=amap)
+    if isinstance(record, RowsRecord):
+        return replace(record, amap=record.amap.to(device))
+    return MapRecord(record.map().to(device), record.rows_sum_to_one)
+
+
+def _moved(tensor: Tensor | None, device: str | torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)

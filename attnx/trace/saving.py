@@ -1,0 +1,178 @@
+"""A trace in a safetensors file: the tensors of its records and statistics, and JSON that describes them."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnx.files import open_regular, replacing
+from attnx.trace.branch_layers import BranchLayer
+from attnx.trace.gradient_record import GradientRecord
+from attnx.trace.layout import TokenLayout
+from attnx.trace.loaded_tokens import LayerFacts, LoadedTokens
+from attnx.trace.qk_record import QKRecord, versions_of
+from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, without_rows
+from attnx.trace.row_stats import RowStats
+from attnx.trace.tokens import Tokens
+from attnx.trace.trace import Trace
+from attnx.trace.windows import Windows
+
+_FORMAT = "attnx trace 1"
+_OPTIONS = ("is_causal", "scale", "heads", "backend", "softcap")  # of a QKRecord
+
+
+def save(trace: Trace, path: Path) -> None:
+    """Write a trace, see `Trace.save`."""
+    from safetensors.torch import save_file
+
+    if len(trace.calls) > 1:
+        raise ValueError(f"save: expected a trace of one pass; got {len(trace.calls)}; save each of trace.calls")
+    if not len(trace):
+        raise ValueError("save: expected a trace with layers; got none")
+    tensors: dict[str, Tensor] = {}
+    known: dict[int, str] = {}  # {id of an index of windows: its name}
+    layers = [_layer(trace, name, f"{i}.", tensors, known) for i, name in enumerate(trace)]
+    tokens, given = trace.tokens, trace.tokens.given
+    about = {
+        "heads": trace.heads, "rows": trace.rows, "in_a_row": trace.in_a_row, "layers": layers,
+        "given": None if given is None else asdict(given), "attending": list(tokens.attending),
+        "beside": tokens.beside, "ran": sorted(tokens.ran), "mixing": tokens.mixing,
+    }  # fmt: skip
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={_FORMAT: json.dumps(about)})
+
+
+def load(path: Path, device: str | torch.device) -> Trace:
+    """Read a trace, see `Trace.load`."""
+    from safetensors import SafetensorError, safe_open
+
+    open_regular(path).close()
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a file of Trace.save; it is no safetensors file: {error}") from error
+    if _FORMAT not in about:
+        raise ValueError(
+            f"{path}: expected a file of Trace.save ({_FORMAT}); got {', '.join(about) or 'other tensors'}"
+        )
+    facts = json.loads(about[_FORMAT])
+    given = None if facts["given"] is None else TokenLayout(**_tuples(facts["given"]))
+    trace = Trace(nn.Module(), facts["heads"], None if facts["rows"] is None else tuple(facts["rows"]), given)
+    layers = {each["name"]: _facts_of(each, tensors) for each in facts["layers"]}
+    tokens = LoadedTokens(given, layers, facts["attending"], facts["mixing"])
+    tokens.beside, tokens.ran = [(a, b) for a, b in facts["beside"]], set(facts["ran"])
+    trace.tokens, trace.in_a_row = tokens, facts["in_a_row"]
+    for i, each in enumerate(facts["layers"]):
+        stats = each["stats"]
+        named = None if stats is None else {name: tensors[f"{i}.stats.{name}"] for name in stats["names"]}
+        row_stats = None if stats is None else RowStats(named or {}, stats["missing"])
+        trace.add(each["name"], _record_of(each["record"], f"{i}.", tensors), stats=row_stats)
+    return trace
+
+
+def _layer(trace: Trace, name: str, prefix: str, tensors: dict[str, Tensor], known: dict[int, str]) -> dict[str, Any]:
+    """The description of a layer; its tensors are added under names that start with `prefix`."""
+    queries, keys = trace.sides(name)
+    windows, tokens = trace.windows(name), trace.tokens
+    index = None
+    if windows is not None:
+        index = known.setdefault(id(windows.index), f"{prefix}windows")
+        tensors[index] = windows.index
+    stats = trace.stats.get(name)
+    for stat, values in ({} if stats is None else stats).items():
+        tensors[f"{prefix}stats.{stat}"] = values.contiguous()
+    branch = tokens.branch(name)
+    return {
+        "name": name, "record": _describe(trace.kept(name), prefix, tensors),
+        "sides": [asdict(queries), asdict(keys)], "problem": _problem(trace, name),
+        "windows": None if windows is None else {"index": index, "grid": windows.grid},
+        "merges": tokens.merges_before(name), "place": tokens.place(name),
+        "branch": None if branch is None else asdict(branch),
+        "patch_size": [tokens.patch_size(name, side, trace) for side in (queries, keys)],
+        "each": tokens.grids_of_items(name, keys, trace),
+        "stats": None if stats is None else {"names": list(stats), "missing": stats.missing},
+    }  # fmt: skip
+
+
+def _problem(trace: Trace, layer: str) -> str:
+    """The reason that a layer has no layout; "" if it has one."""
+    try:
+        trace.layout_of(layer)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _facts_of(layer: dict[str, Any], tensors: dict[str, Tensor]) -> LayerFacts:
+    queries, keys = (Tokens(**_tuples(side)) for side in layer["sides"])
+    of = layer["windows"]
+    return LayerFacts(
+        queries, keys, layer["problem"], layer["merges"], layer["place"],
+        None if of is None else Windows(tensors[of["index"]].cpu(), (of["grid"][0], of["grid"][1])),
+        None if layer["branch"] is None else BranchLayer(**layer["branch"]),
+        tuple(None if size is None else (size[0], size[1]) for size in layer["patch_size"]),
+        None if layer["each"] is None else tuple((h, w) for h, w in layer["each"]),
+    )  # fmt: skip
+
+
+def _describe(record: LayerRecord, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The kind and the numbers of a record; its tensors are added."""
+    if isinstance(record, QKRecord):
+        for name in ("q", "k", "lse", "bias", "sinks", "rows"):
+            tensor = getattr(record, name)
+            if tensor is not None:
+                stored = _compact(tensor.detach())
+                # Two names for one memory are no safetensors file.
+                known = {other.untyped_storage().data_ptr() for other in tensors.values()}
+                tensors[prefix + name] = stored.clone() if stored.untyped_storage().data_ptr() in known else stored
+        return {"kind": "qk"} | {name: getattr(record, name) for name in _OPTIONS}
+    if isinstance(record, GradientRecord) and record.weigh is None:
+        return {"kind": "none", "shape": record.shape}
+    if isinstance(record, RowsRecord):
+        tensors[prefix + "map"] = record.amap.contiguous()
+        return {"kind": "rows", "rows": record.rows, "queries": record.queries}
+    try:
+        tensors[prefix + "map"] = record.map().detach().contiguous()
+    except RuntimeError as error:
+        raise ValueError(f"save: {error}") from error
+    kind = "gradient" if isinstance(record, GradientRecord) else "map"
+    return {"kind": kind, "rows_sum_to_one": record.rows_sum_to_one}
+
+
+def _record_of(about: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> LayerRecord:
+    kind = about["kind"]
+    if kind == "qk":
+        q, k, lse = (tensors[prefix + name] for name in ("q", "k", "lse"))
+        bias, sinks, rows = (tensors.get(prefix + name) for name in ("bias", "sinks", "rows"))
+        options = {name: about[name] for name in _OPTIONS}
+        return QKRecord(q, k, lse, bias, sinks=sinks, rows=rows, versions=versions_of(q, k, bias), **options)
+    if kind == "none":
+        return without_rows(about["shape"], torch.device("cpu"))
+    amap = tensors[prefix + "map"]
+    if kind == "rows":
+        return RowsRecord(amap, tuple(about["rows"]), about["queries"])
+    if kind == "gradient":
+        return GradientRecord(tuple(amap.shape), (amap,), _no_backward, None, amap)
+    return MapRecord(amap, about["rows_sum_to_one"])
+
+
+def _no_backward(grad: Tensor) -> Tensor:
+    raise RuntimeError("a loaded trace has no graph, so no backward pass reaches it")
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor with size 1 in broadcast dimensions, contiguous."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor.contiguous()
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields from JSON, which has lists in place of tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
