@@ -241,13 +241,15 @@ def test_words_that_are_not_in_the_vocabulary_are_named():
         tokenizer("The man skateboarding on a red circle")
     with pytest.warns(UserWarning, match="caption") as told:
         read = tokenizer("a zebra left of the Gnu, the zebra")
-    assert [str(one.message) for one in told] == ["caption: not in the vocabulary, read as [UNK]: zebra, gnu"]
+    assert [str(one.message) for one in told] == ["caption: 3 of 8 words are not in the vocabulary: zebra, gnu"]
+    assert read.unknown == ("zebra", "gnu")
     assert read.tokens.count("[UNK]") == 3
     with pytest.warns(
-        UserWarning, match=r"\[UNK\]: zebra, gnu; the vocabulary has none of the words, so the maps are meaningless$"
+        UserWarning,
+        match=r"2 of 2 words .*: zebra, gnu; the vocabulary has none of the words, so the maps are meaningless$",
     ):
         tokenizer("zebra gnu")
-    with pytest.warns(UserWarning, match=r"\[UNK\]: w0, .*, w9 and 5 more; the vocabulary has none"):
+    with pytest.warns(UserWarning, match=r"15 of 15 words .*: w0, .*, w9 and 5 more; the vocabulary has none"):
         tokenizer(" ".join(f"w{i}" for i in range(15)))
     with pytest.warns(UserWarning, match="caption") as told:
         tokenizer("zebra\nz\x1b[2Jgnu\u200b dog")
@@ -258,4 +260,4 @@ def test_words_that_are_cut_are_not_named_as_unknown():
     with pytest.warns(UserWarning, match="caption") as told:
         Tokenizer(VOCAB, 6)("a red zebra dog gnu")
     assert "cut before word 5 of 5" in str(told[0].message)
-    assert str(told[1].message) == "caption: not in the vocabulary, read as [UNK]: zebra"
+    assert str(told[1].message) == "caption: 1 of 4 words is not in the vocabulary: zebra"

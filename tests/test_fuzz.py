@@ -40,7 +40,8 @@ OUT = [
 MODELS = [
     "demo", "", "x", "timm:", "timm:nope", "hf:", "hf:/missing", "hf:pictures", "hf:pipe", "\x00", "demo:", "🙂",
     "torchvision:", "torchvision:nope", "open_clip:", "open_clip:x/y", "open_clip:ViT-B-32", "torchhub:", "torchhub:x",
-    "torchhub:pictures:x", "torchhub:pipe:x", "torchhub::",
+    "torchhub:pictures:x", "torchhub:pipe:x", "torchhub::", "albef:demo", "albef:", "albef:gone.pth", "lavt:",
+    "albef:pictures", "lavt:pipe",
 ]  # fmt: skip
 NUMBERS = ["1", "2", "16", "0", "-1", "nan", "1e999", "1" * 30, "0.5", "x", ""]
 COMMON: dict[str, list[str] | None] = {

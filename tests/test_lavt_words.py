@@ -104,7 +104,7 @@ def test_the_command_draws_the_maps(files, picture, flags):
     names = ["00-a.png", "01-dog.png", "02-x.png", "words.npz", "words.png"]
     assert sorted(p.name for p in (files / "out").iterdir()) == names
     model = load_lavt(files / "lavt.pth", VOCAB, (64, 96)).model
-    with pytest.warns(UserWarning, match=r"read as \[UNK\]: dog,"):
+    with pytest.warns(UserWarning, match="1 of 3 words is not in the vocabulary: dog,"):
         want = attnx.word_maps(model, picture, "a dog, x", stage=1 if "--stage" in flags else None)
     with np.load(files / "out" / "words.npz") as arrays:
         tolerance = 2e-2 if "bfloat16" in flags else 1e-6
@@ -180,12 +180,14 @@ def test_a_batch_job(files, picture, flags, options):
         (want,) = expression_maps(loaded.model, images, [caption], method=method, **options)
         assert row.tokens == want.tokens
         np.testing.assert_allclose(row.map, want.maps, atol=1e-5)
+        assert row.words == want.words
+        np.testing.assert_allclose(row.word_maps, want.word_maps, atol=2e-5)
     assert len(list((files / "job" / "pictures").iterdir())) == len(captions)
     settings = json.loads((files / "job" / "run.json").read_text())["settings"]
     assert settings["stage"] == options.get("stage")
     assert "layer" not in settings
     # The sum over the pieces is the map of a word, also in the pictures.
-    sheet = Image.open(files / "job" / "pictures" / "000002.png")
+    sheet = Image.open(files / "job" / "pictures" / "000002-dog-x.png")
     (want,) = expression_maps(loaded.model, images, [captions[2]], method=method, **options)
     drawn = words_sheet(picture, replace(want, maps=torch.from_numpy(rows[2].map)), Style())
     assert np.array_equal(np.asarray(sheet), np.asarray(drawn.convert("RGB")))
@@ -196,7 +198,7 @@ def test_expressions_are_read_as_by_bert(tmp_path):
 
     vocab = tmp_path / "vocab.txt"
     vocab.write_text("\n".join(VOCAB))
-    with pytest.warns(UserWarning, match="read as .UNK.: <b>:"):
+    with pytest.warns(UserWarning, match="words is not in the vocabulary: <b>:"):
         read = Tokenizer(vocab, 20, plain=True)("  The MAN/dog & <b>: Skateboarding ")
     assert list(read.ids) == BertTokenizer(str(vocab))("  The MAN/dog & <b>: Skateboarding ")["input_ids"]
     assert read.words == ("The", "MAN/dog", "&", "<b>:", "Skateboarding")

@@ -80,6 +80,7 @@ def test_pictures_and_arrays_of_a_caption(photos: Path, weights: Path, tmp_path:
             np.testing.assert_allclose(arrays["maps"][w], want[word_of == w].mean(0), rtol=1e-5, atol=1e-7)
         assert len(arrays["tokens"]) == len(want) == len(word_of)
         assert np.isnan(arrays["score"])
+    assert "match" not in result.output
 
 
 def test_gradcam_has_a_score(photos: Path, weights: Path, tmp_path: Path) -> None:
@@ -95,8 +96,10 @@ def test_gradcam_has_a_score(photos: Path, weights: Path, tmp_path: Path) -> Non
         "--out",
         tmp_path,
     ]
-    assert run(*args).exit_code == 0
+    result = run(*args)
+    assert result.exit_code == 0
     with np.load(tmp_path / "words.npz") as arrays:
+        assert f'match {arrays["score"]:+.2f}: "{CAPTION}"' in result.output
         want = expected(weights, photos / "b.jpg", CAPTION, cam=True)
         np.testing.assert_allclose(arrays["token_maps"], want, rtol=1e-4, atol=1e-6 * float(want.max()))
         assert np.isfinite(arrays["score"])
@@ -125,7 +128,14 @@ def test_a_file_of_pairs(photos: Path, weights: Path, tmp_path: Path) -> None:
     assert (rows[2].width, rows[2].height) == (50, 90)
     settings = attnx.open(out).settings
     assert (settings["method"], settings["layer"], settings["model"]) == ("attention", 2, "demo")
-    assert sorted(p.name for p in (out / "pictures").iterdir()) == [f"{i:06d}.png" for i in range(4)]
+    names = ["a-red-circle-left-of-a-blue-square", "a-star", "two-stars", "a-green-star"]
+    pictures = out / "pictures"
+    assert sorted(p.name for p in pictures.iterdir()) == [f"{i:06d}-{name}.png" for i, name in enumerate(names)]
+    # A picture of the former name is kept.
+    (pictures / "000001-a-star.png").rename(pictures / "000001.png")
+    assert run("words", "--pairs", pairs, "--checkpoint", weights, *DEMO, "--out", out, "--pictures").exit_code == 0
+    assert not (pictures / "000001-a-star.png").exists()
+    assert len(list(pictures.iterdir())) == 4
 
 
 def test_pairs_are_rows_of_plain_parquet(photos: Path, weights: Path, tmp_path: Path) -> None:
@@ -133,11 +143,17 @@ def test_pairs_are_rows_of_plain_parquet(photos: Path, weights: Path, tmp_path: 
 
     pairs, out = write_pairs(photos / "pairs.jsonl", *pairs_of(("a.png", CAPTION), ("b.jpg", ""))), tmp_path / "out"
     args = ["words", "--pairs", pairs, "--checkpoint", weights, *DEMO, "--method", "gradcam", "--out", out]
-    assert run(*args).exit_code == 1
+    result = run(*args)
+    assert result.exit_code == 1
     table = pq.read_table(out / "part-00000.parquet")
     names = ["key", "text", "map", "shape", "scale", "width", "height", "crop", "error", "tokens", "word_of", "score"]
-    assert table.column_names == [*names, "cut"]
+    assert table.column_names == [*names, "cut", "words"]
+    assert table["words"].to_pandas().iloc[0].tolist() == CAPTION.split()
     good, bad = table.to_pylist()
+    assert good["words"] == CAPTION.split()
+    assert bad["words"] is None
+    score = f"{good['score']:+.2f}"
+    assert f", match: mean {score}, min {score}, max {score};" in result.output.replace(", 1 pairs", ";")
     assert good["tokens"][:3] == ["[CLS]", "a", "red"]
     assert np.isfinite(good["score"])
     assert len(good["map"]) == np.prod(good["shape"])
@@ -333,18 +349,17 @@ def test_words_that_are_not_in_the_vocabulary_are_said(photos: Path, weights: Pa
     args = ("--checkpoint", weights, *DEMO, "--out")
     result = run("words", photos / "a.png", "a red zebra", *args, tmp_path / "one")
     assert result.exit_code == 0
-    assert [line for line in result.stderr.splitlines() if "[UNK]" in line] == [
-        "attnx: caption: not in the vocabulary, read as [UNK]: zebra"
+    assert [line for line in result.stderr.splitlines() if "vocabulary" in line] == [
+        "attnx: caption: 1 of 3 words is not in the vocabulary: zebra"
     ]
     result = run("words", photos / "a.png", "zebra gnu", *args, tmp_path / "two")
-    assert (
-        "read as [UNK]: zebra, gnu; the vocabulary has none of the words, so the maps are meaningless\n"
-        in result.stderr
-    )
+    told = "2 of 2 words are not in the vocabulary: zebra, gnu; the vocabulary has none of the words, so the maps are"
+    assert f"{told} meaningless\n" in result.stderr
     # The rows of a job say so.
     pairs = write_pairs(photos / "pairs.jsonl", *pairs_of(("a.png", "a red zebra"), ("b.jpg", "gnu")))
     result = run("words", "--pairs", pairs, "--pictures", *args, tmp_path / "job")
     assert result.exit_code == 0
-    assert "[UNK]" not in result.stderr
+    assert "in the vocabulary:" not in result.stderr
+    assert "2 captions have words that are not in the vocabulary" in result.output
     assert "UserWarning" not in result.stderr
     assert [row.tokens.count("[UNK]") for row in attnx.open(str(tmp_path / "job"))] == [1, 1]

@@ -438,7 +438,7 @@ def test_the_columns_are_the_fields_of_a_row() -> None:
         fields = [f.name for f in dataclasses.fields(MapRow) if f.metadata["only"] in own]
         assert names == [name for name in fields if name not in STATS or name in stats]
     assert set(Format(captions=True).schema().names) - set(Format().schema().names) == {
-        "tokens", "word_of", "score", "cut"
+        "tokens", "word_of", "score", "cut", "words"
     }  # fmt: skip
 
 

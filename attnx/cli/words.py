@@ -33,6 +33,7 @@ from attnx.cli.options import (
     report_errors,
 )
 from attnx.cli.run_job import run_recipe
+from attnx.messages import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,8 +60,8 @@ def words(
     model: Annotated[
         str,
         typer.Option(
-            help="[bold]albef[/bold] in the published sizes, [bold]demo[/bold] (bundled), or "
-            "[bold]lavt:CHECKPOINT[/bold]: a file of LAVT's train.py."
+            help="[bold]albef:CHECKPOINT[/bold] in the published sizes, [bold]demo[/bold] (bundled; also albef:demo), "
+            "or [bold]lavt:CHECKPOINT[/bold]: a file of LAVT's train.py. albef and lavt take the file of --checkpoint."
         ),
     ] = "albef",
     checkpoint: Checkpoint = None,
@@ -90,7 +91,11 @@ def words(
     image_size: ImageSize = None,
     dtype: Dtype = "float32",
     pictures: Annotated[
-        bool, typer.Option("--pictures", help="With --pairs: also draw words.png for every pair.")
+        bool,
+        typer.Option(
+            "--pictures",
+            help="With --pairs: also draw words.png for every pair, named by its number and words: 000007-a-dog.png.",
+        ),
     ] = False,
     map_dtype: MapDtype = "float16",
     kind: Kind = None,
@@ -105,17 +110,18 @@ def words(
 ) -> None:
     """Draws a map for each word of a caption: cross-attention, its Grad-CAM (ALBEF), or its rollout (LAVT).
 
-    Writes one picture per word (00-a.png), words.png with all of them, and words.npz. With --pairs, writes Parquet
-    shards like attnx extract: one row per pair, maps [T, h, w], and the columns tokens (the T word pieces), word_of
-    (the word of each token), score (gradcam: the matching logit) and cut (words beyond the model's length). Pairs that
-    can't be read become rows with an error. The same command continues a job that was stopped.
+    Writes one picture per word (00-a.png), words.png with all of them, and words.npz. gradcam also prints the score of
+    a match, a logit; attention has none, because the model stops before it. With --pairs, writes Parquet shards like
+    attnx extract: one row per pair, maps [T, h, w], and the columns tokens (the T word pieces), word_of (the word of
+    each token), words, score (gradcam) and cut (words beyond the model's length). Pairs that can't be read become rows
+    with an error. The same command continues a job that was stopped.
     """
     from attnx.figures.one_image import Style
     from attnx.images import read_image
     from attnx.jobs.packing import DTYPES
     from attnx.jobs.recipe import WordsRecipe
     from attnx.jobs.sources import open_source
-    from attnx.models.loading import default_layer
+    from attnx.models.loading import default_layer, word_model
 
     arguments = {"IMAGE": image, "CAPTION": caption, "--pairs": pairs}
     given = [name for name, value in arguments.items() if value is not None]
@@ -124,8 +130,9 @@ def words(
     autocast_of(dtype)
     one_of("map-dtype", map_dtype, DTYPES)
     style = Style(colormap, alpha, interpolation)
-    if model.partition(":")[0] == "lavt":
-        model, checkpoint = "lavt", _lavt_checkpoint(model, checkpoint)
+    model, named = word_model(model, checkpoint)
+    file = None if named is None else Path(named)
+    if model == "lavt":
         _check_options(method, layer, heads, preset)
     else:
         if stage is not None:
@@ -138,7 +145,7 @@ def words(
         raise ValueError(f"pairs: expected a source with captions; {pairs} is a folder of images")
     recipe = WordsRecipe(
         source=absolute(image or pairs or Path()), kind="folder" if images is None else images.kind,
-        root=absolute(root), split=split, model=model, pretrained=pretrained, checkpoint=absolute(checkpoint),
+        root=absolute(root), split=split, model=model, pretrained=pretrained, checkpoint=absolute(file),
         image_size=pixels_of(image_size), seed=seed, method=method, heads=heads, dtype=dtype, map_dtype=map_dtype,
         max_pixels=options.pixels, vocab=absolute(vocab), layer=layer, preset=preset, stage=stage,
     )  # fmt: skip
@@ -148,14 +155,6 @@ def words(
         on, picture = device_of(options.device), read_image(image)
         loaded, find = recipe.load_words(on)
         _draw(picture, find(loaded.prepare(picture)[None].to(on), [[caption]])[0], out, style)
-
-
-def _lavt_checkpoint(name: str, checkpoint: Path | None) -> Path | None:
-    """The checkpoint of `lavt:CHECKPOINT`, or of `lavt` and --checkpoint."""
-    file = name.partition(":")[2]
-    if file and checkpoint is not None:
-        raise ValueError(f"checkpoint: expected one; got --model {name} and --checkpoint {checkpoint}")
-    return Path(file) if file else checkpoint
 
 
 def _check_options(method: str, layer: int | None, heads: str, preset: str | None) -> None:
@@ -174,10 +173,13 @@ def _draw(picture: "Image", maps: "CaptionMaps", out: Path, style: "Style") -> N
 
     for path, what in draw_words(picture, maps, out, style).items():
         typer.echo(f"{path}  {what}")
+    if maps.score is not None:
+        typer.echo(f'match {maps.score:+.2f}: "{printable(maps.caption.text)}"')
 
 
 def _finish(out: Path, style: "Style | None", runtime: "Runtime", report: "Report") -> str:
-    """Draw the pairs if `style` is given; return a text with the numbers of truncated captions and unknown words."""
+    """Draw the pairs if `style` is given; return a text with scores, and the numbers of cut and unknown captions."""
+    import numpy as np
     import pyarrow.compute as pc
 
     from attnx.figures.words import draw_pairs
@@ -186,11 +188,16 @@ def _finish(out: Path, style: "Style | None", runtime: "Runtime", report: "Repor
     if style is not None:
         draw_pairs(out, runtime, style)
     cut = unknown = 0
+    scores = [np.zeros(0)]
     for part in parts(out):
-        rows = Part(part).table(["cut", "tokens"])
+        rows = Part(part).table(["cut", "tokens", "score"])
+        scores.append(rows["score"].drop_null().to_numpy())
         cut += pc.sum(pc.greater(rows["cut"], 0)).as_py() or 0
         tokens = rows["tokens"].combine_chunks()
         of_row = pc.list_parent_indices(tokens).filter(pc.equal(pc.list_flatten(tokens), "[UNK]"))
         unknown += len(of_row.unique())
-    message = f", {cut} captions were cut: they are longer than the model's limit" if cut else ""
+    found, message = np.concatenate(scores), ""
+    if found.size:
+        message = f", match: mean {found.mean():+.2f}, min {found.min():+.2f}, max {found.max():+.2f}"
+    message += f", {cut} captions were cut: they are longer than the model's limit" if cut else ""
     return message + (f", {unknown} captions have words that are not in the vocabulary" if unknown else "")

@@ -45,6 +45,11 @@ class CaptionMaps:
         """The W words."""
         return self.caption.words
 
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The words with a piece that is not in the vocabulary ([UNK]), in order, each once."""
+        return self.caption.unknown
+
     @cached_property
     def word_maps(self) -> Tensor:
         """The maps of the words, [W, h, w]: the mean over the pieces of each word."""

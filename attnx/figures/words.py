@@ -41,9 +41,9 @@ def draw_words(picture: "Image", found: "CaptionMaps", out: Path, style: Style) 
 
 
 def draw_pairs(out: Path, runtime: "Runtime", style: Style) -> None:
-    """Write the sheet of each pair of a finished job to `out`/pictures. The file of row 7 is 000007.png.
+    """Write the sheet of each pair of a finished job to `out`/pictures. That of row 7 is 000007-a-red-circle.png.
 
-    Existing pictures are kept, because several runs may share the job.
+    Existing pictures are kept, because several runs may share the job; so are those of the former name 000007.png.
     """
     import torch
 
@@ -56,12 +56,14 @@ def draw_pairs(out: Path, runtime: "Runtime", style: Style) -> None:
     folder.mkdir(exist_ok=True)
     for place, row in enumerate(maps):
         number = maps.manifest_row(place)
-        path = folder / f"{number:06d}.png"
-        if row.map is None or row.text is None or path.exists():
+        if row.map is None or row.text is None or (folder / f"{number:06d}.png").exists():
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             caption = runtime.task.tokenizer(row.text)
+        path = folder / _pair_name(number, caption.words)
+        if path.exists():
+            continue
         found = runtime.task.result(caption, torch.from_numpy(row.map), row.score)
         with large_images(runtime.recipe.max_pixels):
             picture, _ = read_scaled(*read(job.entry(number)), max_pixels=runtime.recipe.max_pixels)
@@ -83,9 +85,25 @@ def _over(picture: "Image", amap: "Tensor", style: Style) -> "Image":
     return overlay(picture, amap, interpolation=style.interpolation, colormap=style.colormap, alpha=style.alpha)
 
 
+def _pair_name(number: int, words: tuple[str, ...], most: int = 60) -> str:
+    """The file name of a pair: its number and its first words in ASCII, of at most `most` characters."""
+    text = ""
+    for word in filter(None, map(_ascii, words)):
+        longer = f"{text}-{word}"
+        if len(longer) - 1 > most:
+            break
+        text = longer
+    return f"{number:06d}{text}.png"
+
+
 def _safe(word: str) -> str:
     """The word as part of a file name that is valid on all systems."""
-    return re.sub(r"[^\w]+", "_", word, flags=re.ASCII).strip("_")[:40] or "word"
+    return _ascii(word) or "word"
+
+
+def _ascii(word: str) -> str:
+    """At most 40 letters, digits and underscores of a word; "" if it has none."""
+    return re.sub(r"[^\w]+", "_", word, flags=re.ASCII).strip("_")[:40]
 
 
 def _save_arrays(found: "CaptionMaps", path: Path) -> None:

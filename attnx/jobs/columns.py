@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,8 +44,12 @@ class MapRow:
         word_of: the word number of each token; None for [CLS] and [SEP].
         score: the matching logit.
         cut: number of words at the end that exceed the model's length.
+        words: the W words of the caption. If the shard has none, `attnx.open` joins the pieces; a word that is not in
+            the vocabulary is then [UNK].
         entropy, distance, max, mass, importance: the mean of a statistic of each head, float32 [T], layer by layer; see
             `attnx.methods.probes.head_means`.
+        sums_pieces: the map of a word is the sum over its pieces (LAVT), not their mean. `attnx.open` sets it by the
+            settings of the job; it is no column.
     """
 
     key: str = field(metadata=_stored("string"))
@@ -58,11 +63,30 @@ class MapRow:
     word_of: tuple[int | None, ...] | None = field(default=None, metadata=_stored("list<int32>", "captions"))
     score: float | None = field(default=None, metadata=_stored("float32", "captions"))
     cut: int | None = field(default=None, metadata=_stored("int32", "captions"))
+    words: tuple[str, ...] | None = field(default=None, metadata=_stored("list<string>", "captions"))
     entropy: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
     distance: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
     max: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
     mass: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
     importance: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
+    sums_pieces: bool = field(default=False, repr=False, metadata={"only": "attnx.open"})
+
+    @cached_property
+    def word_maps(self) -> np.ndarray:
+        """The maps of the words, float32 [W, h, w]: the mean over the pieces of each word (ALBEF), or the sum (LAVT).
+
+        Raises:
+            ValueError: the row has no map, or no words, which only rows of `attnx words` have.
+        """
+        if self.error is not None:
+            raise ValueError(f"word_maps: expected a row with a map; {self.key} has the error: {self.error}")
+        if self.words is None or self.word_of is None:
+            raise ValueError(f"word_maps: expected a row of attnx words; {self.key} has no words")
+        if self.map is None:
+            raise ValueError(f"word_maps: expected a row with a map; {self.key} has none")
+        maps, owners = self.map.astype(np.float32), self.word_of
+        pieces = [maps[[t for t, word in enumerate(owners) if word == w]] for w in range(len(self.words))]
+        return np.stack([own.sum(0) if self.sums_pieces else own.mean(0) for own in pieces])
 
 
 def schema(dtype: str, captions: bool, stats: Sequence[str] = ()) -> pa.Schema:
@@ -78,7 +102,7 @@ def schema(dtype: str, captions: bool, stats: Sequence[str] = ()) -> pa.Schema:
     columns: dict[str, pa.DataType] = {}
     for each in fields(MapRow):
         has = {"": True, "maps": not stats, "captions": captions, "stats": each.name in stats}
-        if not has[each.metadata["only"]]:
+        if not has.get(each.metadata["only"]):
             continue
         if each.metadata["arrow"] == "map":
             columns |= {"map": pa.list_(_type(dtype)), "shape": pa.list_(pa.int32()), "scale": pa.float32()}

@@ -128,7 +128,7 @@ class Maps:
                 name for name in file.columns if not errors_only or name not in ("map", "tensor", "tensor_crc32")
             ]
             for batch in file.batches(columns):
-                yield list(rows_of(batch, shard))
+                yield list(rows_of(batch, shard, self.settings))
 
     def tables(self, columns: list[str]) -> Iterator[pa.Table]:
         """Some columns of each shard, as stored."""
@@ -184,7 +184,8 @@ class Maps:
         if (shard, group) not in self._groups:
             _keep(self._groups, (shard, group), file.read(group), _GROUPS)
         self._groups.move_to_end((shard, group))
-        return next(rows_of(self._groups[shard, group].slice(row - first, 1), self._shards[shard]))
+        batch = self._groups[shard, group].slice(row - first, 1)
+        return next(rows_of(batch, self._shards[shard], self.settings))
 
     def _file(self, shard: int) -> Part:
         if shard not in self._files:

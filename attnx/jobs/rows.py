@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["rows_of", "shards_in"]
 
 
-def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[MapRow]:
-    """The rows of a record batch of a shard."""
+def rows_of(batch: pa.RecordBatch, shard: Path, settings: dict[str, Any]) -> Iterator[MapRow]:
+    """The rows of a record batch of a shard. settings: those of the job."""
     names = batch.schema.names
     if "map" in names:
         maps = batch.column("map")
@@ -35,10 +35,22 @@ def rows_of(batch: pa.RecordBatch, shard: Path) -> Iterator[MapRow]:
         if amap is not None and scale is not None:
             amap = amap.astype(np.float32) * np.float32(scale)
         lists: dict[str, Any] = {
-            name: tuple(row[name]) for name in ("tokens", "word_of", "crop") if row.get(name) is not None
+            name: tuple(row[name]) for name in ("tokens", "word_of", "crop", "words") if row.get(name) is not None
         }
+        if "words" not in lists and lists.keys() >= {"tokens", "word_of"}:
+            lists["words"] = _joined(lists["tokens"], lists["word_of"])
         stats = {name: np.array(row[name], np.float32) for name in STATS if row.get(name) is not None}
-        yield MapRow(map=amap, **{**row, **lists, **stats})
+        # Only LAVT has stages. Its word pieces are keys, whose weights are added.
+        yield MapRow(map=amap, sums_pieces="stage" in settings, **{**row, **lists, **stats})
+
+
+def _joined(tokens: tuple[str, ...], word_of: tuple[int | None, ...]) -> tuple[str, ...]:
+    """The words of word pieces, for shards without the column `words`."""
+    words = [""] * (max((word for word in word_of if word is not None), default=-1) + 1)
+    for token, word in zip(tokens, word_of, strict=True):
+        if word is not None:
+            words[word] += token.removeprefix("##")
+    return tuple(words)
 
 
 def shards_in(out: Path, shards: int | None = None) -> list[Path]:

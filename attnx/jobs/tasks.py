@@ -129,8 +129,9 @@ class WordTask:
 def _row(entry: Entry, result: CaptionMaps, wait: Callable[[], np.ndarray]) -> MapRow:
     caption = result.caption
     return MapRow(
-        entry.key, map=wait(), tokens=result.tokens, word_of=caption.word_of, score=result.score, cut=caption.cut
-    )
+        entry.key, map=wait(), tokens=result.tokens, word_of=caption.word_of, score=result.score, cut=caption.cut,
+        words=result.words,
+    )  # fmt: skip
 
 
 def fetch(maps: torch.Tensor) -> Callable[[], np.ndarray]:

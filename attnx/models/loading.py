@@ -1,8 +1,8 @@
 """Load models by name, with their own weights, those of a checkpoint file, or random weights.
 
 `load_model`: "timm:NAME", "hf:NAME or folder", "torchvision:NAME", "open_clip:NAME/PRETRAINED",
-"torchhub:FOLDER:ENTRY", or a name of `registry.IMAGE_MODELS`. `load_word_model`: "albef", "lavt", or a
-name of `registry.WORD_MODELS`.
+"torchhub:FOLDER:ENTRY", or a name of `registry.IMAGE_MODELS`. `load_word_model`: "albef", "lavt", either with ":FILE",
+or a name of `registry.WORD_MODELS`.
 """
 
 import importlib
@@ -100,8 +100,8 @@ def _check_import(library: str, install: str) -> None:
 
 # Word models whose weights can't be downloaded: what is expected in place of them.
 _WEIGHTS = {
-    "albef": "ALBEF's weights (https://github.com/salesforce/ALBEF has them to download), --no-pretrained for random "
-    "ones, or --model demo",
+    "albef": "ALBEF's weights as --model albef:FILE (https://github.com/salesforce/ALBEF has them to download), "
+    "--no-pretrained for random ones, or --model demo",
     "lavt": "LAVT's weights as --model lavt:FILE (https://github.com/yz93/LAVT-RIS has them to download), or "
     "--no-pretrained for random ones",
 }
@@ -119,18 +119,20 @@ def load_word_model(
     """The `Albef` or `Lavt` called `name`, on the CPU, in eval mode.
 
     Args:
-        name: "albef" or "lavt" in the published sizes, or "demo".
+        name: "albef" or "lavt" in the published sizes, "albef:FILE" or "lavt:FILE" with the weights of a file, or
+            "demo" (also "albef:demo").
         pretrained: use the model's own weights; False: random weights.
-        checkpoint: a file of weights. ALBEF's and LAVT's own can't be downloaded by attnx.
+        checkpoint: a file of weights, if `name` has none. ALBEF's and LAVT's own can't be downloaded by attnx.
         vocab: bert-base-uncased's vocab.txt; None: from the Hugging Face hub.
         image_size: (height, width) in pixels, or one number for a square; None: the model's own size, or 480 with
             preset "vl-dino".
         preset: "vl-dino": images are normalised with ImageNet's mean and std.
 
     Raises:
-        ValueError: an unknown name, no weights, or a checkpoint that doesn't fit.
+        ValueError: an unknown name, no weights, two files, or a checkpoint that doesn't fit.
         FileNotFoundError: no such file.
     """
+    name, checkpoint = word_model(name, checkpoint)
     if preset and image_size is None:
         image_size = _VL_DINO_SIZE if name not in WORD_MODELS else None
     if name in WORD_MODELS:
@@ -151,8 +153,25 @@ def load_word_model(
     return replace(loaded, mean=IMAGENET[0], std=IMAGENET[1]) if preset else loaded
 
 
+def word_model(name: str, checkpoint: str | Path | None = None) -> tuple[str, str | Path | None]:
+    """The bare name and the checkpoint of a word model: "albef:FILE" is "albef" and FILE, "albef:demo" is "demo".
+
+    Raises:
+        ValueError: `name` has a file, and `checkpoint` is another.
+    """
+    kind, _, file = name.partition(":")
+    if kind not in _WEIGHTS:
+        return name, checkpoint
+    if kind == "albef" and file in WORD_MODELS:
+        return file, checkpoint
+    if file and checkpoint is not None:
+        raise ValueError(f"checkpoint: expected one; got --model {name} and --checkpoint {checkpoint}")
+    return kind, file or checkpoint
+
+
 def default_layer(name: str) -> int:
     """The default text layer of maps."""
+    name, _ = word_model(name)
     return WORD_MODELS[name].layer if name in WORD_MODELS else _ALBEF_LAYER
 
 

@@ -37,6 +37,11 @@ class Caption:
     word_of: tuple[int | None, ...]
     cut: int = 0
 
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The words with a piece that is not in the vocabulary ([UNK]), in order, each once."""
+        return tuple(dict.fromkeys(self.words[w] for w in _unknown_places(self)))
+
 
 def pre_caption(caption: str, max_words: int | None = None) -> str:
     """ALBEF's caption rules: lower case, no punctuation, hyphens and slashes as spaces, at most `max_words` words.
@@ -189,19 +194,24 @@ def _words(encoded: "Encoding") -> list[int | None]:
     return indices
 
 
+def _unknown_places(caption: Caption) -> list[int]:
+    """The index of the word of each [UNK], in order."""
+    return [w for token, w in zip(caption.tokens, caption.word_of, strict=True) if token == "[UNK]" and w is not None]
+
+
 def _unknown(caption: Caption, most: int = 10) -> str:
-    """Warning text that lists the words that are not in the vocabulary; "" if there are none."""
-    unknown = [
-        w for token, w in zip(caption.tokens, caption.word_of, strict=True) if token == "[UNK]" and w is not None
-    ]
+    """Warning text that counts and lists the words that are not in the vocabulary; "" if there are none."""
+    unknown = _unknown_places(caption)
     if not unknown:
         return ""
-    # Each word once. Control characters are escaped for the terminal.
-    names = list(
-        dict.fromkeys(word if word.isprintable() else repr(word) for word in (caption.words[w] for w in unknown))
-    )
+    # Control characters are escaped for the terminal.
+    names = [word if word.isprintable() else repr(word) for word in caption.unknown]
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    message = f"caption: not in the vocabulary, read as [UNK]: {', '.join(names[:most])}{more}"
+    count = len(set(unknown))
+    message = (
+        f"caption: {count} of {len(caption.words)} words {'is' if count == 1 else 'are'} not in the vocabulary: "
+        f"{', '.join(names[:most])}{more}"
+    )
     alone = len(unknown) == sum(w is not None for w in caption.word_of)
     return f"{message}; the vocabulary has none of the words, so the maps are meaningless" if alone else message
 
