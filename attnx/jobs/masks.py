@@ -19,7 +19,7 @@ from attnx.jobs.reader import Maps
 from attnx.limits import PICTURE_PIXELS
 from attnx.methods import mass_mask
 
-__all__ = ["Score", "jaccard", "mask_of", "points_at", "read_labels", "score"]
+__all__ = ["Score", "jaccard", "mask_of", "places_in", "points_at", "read_labels", "score"]
 
 VOID = 255
 
@@ -181,7 +181,12 @@ def _heads(amap: np.ndarray, layers: bool) -> np.ndarray:
 
 def _cells(length: int, start: float, stop: float, cells: int) -> tuple[np.ndarray, np.ndarray]:
     """Along one side of a picture: the pixels with their centre in the crop, and the map cell of each."""
+    inside, places = places_in(length, start, stop, cells)
+    return inside, np.floor(places).astype(np.int64).clip(0, cells - 1)
+
+
+def places_in(length: int, start: float, stop: float, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Along one side of a picture: the pixels with their centre in the crop, and the place of each in map cells."""
     middles = np.arange(length) + 0.5
     inside = np.flatnonzero((middles >= start) & (middles < stop))
-    cell = np.floor((middles[inside] - start) / (stop - start) * cells).astype(np.int64)
-    return inside, cell.clip(0, cells - 1)
+    return inside, (middles[inside] - start) / (stop - start) * cells
