@@ -1,5 +1,6 @@
 """Maps beside their photos: `Maps.to_torch` with images."""
 
+import doctest
 import pickle
 import tarfile
 from pathlib import Path
@@ -10,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from small_job import draw, made_job
+from test_cli import run
 
 import attnx
 from attnx.images import read_image
 from attnx.jobs.photos import Photos, path_of_key
+from attnx.jobs.reader import Maps
 
 COUNT = 7
 
@@ -145,6 +148,30 @@ def test_keys_that_leave_the_folder(key: str, out: Path, tmp_path: Path) -> None
     row = attnx.jobs.columns.MapRow(key, width=1, height=1, crop=(0, 0, 1, 1))
     with pytest.raises(ValueError, match="expected a key that is a path below"):
         Photos(maps, tmp_path)(0, row)
+
+
+def test_maps_of_words_beside_their_photos(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "photos", 2)
+    (tmp_path / "pairs.csv").write_text("path,key,caption\n000.jpg,000.jpg,a red circle\n001.jpg,001.jpg,a star\n")
+    result = run("words", "--pairs", tmp_path / "pairs.csv", "--root", folder, "--model", "demo", "--workers", 0,
+                 "--device", "cpu", "--out", tmp_path / "out")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    maps = attnx.open(tmp_path / "out")
+    for images in (True, folder):
+        item = maps.to_torch(images=images, size=(20, 30))[0]
+        row = maps["000.jpg"]
+        assert item["text"] == "a red circle"
+        assert item["map"].shape == (len(row.map), 20, 30)
+        assert item["image"].shape == (3, 20, 30)
+
+
+def test_the_example_of_the_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runner, said = doctest.DocTestRunner(), []
+    for test in doctest.DocTestFinder().find(Maps.to_torch, "to_torch", globs={"attnx": attnx, "torch": torch}):
+        runner.run(test, out=said.append)
+    assert runner.tries == 5
+    assert not said, "".join(said)
 
 
 def test_photos_can_be_pickled(out: Path) -> None:
