@@ -82,15 +82,32 @@ OPTIONS: dict[str, dict[str, list[str] | None]] = {
         **STYLE, "--out": OUT, "--masks": HOSTILE, "--examples": ["1", "2", "0", "-1", "x"], "--mass": NUMBERS,
         "--keep": NUMBERS,
     },
+    "masks": {
+        "--out": OUT, "--kind": ["heat", "mass", "x", ""], "--mass": NUMBERS, "--keep": NUMBERS, "--root": HOSTILE,
+        "--workers": ["0", "1", "-1", "x", "1" * 30],
+    },
     "kernels": {"--arch": HOSTILE, "--head-dim": NUMBERS, "--dtype": HOSTILE, "--jobs": NUMBERS, "--json": None},
     "demo": {"--out": OUT, "--scenes": NUMBERS},
 }  # fmt: skip
 ARGUMENTS = {
     "extract": ["pictures"], "words": ["pictures/000.jpg", "a red circle"], "show": ["pictures/000.jpg"],
-    "probe": ["pictures"], "compare": ["job", "job"], "summary": ["job"], "kernels": [], "demo": [],
+    "probe": ["pictures"], "compare": ["job", "job"], "summary": ["job"], "masks": ["job"], "kernels": [], "demo": [],
 }  # fmt: skip
 COMMANDS = [
-    *("extract", "extract", "words", "words", "probe", "compare", "show", "summary", "summary", "kernels", "demo"),
+    *(
+        "extract",
+        "extract",
+        "words",
+        "words",
+        "probe",
+        "compare",
+        "show",
+        "summary",
+        "summary",
+        "masks",
+        "kernels",
+        "demo",
+    ),
 ]
 # The first lines of a job, and messages that torch logs when it imports other packages.
 NOTICES = re.compile(r"attnx: (no --model|model |caption: |--keep of show)|[WE]\d{4} .*torch/")
@@ -171,7 +188,7 @@ def command_line(rng: random.Random) -> list[str]:
         return [command, "--help", *line[1:]]
     last = [] if "--model" in more else ["--model", rng.choice(MODELS) if rng.random() < 0.15 else "demo"]
     last += ["--device", "cpu"] if rng.random() < 0.8 else []
-    if command in ("summary", "compare"):
+    if command in ("summary", "compare", "masks"):
         last = ["--examples", "1"] if command == "summary" and rng.random() < 0.5 else []
     if command in ("extract", "words", "probe"):
         last += ["--workers", "0"]

@@ -1,4 +1,4 @@
-"""The command line: attnx demo | show | extract | words | probe | compare | summary | models | kernels."""
+"""The command line: attnx demo | show | extract | words | probe | compare | summary | masks | models | kernels."""
 
 import importlib.util
 import os
@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from attnx.cli.extract import extract
+from attnx.cli.masks import masks
 from attnx.cli.models import models
 from attnx.cli.options import (
     PATH,
@@ -84,7 +85,8 @@ app = typer.Typer(
 
     [bold]attnx demo[/bold] shows examples without a download. [bold]attnx show photo.jpg --model demo[/bold] draws
     the maps of one image, [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
-    the maps of a folder, and [bold]attnx summary maps/[/bold] computes statistics of them. [bold]attnx words photo.jpg
+    the maps of a folder, and [bold]attnx summary maps/[/bold] computes statistics of them. [bold]attnx masks
+    maps/ --out masks/[/bold] writes them as grey pictures. [bold]attnx words photo.jpg
     "a dog" --checkpoint ALBEF.pth[/bold] draws the map of each word. [bold]attnx probe photos/ --model
     timm:vit_base_patch16_224[/bold] computes how far and how widely each head attends, and [bold]attnx compare[/bold]
     overlays several models. [bold]attnx models[/bold] shows what works for each family of models. [bold]attnx
@@ -163,6 +165,7 @@ app.command()(words)
 app.command()(probe)
 app.command()(compare)
 app.command()(summary)
+app.command()(masks)
 app.command()(models)
 
 

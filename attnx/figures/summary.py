@@ -12,10 +12,8 @@ from PIL import Image
 from attnx.figures.picture import heat, overlay, save
 from attnx.figures.sheets import contact_sheet
 from attnx.files import replacing
-from attnx.images import large_images, read_scaled
-from attnx.jobs.job import Job
+from attnx.jobs.photos import Photos
 from attnx.jobs.reader import Maps
-from attnx.jobs.recipe import recipe_of
 from attnx.jobs.summary import LEVELS, Summary, spatial
 
 if TYPE_CHECKING:
@@ -71,13 +69,11 @@ class _Pictures:
 
     def __init__(self, maps: Maps, style: Style) -> None:
         self._maps, self._style = maps, style
-        self._job = Job(maps.folder) if (maps.folder / "run.json").is_file() else None
-        self._read = None
-        if self._job is not None:
-            try:
-                self._read = recipe_of(self._job.run["recipe"]).open_source().reader()
-            except (OSError, ValueError):
-                self._job = None
+        self._photos: Photos | None = Photos(maps)
+        try:
+            self._photos.check()
+        except ValueError:
+            self._photos = None
 
     def __call__(self, place: int) -> Image.Image:
         """The picture of the row at index `place`."""
@@ -92,17 +88,10 @@ class _Pictures:
         return overlay(picture, amap, colormap=style.colormap, alpha=style.alpha, interpolation=style.interpolation)
 
     def _picture(self, row: MapRow, place: int) -> Image.Image | None:
-        if self._job is None or self._read is None or row.crop is None or not row.width:
-            return None
-        most = self._maps.settings.get("max_pixels")
         try:
-            with large_images(most):
-                picture, _ = read_scaled(*self._read(self._job.entry(self._maps.manifest_row(place))), max_pixels=most)
-        except (OSError, ValueError):
+            return None if self._photos is None else self._photos(place, row)
+        except ValueError:
             return None
-        # A large picture is read at a smaller scale; the crop is in the pixels of the full one.
-        left, top, right, bottom = (round(side * picture.width / row.width) for side in row.crop)
-        return picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
 
 def numbers(maps: Maps, found: Summary, scored: Score | None) -> dict[str, Any]:

@@ -71,6 +71,24 @@ def read_scaled(
     return _read(path, content, max_pixels, scaled=True)
 
 
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """The (width, height) of the upright picture in a file, from its header. No pixels are decoded.
+
+    Raises:
+        ImageError: the file has no header of an image.
+    """
+    try:
+        with open_regular(path) as file:
+            _check_header(file)
+            with Image.open(file, formats=installed_formats()) as image:
+                # PngImageFile.getexif would decode the pixels, to find what comes after them.
+                turned = int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)) >= 5
+                return image.size[::-1] if turned else image.size
+    # Decoders raise nearly any exception for broken data.
+    except Exception as error:
+        raise ImageError(f"{path}: can't be read as an image: {type(error).__name__}: {error}") from error
+
+
 def _read(
     path: str | Path, content: IO[bytes] | None, max_pixels: int | None, scaled: bool
 ) -> tuple[Image.Image, tuple[int, int]]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from attnx.files import open_regular
 from attnx.jobs.columns import MapRow
+from attnx.jobs.photos import path_of_key
 from attnx.jobs.reader import Maps
 from attnx.limits import PICTURE_PIXELS
 from attnx.methods import mass_mask
@@ -101,12 +102,12 @@ def score(maps: Maps, folder: str | Path, keep: float = 0.6) -> Score:
 
 def mask_of(key: str, folder: str | Path) -> Path | None:
     """The path of a key's mask below the folder; None if there is none."""
-    path = Path(key)
-    if not path.name or path.is_absolute() or ".." in path.parts:
+    path = path_of_key(key)
+    if path is None:
         return None
     try:
         return mask if (mask := Path(folder) / path.with_suffix(".png")).is_file() else None
-    # The key is too long for a path, or has a zero byte.
+    # The key is too long for a path.
     except (OSError, ValueError):
         return None
 

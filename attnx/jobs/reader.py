@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import torch
 
 from attnx.jobs.columns import MapRow
 from attnx.jobs.job import Job
@@ -20,6 +19,9 @@ from attnx.jobs.shards import Part
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from PIL import Image
+
+    from attnx.jobs.training import MapDataset
 
 __all__ = ["Maps", "open"]
 
@@ -122,13 +124,14 @@ class Maps:
 
     def groups(self, errors_only: bool = False) -> Iterator[list[MapRow]]:
         """All rows in groups of a few hundred. With `errors_only`, maps are not read."""
-        for number, shard in enumerate(self._shards):
-            file = self._file(number)
-            columns = [
-                name for name in file.columns if not errors_only or name not in ("map", "tensor", "tensor_crc32")
-            ]
-            for batch in file.batches(columns):
-                yield list(rows_of(batch, shard, self.settings))
+        for shard in range(self.shards):
+            yield from self.groups_of(shard, errors_only)
+
+    def groups_of(self, shard: int, errors_only: bool = False) -> Iterator[list[MapRow]]:
+        """The rows of a shard, in groups as of `groups`."""
+        file, left = self._file(shard), ("map", "tensor", "tensor_crc32") if errors_only else ()
+        for batch in file.batches([name for name in file.columns if name not in left]):
+            yield list(rows_of(batch, self._shards[shard], self.settings))
 
     def tables(self, columns: list[str]) -> Iterator[pa.Table]:
         """Some columns of each shard, as stored."""
@@ -155,18 +158,41 @@ class Maps:
         has: np.ndarray = ~self._file(shard).table(["error"]).column("error").is_valid().to_numpy()
         return has
 
-    def to_torch(self) -> MapDataset:
-        """A map-style data set of the rows with a map, in order.
+    def to_torch(
+        self,
+        images: bool | str | Path | None = None,
+        size: tuple[int, int] | None = None,
+        transform: Callable[[Image.Image], Any] | None = None,
+    ) -> MapDataset:
+        """A map-style data set of the rows with a map, in order, with their photos on request.
 
-        Items are {"key": str, "map": float32 tensor, "text": caption or ""}.
-        `torch.utils.data.DataLoader(maps.to_torch(), batch_size=64)` stacks them.
+        Items are {"key": str, "map": float32 tensor, "text": caption or "", "crop": float32 tensor [4], "width": int,
+        "height": int}, and "image" with `images`. `torch.utils.data.DataLoader(maps.to_torch(), batch_size=64)` stacks
+        them, also with worker processes.
+
+        Args:
+            images: True: photos of the source that the job has read; a folder: the photo of a row is folder/key.
+                "image" is the photo, upright and cropped as its map is, float32 [3, H, W] in 0..1. The crop is rounded
+                to whole pixels.
+            size: (height, width) to which photos and maps are resized, bilinearly; photos are antialiased.
+            transform: makes "image" of the cropped and resized PIL image. It is pickled for worker processes that are
+                spawned.
 
         Raises:
-            ValueError: the job is one of `attnx probe`, which has no maps.
+            ValueError: the job is one of `attnx probe`, which has no maps; an argument is wrong. An item raises it if
+                its photo can't be read, or has another size than the row says; the message has the key.
+
+        Example:
+            >>> from attnx.demo.run import run_demo
+            >>> verdict = run_demo("attnx-demo", scenes=4)
+            >>> data = attnx.open("attnx-demo/rollout").to_torch(images=True, size=(96, 96))
+            >>> batch = next(iter(torch.utils.data.DataLoader(data, batch_size=4)))
+            >>> batch["image"].shape, batch["map"].shape
+            (torch.Size([4, 3, 96, 96]), torch.Size([4, 96, 96]))
         """
-        if "stats" in self.settings:
-            raise ValueError(f"to_torch: expected a job with maps; {self.folder} has statistics of heads")
-        return MapDataset(self)
+        from attnx.jobs.training import MapDataset
+
+        return MapDataset(self, images, size, transform)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict(), "_groups": OrderedDict(), "_index": None}
@@ -217,20 +243,3 @@ def _keep(cache: OrderedDict[Any, Any], name: Any, value: Any, most: int) -> Non
     while len(cache) >= most:
         cache.popitem(last=False)
     cache[name] = value
-
-
-class MapDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """A torch data set of the rows with a map, see `Maps.to_torch`."""
-
-    def __init__(self, maps: Maps) -> None:
-        self.maps = maps
-        good = [np.ones(0, bool), *(maps.has_map(shard) for shard in range(maps.shards))]
-        self._places = np.flatnonzero(np.concatenate(good))
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, at: int) -> dict[str, Any]:
-        row = self.maps[int(self._places[at])]
-        assert row.map is not None
-        return {"key": row.key, "map": torch.from_numpy(row.map.astype(np.float32)), "text": row.text or ""}

@@ -1,0 +1,268 @@
+"""Masks of a job's photos as PNG files, for `attnx masks`."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from array import array
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from attnx.files import open_regular, replacing
+from attnx.images import large_images, upright_size
+from attnx.jobs.columns import MapRow
+from attnx.jobs.job import Job
+from attnx.jobs.mask_images import mask_image
+from attnx.jobs.photos import path_of_key, photo_below
+from attnx.jobs.reader import Maps
+from attnx.jobs.runfile import RUN
+from attnx.jobs.shards import DamagedError
+from attnx.limits import PICTURE_PIXELS
+
+__all__ = ["KINDS", "SETTINGS", "MaskReport", "Masks", "write_masks"]
+
+KINDS = ("heat", "mass")
+SETTINGS = "masks.json"
+_SHARES = 4  # at least, for each process
+
+
+@dataclass
+class MaskReport:
+    """What `write_masks` did.
+
+    Attributes:
+        made, kept: number of masks that were written, and that were there before.
+        without: number of rows without a map.
+        errors: (key, reason) of the rows whose mask could not be written.
+    """
+
+    made: int = 0
+    kept: int = 0
+    without: int = 0
+    errors: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, other: MaskReport) -> None:
+        """Add the numbers and errors of another report."""
+        self.made += other.made
+        self.kept += other.kept
+        self.without += other.without
+        self.errors += other.errors
+
+
+class Share(NamedTuple):
+    """Every `step`-th row of a shard, from row `first` on."""
+
+    shard: int
+    first: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What to write. It can be pickled.
+
+    Attributes:
+        maps: the maps of the job.
+        out: folder of the masks.
+        kind: "heat" or "mass".
+        mass: the share of a map's mass inside a mask of kind "mass".
+        root: folder of the photos, whose sizes are then checked.
+    """
+
+    maps: Maps
+    out: Path
+    kind: str = "heat"
+    mass: float = 0.6
+    root: Path | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the masks and the identity of their job, for JSON."""
+        job = Job(self.maps.folder).manifest_sha256 if (self.maps.folder / RUN).is_file() else None
+        settings = self.maps.settings
+        text = json.dumps([job, settings], sort_keys=True)
+        return {
+            "kind": self.kind, "mass": self.mass if self.kind == "mass" else None, "model": settings.get("model"),
+            "method": settings.get("method"), "job": hashlib.sha256(text.encode()).hexdigest(),
+        }  # fmt: skip
+
+    def write_share(self, share: Share, stopped: Callable[[], bool] = lambda: False) -> MaskReport:
+        """Write the masks of a share of the rows that are not there."""
+        report = MaskReport()
+        rows = chain.from_iterable(self.maps.groups_of(share.shard))
+        for row in islice(rows, share.first, None, share.step):
+            if stopped():
+                return report
+            try:
+                self._write(row, report)
+            # A name that is too long, a folder where the mask belongs, a photo that can't be read.
+            except (ValueError, OSError) as error:
+                if _is_fatal(error):
+                    raise
+                report.errors.append((row.key, str(error)))
+        return report
+
+    def _write(self, row: MapRow, report: MaskReport) -> None:
+        if row.map is None:
+            report.without += 1
+            return
+        path = path_of_key(row.key)
+        if path is None:
+            raise ValueError(f"expected a key that is a path below {self.out}")
+        target = (self.out / path).with_suffix(".png")
+        if target.is_file():
+            report.kept += 1
+            return
+        if self.root is not None and (size := _size_of(photo_below(self.root, row.key))) != (row.width, row.height):
+            raise ValueError(f"expected a photo of {row.width} x {row.height} pixels; got {size[0]} x {size[1]}")
+        mask = mask_image(row, self.kind, self.mass)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A mask that a power failure has emptied would be kept as it is.
+        with replacing(target) as unfinished:
+            mask.save(unfinished, "PNG")
+        report.made += 1
+
+
+def _size_of(photo: Path) -> tuple[int, int]:
+    with large_images(PICTURE_PIXELS):
+        return upright_size(photo)
+
+
+def _is_fatal(error: Exception) -> bool:
+    """True for an error of the disk or of the job, not of one row."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE)
+    return isinstance(error, DamagedError) or (isinstance(error, OSError) and error.errno in full)
+
+
+def write_masks(masks: Masks, workers: int, progress: Callable[[int, int], None] | None = None) -> MaskReport:
+    """Write the masks of all rows, in several processes.
+
+    Files that are there are kept. The settings are stored in masks.json.
+
+    Args:
+        masks: what to write.
+        workers: number of processes; 0: in this process.
+        progress: called with the rows done and their number.
+
+    Raises:
+        ValueError: the job has no maps of images over patches; two keys have the same mask; the folder has masks of
+            other settings, or other files.
+    """
+    maps, report, done = masks.maps, MaskReport(), 0
+    _check_job(maps)
+    _check_names(maps)
+    _prepare(masks)
+    for part in _reports(masks, min(workers, len(maps))):
+        report.add(part)
+        done += part.made + part.kept + part.without + len(part.errors)
+        if progress is not None:
+            progress(done, len(maps))
+    return report
+
+
+def _check_job(maps: Maps) -> None:
+    settings = maps.settings
+    found = {"stats": "statistics of heads", "vocab": "maps of words"}
+    kind = next((what for name, what in found.items() if name in settings), None)
+    kind = "whole maps" if settings.get("store") == "full" else kind
+    if kind is not None:
+        raise ValueError(f"masks: expected a job with maps of images over patches; {maps.folder} has {kind}")
+
+
+def _names(maps: Maps) -> Iterator[tuple[str, str]]:
+    """(key, name of its mask) of the rows whose key is a path below a folder."""
+    for key in maps.keys():  # noqa: SIM118
+        if (path := path_of_key(key)) is not None:
+            yield key, path.with_suffix(".png").as_posix()
+
+
+def _check_names(maps: Maps) -> None:
+    """Raise ValueError if two keys have the same mask. Takes 8 bytes per row."""
+    seen = np.sort(np.frombuffer(array("q", (hash(name) for _, name in _names(maps))), np.int64))
+    repeated = set(seen[1:][seen[1:] == seen[:-1]].tolist())
+    first: dict[str, str] = {}
+    for key, name in _names(maps) if repeated else ():
+        if hash(name) in repeated and (other := first.setdefault(name, key)) != key:
+            raise ValueError(f"masks: expected keys with different masks; {other!r:.90} and {key!r:.90} have the same")
+
+
+def _prepare(masks: Masks) -> None:
+    """Create the folder and its masks.json, or check that it has these settings."""
+    out, wanted = masks.out, masks.settings()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / SETTINGS
+    if path.is_file():
+        try:
+            with open_regular(path) as file:
+                there = json.loads(file.read(2**20))
+        except ValueError as error:
+            raise ValueError(f"out: {path} is not a file of attnx masks: {error}") from error
+        there = there if isinstance(there, dict) else {}
+        changed = [f"{name}: {there.get(name)!r:.40} there, {wanted[name]!r:.40} now" for name in wanted
+                   if there.get(name) != wanted[name]]  # fmt: skip
+        if changed:
+            raise ValueError(f"out: {out} has masks of other settings ({'; '.join(changed)}); choose another folder")
+        return
+    other = next((each.name for each in out.iterdir() if not each.name.startswith(".masks-")), None)
+    if other is not None:
+        raise ValueError(f"out: expected a new folder, or one of attnx masks; {out} has other files, such as {other!r}")
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+
+
+def _reports(masks: Masks, workers: int) -> Iterator[MaskReport]:
+    """The report of each share of the rows, as it is written."""
+    # A process reads all rows of a shard for its share of them, so large jobs have one share a shard.
+    step = max(1, -(-_SHARES * max(1, workers) // masks.maps.shards))
+    shares = [Share(shard, first, step) for shard in range(masks.maps.shards) for first in range(step)]
+    if workers <= 1:
+        yield from map(masks.write_share, shares)
+        return
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(masks, stop))
+    try:
+        waiting = {pool.submit(_write_share, share) for share in shares}
+        while waiting:
+            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in finished)
+    finally:
+        # After an error or an interrupt, the processes finish the mask that they are writing.
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+_work: tuple[Masks, Any] | None = None
+
+
+def _start(masks: Masks, stop: Any) -> None:
+    """Prepare a process of the pool: one thread, no interrupts, and an end with its parent."""
+    global _work
+    _work = masks, stop
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _write_share(share: Share) -> MaskReport:
+    assert _work is not None
+    masks, stop = _work
+    return masks.write_share(share, stop.is_set)

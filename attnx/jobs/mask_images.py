@@ -1,0 +1,47 @@
+"""The mask of a photo from its map."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from attnx.jobs.columns import MapRow
+from attnx.jobs.summary import spatial
+from attnx.limits import PICTURE_PIXELS
+from attnx.methods import mass_mask, resize
+
+__all__ = ["mask_image"]
+
+_STRIP = 256  # rows of pixels
+
+
+def mask_image(row: MapRow, kind: str, mass: float) -> Image.Image:
+    """The mask of a row's photo, 8-bit grey, of the photo's size; 0 outside the row's crop.
+
+    The mean over the layers and heads of the map is taken first.
+
+    Args:
+        row: a row with a map [..., h, w].
+        kind: "heat": the map, resized bilinearly into the crop, 255 at its maximum; "mass": 255 in the patches of
+            `attnx.mass_mask`, upsampled by nearest neighbour.
+        mass: share of the map's mass in a mask of kind "mass".
+
+    Raises:
+        ValueError: the row has no map over patches, no size or no crop, or too many pixels.
+    """
+    amap = spatial(row)
+    if amap is None or row.crop is None or row.width is None or row.height is None:
+        raise ValueError("expected a map over patches, with width, height and crop")
+    if row.width * row.height > PICTURE_PIXELS:
+        raise ValueError(f"expected a photo of at most {PICTURE_PIXELS:,} pixels; got {row.width} x {row.height}")
+    if kind == "mass":
+        values, mode = 255.0 * mass_mask(amap, mass).numpy(), "nearest"
+    else:
+        values, mode = 255.0 * amap.clip(0) / (amap.max() if amap.max() > 0 else 1.0), "bilinear"
+    left, top, right, bottom = row.crop
+    full = np.zeros((row.height, row.width), np.uint8)
+    # In strips, so that a large photo takes little more memory than its mask.
+    for first in range(0, row.height, _STRIP):
+        strip = full[first : first + _STRIP]
+        strip[:] = resize(values, strip.shape, (left, top - first, right, bottom - first), mode=mode).round()
+    return Image.fromarray(full)
