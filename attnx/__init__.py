@@ -1,5 +1,8 @@
 """attnx: the attention maps of any vision transformer, at the price of its attention."""
 
+from importlib import import_module
+from types import ModuleType
+
 from attnx import demo, huggingface
 from attnx.extract.captions import CaptionMaps, WordMaps
 from attnx.extract.class_maps import class_maps
@@ -24,6 +27,8 @@ from attnx.methods import (
     row_entropy,
     token_map,
 )
+from attnx.models.loaded import Loaded
+from attnx.models.loading import load
 from attnx.ops.attention_stats import attention_stats
 from attnx.ops.functional import attention, attention_lse, attention_map, gradient_map, vecmat
 from attnx.ops.row_importance import row_importance
@@ -36,6 +41,7 @@ __all__ = [
     "CaptionMaps",
     "Extractor",
     "Handle",
+    "Loaded",
     "TokenLayout",
     "Trace",
     "WordMaps",
@@ -56,10 +62,12 @@ __all__ = [
     "head_importance",
     "huggingface",
     "layer_maps",
+    "load",
     "mass_mask",
     "mean_attention_distance",
     "open",
     "patch",
+    "picture",
     "pointing_game",
     "relevance",
     "resize",
@@ -73,3 +81,10 @@ __all__ = [
 __version__ = VERSION
 
 demo.register()
+
+
+def __getattr__(name: str) -> ModuleType:
+    # Pictures need more modules than maps, so they are imported when they are first used.
+    if name == "picture":
+        return import_module("attnx.picture")
+    raise AttributeError(f"module 'attnx' has no attribute {name!r}")

@@ -200,7 +200,7 @@ def test_rows(vit: tuple[nn.Module, Tensor]) -> None:
     for name in whole:
         assert chosen[name].shape == (2, 2, 13)
         torch.testing.assert_close(chosen[name], whole[name][:, [0, 5]], rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match=r"blocks.0.attn: rows: expected .* 0..12"), attnx.capture(model, rows=[13]):
+    with pytest.raises(ValueError, match=r"blocks.0.attn: rows: expected .* -13..12"), attnx.capture(model, rows=[13]):
         model(images)
 
 
@@ -510,9 +510,9 @@ def test_other_attention_implementations_are_heard() -> None:
     assert_same_state(before, state(model))
 
 
-@pytest.mark.parametrize("rows", [0, "0", [0.5], [None]])
+@pytest.mark.parametrize("rows", [0.5, "0", [0.5], [None], True, [True]])
 def test_rows_that_are_no_indices(vit: tuple[nn.Module, Tensor], rows: object) -> None:
-    with pytest.raises(ValueError, match="rows: expected a sequence of integers; got"):
+    with pytest.raises(ValueError, match="rows: expected an integer or a sequence of integers; got"):
         with attnx.capture(vit[0], rows=rows):  # type: ignore[arg-type]
             pass
 

@@ -13,9 +13,9 @@ from small_job import draw
 from attnx.jobs import memory
 from attnx.jobs.decoding import Decode, Decoders
 from attnx.jobs.memory import BYTES_PER_PIXEL, decoder_bytes, default_max_pixels, usable_memory
-from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources import Entry
 from attnx.jobs.sources.folder import Files
+from attnx.models.pixels import Pixels
 
 PIXELS = Pixels("timm", (32, 32), (0.0,) * 3, (1.0,) * 3, "bilinear", 0.8)
 

@@ -22,6 +22,7 @@ ORDER = (
     ("attnx.extract",),
     ("attnx.jobs",),
     ("attnx.figures",),
+    ("attnx.picture",),
     ("attnx.demo",),
     ("attnx.cli",),
     ("attnx", "attnx.__main__"),

@@ -191,7 +191,7 @@ def test_cls_maps_and_layer_maps_cost_a_row(no_map: None) -> None:
     torch.testing.assert_close(attnx.cls_map(ours), attnx.cls_map(maps), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(attnx.layer_maps(ours).maps, attnx.layer_maps(maps).maps, rtol=1e-5, atol=1e-7)
     assert ours.layout == maps.layout
-    assert "blocks.0.attn: [2, 10, 10]" in repr(ours)
+    assert "[2, 10, 10]" in repr(ours)
     assert "blocks.0.attn" in ours
     assert -1 in ours
     assert "blocks.3.attn" not in ours

@@ -15,10 +15,9 @@ from torch import Tensor
 
 import attnx
 from attnx import Extractor
-from attnx.jobs.pixels import Pixels
-from attnx.jobs.recipe import _pixels
 from attnx.models.loaded import Loaded
 from attnx.models.loading import load_model
+from attnx.models.pixels import Pixels
 
 torchvision = pytest.importorskip("torchvision")
 open_clip = pytest.importorskip("open_clip")
@@ -94,7 +93,7 @@ def test_torchvisions_own_preparation(shape: tuple[int, int]) -> None:
     loaded = load_model("torchvision:vit_b_32", pretrained=False)
     transform = torchvision.models.ViT_B_32_Weights.DEFAULT.transforms()
     image = picture(*shape)
-    torch.testing.assert_close(prepared(_pixels(loaded, None), image), transform(image), rtol=0, atol=1e-6)
+    torch.testing.assert_close(prepared(loaded.pixels("timm"), image), transform(image), rtol=0, atol=1e-6)
 
 
 def test_every_torchvision_model_has_its_crop() -> None:
@@ -107,7 +106,7 @@ def test_every_torchvision_model_has_its_crop() -> None:
         key = (crop, transform.resize_size[0], transform.interpolation)
         if key not in seen:
             seen.add(key)
-            pixels, image = _pixels(loaded_as(name, transform, (crop, crop)), None), picture(97, 150)
+            pixels, image = loaded_as(name, transform, (crop, crop)).pixels("timm"), picture(97, 150)
             torch.testing.assert_close(prepared(pixels, image), transform(image), rtol=0, atol=1e-6)
     assert len(seen) > 10
 
@@ -123,7 +122,7 @@ def test_open_clips_own_preparation(mode: str, shape: tuple[int, int]) -> None:
     tower = torch.nn.Identity()
     tower.preprocess_cfg = vars(config)
     transform, image = image_transform_v2(config, is_train=False), picture(*shape)
-    pixels = _pixels(_prepared("open_clip:x", tower, None), None)
+    pixels = _prepared("open_clip:x", tower, None).pixels("timm")
     torch.testing.assert_close(prepared(pixels, image), transform(image), rtol=0, atol=1e-6)
 
 

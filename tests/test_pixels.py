@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from attnx.jobs.pixels import Pixels
+from attnx.models.pixels import Pixels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(640, 480), (480, 640), (224, 224), (101, 333), (30, 17), (500, 375), (1, 1)]

@@ -22,12 +22,12 @@ from attnx.jobs.decoding import Decode, Decoders, Picture
 from attnx.jobs.job import Job
 from attnx.jobs.options import RunOptions
 from attnx.jobs.packing import Format, pack
-from attnx.jobs.pixels import Pixels
 from attnx.jobs.plan import open_job
 from attnx.jobs.sources import Entry, open_source
 from attnx.jobs.sources.folder import Files
 from attnx.jobs.tasks import ImageTask, WordTask
 from attnx.jobs.worker import Worker
+from attnx.models.pixels import Pixels
 
 PIXELS = Pixels("whole", (4, 6), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear")
 

@@ -15,35 +15,9 @@ from typer.core import TyperGroup
 from attnx.cli.extract import extract
 from attnx.cli.masks import masks
 from attnx.cli.models import models
-from attnx.cli.options import (
-    PATH,
-    Alpha,
-    Checkpoint,
-    Colormap,
-    Device,
-    Discard,
-    FormerMass,
-    HeadsOption,
-    ImageSize,
-    Interpolation,
-    Layer,
-    Mass,
-    Method,
-    Model,
-    Out,
-    Preset,
-    Pretrained,
-    Residual,
-    Seed,
-    Start,
-    UsageError,
-    layers_of,
-    mass_of,
-    prepared,
-    report_errors,
-    rollout_options,
-)
+from attnx.cli.options import Out, UsageError, report_errors
 from attnx.cli.probe import compare, probe
+from attnx.cli.show import show
 from attnx.cli.summary import summary
 from attnx.cli.words import words
 from attnx.messages import say, warnings_in_lines
@@ -116,50 +90,7 @@ def demo(
     typer.echo(f"see {out / 'contact_sheet.png'} and {out / 'words.png'}")
 
 
-@app.command()
-@report_errors
-def show(
-    image: Annotated[Path, typer.Argument(help="An image file.", **PATH)],
-    model: Model = "demo",
-    out: Out = Path("attnx-out"),
-    method: Method = "rollout",
-    layer: Layer = None,
-    heads: HeadsOption = "mean",
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = True,
-    image_size: ImageSize = None,
-    device: Device = None,
-    residual: Residual = 0.5,
-    discard: Discard = 0.0,
-    start: Start = 0,
-    preset: Preset = None,
-    colormap: Colormap = "turbo",
-    alpha: Alpha = 0.5,
-    interpolation: Interpolation = "bilinear",
-    mass: Mass = 0.6,
-    keep: FormerMass = None,
-    seed: Seed = 0,
-) -> None:
-    """Draws the maps of one image, at the image's own size.
-
-    Writes overlay.png (the method's map), heads.png (the class token's map of each head), masks.png (the patches
-    with 60 % of each head's mass) and layers.png (every layer, then max, min, mean, and rollout). A model without a
-    rollout gets the class token's map, or, without a class token, received.png: how much the last layer attends to
-    each patch. If its tokens have no known place in the image, matrix.png has the last layer's map, queries by keys.
-    The output says so.
-    """
-    from attnx.figures.one_image import Style, draw
-    from attnx.images import read_image
-
-    picture = read_image(image)
-    on, loaded = prepared(model, pretrained, checkpoint, image_size, device, seed)
-    rolling = rollout_options(residual, discard, start, preset)
-    style = Style(colormap, alpha, interpolation, mass_of(mass, keep))
-    written = draw(picture, loaded, out, method, layers_of(layer), heads, rolling, style, on)
-    for path, what in written.items():
-        typer.echo(f"{path}  {what}")
-
-
+app.command()(show)
 app.command()(extract)
 app.command()(words)
 app.command()(probe)

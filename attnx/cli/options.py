@@ -64,13 +64,21 @@ Method = Annotated[
     str,
     typer.Option(
         help="[bold]rollout[/bold] through all layers, [bold]cls[/bold]: the class token's map in the last layer, "
-        "[bold]layers[/bold]: the class token's map in every layer."
+        "[bold]layers[/bold]: the class token's map in every layer, [bold]token[/bold]: that of [bold]--token[/bold]."
+    ),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="The map of this token instead of the class token's: X,Y in pixels of the picture, X%,Y% in shares of "
+        "what the model sees, or the index of a token (0: the class token).",
+        show_default=False,
     ),
 ]
 Layer = Annotated[
     list[str] | None, typer.Option(help="Layer name, glob or depth index (-1 is the last); repeat for several.")
 ]
-HeadsOption = Annotated[str, typer.Option(help="How heads are fused: mean, max or min (each: with cls).")]
+HeadsOption = Annotated[str, typer.Option(help="How heads are fused: mean, max or min (each: with cls and token).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")]
 Residual = Annotated[float, typer.Option(help="Rollout: weight of the identity.")]
 Discard = Annotated[float, typer.Option(help="Rollout: share of the smallest entries to drop in each layer.")]

@@ -39,7 +39,7 @@ def summary(
     job of attnx probe, writes its tables and figures, of the shards that exist.
     """
     mass = mass_of(mass, keep)
-    from attnx.figures.one_image import Style
+    from attnx.figures.style import Style
     from attnx.figures.summary import draw_summary, numbers, table, write_numbers
     from attnx.jobs.masks import score
     from attnx.jobs.reader import Maps

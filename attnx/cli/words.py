@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from attnx.extract.captions import CaptionMaps
-    from attnx.figures.one_image import Style
+    from attnx.figures.style import Style
     from attnx.jobs.run import Report
     from attnx.jobs.runtime import Runtime
 
@@ -116,7 +116,7 @@ def words(
     each token), words, score (gradcam) and cut (words beyond the model's length). Pairs that can't be read become rows
     with an error. The same command continues a job that was stopped.
     """
-    from attnx.figures.one_image import Style
+    from attnx.figures.style import Style
     from attnx.images import read_image
     from attnx.jobs.packing import DTYPES
     from attnx.jobs.recipe import WordsRecipe

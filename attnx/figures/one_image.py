@@ -1,24 +1,28 @@
 """Pictures of one image for `attnx show`."""
 
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attnx.extract.extractor import Extractor
-from attnx.figures.picture import mask_contour, overlay, save
-from attnx.figures.sheets import contact_sheet, heads_grid, layers_figure
+from attnx.extract.place import Place
+from attnx.figures.picture import coloured, mask_contour, overlay, save, with_colorbar, write
+from attnx.figures.sheets import Sheet, contact_sheet, heads_grid, layers_figure
+from attnx.figures.style import Style
 from attnx.messages import one_line
-from attnx.methods import LayerMaps, cls_map, layer_maps, mass_mask, rollout
+from attnx.methods import LayerMaps, cls_map, layer_maps, mass_mask, rollout, token_map
 from attnx.methods.maps import cls_layer
 from attnx.methods.received import last_on_grid, received
+from attnx.methods.token_map import token_layer
 from attnx.trace.capture import capture
 from attnx.trace.layers import Layers
+from attnx.trace.layout import TokenLayout
 from attnx.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -28,146 +32,243 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Style:
-    """Options of the pictures.
+class Request:
+    """The maps to show.
 
     Attributes:
-        colormap: a name in `matplotlib.colormaps`.
-        alpha: opacity of the colours, 0 to 1.
-        interpolation: "bilinear" or "nearest".
-        keep: share of each map's mass inside its mask, see `attnx.mass_mask`.
+        method: "rollout", "cls", "layers" or "token".
+        layers: as in `attnx.capture`.
+        heads: "mean", "max", "min" or "each".
+        rolling: further arguments of `attnx.rollout`.
+        token: the token of method "token".
     """
 
-    colormap: str = "turbo"
-    alpha: float = 0.5
-    interpolation: str = "bilinear"
-    keep: float = 0.6
+    method: str = "rollout"
+    layers: Layers = None
+    heads: str = "mean"
+    rolling: dict[str, Any] = field(default_factory=dict)
+    token: Place | None = None
+
+    @property
+    def fused(self) -> str:
+        """How heads are fused where one map is shown."""
+        return "mean" if self.heads == "each" else self.heads
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A map for the whole picture.
+
+    Attributes:
+        amap: [h, w]; for a matrix [queries, keys].
+        what: description.
+        name: file name of its picture: "overlay", "received" or "matrix".
+    """
+
+    amap: Tensor
+    what: str
+    name: str = "overlay"
+
+    def over(self, picture: "Image", style: Style, limits: tuple[float, float] | None = None) -> "Image":
+        """The picture under the map; a matrix stands alone. limits: as in `attnx.picture.overlay`."""
+        if self.name == "matrix":
+            return _matrix(self.amap, style.cmap)
+        found, limits = coloured(picture, self.amap, style.interpolation, style.cmap, style.alpha, limits)
+        return with_colorbar(found, limits, style.cmap) if style.colorbar else found
 
 
 def draw(
-    picture: "Image",
-    loaded: "Loaded",
-    out: Path,
-    method: str,
-    layers: Layers,
-    heads: str,
-    rolling: dict[str, Any],
-    style: Style,
-    device: torch.device,
-) -> dict[Path, str]:
+    picture: "Image", loaded: "Loaded", out: Path, request: Request, style: Style, device: torch.device,
+    formats: tuple[str, ...] = (), arrays: bool = False,
+) -> dict[Path, str]:  # fmt: skip
     """Write overlay.png, heads.png, masks.png and layers.png to `out`; {path: description} of the written files.
 
     A model without a rollout gets the class token's map as overlay.png, or, without a class token, received.png: the
     attention that each patch receives in the last layer over a known grid. If there is no such layer, matrix.png has
     the last layer's map, queries by keys. The descriptions give the reasons.
 
+    Args:
+        formats: "pdf" and "svg", in which heads and layers are written, too.
+        arrays: write maps.npz, too.
+
     Raises:
         ValueError: the method has no map and is not rollout with default options.
     """
     images = loaded.prepare(picture)[None].to(device)
-    colours: dict[str, Any] = {"colormap": style.colormap, "alpha": style.alpha}
     written: dict[Path, str] = {}
-
-    def write(name: str, image: "Image", what: str) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        save(image, out / name)
-        written[out / name] = what
-
-    def over(amap: Tensor) -> "Image":
-        return overlay(picture, amap, interpolation=style.interpolation, **colours)
-
-    fused = "mean" if heads == "each" else heads
-    rolled: Tensor | None = None
-    name = "overlay.png"
-    if method == "rollout":
-        rolled, why = _rolled(loaded, images, rolling, layers=layers, heads=heads)
-        if rolled is not None:
-            image, what = over(rolled), "rollout"
-        else:
-            image, name, what = _without_rollout(loaded, images, layers, fused, over, style.colormap)
-            what += f"; no rollout: {why}"
-    else:
-        amap = Extractor(loaded.model, method, layers=layers, heads=fused, model_kwargs=loaded.model_kwargs)(images)[0]
-        what = "class token's map" if amap.dim() == 2 else "class token's map, mean over layers"
-        image = over(amap if amap.dim() == 2 else amap.mean(0))
-    write(name, image, what)
+    stored: dict[str, Any] = {}
+    shown = main_map(picture, loaded, images, request)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{shown.name}.png"
+    written[path] = shown.what
+    stored["map"] = shown.amap
+    save(shown.over(picture, style), path)
     try:
-        per_layer, each = _class_token(loaded, images, layers, fused)
+        per_layer, each, owner = _of_token(picture, loaded, images, request)
     except ValueError as error:
-        written[out / name] += f"; no heads.png, masks.png and layers.png: {error}"
-        return written
-    if method != "rollout":
-        rolled, _ = _rolled(loaded, images, rolling)
-    write("heads.png", heads_grid(picture, each, **colours), f"class token's map in {per_layer.names[-1]}, by head")
-    masks = [mask_contour(picture, mask) for mask in mass_mask(each, style.keep)]
-    titles = [f"head {i}" for i in range(len(masks))]
-    sheet = contact_sheet(masks, titles, columns=min(4, len(masks)), tile=256)
-    write("masks.png", sheet, f"patches that hold {style.keep:.0%} of each head's mass")
-    figure = layers_figure(
-        picture, per_layer.names, per_layer.maps[0], rolled, interpolation=style.interpolation, **colours
-    )
-    what = "class token's map in every layer; max, min, mean over layers"
-    write("layers.png", figure, what if rolled is None else f"{what}; rollout")
+        written[path] += f"; no heads.png, masks.png and layers.png: {error}"
+    else:
+        rolled = shown.amap if shown.what == "rollout" else None
+        if request.method not in ("rollout", "token"):
+            rolled, _ = _rolled(loaded, images, Request(rolling=request.rolling))
+        stored |= {"heads": each, "layers": per_layer.maps[0], "names": np.array(per_layer.names)}
+        stored |= {} if rolled is None else {"rollout": rolled}
+        written |= _draw_sheets(picture, per_layer, each, owner, rolled, out, style, formats)
+    if arrays:
+        _save_arrays(stored, out / "maps.npz")
+        written[out / "maps.npz"] = f"the maps as float32 arrays: {', '.join(stored)}"
     return written
 
 
-def _rolled(loaded: "Loaded", images: Tensor, rolling: dict[str, Any], **options: Any) -> tuple[Tensor | None, str]:
+def main_map(picture: "Image", loaded: "Loaded", images: Tensor, request: Request) -> Shown:
+    """The map of the requested method for the whole picture.
+
+    Raises:
+        ValueError: the method has no map and is not rollout with default options.
+    """
+    if request.method == "rollout":
+        rolled, why = _rolled(loaded, images, request)
+        if rolled is not None:
+            return Shown(rolled, "rollout")
+        shown = _without_rollout(loaded, images, request)
+        return Shown(shown.amap, f"{shown.what}; no rollout: {why}", shown.name)
+    if request.method == "token":
+        return _shown_token(picture, loaded, images, request)
+    extract = Extractor(
+        loaded.model, request.method, layers=request.layers, heads=request.fused, model_kwargs=loaded.model_kwargs
+    )
+    amap = extract(images)[0]
+    what = "class token's map"
+    return Shown(amap, what) if amap.dim() == 2 else Shown(amap.mean(0), f"{what}, mean over layers")
+
+
+def _shown_token(picture: "Image", loaded: "Loaded", images: Tensor, request: Request) -> Shown:
+    """The map of the requested token in the last layer over patches, or over windows."""
+    assert request.token is not None
+    with torch.inference_mode(), capture(loaded.model, request.layers, request.fused, keep="auto") as trace:
+        loaded.model(images, **loaded.model_kwargs)
+    windowed = [name for name in trace if trace.windows(name) is not None]
+    layer = windowed[-1] if windowed else token_layer(trace)
+    windows = trace.windows(layer)
+    layout = TokenLayout(0, windows.grid) if windows is not None else trace.layout_of(layer)
+    token = request.token.token(layout, (picture.height, picture.width))
+    with torch.inference_mode():
+        return Shown(token_map(trace, token, layer)[0], f"what {_token_name(token, layout)} attends to in {layer}")
+
+
+def _token_name(token: int, layout: TokenLayout) -> str:
+    at = token + layout.tokens if token < 0 else token
+    if at < layout.prefix or at >= layout.prefix + layout.patch_count:
+        return f"token {token}"
+    row, column = divmod(at - layout.prefix, layout.grid[1])
+    return f"token {at} (the patch in row {row}, column {column})"
+
+
+def _draw_sheets(
+    picture: "Image", per_layer: LayerMaps, each: Tensor, owner: str, rolled: Tensor | None, out: Path, style: Style,
+    formats: tuple[str, ...],
+) -> dict[Path, str]:  # fmt: skip
+    """Write heads, masks and layers; {path: description}."""
+    options: dict[str, Any] = {
+        "cmap": style.cmap, "alpha": style.alpha, "tile": style.tile, "scale": style.scale, "colorbar": style.colorbar
+    }  # fmt: skip
+    last = per_layer.names[-1]
+    layers = f"{owner} in every layer; max, min, mean over layers" + ("" if rolled is None else "; rollout")
+    sheets: dict[str, tuple[Sheet, str]] = {
+        "heads": (heads_grid(picture, each, **options), f"{owner} in {last}, by head"),
+        "layers": (
+            layers_figure(
+                picture, per_layer.names, per_layer.maps[0], rolled, interpolation=style.interpolation, **options
+            ),
+            layers,
+        ),
+    }
+    written: dict[Path, str] = {}
+    for name, (sheet, what) in sheets.items():
+        for kind in ("png", *formats):
+            sheet.save(out / f"{name}.{kind}")
+            written[out / f"{name}.{kind}"] = what
+    masks = [mask_contour(picture, mask) for mask in mass_mask(each, style.mass)]
+    titles = [f"head {i}" for i in range(len(masks))]
+    save(contact_sheet(masks, titles, columns=min(4, len(masks)), tile=style.tile), out / "masks.png")
+    written[out / "masks.png"] = f"patches that hold {style.mass:.0%} of each head's mass"
+    return written
+
+
+def _save_arrays(arrays: dict[str, Any], path: Path) -> None:
+    values: Any = {name: v.float().cpu().numpy() if isinstance(v, Tensor) else v for name, v in arrays.items()}
+    write(path, lambda file: np.savez_compressed(file, **values))
+
+
+def _rolled(loaded: "Loaded", images: Tensor, request: Request) -> tuple[Tensor | None, str]:
     """(rollout [h, w], ""), or None and the reason that the model has none.
 
     Raises:
         ValueError: the rollout fails with other options than the defaults.
     """
-    extractor = Extractor(loaded.model, "rollout", model_kwargs=loaded.model_kwargs, **options, **rolling)
+    extractor = Extractor(
+        loaded.model, "rollout", layers=request.layers, heads=request.heads, model_kwargs=loaded.model_kwargs,
+        **request.rolling,
+    )  # fmt: skip
     try:
         return extractor(images)[0], ""
     except ValueError as error:
         defaults = signature(rollout).parameters
-        if any(value != defaults[name].default for name, value in rolling.items()):
+        if any(value != defaults[name].default for name, value in request.rolling.items()):
             raise
         # The first part says what was expected; the rest lists layers.
         return None, one_line(str(error).removeprefix("layers: ").partition(";")[0], 160)
 
 
-def _without_rollout(
-    loaded: "Loaded", images: Tensor, layers: Layers, heads: str, over: Callable[[Tensor], "Image"], colormap: str
-) -> tuple["Image", str, str]:
-    """The picture of a model without a rollout, its name, and its description; `over` draws a map over the image."""
-    with torch.inference_mode(), capture(loaded.model, layers=layers, heads=heads) as trace:
+def _without_rollout(loaded: "Loaded", images: Tensor, request: Request) -> Shown:
+    """The map of a model without a rollout."""
+    with torch.inference_mode(), capture(loaded.model, layers=request.layers, heads=request.fused) as trace:
         loaded.model(images, **loaded.model_kwargs)
     with torch.inference_mode():
         with suppress(ValueError):
-            return over(cls_map(trace)[0]), "overlay.png", f"class token's map in {cls_layer(trace)}"
+            return Shown(cls_map(trace)[0], f"class token's map in {cls_layer(trace)}")
         with suppress(ValueError):
             layer = last_on_grid(trace)
             what = f"how much each patch is attended to in {layer}, mean over its queries"
-            return over(received(trace, layer)[0]), "received.png", what
+            return Shown(received(trace, layer)[0], what, "received")
         layer = list(trace)[-1]
         first = ", first window" * (trace.sides(layer)[1].kind == "windows")
         what = f"map of {layer}{first}: a row for each query, a column for each key; no layer is over a known grid"
-        return _matrix(trace[layer][0], colormap), "matrix.png", what
+        return Shown(trace[layer][0], what, "matrix")
 
 
-def _matrix(amap: Tensor, colormap: str) -> "Image":
+def _matrix(amap: Tensor, cmap: str) -> "Image":
     """A map [M, N] as a picture, 768 pixels at its longer side."""
     from PIL import Image
 
     rows, columns = amap.shape
     height, width = (max(1, 768 * n // max(rows, columns)) for n in (rows, columns))
     canvas = Image.new("RGB", (width, height))
-    return overlay(canvas, amap, interpolation="nearest", colormap=colormap, alpha=1)
+    return overlay(canvas, amap, interpolation="nearest", cmap=cmap, alpha=1)
 
 
-def _class_token(loaded: "Loaded", images: Tensor, layers: Layers, heads: str) -> tuple[LayerMaps, Tensor]:
-    """The class token's maps in all layers, and in each head of the last one, [H, h, w].
+def _of_token(picture: "Image", loaded: "Loaded", images: Tensor, request: Request) -> tuple[LayerMaps, Tensor, str]:
+    """The class token's maps in all layers, in each head of the last one [H, h, w], and its name; or another token's.
 
     Raises:
-        ValueError: there is no class token, or not the same in all layers; one short sentence.
+        ValueError: there is no such token, or not the same in all layers; one short sentence.
     """
-    with torch.inference_mode(), capture(loaded.model, layers=layers, heads="each", rows=[0]) as trace:
+    token, owner = 0, "class token's map"
+    if request.token is not None:
+        with torch.inference_mode(), capture(loaded.model, layers=request.layers, rows=[0]) as trace:
+            loaded.model(images, **loaded.model_kwargs)
+        try:
+            token = request.token.token(trace.layout, (picture.height, picture.width))
+            owner = f"what {_token_name(token, trace.layout)} attends to"
+        except ValueError as error:
+            raise ValueError("the layers attend to different tokens") from error
+    with torch.inference_mode(), capture(loaded.model, layers=request.layers, heads="each", rows=[token]) as trace:
         loaded.model(images, **loaded.model_kwargs)
     try:
         with torch.inference_mode():
-            return layer_maps(trace, heads), cls_map(trace)[0]
+            if request.token is None:
+                return layer_maps(trace, request.fused), cls_map(trace)[0], owner
+            return layer_maps(trace, request.fused, token=token), token_map(trace, token)[0], owner
     except ValueError as error:
         raise ValueError(_no_class_token(trace)) from error
 

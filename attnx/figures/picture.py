@@ -7,19 +7,23 @@ unknown name, empty, NaN or inf) raise `ValueError` with the argument's name, th
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import IO, TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from attnx.files import replacing
 from attnx.methods import resize
 
 if TYPE_CHECKING:
     import torch
+
+    from attnx.jobs.columns import MapRow as Row
 
     Map: TypeAlias = torch.Tensor | np.ndarray
     Picture: TypeAlias = Image.Image | np.ndarray
@@ -52,22 +56,105 @@ def heat(
 
 
 def overlay(
-    image: Picture, amap: Map, *, interpolation: str = "bilinear", colormap: str = "turbo", alpha: float = 0.5
+    image: Picture,
+    amap: Map | Row,
+    *,
+    interpolation: str = "bilinear",
+    cmap: str = "turbo",
+    alpha: float = 0.5,
+    limits: tuple[float, float] | None = None,
+    colorbar: bool = False,
 ) -> Image.Image:
     """The image under a coloured map, at the image's own size: `(1 - alpha) * image + alpha * colours`.
 
     Args:
-        amap, interpolation: see `heat`, which stretches the map to the whole range of colours.
-        colormap: a name in `matplotlib.colormaps`.
+        amap: [h, w]; or a row of a job (`attnx.open(...)[0]`), whose map covers only its crop of the photo: the rest of
+            the photo stays as it is.
+        interpolation: see `heat`.
+        cmap: a name in `matplotlib.colormaps`.
         alpha: 0 (only the image) to 1 (only the colours).
+        limits: the values of the first and the last colour; None: the smallest and the largest of the resized map.
+        colorbar: draw the colours and their values beside the image.
+
+    Example:
+        >>> from PIL import Image
+        >>> photo = Image.new("RGB", (640, 480))
+        >>> attnx.picture.overlay(photo, torch.rand(12, 12)).size
+        (640, 480)
+        >>> attnx.picture.overlay(photo, torch.rand(12, 12), cmap="viridis", colorbar=True).height
+        480
     """
+    from attnx.jobs.columns import MapRow
+
+    image = rgb_image(image)
+    values, crop = _of_row(amap, image) if isinstance(amap, MapRow) else (amap, None)
+    found, limits = coloured(image, values, interpolation, cmap, alpha, limits, crop)
+    return with_colorbar(found, limits, cmap) if colorbar else found
+
+
+def coloured(
+    image: Image.Image,
+    amap: Map,
+    interpolation: str,
+    cmap: str,
+    alpha: float,
+    limits: tuple[float, float] | None = None,
+    crop: tuple[float, ...] | None = None,
+) -> tuple[Image.Image, tuple[float, float]]:
+    """The overlay of an RGB image, see `overlay`, and the limits of its colours; `crop`: the part under the map."""
     from matplotlib import colormaps
 
-    check(colormap in colormaps, "colormap", "turbo, jet, viridis or another of matplotlib", repr(colormap))
+    check(cmap in colormaps, "cmap", "turbo, jet, viridis or another of matplotlib", repr(cmap))
     check(0 <= alpha <= 1, "alpha", "0..1", alpha)
-    image = rgb_image(image)
-    scores = heat(amap, image, interpolation=interpolation)
-    return Image.blend(image, Image.fromarray(colormaps[colormap](scores, bytes=True)[..., :3]), alpha)
+    check(interpolation in ("bilinear", "nearest"), "interpolation", "bilinear or nearest", repr(interpolation))
+    if limits is not None:
+        check(len(limits) == 2 and limits[0] <= limits[1], "limits", "(low, high) with low <= high", limits)
+    array = float_array(amap, "amap", 2)
+    values = resize(array, (image.height, image.width), crop, mode=interpolation)
+    inside = resize(np.ones_like(array), (image.height, image.width), crop, mode="nearest") > 0
+    check(inside.any(), "crop", "a part of the image", crop)
+    low, high = limits or (float(values[inside].min()), float(values[inside].max()))
+    # Resizing a constant map gives rounding noise, which stretching would amplify.
+    noise = 8 * float(np.finfo(np.float32).eps) * float(np.abs(values).max())
+    shares = ((values - low) / (high - low)).clip(0, 1) if high - low > noise else np.zeros_like(values)
+    colours = Image.fromarray(colormaps[cmap](shares, bytes=True)[..., :3])
+    blended = Image.blend(image, colours, alpha)
+    return (blended if crop is None else Image.composite(blended, image, Image.fromarray(inside))), (low, high)
+
+
+def with_colorbar(image: Image.Image, limits: tuple[float, float], cmap: str) -> Image.Image:
+    """The image on white, with a bar of the colours and the values of its ends and middle on its right."""
+    from matplotlib import colormaps
+
+    font = ImageFont.load_default(size=min(max(image.height // 18, 11), 18))
+    bar, gap = min(max(8, image.height // 20), 24), min(max(4, image.height // 40), 12)
+    low, high = limits
+    labels = [f"{value:.3g}" for value in ((high, (low + high) / 2, low) if high > low else (low,))]
+    # Bars of one width align the pictures of a sheet.
+    wide = bar + 3 * gap + math.ceil(max(font.getlength(label) for label in (*labels, "0.000000")))
+    result = Image.new("RGB", (image.width + gap + wide, image.height), "white")
+    result.paste(image)
+    shares = np.linspace(1, 0, image.height)[:, None].repeat(bar, 1) if high > low else np.zeros((image.height, bar))
+    left = image.width + 2 * gap
+    result.paste(Image.fromarray(colormaps[cmap](shares, bytes=True)[..., :3]), (left, 0))
+    draw = ImageDraw.Draw(result)
+    for label, (share, anchor) in zip(labels, ((0.0, "lt"), (0.5, "lm"), (1.0, "lb")), strict=False):
+        draw.text((left + bar + gap, share * image.height), label, fill="#282828", font=font, anchor=anchor)
+    return result
+
+
+def _of_row(row: Row, image: Image.Image) -> tuple[Map, tuple[float, ...]]:
+    """The map of a row, and its crop in the image's pixels. The image may be a resized photo."""
+    got = "none" if row.map is None else f"{row.map.dtype} {list(row.map.shape)}"
+    check(row.map is not None and row.map.ndim == 2, "row", f"a map [h, w] of {row.key[:80]}", got)
+    width, height, crop = row.width or 0, row.height or 0, row.crop or ()
+    check(bool(width and height and crop), "row", f"the size and the crop of {row.key[:80]}", f"crop {row.crop}")
+    assert row.map is not None
+    across, down = image.width / width, image.height / height
+    same = abs(across - down) * max(width, height) <= 1.5
+    check(same, "image", f"the photo of {row.key[:80]}, {width} x {height}", f"{image.width} x {image.height}")
+    left, top, right, bottom = crop
+    return row.map, (left * across, top * down, right * across, bottom * down)
 
 
 def mask_contour(
@@ -82,7 +169,7 @@ def mask_contour(
     """
     check(0 <= alpha <= 1, "alpha", "0..1", alpha)
     image = rgb_image(image)
-    cells = _resize(float_array(mask, "mask", 2, kinds="b"), (image.height, image.width), "nearest")
+    cells = resize(float_array(mask, "mask", 2, kinds="b"), (image.height, image.width), mode="nearest")
     try:
         solid = Image.new("RGB", image.size, color)
     except (TypeError, ValueError) as error:
@@ -103,9 +190,14 @@ def save(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     check(path.suffix.lower() == ".png", "path", "a name that ends in .png", repr(str(path)))
+    write(path, lambda file: image.save(file, format="PNG"))
+
+
+def write(path: Path, save_to: Callable[[IO[bytes]], None]) -> None:
+    """Write a file of a picture atomically. Raises OSError with the path."""
     try:
         with replacing(path, sync=False) as temporary, temporary.open("xb") as file:
-            image.save(file, format="PNG")
+            save_to(file)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
@@ -147,15 +239,6 @@ def _target(size: tuple[int, int] | Picture, shape: tuple[int, ...]) -> tuple[in
             stacklevel=3,
         )
     return int(height), int(width)
-
-
-def _resize(array: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
-    from torch import from_numpy
-    from torch.nn.functional import interpolate
-
-    check(mode in ("bilinear", "nearest"), "interpolation", "bilinear or nearest", repr(mode))
-    check(len(size) == 2 and min(size) > 0, "size", "(H, W), both at least 1", size)
-    return interpolate(from_numpy(array)[None, None], size=tuple(size), mode=mode)[0, 0].numpy()
 
 
 def rgb_image(image: Picture, tile: int | None = None) -> Image.Image:

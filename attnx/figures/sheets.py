@@ -2,18 +2,82 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from attnx.figures.picture import check, float_array, overlay, rgb_image
+from attnx.figures.picture import check, coloured, float_array, rgb_image, save, with_colorbar, write
 
 if TYPE_CHECKING:
     from attnx.figures.picture import Map, Picture
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """Pictures with titles, row by row, and the colours of their maps.
+
+    Attributes:
+        tiles: the pictures.
+        titles: one per picture.
+        columns: pictures per row.
+        limits: the values of the first and last colour of each picture, or one pair for all; (): no colour bars.
+        cmap: name of the colours.
+
+    Example:
+        >>> from PIL import Image
+        >>> sheet = attnx.picture.heads_grid(Image.new("RGB", (96, 96)), torch.rand(6, 12, 12), colorbar=True)
+        >>> sheet.save("heads.png"), sheet.save("heads.pdf")
+        (None, None)
+        >>> sheet.image.width > 3 * 96
+        True
+    """
+
+    tiles: tuple[Image.Image, ...]
+    titles: tuple[str, ...]
+    columns: int
+    limits: tuple[tuple[float, float], ...] = ()
+    cmap: str = "turbo"
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The sheet as one RGB picture; colour bars are on the right of each picture, or of the sheet."""
+        shared = len(self.limits) == 1
+        each = self.limits if len(self.limits) == len(self.tiles) and not shared else ()
+        tiles = [with_colorbar(t, r, self.cmap) for t, r in zip(self.tiles, each, strict=True)] if each else self.tiles
+        sheet = contact_sheet(tiles, self.titles, columns=self.columns)
+        return with_colorbar(sheet, self.limits[0], self.cmap) if shared else sheet
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the sheet atomically: a .png, or a .pdf or .svg whose titles and colour bars are drawn as vectors.
+
+        Raises:
+            ValueError: the name ends in something else.
+            OSError: the file can't be written; the error has the path.
+        """
+        path = Path(path)
+        kind = path.suffix.lower().removeprefix(".")
+        check(kind in ("png", "pdf", "svg"), "path", "a name that ends in .png, .pdf or .svg", repr(str(path)))
+        if kind == "png":
+            save(self.image, path)
+        else:
+            from attnx.figures.vectors import save_vectors
+
+            write(path, partial(save_vectors, self, kind))
+
+    def _repr_png_(self) -> bytes:
+        """The sheet as PNG, for notebooks."""
+        buffer = io.BytesIO()
+        self.image.save(buffer, format="PNG")
+        return buffer.getvalue()
 
 
 def heads_grid(
@@ -21,54 +85,98 @@ def heads_grid(
     maps: Map,
     *,
     interpolation: str = "nearest",
-    colormap: str = "turbo",
+    cmap: str = "turbo",
     alpha: float = 0.6,
     columns: int | None = None,
     tile: int | None = 256,
-) -> Image.Image:
-    """A grid of overlays, one per head, each with its own colour scale. "head 0" is first.
+    scale: str = "each",
+    colorbar: bool = False,
+) -> Sheet:
+    """A grid of overlays, one per head. "head 0" is first.
 
     Args:
-        maps: [H, h, w]. With `colormap="viridis", alpha=1` the pictures are those of DINO's script.
-        interpolation, colormap, alpha: see `overlay`.
+        maps: [H, h, w]. With `cmap="viridis", alpha=1` the pictures are those of DINO's script.
+        interpolation, cmap, alpha: see `overlay`.
         columns: pictures per row; None: chosen from their number.
         tile: pixels of a picture's longer side; None: the image's size.
+        scale: "each": every map has its own range of colours; "shared": all have the same.
+        colorbar: draw the colours and their values beside each picture, or once for all.
+
+    Example:
+        >>> from PIL import Image
+        >>> attnx.picture.heads_grid(Image.new("RGB", (96, 96)), torch.rand(6, 12, 12), scale="shared").titles[0]
+        'head 0'
     """
-    draw = partial(overlay, rgb_image(image, tile), interpolation=interpolation, colormap=colormap, alpha=alpha)
     heads = float_array(maps, "maps", 3)
-    chosen = _columns(len(heads)) if columns is None else columns
-    return contact_sheet([*map(draw, heads)], [f"head {i}" for i in range(len(heads))], columns=chosen)
+    chosen = near_square(len(heads)) if columns is None else columns
+    titles = [f"head {i}" for i in range(len(heads))]
+    return _sheet(image, heads, titles, chosen, interpolation, cmap, alpha, tile, scale, colorbar)
 
 
 def layers_figure(
     image: Picture,
     names: Sequence[str],
     maps: Map,
-    rollout: Map | None,
+    rollout: Map | None = None,
     *,
     interpolation: str = "bilinear",
-    colormap: str = "turbo",
+    cmap: str = "turbo",
     alpha: float = 0.5,
     columns: int | None = None,
     tile: int | None = 256,
-) -> Image.Image:
+    scale: str = "each",
+    colorbar: bool = False,
+) -> Sheet:
     """Every layer's map over the image, then max, min and mean over the layers, and rollout.
 
     Args:
         names: L titles.
-        maps: [L, h, w], for example the CLS map of each layer; each has its own colour scale.
+        maps: [L, h, w], for example the CLS map of each layer.
         rollout: [h, w]; None: no rollout.
-        interpolation, colormap, alpha, columns, tile: see `overlay` and `heads_grid`.
+        interpolation, cmap, alpha: see `overlay`.
+        columns, tile, scale, colorbar: see `heads_grid`. Rollout takes part in a shared scale.
+
+    Example:
+        >>> from PIL import Image
+        >>> sheet = attnx.picture.layers_figure(Image.new("RGB", (96, 96)), ["0", "1"], torch.rand(2, 12, 12))
+        >>> sheet.titles
+        ('0', '1', 'max', 'min', 'mean')
     """
     layers = float_array(maps, "maps", 3)
     check(len(names) == len(layers), "names", f"{len(layers)}, one for each of the maps", len(names))
     summary = {"max": layers.max(0), "min": layers.min(0), "mean": layers.mean(0)}
     if rollout is not None:
         summary["rollout"] = float_array(rollout, "rollout", 2)
-    draw = partial(overlay, rgb_image(image, tile), interpolation=interpolation, colormap=colormap, alpha=alpha)
     # If the layers fill whole rows, the summary gets a row of its own.
-    chosen = _columns(len(layers), len(summary)) if columns is None else columns
-    return contact_sheet([*map(draw, [*layers, *summary.values()])], [*names, *summary], columns=chosen)
+    chosen = near_square(len(layers), len(summary)) if columns is None else columns
+    titles = [*names, *summary]
+    return _sheet(
+        image, [*layers, *summary.values()], titles, chosen, interpolation, cmap, alpha, tile, scale, colorbar
+    )
+
+
+def _sheet(
+    image: Picture,
+    maps: Sequence[np.ndarray] | np.ndarray,
+    titles: Sequence[str],
+    columns: int,
+    interpolation: str,
+    cmap: str,
+    alpha: float,
+    tile: int | None,
+    scale: str,
+    colorbar: bool,
+) -> Sheet:
+    """The sheet of the overlays of maps [h, w] over one image."""
+    check(scale in ("each", "shared"), "scale", "each or shared", repr(scale))
+    check(columns > 0, "columns", "at least 1", columns)
+    small = rgb_image(image, tile)
+    shared = None
+    if scale == "shared":
+        shared = min(float(amap.min()) for amap in maps), max(float(amap.max()) for amap in maps)
+    found = [coloured(small, amap, interpolation, cmap, alpha, shared) for amap in maps]
+    limits = () if not colorbar else tuple(each for _, each in found) if shared is None else (shared,)
+    return Sheet(tuple(tile for tile, _ in found), tuple(titles), columns, limits, cmap)
 
 
 def contact_sheet(
@@ -124,7 +232,7 @@ def captioned(image: Picture, text: str) -> Image.Image:
     return result
 
 
-def _columns(count: int, least: int = 1) -> int:
+def near_square(count: int, least: int = 1) -> int:
     """The smallest number of columns from max(sqrt(count), least) to twice that that fills all rows; else the first."""
     root = max(math.ceil(math.sqrt(count)), least)
     return next((columns for columns in range(root, 2 * root + 1) if count % columns == 0), root)

@@ -17,7 +17,7 @@ from attnx.jobs.reader import Maps
 from attnx.jobs.summary import LEVELS, Summary, spatial
 
 if TYPE_CHECKING:
-    from attnx.figures.one_image import Style
+    from attnx.figures.style import Style
     from attnx.jobs.columns import MapRow
     from attnx.jobs.masks import Score
 
@@ -45,7 +45,7 @@ def draw_summary(maps: Maps, found: Summary, out: Path, style: Style, examples: 
     save(_sheet(rows, pictures, found), out / "levels.png")
     save(_sheet(ends, pictures, found), out / "focus.png")
     grey = Image.new("RGB", (4 * _TILE, 4 * _TILE * found.mean.shape[0] // found.mean.shape[1] or 1), "white")
-    save(overlay(grey, found.mean, colormap=style.colormap, alpha=1, interpolation="nearest"), out / "mean.png")
+    save(overlay(grey, found.mean, cmap=style.cmap, alpha=1, interpolation="nearest"), out / "mean.png")
     return written
 
 
@@ -85,7 +85,7 @@ class _Pictures:
         if picture is None:
             grey = (heat(amap, (_TILE, _TILE), interpolation="nearest") * 255).astype(np.uint8)
             return Image.fromarray(grey).convert("RGB")
-        return overlay(picture, amap, colormap=style.colormap, alpha=style.alpha, interpolation=style.interpolation)
+        return overlay(picture, amap, cmap=style.cmap, alpha=style.alpha, interpolation=style.interpolation)
 
     def _picture(self, row: MapRow, place: int) -> Image.Image | None:
         try:

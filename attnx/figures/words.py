@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attnx.figures.one_image import Style
 from attnx.figures.picture import overlay, save
 from attnx.figures.sheets import captioned, contact_sheet
+from attnx.figures.style import Style
 from attnx.files import replacing
 from attnx.images import large_images, read_scaled
 from attnx.jobs.tasks import WordTask
@@ -82,7 +82,7 @@ def words_sheet(picture: "Image", found: "CaptionMaps", style: Style) -> "Image"
 
 
 def _over(picture: "Image", amap: "Tensor", style: Style) -> "Image":
-    return overlay(picture, amap, interpolation=style.interpolation, colormap=style.colormap, alpha=style.alpha)
+    return overlay(picture, amap, interpolation=style.interpolation, cmap=style.cmap, alpha=style.alpha)
 
 
 def _pair_name(number: int, words: tuple[str, ...], most: int = 60) -> str:

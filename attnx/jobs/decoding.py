@@ -20,10 +20,10 @@ import numpy as np
 
 from attnx.images import ImageError, large_images, read_scaled
 from attnx.jobs.memory import decoder_bytes, default_workers, limit_memory
-from attnx.jobs.pixels import Crop, Pixels
 from attnx.jobs.sources import Entry, Reader
 from attnx.jobs.sources.reachable import is_unreachable
 from attnx.messages import warnings_in_lines
+from attnx.models.pixels import Crop, Pixels
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

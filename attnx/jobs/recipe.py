@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from attnx.jobs.packing import Format
-from attnx.jobs.pixels import Pixels
 from attnx.jobs.runtime import Runtime
 from attnx.jobs.sources import Source, open_source
 from attnx.jobs.tasks import Extract, Find, ImageTask, WordTask
 from attnx.models.loaded import Loaded
 from attnx.models.loading import load_model, load_word_model
+from attnx.models.pixels import Pixels
 from attnx.models.registry import IMAGE_MODELS
 from attnx.version import MAPS_VERSION
 
@@ -84,7 +84,7 @@ class Recipe(ABC):
         loaded = load_model(
             self.model, pretrained=self.pretrained, checkpoint=checkpoint, image_size=_size(self.image_size)
         )
-        pixels = _pixels(loaded, kind)
+        pixels = loaded.pixels(kind or _own_pixels(loaded))
         pixels.check()
         loaded.model.to(device)
         return loaded, pixels
@@ -191,7 +191,7 @@ class WordsRecipe(Recipe):
         loaded, find = self.load_words(device)
         model: Any = loaded.model
         assert model.tokenizer is not None
-        pixels, result = _pixels(loaded, "whole"), CaptionMaps
+        pixels, result = loaded.pixels("whole"), CaptionMaps
         options = {"layer": self.layer, "preset": self.preset}
         images = torch.empty(1, 3, *loaded.size)
         if isinstance(model, Lavt):
@@ -241,23 +241,14 @@ def recipe_of(value: dict[str, Any] | None) -> Recipe:
         raise ValueError(f"recipe: another version of attnx wrote it: {error}") from error
 
 
+def _own_pixels(loaded: Loaded) -> str:
+    """The kind of preprocessing of a job without `--pixels`."""
+    return "timm" if loaded.library in ("timm", "torchvision", "open_clip") else "whole"
+
+
 def _size(size: tuple[int, int] | list[int] | None) -> tuple[int, int] | None:
     """The size as a tuple: JSON turns tuples into lists."""
     return None if size is None else (size[0], size[1])
-
-
-def _pixels(loaded: Loaded, kind: str | None) -> Pixels:
-    library, _, name = loaded.name.partition(":")
-    return Pixels(
-        kind=kind or ("timm" if library in ("timm", "torchvision", "open_clip") else "whole"),
-        size=(int(loaded.size[0]), int(loaded.size[1])),
-        mean=tuple(map(float, loaded.mean)),
-        std=tuple(map(float, loaded.std)),
-        interpolation=loaded.interpolation,
-        crop_pct=loaded.crop_pct,
-        crop_mode=loaded.crop_mode,
-        processor=name if library == "hf" else None,
-    )
 
 
 def _versions() -> dict[str, str]:

@@ -16,10 +16,10 @@ from attnx.jobs.attempts import Attempt
 from attnx.jobs.columns import MapRow
 from attnx.jobs.decoding import Picture
 from attnx.jobs.engines.queue import RunError, blame_the_model, is_fatal, why_of
-from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources import Entry
 from attnx.jobs.tasks import Task
 from attnx.jobs.watch import Hang, Watch
+from attnx.models.pixels import Pixels
 from attnx.supervisor import progressed
 
 __all__ = ["Batch", "Images", "Runner", "Stages", "on_cpu"]

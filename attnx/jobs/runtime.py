@@ -13,11 +13,11 @@ from attnx.jobs.decoding import Decode, Decoders
 from attnx.jobs.job import Job
 from attnx.jobs.memory import default_workers
 from attnx.jobs.options import RunOptions
-from attnx.jobs.pixels import Pixels
 from attnx.jobs.sources.reachable import Reachable
 from attnx.jobs.tasks import Task
 from attnx.jobs.worker import Worker
 from attnx.models.loaded import Loaded
+from attnx.models.pixels import Pixels
 from attnx.remote import location
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from attnx.jobs.columns import MapRow
 from attnx.jobs.decoding import Decoders
 from attnx.jobs.engines.queue import RunError, is_fatal
 from attnx.jobs.job import Job
-from attnx.jobs.pixels import Pixels
 from attnx.jobs.runner import Batch, Images, Runner, Stages, on_cpu
 from attnx.jobs.shards import read_part, write_part
 from attnx.jobs.sources import Entry
 from attnx.jobs.sources.reachable import Reachable
 from attnx.jobs.tasks import Task
+from attnx.models.pixels import Pixels
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -50,10 +50,10 @@ def load_huggingface(name: str, pretrained: bool, image_size: tuple[int, int] | 
             raise no_download(f"hf:{name}", error) from error
         raise ConnectionError(
             f"the configuration of hf:{name} could not be downloaded ({first_line(error)}); pass a local folder, or a "
-            "model type with --no-pretrained, such as hf:vit or hf:dinov2_with_registers"
+            "model type with pretrained=False, such as hf:vit or hf:dinov2_with_registers"
         ) from error
     if pretrained and is_type:
-        raise ValueError(f"model: hf:{name} is a model type without weights; pass --no-pretrained, or a model's name")
+        raise ValueError(f"model: hf:{name} is a model type without weights; pass pretrained=False, or a model's name")
     model = getattr(model, "vision_model", model)
     config = getattr(model.config, "vision_config", model.config)
     try:

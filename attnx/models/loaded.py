@@ -3,22 +3,26 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnx.images import to_tensor
+from attnx.images import read_image, to_tensor
 from attnx.models.checkpoint import first_line
+from attnx.models.pixels import Crop, Pixels
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    Picture = Image.Image | str | Path
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Loaded:
     """A model in eval mode and the preprocessing of its images.
 
@@ -27,7 +31,14 @@ class Loaded:
         mean, std: 3 values each, for pixels in 0..1.
         interpolation: as in `attnx.images.to_tensor`.
         model_kwargs: further arguments of the model's forward.
-        crop_pct, crop_mode: settings of timm's evaluation transform. `prepare` does not crop.
+        crop_pct, crop_mode: settings of timm's evaluation transform.
+
+    Example:
+        >>> from PIL import Image
+        >>> loaded, image = attnx.load("demo"), Image.new("RGB", (160, 120))
+        >>> images = loaded.prepare([image, image])
+        >>> loaded, images.shape, loaded.model(images, **loaded.model_kwargs).shape
+        (Loaded('demo', VisionTransformer, 96x96), torch.Size([2, 3, 96, 96]), torch.Size([2, 16]))
     """
 
     name: str
@@ -40,9 +51,61 @@ class Loaded:
     crop_pct: float = 1.0
     crop_mode: str = "center"
 
-    def prepare(self, image: "Image.Image") -> Tensor:
-        """RGB image -> [3, height, width] float32, the whole image resized and normalised."""
-        return to_tensor(image, self.size, self.mean, self.std, self.interpolation)
+    def __repr__(self) -> str:
+        return f"Loaded({self.name!r}, {type(self.model).__name__}, {self.size[0]}x{self.size[1]})"
+
+    @property
+    def library(self) -> str:
+        """The part of the name before the colon; "" without one."""
+        return self.name.partition(":")[0] if ":" in self.name else ""
+
+    def pixels(self, kind: str = "whole") -> Pixels:
+        """The preprocessing of a kind: "whole", "timm" or "processor", see `attnx.models.pixels.Pixels`."""
+        library, _, name = self.name.partition(":")
+        return Pixels(
+            kind, (int(self.size[0]), int(self.size[1])), tuple(map(float, self.mean)), tuple(map(float, self.std)),
+            self.interpolation, self.crop_pct, self.crop_mode, name if library == "hf" else None,
+        )  # fmt: skip
+
+    @overload
+    def prepare(self, image: "Picture", pixels: str = "whole") -> Tensor: ...
+    @overload
+    def prepare(self, image: "Sequence[Picture]", pixels: str = "whole") -> Tensor: ...
+    def prepare(self, image: "Picture | Sequence[Picture]", pixels: str = "whole") -> Tensor:
+        """The model's input of an image, resized and normalised, on the CPU.
+
+        Args:
+            image: a picture, or the path of one, of any size; or a list of them.
+            pixels: "whole": the whole picture, resized to `size`, so that maps cover all of it; its aspect ratio may
+                change. "timm": timm's evaluation transform with the model's own settings, which crops. "processor": the
+                image processor of an "hf:" model. `crop` gives the part of the picture that these show.
+
+        Returns:
+            [3, height, width] float32, or [B, 3, height, width] for a list.
+
+        Raises:
+            ImageError: a file can't be read.
+            ValueError: an unknown kind, an empty list, or a processor that can't be loaded or gives another size.
+        """
+        if isinstance(image, Sequence) and not isinstance(image, str):
+            if not image:
+                raise ValueError("image: expected a picture, a path, or a list of at least one; got an empty list")
+            return torch.stack([self.prepare(each, pixels) for each in image])
+        picture = as_picture(image)
+        if pixels == "whole":
+            return to_tensor(picture, self.size, self.mean, self.std, self.interpolation)
+        kind = self.pixels(pixels)
+        return kind.normalise(torch.tensor(kind(picture)[0])[None])[0]
+
+    def crop(self, image: "Picture", pixels: str = "whole") -> Crop:
+        """The part of a picture that `prepare` shows the model: (left, top, right, bottom) in its pixels.
+
+        A transform that pads may reach beyond the picture.
+
+        Args:
+            image, pixels: as in `prepare`.
+        """
+        return self.pixels(pixels)(as_picture(image))[1]
 
     def fingerprint(self) -> str:
         """SHA-256 of the names, dtypes, shapes and bytes of the weights, sorted by name."""
@@ -51,6 +114,22 @@ class Loaded:
             digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def as_picture(image: "Picture") -> "Image.Image":
+    """An RGB picture: a PIL image, or the file at a path, upright.
+
+    Raises:
+        ImageError: the file can't be read.
+        ValueError: neither a PIL image nor a path.
+    """
+    from PIL.Image import Image
+
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if not isinstance(image, Image):
+        raise ValueError(f"image: expected a PIL image or the path of one; got {type(image).__name__}")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -71,6 +150,6 @@ def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | No
 def no_download(name: str, error: Exception) -> ConnectionError:
     """The error for weights of `name` that could not be downloaded. Its message lists alternatives."""
     return ConnectionError(
-        f"the weights of {name} could not be downloaded ({first_line(error)}); pass --checkpoint FILE with weights "
-        "you have, --no-pretrained for random ones, or --model demo"
+        f"the weights of {name} could not be downloaded ({first_line(error)}); pass checkpoint=FILE with weights you "
+        "have, pretrained=False for random ones, or take the model 'demo'"
     )

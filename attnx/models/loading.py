@@ -24,6 +24,49 @@ _VL_DINO_SIZE = (480, 480)
 _ALBEF_LAYER = 8  # the layer that ALBEF's authors use
 
 
+def load(
+    name: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    vocab: str | Path | None = None,
+) -> Loaded:
+    """A model with its weights, and the preprocessing of its images, by name.
+
+    Args:
+        name: of a model of images, see `load_model`: "timm:vit_base_patch16_224", "hf:google/vit-base-patch16-224",
+            "torchvision:vit_b_16", "open_clip:ViT-B-32/laion2b_s34b_b79k", "torchhub:FOLDER:ENTRY", or "demo". Or of a
+            model of words and images: "albef:FILE", "lavt:FILE", or "albef:demo".
+        pretrained: download the model's own weights; False: random weights.
+        checkpoint: a file of weights to load instead.
+        image_size: (height, width) in pixels, or one number for a square; None: the model's own size.
+        vocab: for ALBEF and LAVT: bert-base-uncased's vocab.txt; None: from the Hugging Face hub.
+
+    Returns:
+        `Loaded`: `.model` on the CPU in eval mode, `.prepare(image)`, `.size`, and `.model_kwargs`.
+
+    Raises:
+        ValueError: an unknown name, an invalid image size, a vocab for a model without words, no weights, or a
+            checkpoint that doesn't fit.
+        FileNotFoundError: no such checkpoint or vocab.
+        ConnectionError: the weights could not be downloaded; the message lists alternatives.
+        ImportError: torchvision or open_clip can't be imported.
+        NotImplementedError: a model of torchvision that doesn't classify images; images that need padding.
+
+    Example:
+        >>> from PIL import Image
+        >>> loaded = attnx.load("timm:vit_tiny_patch16_224", pretrained=False, image_size=(96, 128))
+        >>> attnx.Extractor(loaded.model)(loaded.prepare([Image.new("RGB", (640, 480))])).shape
+        torch.Size([1, 6, 8])
+    """
+    if name.partition(":")[0] in _WEIGHTS:
+        return load_word_model(name, pretrained=pretrained, checkpoint=checkpoint, vocab=vocab, image_size=image_size)
+    if vocab is not None:
+        raise ValueError(f"vocab: expected none for {name}, which reads no words; got {str(vocab)!r}")
+    return load_model(name, pretrained=pretrained, checkpoint=checkpoint, image_size=image_size)
+
+
 def load_model(
     name: str,
     *,
@@ -100,10 +143,10 @@ def _check_import(library: str, install: str) -> None:
 
 # Word models whose weights can't be downloaded: what is expected in place of them.
 _WEIGHTS = {
-    "albef": "ALBEF's weights as --model albef:FILE (https://github.com/salesforce/ALBEF has them to download), "
-    "--no-pretrained for random ones, or --model demo",
-    "lavt": "LAVT's weights as --model lavt:FILE (https://github.com/yz93/LAVT-RIS has them to download), or "
-    "--no-pretrained for random ones",
+    "albef": "ALBEF's weights as albef:FILE (https://github.com/salesforce/ALBEF has them to download), "
+    "pretrained=False for random ones, or the model demo",
+    "lavt": "LAVT's weights as lavt:FILE (https://github.com/yz93/LAVT-RIS has them to download), or "
+    "pretrained=False for random ones",
 }
 
 
@@ -165,7 +208,7 @@ def word_model(name: str, checkpoint: str | Path | None = None) -> tuple[str, st
     if kind == "albef" and file in WORD_MODELS:
         return file, checkpoint
     if file and checkpoint is not None:
-        raise ValueError(f"checkpoint: expected one; got --model {name} and --checkpoint {checkpoint}")
+        raise ValueError(f"checkpoint: expected one; got {name} and checkpoint={str(checkpoint)!r}")
     return kind, file or checkpoint
 
 

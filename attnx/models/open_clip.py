@@ -41,8 +41,8 @@ def load_open_clip(name: str, pretrained: bool, image_size: tuple[int, int] | No
     if pretrained and not tag:
         tags = ", ".join(list_pretrained_tags_by_model(base)) or "none"
         raise ValueError(
-            f"model: expected open_clip:{base}/PRETRAINED, with PRETRAINED one of {tags}; --checkpoint FILE or "
-            f"--no-pretrained; got open_clip:{name}"
+            f"model: expected open_clip:{base}/PRETRAINED, with PRETRAINED one of {tags}; checkpoint=FILE or "
+            f"pretrained=False; got open_clip:{name}"
         )
     config = dict(get_pretrained_cfg(base, tag)) if tag else {}
     try:

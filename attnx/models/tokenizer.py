@@ -224,5 +224,5 @@ def _from_hub() -> Any:
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConnectionError(
-            f"the vocabulary of {HUB} could not be downloaded ({first}); pass a local one, --vocab vocab.txt"
+            f"the vocabulary of {HUB} could not be downloaded ({first}); pass a local one, vocab='vocab.txt'"
         ) from error

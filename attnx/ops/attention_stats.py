@@ -41,6 +41,8 @@ def attention_stats(
     sinks: Tensor | None = None,
     lse: Tensor | None = None,
     backend: str = "auto",
+    attn_mask: Tensor | None = None,
+    enable_gqa: bool = False,
 ) -> dict[str, Tensor]:
     """Statistics of each row of attention weights of each head, without the weights. Detached.
 
@@ -54,7 +56,7 @@ def attention_stats(
     - "mass": ``sum_j P_ij`` over the prefix tokens, such as a class token and registers.
 
     Args:
-        q, k, bias, is_causal, scale, softcap, sinks, backend: as in `attnx.attention`.
+        q, k, bias, is_causal, scale, softcap, sinks, backend, attn_mask, enable_gqa: as in `attnx.attention`.
         stats: which of them.
         grid: (rows, columns) of patches; needed for "distance". Queries and keys are then the same tokens.
         prefix, suffix: numbers of tokens before and after the patches.
@@ -81,7 +83,7 @@ def attention_stats(
     """
     which = parse(stats)
     q, k = cast_as_sdpa(q, k)
-    bias = check_tensors(q, k, None, bias, "mean")
+    bias = check_tensors(q, k, None, bias, "mean", attn_mask)
     M, N = q.shape[2], k.shape[2]
     for name, count in (("prefix", prefix), ("suffix", suffix)):
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= N:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -54,8 +55,17 @@ def check_sinks(sinks: Tensor, q: Tensor) -> None:
     raise ValueError(f"sinks: expected a floating-point tensor [{q.shape[1]}] on {q.device}; got {came}")
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, heads: str) -> Tensor | None:
-    """The bias as a 4-D tensor. Raise ValueError for inputs that don't fit together."""
+def one_bias(bias: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+    """The bias by either of its names. Raise ValueError for both."""
+    if bias is not None and attn_mask is not None:
+        raise ValueError("bias, attn_mask: expected one of the two, which are names of one argument; got both")
+    return bias if attn_mask is None else attn_mask
+
+
+def check_tensors(
+    q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, heads: str, attn_mask: Tensor | None = None
+) -> Tensor | None:
+    """The bias, or the mask in its place, as a 4-D tensor. Raise ValueError for inputs that don't fit together."""
     Reduction.parse(heads)
     named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     for name, t in named.items():
@@ -73,17 +83,23 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, h
         raise ValueError(f"k: expected a number of heads that divides q's {H}; got {Hk}")
     if v is not None and v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v: expected [{B}, {Hk}, {N}, head dim] to fit k {list(k.shape)}; got {list(v.shape)}")
-    if bias is None:
-        return None
+    bias, name = one_bias(bias, attn_mask), "bias" if attn_mask is None else "attn_mask"
+    return None if bias is None else _four_dimensions(name, bias, (B, H, M, N), q.device)
+
+
+def _four_dimensions(name: str, bias: Tensor, sizes: tuple[int, int, int, int], device: torch.device) -> Tensor:
+    """The bias with 4 dimensions. Raise ValueError unless it fits scores of these sizes [B, H, M, N]."""
+    B, H, M, N = sizes
     if bias.dtype != torch.bool and not bias.is_floating_point():
-        raise ValueError(f"bias: expected a float or bool dtype; got {bias.dtype}")
-    if bias.device != q.device:
-        raise ValueError(f"bias: expected device {q.device}; got {bias.device}")
+        raise ValueError(f"{name}: expected a float or bool dtype; got {bias.dtype}")
+    if bias.device != device:
+        raise ValueError(f"{name}: expected device {device}; got {bias.device}")
+    hint = "; for a key-padding mask [B, N] pass mask[:, None, None, :]" if bias.shape == (B, N) else ""
     shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     if len(shape) != 4 or any(have not in (1, want) for have, want in zip(shape[1:], (H, M, N), strict=True)):
-        raise ValueError(f"bias: expected a shape that broadcasts to {[B, H, M, N]}; got {list(bias.shape)}")
+        raise ValueError(f"{name}: expected a shape that broadcasts to {[B, H, M, N]}; got {list(bias.shape)}{hint}")
     if shape[0] != B and (shape[0] == 0 or B % shape[0]):
-        raise ValueError(f"bias: expected a first dimension that divides the batch of {B}; got {list(bias.shape)}")
+        raise ValueError(f"{name}: expected a first dimension that divides the batch of {B}; got {list(bias.shape)}")
     return bias.reshape(shape)
 
 
@@ -106,18 +122,20 @@ def check_gradient(grad: Tensor, q: Tensor, v: Tensor) -> None:
         raise ValueError(f"grad: expected {q.dtype} {list(shape)} on {q.device}; got {came}")
 
 
-def row_index(rows: Sequence[int] | Tensor | None, m: int, device: torch.device) -> Tensor | None:
-    """Row indices as an int64 tensor on the device. Raise ValueError for other than integers, or a list outside 0..m-1.
+def row_index(rows: int | Sequence[int] | Tensor | None, m: int, device: torch.device) -> Tensor | None:
+    """Row indices as an int64 tensor on the device. Raise ValueError for other than integers in -m..m-1.
 
-    The operators check the values of a tensor.
+    The operators check the values of a tensor, and count its negative ones from the end.
     """
     if rows is None:
         return None
     if not isinstance(rows, Tensor):
-        if not isinstance(rows, Sequence) or not all(isinstance(i, int) and 0 <= i < m for i in rows):
-            raise ValueError(f"rows: expected a sequence of integers in 0..{m - 1}; got {rows!r}")
-        return torch.tensor(rows, dtype=torch.int64, device=device)
-    if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32) or rows.device != device:
+        chosen = rows if isinstance(rows, Sequence) and not isinstance(rows, str) else [rows]
+        if not all(isinstance(i, Integral) and not isinstance(i, bool) and -m <= i < m for i in chosen):
+            raise ValueError(f"rows: expected integers in {-m}..{m - 1}; got {rows!r}")
+        return torch.tensor([int(i) % m for i in chosen], dtype=torch.int64, device=device)
+    whole = not (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool)
+    if rows.dim() != 1 or not whole or rows.device != device:
         raise ValueError(
             f"rows: expected a 1-D integer tensor on {device}; got {rows.dtype} {list(rows.shape)} on {rows.device}"
         )

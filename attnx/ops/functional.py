@@ -18,6 +18,7 @@ from attnx.ops.checks import (
     check_gradient,
     check_sinks,
     check_tensors,
+    one_bias,
     resolve_scale,
     resolve_softcap,
     row_index,
@@ -36,8 +37,10 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     heads: str = "mean",
-    rows: Sequence[int] | Tensor | None = None,
+    rows: int | Sequence[int] | Tensor | None = None,
     backend: str = "auto",
+    attn_mask: Tensor | None = None,
+    enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention output, as `F.scaled_dot_product_attention` gives it, and the head-reduced attention map.
 
@@ -67,9 +70,12 @@ def attention(
             takes eager then.
         sinks: [H] floating point on q's device, any float dtype: the logit of each head's sink.
         heads: "mean", "max", "min" over the heads, or "each".
-        rows: indices in 0..M-1 of the query rows whose map is wanted; the others cost nothing. None: all.
+        rows: indices of the query rows whose map is wanted, in -M..M-1 (-1: the last); the others cost nothing. One
+            integer is a list of one. None: all.
         backend: "triton", "native" (a C++ kernel for CPUs), "eager" (plain torch, any device), or "auto": Triton on
             GPUs and native on CPUs wherever they can take the inputs, else eager. A named backend never falls back.
+        attn_mask: the bias by SDPA's name, instead of `bias`.
+        enable_gqa: as SDPA's, without effect: grouped queries are always allowed.
 
     Returns:
         out [B, H, M, Dv] in q's dtype, and the map, float32: [B, M, N], [B, R, N] for R rows, [B, H, M, N] for each.
@@ -88,11 +94,11 @@ def attention(
     """
     if has_torch_function((q, k, v)):
         options: dict[str, Any] = dict(
-            bias=bias, is_causal=is_causal, scale=scale, softcap=softcap, sinks=sinks, heads=heads
+            bias=one_bias(bias, attn_mask), is_causal=is_causal, scale=scale, softcap=softcap, sinks=sinks, heads=heads
         )
         return handle_torch_function(attention, (q, k, v), q, k, v, **options, rows=rows, backend=backend)
     q, k, v = cast_as_sdpa(q, k, v)
-    bias = check_tensors(q, k, v, bias, heads)
+    bias = check_tensors(q, k, v, bias, heads, attn_mask)
     index = row_index(rows, q.shape[2], q.device)
     scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
     if sinks is None:
@@ -115,17 +121,18 @@ def attention_map(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     heads: str = "mean",
-    rows: Sequence[int] | Tensor | None = None,
+    rows: int | Sequence[int] | Tensor | None = None,
     lse: Tensor | None = None,
     backend: str = "auto",
+    attn_mask: Tensor | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """The head-reduced attention map alone; arguments, result and errors as in `attention`. Detached.
 
     Args:
         lse: [B, H, M] float32, the natural log-sum-exp of the scaled, biased scores, where a forward pass has it
-            already; the weights are then ``exp(scores - lse)``. A row without keys has minus or plus infinity.
-            With sinks it is what `attention_lse` gives with the same sinks. Where it isn't given, sinks cost as much
-            as the attention of all rows.
+            already; the weights are then ``exp(scores - lse)``. A row without keys has minus or plus infinity. With
+            sinks it is `attention_lse`'s of the same sinks; without it sinks cost the attention of all rows.
 
     Example:
         >>> q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 7, 16)
@@ -133,7 +140,7 @@ def attention_map(
         torch.Size([2, 1, 7])
     """
     (q, k), v = cast_as_sdpa(q, k), None
-    bias = check_tensors(q, k, v, bias, heads)
+    bias = check_tensors(q, k, v, bias, heads, attn_mask)
     index = row_index(rows, q.shape[2], q.device)
     check_float32("lse", lse, q.shape[:3], q.device)
     scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
@@ -154,6 +161,8 @@ def attention_lse(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     backend: str = "auto",
+    attn_mask: Tensor | None = None,
+    enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention output, and the log-sum-exp of every row of scores: with q and k all that a map is made of.
 
@@ -173,7 +182,7 @@ def attention_lse(
         True
     """
     q, k, v = cast_as_sdpa(q, k, v)
-    bias = check_tensors(q, k, v, bias, "mean")
+    bias = check_tensors(q, k, v, bias, "mean", attn_mask)
     if sinks is not None:
         check_sinks(sinks, q)
     scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
@@ -195,6 +204,8 @@ def vecmat(
     sinks: Tensor | None = None,
     lse: Tensor | None = None,
     backend: str = "auto",
+    attn_mask: Tensor | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """A row vector times the mean map, without the map: ``r @ mean_h softmax(q k^T * scale + bias)``. Detached.
 
@@ -204,7 +215,7 @@ def vecmat(
 
     Args:
         r: [B, M] float32, any strides. A row whose r is zero passes nothing on, not even a NaN among its weights.
-        q, k, bias, is_causal, scale, softcap, sinks, backend: as in `attention`.
+        q, k, bias, is_causal, scale, softcap, sinks, backend, attn_mask, enable_gqa: as in `attention`.
         lse: [B, H, M] float32 as `attention_lse` gives it, with the same sinks, where it is known already.
 
     Returns:
@@ -221,7 +232,7 @@ def vecmat(
         True
     """
     q, k = cast_as_sdpa(q, k)
-    bias = check_tensors(q, k, None, bias, "mean")
+    bias = check_tensors(q, k, None, bias, "mean", attn_mask)
     check_float32("r", r, (q.shape[0], q.shape[2]), q.device)
     check_float32("lse", lse, q.shape[:3], q.device)
     scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
@@ -244,9 +255,11 @@ def gradient_map(
     sinks: Tensor | None = None,
     heads: str = "mean",
     clamp: bool = True,
-    rows: Sequence[int] | Tensor | None = None,
+    rows: int | Sequence[int] | Tensor | None = None,
     lse: Tensor | None = None,
     backend: str = "auto",
+    attn_mask: Tensor | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """The map weighted by its own gradient, heads fused: what Grad-CAM and Chefer's relevance are made of. Detached.
 
@@ -255,7 +268,7 @@ def gradient_map(
 
     Args:
         grad: [B, H, M, Dv] in q's dtype, the gradient of a scalar with respect to the attention's output.
-        q, k, v, bias, is_causal, scale, softcap, sinks, rows, backend: as in `attention`.
+        q, k, v, bias, is_causal, scale, softcap, sinks, rows, backend, attn_mask, enable_gqa: as in `attention`.
         heads: how the products of the heads are fused: "mean", "max", "min", or "each".
         clamp: False: ``mean_h dP P``, signs and all.
         lse: [B, H, M] float32 as `attention_lse` gives it, with the same sinks, where it is known already.
@@ -276,7 +289,7 @@ def gradient_map(
         torch.Size([2, 5, 5])
     """
     q, k, v = cast_as_sdpa(q, k, v)
-    bias = check_tensors(q, k, v, bias, heads)
+    bias = check_tensors(q, k, v, bias, heads, attn_mask)
     check_gradient(grad, q, v)
     index = row_index(rows, q.shape[2], q.device)
     check_float32("lse", lse, q.shape[:3], q.device)

@@ -31,7 +31,7 @@ def attention(
     scores, reduction = Scores(q, k, bias, is_causal, scale, softcap), Reduction.parse(heads)
     if scores.is_empty:
         return scores.new_output(v).zero_(), new_map(q, k, heads, rows).zero_()
-    _check_range(rows, q.shape[2])
+    rows = _from_the_start(rows, q.shape[2])
     match choose(backend, scores, v, reduction):
         case "triton":
             from attnx.ops.backends import triton
@@ -70,7 +70,7 @@ def attention_map(
     scores, reduction = Scores(q, k, bias, is_causal, scale, softcap), Reduction.parse(heads)
     if scores.is_empty:
         return new_map(q, k, heads, rows).zero_()
-    _check_range(rows, q.shape[2])
+    rows = _from_the_start(rows, q.shape[2])
     match choose(backend, scores, None, reduction):
         case "triton":
             from attnx.ops.backends import triton
@@ -184,7 +184,7 @@ def gradient_map(
     scores, reduction = Scores(q, k, bias, is_causal, scale, softcap), Reduction.parse(heads)
     if scores.is_empty or 0 in v.shape:
         return new_map(q, k, heads, rows).zero_()
-    _check_range(rows, q.shape[2])
+    rows = _from_the_start(rows, q.shape[2])
     match choose(backend, scores, v, reduction):
         case "triton":
             from attnx.ops.backends import triton
@@ -247,10 +247,17 @@ def _new_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _check_range(rows: Tensor | None, m: int) -> None:
-    """Raise ValueError for a bad index on a CPU. On a GPU a device-side assertion fails where rows are gathered."""
-    if rows is None or rows.numel() == 0 or rows.device.type != "cpu":
-        return
-    low, high = int(rows.min()), int(rows.max())
-    if low < 0 or high >= m:
-        raise ValueError(f"rows: expected indices in 0..{m - 1}; got {low}..{high}")
+def _from_the_start(rows: Tensor | None, m: int) -> Tensor | None:
+    """The rows in 0..m-1: negative ones count from the end.
+
+    Raise ValueError for a bad index on a CPU. On a GPU a device-side assertion fails where rows are gathered.
+    """
+    if rows is None or rows.numel() == 0:
+        return rows
+    if rows.device.type == "cpu":
+        low, high = int(rows.min()), int(rows.max())
+        if low < -m or high >= m:
+            raise ValueError(f"rows: expected integers in {-m}..{m - 1}; got {low}..{high}")
+        if low >= 0:
+            return rows
+    return torch.where(rows < 0, rows + m, rows)

@@ -32,6 +32,8 @@ def row_importance(
     sinks: Tensor | None = None,
     lse: Tensor | None = None,
     backend: str = "auto",
+    attn_mask: Tensor | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """Magnitude of each row's weights times their gradients: ``sum_j |dP_ij P_ij|`` of each head. Detached.
 
@@ -40,7 +42,7 @@ def row_importance(
 
     Args:
         grad: [B, H, M, Dv] in q's dtype, the gradient of a scalar with respect to the attention's output.
-        q, k, v, bias, is_causal, scale, softcap, sinks, backend: as in `attnx.attention`.
+        q, k, v, bias, is_causal, scale, softcap, sinks, backend, attn_mask, enable_gqa: as in `attnx.attention`.
         lse: [B, H, M] float32 as `attnx.attention_lse` gives it, with the same sinks, where it is known already.
 
     Returns:
@@ -61,7 +63,7 @@ def row_importance(
         True
     """
     q, k, v = cast_as_sdpa(q, k, v)
-    bias = check_tensors(q, k, v, bias, "mean")
+    bias = check_tensors(q, k, v, bias, "mean", attn_mask)
     check_gradient(grad, q, v)
     check_float32("lse", lse, q.shape[:3], q.device)
     grad, q, k, v = (t.detach() for t in (grad, q, k, v))

@@ -281,7 +281,10 @@ def _chosen(rows: int | Sequence[int] | None) -> tuple[int, ...] | None:
         return None
     try:
         one = isinstance(rows, int) or getattr(rows, "ndim", 1) == 0
-        chosen = (index(rows),) if one else tuple(map(index, rows))  # type: ignore[arg-type]
+        given: Any = (rows,) if one else tuple(rows)  # type: ignore[arg-type]
+        if any(isinstance(row, bool) for row in given):
+            raise TypeError("a flag is no index")
+        chosen = tuple(map(index, given))
     except TypeError as error:
         raise ValueError(f"rows: expected an integer or a sequence of integers; got {rows!r}") from error
     if not chosen:

@@ -15,11 +15,11 @@ import torch
 
 import attnx
 from attnx.jobs.decoding import Decoders, Picture
-from attnx.jobs.pixels import Pixels
 from attnx.jobs.plan import open_job
 from attnx.jobs.sources import Entry
 from attnx.jobs.tasks import ImageTask
 from attnx.jobs.worker import Worker
+from attnx.models.pixels import Pixels
 
 
 class Numbers:

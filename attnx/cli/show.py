@@ -1,0 +1,185 @@
+"""`attnx show`: the maps of one image, of a folder, or of several models side by side."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from attnx.cli.options import (
+    MODEL,
+    PATH,
+    Alpha,
+    Checkpoint,
+    Colormap,
+    Device,
+    Discard,
+    FormerMass,
+    HeadsOption,
+    ImageSize,
+    Interpolation,
+    Layer,
+    Mass,
+    Method,
+    Out,
+    Preset,
+    Pretrained,
+    Residual,
+    Seed,
+    Start,
+    Token,
+    device_of,
+    layers_of,
+    mass_of,
+    one_of,
+    pixels_of,
+    report_errors,
+    rollout_options,
+)
+from attnx.messages import say
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from attnx.figures.sheets import Sheet
+    from attnx.models.loaded import Loaded
+
+
+@report_errors
+def show(
+    image: Annotated[Path, typer.Argument(help="An image file, or a folder of images for a contact sheet.", **PATH)],
+    model: Annotated[list[str] | None, MODEL] = None,
+    out: Out = Path("attnx-out"),
+    method: Method = "rollout",
+    token: Token = None,
+    layer: Layer = None,
+    heads: HeadsOption = "mean",
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = True,
+    image_size: ImageSize = None,
+    device: Device = None,
+    residual: Residual = 0.5,
+    discard: Discard = 0.0,
+    start: Start = 0,
+    preset: Preset = None,
+    colormap: Colormap = "turbo",
+    alpha: Alpha = 0.5,
+    interpolation: Interpolation = "bilinear",
+    colorbar: Annotated[bool, typer.Option("--colorbar", help="Draw the colours and their values.")] = False,
+    scale: Annotated[
+        str, typer.Option(help="Range of the colours in a sheet: of [bold]each[/bold] map, or [bold]shared[/bold].")
+    ] = "each",
+    tile: Annotated[
+        int, typer.Option(help="Pixels of the longer side of the pictures in sheets; 0: the image's own size.", min=0)
+    ] = 256,
+    pdf: Annotated[bool, typer.Option("--pdf", help="Write the sheets as PDF, too, for a paper.")] = False,
+    svg: Annotated[bool, typer.Option("--svg", help="Write the sheets as SVG, too.")] = False,
+    npz: Annotated[bool, typer.Option("--npz", help="Write the maps as arrays, too: maps.npz.")] = False,
+    limit: Annotated[int, typer.Option(help="Of a folder: at most this many images.", min=1)] = 64,
+    mass: Mass = 0.6,
+    keep: FormerMass = None,
+    seed: Seed = 0,
+) -> None:
+    """Draws the maps of one image, at the image's own size; or a sheet of a folder, or of several models.
+
+    Writes overlay.png (the method's map), heads.png (the class token's map of each head), masks.png (the patches
+    with 60 % of each head's mass) and layers.png (every layer, then max, min, mean, and rollout). With --token all are
+    of that token. A model without a rollout gets the class token's map, or, without a class token, received.png: how
+    much the last layer attends to each patch. If its tokens have no known place in the image, matrix.png has the last
+    layer's map, queries by keys. The output says so. With --model twice or more, each has a folder, and models.png has
+    their maps side by side. For a folder, contact_sheet.png has the map of each image.
+    """
+    from attnx.extract.place import Place
+    from attnx.figures.one_image import Request
+    from attnx.figures.style import Style
+
+    one_of("scale", scale, ("each", "shared"))
+    names = model or ["demo"]
+    if token is not None and method not in ("rollout", "token"):
+        raise ValueError(f"token: expected method token; got {method!r}")
+    if method == "token" and token is None:
+        raise ValueError("token: expected a token for method token, such as 50%,50%; got none")
+    if len(names) > 1 and checkpoint is not None:
+        raise ValueError(f"checkpoint: expected one --model with it; got {len(names)}")
+    place = None if token is None else Place.parse(token)
+    rolling = rollout_options(residual, discard, start, preset)
+    request = Request("token" if place else method, layers_of(layer), heads, rolling, place)
+    style = Style(colormap, alpha, interpolation, mass_of(mass, keep), tile or None, scale, colorbar)
+    size, on = pixels_of(image_size), device_of(device)
+
+    def load(name: str) -> "Loaded":
+        import torch
+
+        from attnx.models.loading import load_model
+
+        torch.manual_seed(seed)
+        loaded = load_model(name, pretrained=pretrained, checkpoint=checkpoint, image_size=size)
+        loaded.model.to(on)
+        return loaded
+
+    formats = tuple(name for name, wanted in (("pdf", pdf), ("svg", svg)) if wanted)
+    if image.is_dir():
+        from attnx.figures.photos import table_of_photos
+
+        if npz:
+            raise ValueError("npz: expected one image; got a folder; attnx extract writes the maps of a folder")
+        photos = _photos(image, limit)
+        _write(table_of_photos(photos, names, load, request, style, on), out, "contact_sheet", formats)
+        return
+    from attnx.figures.one_image import draw
+    from attnx.figures.photos import table_of_photos
+    from attnx.images import read_image
+
+    picture = read_image(image)
+    folders = dict(zip(names, _folders(out, names), strict=True))
+
+    def draw_one(loaded: "Loaded") -> None:
+        for path, what in draw(picture, loaded, folders[loaded.name], request, style, on, formats, npz).items():
+            typer.echo(f"{path}  {what}")
+
+    if len(names) == 1:
+        draw_one(load(names[0]))
+    else:
+        _write(
+            table_of_photos([(image.name, picture)], names, load, request, style, on, draw_one), out, "models", formats
+        )
+
+
+def _photos(folder: Path, limit: int) -> "list[tuple[str, Image]]":
+    """(name, picture) of the first images of a folder.
+
+    Raises:
+        ValueError: no image can be read.
+    """
+    from attnx.figures.photos import first_photos
+    from attnx.images import ImageError, read_image
+
+    paths, count = first_photos(folder, limit)
+    found = []
+    for path in paths:
+        try:
+            found.append((path.relative_to(folder).as_posix(), read_image(path)))
+        except ImageError as error:
+            say(str(error))
+    if not found:
+        raise ValueError(f"image: expected a folder with images that can be read; got {folder}")
+    if count > limit:
+        say(f"the first {limit} of {count:,} images; --limit {count} shows all")
+    return found
+
+
+def _folders(out: Path, names: list[str]) -> list[Path]:
+    """The folder of each model's pictures. Raises ValueError for a model that is named twice."""
+    if len(set(names)) < len(names):
+        raise ValueError(f"model: expected different models; got {', '.join(names)}")
+    if len(names) == 1:
+        return [out]
+    safe = [re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip(".-") or "model" for name in names]
+    return [out / (name if safe.count(name) == 1 else f"{i}-{name}") for i, name in enumerate(safe)]
+
+
+def _write(sheet: "Sheet", out: Path, name: str, formats: tuple[str, ...]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", *formats):
+        sheet.save(out / f"{name}.{kind}")
+        typer.echo(f"{out / f'{name}.{kind}'}  {len(sheet.tiles)} pictures: {', '.join(dict.fromkeys(sheet.titles))}")
