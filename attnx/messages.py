@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 __all__ = ["one_line", "printable", "say", "warnings_in_lines"]
@@ -40,14 +40,17 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def warnings_in_lines() -> Iterator[None]:
-    """Show warnings inside the `with` as messages without their location. Warnings of Pillow are ignored."""
+def warnings_in_lines(spell: Callable[[str], str] = str) -> Iterator[None]:
+    """Show warnings inside the `with` as messages without their location. Warnings of Pillow are ignored.
+
+    spell: changes the message of a warning.
+    """
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
         line: str | None = None,
     ) -> None:  # fmt: skip
-        say(str(message).removeprefix("attnx: "))
+        say(spell(str(message).removeprefix("attnx: ")))
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL(\.|$)")

@@ -142,7 +142,7 @@ def test_extract_records_what_it_cannot_read(photos: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("method", ["rollout", "cls", "layers"])
 def test_show(photos: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "pictures"
-    layers = ["--layer", "blocks.0", "--layer", -1]
+    layers = ["--layers", "blocks.0", "--layers", -1]
     result = run("show", photos / "b.jpg", "--out", out, "--method", method, *RANDOM, *layers)
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in out.iterdir()) == ["heads.png", "layers.png", "masks.png", "overlay.png"]
@@ -191,7 +191,7 @@ def test_mistakes_are_one_line(photos: Path, tmp_path: Path) -> None:
         (["extract", photos, "--method", "magic", *out], "method: expected one of rollout, cls, layers; got 'magic'"),
         (["extract", photos, "--heads", "sum", *out], "heads: expected one of mean, max, min, each; got 'sum'"),
         (["extract", photos, "--heads", "each", *out], "heads='each' is for method 'cls'"),
-        (["extract", photos, "--layer", "block.9", *out], "'block.9' matches no module"),
+        (["extract", photos, "--layers", "block.9", *out], "'block.9' matches no module"),
         (["extract", photos, "--dtype", "int8", *out], "dtype: expected one of float32, bfloat16, float16; got 'int8'"),
         (["extract", photos, "--device", "gpu7", *out], "device: expected one that torch can use here; got 'gpu7'"),
         (["extract", photos, "--image-size", "4x5x6", *out], "image-size: expected pixels such as 480 or 480x640"),

@@ -21,9 +21,10 @@ from attnx.cli.options import (
     Checkpoint,
     Discard,
     Dtype,
+    FormerLayers,
     HeadsOption,
     ImageSize,
-    Layer,
+    LayersOption,
     Out,
     Preset,
     Pretrained,
@@ -60,10 +61,20 @@ def extract(
         str | None,
         typer.Option(
             help="[bold]rollout[/bold] through all layers (default), [bold]cls[/bold]: the class token's map in the "
-            "last layer, or in each [bold]--layer[/bold], [bold]layers[/bold]: the class token's map in every layer."
+            "last layer, or in each of [bold]--layers[/bold], [bold]layers[/bold]: the class token's map in every "
+            "layer, [bold]token[/bold]: that of [bold]--token[/bold]."
         ),
     ] = None,
-    layer: Layer = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            help="The map of this token, in the last layer over patches, or in each of --layers: X%,Y% in shares of "
+            "what the model sees, or the index of a token (0: the class token).",
+            show_default=False,
+        ),
+    ] = None,
+    layers: LayersOption = None,
+    layer: FormerLayers = None,
     heads: HeadsOption = "mean",
     store: Annotated[
         str,
@@ -107,15 +118,19 @@ def extract(
     autocast_of(dtype)
     one_of("map-dtype", map_dtype, DTYPES)
     one_of("store", store, STORES)
-    if store != "map" and (method, heads, compile) != (None, "mean", False):
-        raise ValueError(f"method, heads, compile: only for --store map; got --store {store}")
+    if store != "map" and (method, heads, compile, token) != (None, "mean", False, None):
+        raise ValueError(f"method, heads, compile, token: only for --store map; got --store {store}")
+    if token is not None and method not in (None, "token"):
+        raise ValueError(f"token: expected --method token with it; got --method {method}")
+    if token is None and method == "token":
+        raise ValueError("token: expected a token for --method token, such as --token 50%,50%; got none")
     notice, model = named_model(model)
-    images, method = open_source(source, kind, root, split), method or "rollout"
+    images, method = open_source(source, kind, root, split), method or ("rollout" if token is None else "token")
     recipe = ExtractRecipe(
         source=absolute(source), kind=images.kind, root=absolute(root), split=split, model=absolute_model(model),
         pretrained=pretrained, checkpoint=absolute(checkpoint), image_size=pixels_of(image_size), seed=seed,
         method=method, heads=heads, dtype=dtype, map_dtype=map_dtype, max_pixels=options.pixels, pixels=pixels,
-        layers=layers_of(layer), keep=keep, compile=compile, store=store,
-        rolling=rollout_options(residual, discard, start, preset) if method == "rollout" else {},
+        layers=layers_of(layers, layer), keep=keep, compile=compile, store=store,
+        rolling=rollout_options(residual, discard, start, preset) if method == "rollout" else {}, token=token,
     )  # fmt: skip
     run_recipe(recipe, images, out, options, "images", notice=notice)

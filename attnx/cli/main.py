@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from attnx.cli.advice import in_options
 from attnx.cli.extract import extract
 from attnx.cli.masks import masks
 from attnx.cli.models import models
@@ -33,7 +34,7 @@ class OneLine(TyperGroup):
         if not standalone_mode:
             return run(standalone_mode=False)
         try:
-            with warnings_in_lines():
+            with warnings_in_lines(in_options):
                 code = run(standalone_mode=False)
         except UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attnx.cli.advice import in_options, options_of
 from attnx.limits import IMAGE_SIDE
 from attnx.messages import say
 from attnx.remote import is_url, location
@@ -75,9 +76,11 @@ Token = Annotated[
         show_default=False,
     ),
 ]
-Layer = Annotated[
-    list[str] | None, typer.Option(help="Layer name, glob or depth index (-1 is the last); repeat for several.")
+LayersOption = Annotated[
+    list[str] | None,
+    typer.Option("--layers", help="Layers: a name, glob or depth index (-1 is the last); repeat for several."),
 ]
+FormerLayers = Annotated[list[str] | None, typer.Option("--layer", help="Former name of --layers.", hidden=True)]
 HeadsOption = Annotated[str, typer.Option(help="How heads are fused: mean, max or min (each: with cls and token).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")]
 Residual = Annotated[float, typer.Option(help="Rollout: weight of the identity.")]
@@ -107,7 +110,8 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with options_of(command):
+                command(*args, **kwargs)
         except (typer.Exit, UsageError):
             raise
         except KeyboardInterrupt as error:
@@ -116,7 +120,8 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if os.environ.get("ATTNX_TRACEBACK"):
                 traceback.print_exc()
-            say(_message_of(command.__name__, error))
+            with options_of(command):
+                say(in_options(_message_of(command.__name__, error)))
             raise typer.Exit(2) from None
 
     return run
@@ -244,11 +249,12 @@ def absolute_model(model: str) -> str:
     return f"{kind}:{Path(name).absolute()}" if kind == "hf" and Path(name).is_dir() else model
 
 
-def layers_of(layers: list[str] | None) -> list[str | int] | None:
-    """The layers, with depth indices as integers; names and globs are unchanged."""
-    if not layers:
-        return None
-    return [int(x) if x.removeprefix("-").isdecimal() else x for x in layers]
+def layers_of(layers: list[str] | None, former: list[str] | None) -> list[str | int] | None:
+    """The layers, also under their former name --layer, with a message. Depth indices become integers."""
+    if former:
+        say("--layer of show, extract and probe is now --layers")
+    given = [*(layers or ()), *(former or ())]
+    return [int(x) if x.removeprefix("-").isdecimal() else x for x in given] or None
 
 
 def rollout_options(residual: float, discard: float, start: int, preset: str | None) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from attnx.cli.options import (
     SOURCE,
     Checkpoint,
     Dtype,
+    FormerLayers,
     ImageSize,
-    Layer,
+    LayersOption,
     Out,
     Pretrained,
     Seed,
@@ -68,7 +69,8 @@ def probe(
     patch_size: Annotated[
         float | None, typer.Option(help="Pixels between patches; default: inferred from the model.")
     ] = None,
-    layer: Layer = None,
+    layers: LayersOption = None,
+    layer: FormerLayers = None,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = True,
     image_size: ImageSize = None,
@@ -107,7 +109,7 @@ def probe(
         source=absolute(source), kind=images.kind, root=absolute(root), split=split, model=absolute_model(model),
         pretrained=pretrained, checkpoint=absolute(checkpoint), image_size=pixels_of(image_size), seed=seed,
         method="probe", heads="each", dtype=dtype, map_dtype="float32", max_pixels=options.pixels, pixels=pixels,
-        layers=layers_of(layer), stats=stats, targets=absolute(targets), patch_size=patch_size,
+        layers=layers_of(layers, layer), stats=stats, targets=absolute(targets), patch_size=patch_size,
     )  # fmt: skip
     run_recipe(recipe, images, out, options, "images", partial(_finish, out), notice, "statistics")
 

@@ -14,11 +14,12 @@ from attnx.cli.options import (
     Colormap,
     Device,
     Discard,
+    FormerLayers,
     FormerMass,
     HeadsOption,
     ImageSize,
     Interpolation,
-    Layer,
+    LayersOption,
     Mass,
     Method,
     Out,
@@ -52,7 +53,8 @@ def show(
     out: Out = Path("attnx-out"),
     method: Method = "rollout",
     token: Token = None,
-    layer: Layer = None,
+    layers: LayersOption = None,
+    layer: FormerLayers = None,
     heads: HeadsOption = "mean",
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = True,
@@ -96,14 +98,14 @@ def show(
     one_of("scale", scale, ("each", "shared"))
     names = model or ["demo"]
     if token is not None and method not in ("rollout", "token"):
-        raise ValueError(f"token: expected method token; got {method!r}")
-    if method == "token" and token is None:
-        raise ValueError("token: expected a token for method token, such as 50%,50%; got none")
+        raise ValueError(f"token: expected --method token with it; got --method {method}")
+    if token is None and method == "token":
+        raise ValueError("token: expected a token for --method token, such as --token 50%,50%; got none")
     if len(names) > 1 and checkpoint is not None:
         raise ValueError(f"checkpoint: expected one --model with it; got {len(names)}")
     place = None if token is None else Place.parse(token)
     rolling = rollout_options(residual, discard, start, preset)
-    request = Request("token" if place else method, layers_of(layer), heads, rolling, place)
+    request = Request("token" if place else method, layers_of(layers, layer), heads, rolling, place)
     style = Style(colormap, alpha, interpolation, mass_of(mass, keep), tile or None, scale, colorbar)
     size, on = pixels_of(image_size), device_of(device)
 

@@ -3,16 +3,19 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
+from attnx.images.inline import titled_heat
+
 if TYPE_CHECKING:
     from attnx.models.tokenizer import Caption
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CaptionMaps:
     """The maps of one caption's words.
 
@@ -56,6 +59,16 @@ class CaptionMaps:
         word_of = self.caption.word_of
         pieces = [[t for t, word in enumerate(word_of) if word == w] for w in range(len(self.words))]
         return torch.stack([self.maps[chosen].mean(0) for chosen in pieces])
+
+    def __repr__(self) -> str:
+        score = "" if self.score is None else f", score={self.score:+.2f}"
+        return f"CaptionMaps({self.caption.text!r}, {list(self.maps.shape)}{score})"
+
+    def _repr_html_(self) -> str:
+        """The map of each word, for notebooks."""
+        score = "" if self.score is None else f" (match {self.score:+.2f})"
+        words = zip(self.words, self.word_maps.float().cpu().numpy(), strict=True)
+        return f"<div>{escape(self.caption.text)}{score}<br>{''.join(titled_heat(*each) for each in words)}</div>"
 
     @property
     def lavis(self) -> Tensor:
@@ -103,6 +116,10 @@ class WordMaps(Sequence[CaptionMaps]):
 
     def __iter__(self) -> Iterator[CaptionMaps]:
         return iter(self._captions)
+
+    def _repr_html_(self) -> str:
+        """The maps of each caption's words, for notebooks."""
+        return "".join(each._repr_html_() for each in self)
 
     def __repr__(self) -> str:
         return f"WordMaps({', '.join(f'{c.caption.text!r}: {list(c.maps.shape)}' for c in self)})"

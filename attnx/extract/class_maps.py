@@ -36,7 +36,8 @@ def class_maps(
     Args:
         model: a classifier in eval mode whose output, or its attribute `logits`, is [B, classes].
         images: [B, 3, height, width].
-        targets: K class indices for all images, or [B, K] int64 indices; None: the predicted class of each image.
+        targets: a list of K class indices for all images, or [B, K] int64 indices, such as labels[:, None] for one class
+            of each image; None: the predicted class of each image.
         method: "relevance" or "gradient_rollout".
         layers, layout, backend: as in `attnx.capture`.
         model_kwargs: further arguments of the model's call.
@@ -102,7 +103,14 @@ def _targets(targets: Sequence[int] | Tensor | None, logits: Any, count: int) ->
     if targets is None:
         return logits.argmax(1, keepdim=True)
     classes = logits.shape[1]
-    wrong = f"targets: expected class indices in 0..{classes - 1}, [K] or [{count}, K]; got {targets!r}"
+    several = f"a list of classes of all images, or a tensor [{count}, K]"
+    wrong = f"targets: expected class indices in 0..{classes - 1}: {several}; got {targets!r}"
+    if getattr(targets, "ndim", 0) == 1:
+        # [B] labels would mean B classes for each image.
+        raise ValueError(
+            f"targets: expected {several}; got a tensor {list(targets.shape)}: for one class of each image pass "  # type: ignore[union-attr]
+            "targets[:, None], for the same classes of all images targets.tolist()"
+        )
     try:
         indices = torch.as_tensor(targets, device=logits.device)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -72,7 +72,7 @@ def lavt_word_maps(
     return maps if stage is None else maps[0]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExpressionMaps(CaptionMaps):
     """The maps of one expression's words, where word pieces are keys: weights are added, not averaged."""
 

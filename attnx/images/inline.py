@@ -23,6 +23,12 @@ def heat_tag(values: np.ndarray, title: str = "", side: int = 64) -> str:
     return picture_tag(Image.fromarray(grey.round().astype(np.uint8)), title, side)
 
 
+def titled_heat(title: str, values: np.ndarray, side: int = 96) -> str:
+    """An inline block of HTML with a map [h, w] and its title below it."""
+    block = "display:inline-block;margin:4px;text-align:center"
+    return f'<div style="{block}">{heat_tag(values, title, side)}<br>{escape(title)}</div>'
+
+
 def picture_tag(picture: Image.Image, title: str = "", side: int | None = None) -> str:
     """An HTML <img> with the picture inside it as PNG; `side`: pixels of its longer side as shown."""
     buffer = io.BytesIO()

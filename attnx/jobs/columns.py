@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from attnx.images.inline import titled_heat
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,7 +32,7 @@ def _stored(arrow: str, only: str = "") -> dict[str, Any]:
     return {"arrow": arrow, "only": only}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MapRow:
     """The result of one image, or of one image and its caption.
 
@@ -69,7 +72,23 @@ class MapRow:
     max: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
     mass: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
     importance: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
-    sums_pieces: bool = field(default=False, repr=False, metadata={"only": "attnx.open"})
+    sums_pieces: bool = field(default=False, metadata={"only": "attnx.open"})
+
+    def __repr__(self) -> str:
+        found = (
+            f"error={self.error!r:.80}" if self.error else "no map" if self.map is None else f"{list(self.map.shape)}"
+        )
+        return f"MapRow({self.key!r}, {found})"
+
+    def _repr_html_(self) -> str:
+        """The key and the maps, for notebooks; of a map with layers or heads, the mean."""
+        about = escape(repr(self) if self.text is None else f"{self!r}: {self.text}")
+        if self.map is None or self.map.ndim < 2:
+            return f"<div>{about}</div>"
+        named = zip(self.words, self.word_maps, strict=True) if self.words and self.map.ndim == 3 else ()
+        drawn = [titled_heat(word, amap) for word, amap in named]
+        mean = self.map.astype(np.float32).reshape(-1, *self.map.shape[-2:]).mean(0)
+        return f"<div>{about}<br>{''.join(drawn or [titled_heat('', mean)])}</div>"
 
     @cached_property
     def word_maps(self) -> np.ndarray:

@@ -51,5 +51,5 @@ class AllHeads:
         shapes = {name: list(amap.shape[1:]) for name, amap in zip(trace, maps, strict=True)}
         if len({tuple(shape) for shape in shapes.values()}) > 1:
             got = ", ".join(f"{name}: {shape}" for name, shape in shapes.items())
-            raise ValueError(f"store: expected layers with maps of one shape; got {got}; choose some with --layer")
+            raise ValueError(f"store: expected layers with maps of one shape; got {got}; choose some with layers=")
         return torch.stack(maps, 1)

@@ -187,7 +187,7 @@ class HeadProbes:
         self.left_out = {layer: next(iter(reasons.values())) for layer, reasons in missing.items() if reasons}
         chosen = [layer for layer in trace if layer not in self.left_out]
         if not chosen or (self.left_out and self.layers is not None):
-            raise ValueError(f"stats: {next(iter(self.left_out.values()))}; choose others by --stat or --layer")
+            raise ValueError(f"stats: {next(iter(self.left_out.values()))}; choose others by --stat or layers=")
         trace = trace.select(chosen)
         self.layers_of = {layer: self._about(trace, layer, means[layer].shape[2]) for layer in chosen}
         uniform = uniform_means(trace, self.names, self.patch_size).tolist()

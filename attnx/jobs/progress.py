@@ -58,26 +58,26 @@ class Log:
 
 @contextlib.contextmanager
 def progress_bar(total: int, unit: str = "images") -> Iterator[Progress]:
-    """A progress function that draws a bar with images/s and the time left on stderr.
+    """A progress function that draws a bar with images/s and the time left on stderr, or in a notebook.
 
     Args:
         total: number of images; each call updates it.
         unit: name of the rows.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from tqdm.auto import tqdm
 
-    rate = TextColumn("{task.fields[rate]:.1f} " + f"{unit}/s")
-    columns = (BarColumn(), MofNCompleteColumn(), rate, TextColumn("ETA"), TimeRemainingColumn())
-    start, before = time.perf_counter(), None
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, rate=0.0)
+    with tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) as bar:
+        first = True
 
         def advance(done: int, total: int) -> None:
-            nonlocal before
-            before = done if before is None else before
-            seconds = max(time.perf_counter() - start, 1e-9)
-            bar.update(task, completed=done, total=total, rate=(done - before) / seconds)
+            nonlocal first
+            if first:
+                # Rows of earlier runs don't count for the rate.
+                bar.initial = bar.n = done
+                first = False
+            bar.total = total
+            bar.update(done - bar.n)
+            bar.refresh()
 
         yield advance
 

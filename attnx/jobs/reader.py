@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from html import escape
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Maps", "open"]
 
 _FILES = 16
+_SHOWN = 5  # rows in a notebook
 _GROUPS = 4
 
 
@@ -85,6 +87,12 @@ class Maps:
 
     def __repr__(self) -> str:
         return f"<{len(self)} maps of {self.settings.get('model')} in {self.folder}>"
+
+    def _repr_html_(self) -> str:
+        """The first rows, for notebooks."""
+        shown = "".join(row._repr_html_() for row in self[:_SHOWN])
+        more = f"<div>and {len(self) - _SHOWN:,} more rows</div>" if len(self) > _SHOWN else ""
+        return f"<div>{escape(repr(self))}</div>{shown}{more}"
 
     @overload
     def __getitem__(self, at: int | str) -> MapRow: ...

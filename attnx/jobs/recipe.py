@@ -100,7 +100,7 @@ class Recipe(ABC):
 
 @dataclass(frozen=True)
 class ExtractRecipe(Recipe):
-    """A recipe for maps of images. rolling: more arguments of `attnx.rollout`."""
+    """A recipe for maps of images. rolling: more arguments of `attnx.rollout`; token: as in `Place.parse`."""
 
     pixels: str | None
     layers: list[str | int] | None
@@ -108,21 +108,23 @@ class ExtractRecipe(Recipe):
     compile: bool
     store: str
     rolling: dict[str, Any]
+    token: str | None = None
 
     def load(self, device: torch.device) -> Runtime:
         """The runtime: the model on a device, its preprocessing and its task."""
         loaded, pixels = self._load_image_model(device, self.pixels)
-        extract = self._extract(loaded)
+        extract = self._extract(loaded, device)
         # The extractor's first call builds its plan and may round differently, so it gets no real image.
         shape = tuple(extract(torch.zeros(1, 3, *loaded.size, device=device)).shape[1:])
         settings = self._settings(loaded, pixels) | {
             "layers": self.layers, "keep": self.keep, "compile": self.compile, "store": self.store, **self.rolling
         }  # fmt: skip
+        settings |= {} if self.token is None else {"token": self.token}
         task = ImageTask(extract, Format(self.map_dtype))
         row_bytes = math.prod(shape) * np.dtype(self.map_dtype).itemsize
         return Runtime(self, device, loaded, pixels, task, settings, row_bytes, self.store == "full", self.compile)
 
-    def _extract(self, loaded: Loaded) -> Extract:
+    def _extract(self, loaded: Loaded, device: torch.device) -> Extract:
         from attnx.extract.extractor import Extractor
         from attnx.jobs.heads import AllHeads
 
@@ -130,8 +132,23 @@ class ExtractRecipe(Recipe):
             return AllHeads(loaded.model, self.store == "full", self.layers, self.autocast, loaded.model_kwargs)
         return Extractor(
             loaded.model, self.method, layers=self.layers, heads=self.heads, keep=self.keep, compile=self.compile,
-            dtype=self.autocast, model_kwargs=loaded.model_kwargs, **self.rolling,
+            dtype=self.autocast, model_kwargs=loaded.model_kwargs, **self.rolling, **self._token(loaded, device),
         )  # fmt: skip
+
+    def _token(self, loaded: Loaded, device: torch.device) -> dict[str, Any]:
+        """The option of the extractor's method "token", from a pass over an empty picture."""
+        from attnx.extract.place import Place
+        from attnx.methods.token_map import token_layer
+        from attnx.trace.capture import capture
+
+        if self.token is None:
+            return {}
+        place = Place.parse(self.token)
+        if place.index is not None:
+            return {"token": place.index}
+        with torch.inference_mode(), capture(loaded.model, self.layers, rows=0) as trace:
+            loaded.model(torch.zeros(1, 3, *loaded.size, device=device), **loaded.model_kwargs)
+        return {"token": place.token(trace.layout_of(token_layer(trace)), None)}
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,23 @@ class Chain:
         """(name, record) of the self-attention layers."""
         return [(name, record) for name, record in self.steps if not isinstance(record, PatchMerge)]
 
-    def layout(self, trace: Trace, start: int = 0) -> TokenLayout:
-        """Layout of the tokens of self-attention layer `start`.
+    def layout(self, trace: Trace, start: int = 0, query: str | int | None = None) -> TokenLayout | None:
+        """Layout of the tokens of self-attention layer `start`; None if none is needed: query="all", or text.
 
         Raises:
-            ValueError: the model does not declare it, or the capture's `layout` contradicts the grid of the windows.
+            ValueError: the model does not declare it, the capture's `layout` contradicts the grid of the windows, or
+                there is no query of a text.
         """
+        if query == "all":
+            return None
+        tokens = trace.sides(self.layers[start][0])[1]
+        if tokens.kind == "text" and trace.tokens.given is None:
+            if query is None:
+                raise ValueError(
+                    f"query: expected a token of the text, such as 0 or -1, 'mean' or 'all', for layers over {tokens}; "
+                    "got None"
+                )
+            return None
         if not self.windowed:
             return trace.layout
         layout, given = TokenLayout(0, self.grids[start]), trace.tokens.given
@@ -239,6 +250,9 @@ def _choice(trace: Trace) -> str:
     if not images:
         return "no layers of this model form a chain"
     kind, stem = trace.sides(images[-1])[1], stack_of(images[-1])
+    part = [name for name in trace if selects(f"{kind.part}.*", name)] if kind.part else []
+    if part and all(trace.sides(name) == (kind, kind) for name in part):
+        return f"use model.{kind.part}, or layers='{kind.part}.*'"
     group = [name for name in square if trace.sides(name)[1] == kind and stack_of(name) == stem]
     if trace.tokens.mixes(group[0], group[-1]) is not None:
         return "no layers of this model form a chain: convolutions or pools run between them"
@@ -262,11 +276,12 @@ def chain_start(
         pool: name and record of a pooling layer after it; used only if query is None and there is no class token.
         kind: how to fuse the pool's heads.
         query: as in `rollout`.
-        layout: token layout; None for query="all".
+        layout: token layout; None for query="all", and for text.
     """
     B, n, device = last.shape[0], last.shape[-1], last.device
-    if query == "all" or layout is None:
+    if query == "all":
         return torch.eye(n, device=device).expand(B, n, n), None
+    layout = TokenLayout(0, (1, n)) if layout is None else layout
     cls = layout.cls is True
     if query is None and not cls and pool is not None:
         try:
@@ -280,7 +295,15 @@ def chain_start(
         # After patch merging, the last layer has fewer patches than the layout.
         start[..., layout.prefix : n - layout.suffix] = 1 / (n - layout.prefix - layout.suffix)
         return start, None
-    if query is None or (isinstance(query, int) and not isinstance(query, bool) and 0 <= query < n):
-        start[..., query or 0] = 1
-        return start, query or 0
-    raise ValueError(f"query: expected 'all', 'mean' or an index in 0..{n - 1}; got {query!r}")
+    if query is None or (isinstance(query, int) and not isinstance(query, bool) and -n <= query < n):
+        at = (query or 0) % n
+        start[..., at] = 1
+        return start, at
+    raise ValueError(f"query: expected 'all', 'mean' or an index in -{n}..{n - 1}; got {query!r}")
+
+
+def over_patches(result: Tensor, layout: TokenLayout | None, query: str | int | None) -> Tensor:
+    """The result of a chain: over the patches [B, h, w]; [B, N] for text; the whole product for query="all"."""
+    if query == "all":
+        return result
+    return result[:, 0] if layout is None else layout.patches(result[:, 0])

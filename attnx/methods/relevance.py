@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from attnx.methods.chain import chain_start, renamed, self_attention
+from attnx.methods.chain import chain_start, over_patches, renamed, self_attention
 from attnx.methods.maps import fusion
 from attnx.trace.layers import Layers
 from attnx.trace.trace import Trace
@@ -29,7 +29,7 @@ def relevance(
         query, layers, rows: as in `rollout`.
 
     Returns:
-        [B, h, w] float32; for query="all" the matrix R, [B, N, N].
+        [B, h, w] float32; over text [B, N], the relevance of each token; for query="all" the matrix R, [B, N, N].
 
     Raises:
         ValueError: as in `rollout`.
@@ -54,10 +54,10 @@ def relevance(
     depth = len(chain.layers)
     if not -depth <= start < depth:
         raise ValueError(f"start: expected a layer index in -{depth}..{depth - 1}; got {start}")
-    layout = None if query == "all" else chain.layout(trace, start)
+    layout = chain.layout(trace, start, query)
     kind = fusion(trace, None)
     result, _ = chain_start(chain.layers[-1][1], chain.pool, kind, query, layout)
     for _, record in reversed(chain.since(start)):
         passed = record.vecmat(result) if isinstance(record, PatchMerge) else record.fused(kind).vecmat(result)
         result = passed if isinstance(record, PatchMerge) else result + passed
-    return result if layout is None else layout.patches(result[:, 0])
+    return over_patches(result, layout, query)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attnx.methods.branches import branch_rollout, branches_of, fuse_branches
-from attnx.methods.chain import chain_start, renamed, self_attention
+from attnx.methods.chain import chain_start, over_patches, renamed, self_attention
 from attnx.methods.maps import fusion, inverse
 from attnx.ops.reducers import Reduction
 from attnx.trace.layers import Layers
@@ -44,13 +44,13 @@ def rollout(
             capture's own value.
         preset: "vit-explain" divides column j, instead of row j, by the sum of row j, as that code does, and the
             result by its maximum. `discard` is not set by the preset; the default of that code is 0.9.
-        query: the query to follow: an index, "mean" over the patches, or "all". None: the class token; for a model
-            without one its attention-pooling layer, if captured, else "mean".
+        query: the query to follow: an index (-1: the last token), "mean" over the patches, or "all". None: the class
+            token; for a model without one its attention-pooling layer, if captured, else "mean". Text needs a query.
         layers: the layers of the trace to use, as in `Trace.select` ("vision_model.*"); None: all.
         rows: deprecated, the former name of `query`.
 
     Returns:
-        [B, h, w] float32; for query="all" the whole product, [B, N, N].
+        [B, h, w] float32; over text [B, N]; for query="all" the whole product, [B, N, N].
 
     Raises:
         ValueError: the layers are not one stack of self-attention over the same tokens (the message lists them; select
@@ -98,7 +98,7 @@ def gradient_rollout(
         residual, start, preset, query, layers, rows: as in `rollout`.
 
     Returns:
-        [B, h, w] float32; for query="all" the whole product, [B, N, N].
+        [B, h, w] float32; over text [B, N]; for query="all" the whole product, [B, N, N].
 
     Raises:
         ValueError: as in `rollout`.
@@ -153,7 +153,7 @@ def _rollout(
         )
     if not 0 <= start < len(layers):
         raise ValueError(f"start: expected a layer index in 0..{len(layers) - 1}; got {start}")
-    layout = None if query == "all" else chain.layout(trace, start)
+    layout = chain.layout(trace, start, query)
     mean = "mean" in (trace.heads, kind.name.lower())
     whole = query == "all" or discard > 0 or not mean
     result, row = chain_start(layers[-1][1], chain.pool, kind, query, layout)
@@ -181,10 +181,10 @@ def _rollout(
             result = result * weight
         step = (1 - residual) * layer.vecmat(result) + residual * result
         result = step * weight if preset else step
-    if layout is None:
-        return result
-    patches = layout.patches(result[:, 0])
-    return patches / patches.amax((-2, -1), keepdim=True) if preset else patches
+    values = over_patches(result, layout, query)
+    if not preset or query == "all":
+        return values
+    return values / values.flatten(1).amax(1).view(-1, *[1] * (values.dim() - 1))
 
 
 def last_needed(trace: Trace, *, query: str | int | None = None, **options: Any) -> tuple[str, int | None]:
@@ -192,8 +192,8 @@ def last_needed(trace: Trace, *, query: str | int | None = None, **options: Any)
     if branches_of(trace) is not None:
         return list(trace)[-1], None
     chain = self_attention(trace)
-    layers, layout = chain.layers, chain.layout(trace)
-    if query is None and layout.cls is not True and chain.pool is not None:
+    layers, layout = chain.layers, chain.layout(trace, query=query)
+    if query is None and layout is not None and layout.cls is not True and chain.pool is not None:
         return chain.pool[0], None
     row = chain_start(layers[-1][1], None, Reduction.EACH, query, layout)[1]
     alone = options.get("preset") is None and not options.get("discard") and options.get("start", 0) < len(layers)

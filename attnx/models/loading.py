@@ -221,13 +221,15 @@ def default_layer(name: str) -> int:
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
     """Silence the hub client, which logs each retry for half a minute; one error at the end is enough."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    # Its first import sets the level of its logger.
+    from huggingface_hub.utils import logging as hub
+
+    before = hub.get_verbosity()
+    hub.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        hub.set_verbosity(before)
 
 
 def _check_size(name: str, model: nn.Module, size: tuple[int, int]) -> None:

@@ -77,8 +77,7 @@ class LayerTokens(Mapping[str, Tensor]):
         keys = {self.sides(layer)[1]: layer for layer in self._records}
         if len(keys) > 1:
             raise ValueError(
-                f"layout: expected layers over the same tokens; got {describe(self.all_sides())}; "
-                "choose layers= of one kind"
+                f"layout: expected layers over the same tokens; got {describe(self.all_sides())}; {self._one_kind()}"
             )
         return self.layout_of(next(iter(keys.values())))
 
@@ -92,6 +91,15 @@ class LayerTokens(Mapping[str, Tensor]):
         """
         keys = self.sides(layer)[1]
         return self.tokens.layout(self._name(layer), keys, self._records)
+
+    def _one_kind(self) -> str:
+        """Advice on layers over the same patches, for an error message."""
+        images = [keys for _, keys in self.all_sides().values() if keys.grid is not None and keys.part]
+        part = images[-1].part if images else ""
+        inside = {self.sides(name) for name in self if name.startswith(f"{part}.")}
+        if part and len(inside) == 1:
+            return f"use model.{part}, or layers='{part}.*'"
+        return "choose layers= of one kind"
 
     def _name(self, layer: str | int) -> str:
         """Name of a layer that was captured."""

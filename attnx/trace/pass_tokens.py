@@ -172,7 +172,10 @@ class PassTokens:
                 "is no class token"
             )
         if keys.kind in ("text", "channels", "queries"):
-            raise ValueError(f"layout: expected maps over patches of an image; got maps over {keys}")
+            raise ValueError(
+                f"layout: expected maps over patches of an image; got maps over {keys} in {name!r}; "
+                "trace[layer] has the whole map"
+            )
         layout = self.given or keys.layout
         if layout is not None:
             return layout
