@@ -1,5 +1,6 @@
 """Relevance and gradient rollout of a model's own pass, against their formulas on eager float64 attention."""
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -172,10 +173,15 @@ def test_hugging_faces_models(poisoned):
 
 WRONG = {
     "method": (dict(method="lrp"), "method: expected one of relevance, gradient_rollout; got 'lrp'"),
-    "beyond": (dict(targets=[7]), r"targets: expected class indices in 0..6, \[K\] or \[2, K\]"),
+    "beyond": (
+        dict(targets=[7]),
+        r"targets: expected class indices in 0..6: a list of .* \[2, K\]",
+    ),
     "floats": (dict(targets=torch.ones(2, 1)), "targets: expected class indices"),
     "count": (dict(targets=torch.ones(3, 1, dtype=torch.int64)), "targets: expected class indices"),
-    "words": (dict(targets="cat"), r"targets: expected class indices in 0..6, .*; got 'cat'"),
+    "words": (dict(targets="cat"), r"targets: expected class indices in 0..6: .*; got 'cat'"),
+    "labels": (dict(targets=torch.tensor([1, 2])), r"for one class of each image pass targets\[:, None\]"),
+    "label arrays": (dict(targets=np.array([1, 2, 3])), r"got a tensor \[3\]: .* targets.tolist\(\)"),
     "none": (dict(targets=[]), "targets: expected class indices"),
     "start": (dict(targets=[0], start=3), r"start: expected a layer index in -3..2; got 3"),
 }

@@ -56,6 +56,8 @@ def _option(found: re.Match[str], options: dict[str, str]) -> str:
         return option if value else option.replace("--", "--no-", 1)
     if value == "":
         return option
+    if isinstance(value, tuple) and len(value) == 2 and all(isinstance(side, int) for side in value):
+        return f"{option} {value[0]}x{value[1]}"
     several = value if isinstance(value, (list, tuple)) else [value]
     return " ".join(f"{option} {each}" for each in several)
 

@@ -89,7 +89,7 @@ Start = Annotated[int, typer.Option(help="Rollout: first layer of the product.")
 Preset = Annotated[str | None, typer.Option(help="Rollout: vit-explain reproduces the arithmetic of that code.")]
 BatchSize = Annotated[int, typer.Option(help="Images or pairs per batch.", min=1)]
 Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 / float16 with autocast.")]
-Colormap = Annotated[str, typer.Option(help="Name of a matplotlib colour map.")]
+Cmap = Annotated[str, typer.Option("--cmap", "--colormap", help="Name of a matplotlib colour map.")]
 Alpha = Annotated[float, typer.Option(help="Opacity of the map: 0 shows only the image, 1 only the map.")]
 Interpolation = Annotated[str, typer.Option(help="bilinear or nearest.")]
 

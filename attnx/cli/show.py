@@ -11,7 +11,7 @@ from attnx.cli.options import (
     PATH,
     Alpha,
     Checkpoint,
-    Colormap,
+    Cmap,
     Device,
     Discard,
     FormerLayers,
@@ -64,7 +64,7 @@ def show(
     discard: Discard = 0.0,
     start: Start = 0,
     preset: Preset = None,
-    colormap: Colormap = "turbo",
+    cmap: Cmap = "turbo",
     alpha: Alpha = 0.5,
     interpolation: Interpolation = "bilinear",
     colorbar: Annotated[bool, typer.Option("--colorbar", help="Draw the colours and their values.")] = False,
@@ -106,7 +106,7 @@ def show(
     place = None if token is None else Place.parse(token)
     rolling = rollout_options(residual, discard, start, preset)
     request = Request("token" if place else method, layers_of(layers, layer), heads, rolling, place)
-    style = Style(colormap, alpha, interpolation, mass_of(mass, keep), tile or None, scale, colorbar)
+    style = Style(cmap, alpha, interpolation, mass_of(mass, keep), tile or None, scale, colorbar)
     size, on = pixels_of(image_size), device_of(device)
 
     def load(name: str) -> "Loaded":

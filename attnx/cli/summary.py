@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from attnx.cli.options import PATH, Alpha, Colormap, FormerMass, Interpolation, Mass, mass_of, report_errors
+from attnx.cli.options import PATH, Alpha, Cmap, FormerMass, Interpolation, Mass, mass_of, report_errors
 from attnx.cli.probe import write_report
 
 
@@ -28,7 +28,7 @@ def summary(
     ] = 6,
     mass: Mass = 0.6,
     keep: FormerMass = None,
-    colormap: Colormap = "turbo",
+    cmap: Cmap = "turbo",
     alpha: Alpha = 0.5,
     interpolation: Interpolation = "bilinear",
 ) -> None:
@@ -55,7 +55,7 @@ def summary(
         raise ValueError(f"masks: expected a folder of masks; {masks} is not a folder")
     scored = None if masks is None else score(maps, masks, mass)
     target = folder / "summary" if out is None else out
-    written = draw_summary(maps, found, target, Style(colormap, alpha, interpolation), examples)
+    written = draw_summary(maps, found, target, Style(cmap, alpha, interpolation), examples)
     values = numbers(maps, found, scored)
     target.mkdir(parents=True, exist_ok=True)
     write_numbers(values, target / "summary.json")

@@ -20,7 +20,7 @@ from attnx.cli.options import (
     SOURCE,
     Alpha,
     Checkpoint,
-    Colormap,
+    Cmap,
     Dtype,
     ImageSize,
     Interpolation,
@@ -101,7 +101,7 @@ def words(
     kind: Kind = None,
     root: Root = None,
     split: Split = None,
-    colormap: Colormap = "turbo",
+    cmap: Cmap = "turbo",
     alpha: Alpha = 0.5,
     interpolation: Interpolation = "bilinear",
     seed: Seed = 0,
@@ -129,7 +129,7 @@ def words(
         raise ValueError(f'expected IMAGE "CAPTION", or --pairs FILE; got {" and ".join(given) or "neither"}')
     autocast_of(dtype)
     one_of("map-dtype", map_dtype, DTYPES)
-    style = Style(colormap, alpha, interpolation)
+    style = Style(cmap, alpha, interpolation)
     model, named = word_model(model, checkpoint)
     file = None if named is None else Path(named)
     if model == "lavt":

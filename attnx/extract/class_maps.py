@@ -36,7 +36,7 @@ def class_maps(
     Args:
         model: a classifier in eval mode whose output, or its attribute `logits`, is [B, classes].
         images: [B, 3, height, width].
-        targets: a list of K class indices for all images, or [B, K] int64 indices, such as labels[:, None] for one class
+        targets: a list of K class indices for all images, or [B, K] int64, such as labels[:, None] for one class
             of each image; None: the predicted class of each image.
         method: "relevance" or "gradient_rollout".
         layers, layout, backend: as in `attnx.capture`.
