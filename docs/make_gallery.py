@@ -10,9 +10,9 @@ import attnx
 from attnx.demo.albef import demo_albef, prepare
 from attnx.demo.captioned import draw_pair
 from attnx.demo.scenes import draw_scene
-from attnx.figures.one_image import Style, draw
+from attnx.figures.one_image import Request, draw
 from attnx.figures.picture import captioned, contact_sheet, overlay, save
-from attnx.models.loading import load_model
+from attnx.figures.style import Style
 
 OUT = Path(__file__).with_name("gallery")
 SCENES = (3, 7, 11, 20)
@@ -57,7 +57,7 @@ def as_jpeg(path: Path) -> None:
 
 def methods_sheet() -> Image.Image:
     """Drawn scenes, with rollout, the class token's map, and Chefer et al.'s relevance of the predicted class."""
-    loaded = load_model("demo")
+    loaded = attnx.load("demo")
     pictures, titles = [], []
     for seed in SCENES:
         image = Image.fromarray(draw_scene(seed).image).resize((192, 192), Image.Resampling.LANCZOS)
@@ -91,8 +91,8 @@ def main() -> None:
     save(words_sheet(), OUT / "words.png")
     street = draw_street()
     shown = street.resize((384, 288), Image.Resampling.LANCZOS)
-    loaded = load_model("demo", image_size=(96, 128))
-    draw(shown, loaded, OUT, "rollout", None, "mean", {}, Style("turbo", 0.5, "bilinear", 0.6), torch.device("cpu"))
+    loaded = attnx.load("demo", image_size=(96, 128))
+    draw(shown, loaded, OUT, Request(), Style(), torch.device("cpu"))
     save(shown, OUT / "street.png")
     for path in sorted(OUT.glob("*.png")):
         as_jpeg(path)

@@ -14,7 +14,8 @@ from test_families import EACH, FAMILIES, UNFUSED, built
 from torch import Tensor, nn
 
 import attnx
-from attnx.figures.one_image import Style, draw
+from attnx.figures.one_image import Request, draw
+from attnx.figures.style import Style
 from attnx.methods.received import last_on_grid, received
 from attnx.models.loaded import Loaded
 from attnx.trace.sides import Tokens
@@ -271,7 +272,7 @@ def test_show_draws_the_family(name: str, tmp_path: Path) -> None:
     loaded = Loaded(name, model, (images.shape[-2], images.shape[-1]))
 
     def written(**rolling: float) -> dict[Path, str]:
-        return draw(picture, loaded, tmp_path, "rollout", None, "mean", rolling, Style(), torch.device("cpu"))
+        return draw(picture, loaded, tmp_path, Request(rolling=rolling), Style(), torch.device("cpu"))
 
     texts = written()
     main = tmp_path / ("matrix.png" if name in NO_GRID else "received.png" if name in RECEIVED else "overlay.png")

@@ -137,7 +137,7 @@ def test_mistakes_are_one_line(files):
 
     assert "lavt:FILE" in told(model="lavt")
     assert "expected a file; " in told(model=f"lavt:{files / 'gone.pth'}")
-    assert "expected one; got --model" in told("--checkpoint", files / "lavt.pth")
+    assert "expected one; got lavt:" in told("--checkpoint", files / "lavt.pth")
     assert "gone.txt is none" in told(vocab=["--vocab", files / "gone.txt"])
     (files / "large.txt").write_text("\n".join([*VOCAB, "more"]))
     assert "vocab: expected at most 26 word pieces" in told(vocab=["--vocab", files / "large.txt"])

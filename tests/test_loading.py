@@ -150,7 +150,7 @@ def test_no_download(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConnectionError, match=r"could not be downloaded \(.*\); pass --checkpoint FILE"):
+    with pytest.raises(ConnectionError, match=r"could not be downloaded \(.*\); pass checkpoint=FILE"):
         load_model(name)
 
 
@@ -167,7 +167,7 @@ def test_a_size_that_patches_do_not_cover() -> None:
 
 
 def test_a_model_type_has_no_weights() -> None:
-    with pytest.raises(ValueError, match="hf:vit is a model type without weights; pass --no-pretrained"):
+    with pytest.raises(ValueError, match="hf:vit is a model type without weights; pass pretrained=False"):
         load_model("hf:vit")
 
 

@@ -276,7 +276,7 @@ def test_hub_folders_with_modules_of_one_name(tmp_path: Path) -> None:
         ("tinny", ValueError, "has no entry 'tinny'; did you mean tiny"),
         ("number", ValueError, "expected an nn.Module; got int"),
         ("broken", ValueError, "fails: KeyError: 'no such size'"),
-        ("offline", ConnectionError, r"could not be downloaded \(.*no route.*\); pass --checkpoint"),
+        ("offline", ConnectionError, r"could not be downloaded \(.*no route.*\); pass checkpoint=FILE"),
     ],
 )
 def test_a_hub_entry_that_fails(hub: Path, entry: str, error: type[Exception], message: str) -> None:

@@ -147,7 +147,7 @@ def test_rollout_errors() -> None:
         attnx.rollout(trace, start=4)
     with pytest.raises(ValueError, match="preset: expected None or 'vit-explain'; got 'abnar'"):
         attnx.rollout(trace, preset="abnar")
-    with pytest.raises(ValueError, match=r"query: expected 'all', 'mean' or an index in 0..12; got 13"):
+    with pytest.raises(ValueError, match=r"query: expected 'all', 'mean' or an index in -13..12; got 13"):
         attnx.rollout(trace, query=13)
     with pytest.raises(ValueError, match=r"the capture fused them by 'mean'; got 'max'"):
         attnx.rollout(trace, heads="max")

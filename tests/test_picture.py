@@ -463,7 +463,7 @@ ERRORS = {
     "float image": (lambda: picture.overlay(np.ones((4, 4, 3)), MAP), r"image: .*got float64 \[4, 4, 3\]"),
     "image, channels first": (
         lambda: picture.overlay(np.ones((3, 4, 4), np.uint8), MAP),
-        r"image: expected a PIL.Image or uint8 \[H, W, 3\], got uint8 \[3, 4, 4\]",
+        r"image: expected a PIL.Image, a path or uint8 \[H, W, 3\], got uint8 \[3, 4, 4\]",
     ),
     "no image": (lambda: picture.overlay(None, MAP), "image: .*got object"),
     "heads of 2 axes": (lambda: sheets.heads_grid(IMAGE, MAP).image, r"maps: expected real \[maps, h, w\]"),

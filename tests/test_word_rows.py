@@ -93,7 +93,7 @@ def test_models_by_name_and_file(weights: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), demo.model.parameters(), strict=True))
     with pytest.raises(FileNotFoundError, match="expected a file"):
         load_word_model(f"albef:{tmp_path / 'gone.pth'}")
-    with pytest.raises(ValueError, match="expected one; got --model albef:x and --checkpoint y"):
+    with pytest.raises(ValueError, match="expected one; got albef:x and checkpoint='y'"):
         load_word_model("albef:x", checkpoint="y")
     with pytest.raises(ValueError, match=r"albef, lavt or demo; got 'demo:x'"):
         load_word_model("demo:x")
@@ -121,4 +121,4 @@ def test_a_file_in_the_models_name_is_the_same_job(
     (row,) = attnx.open(out)
     assert row.word_maps.shape == (2, 12, 12)
     told = fails(*args, "--model", f"albef:{weights.name}", "--checkpoint", weights)
-    assert "checkpoint: expected one; got --model albef:pair.pth and --checkpoint" in told
+    assert "checkpoint: expected one; got albef:pair.pth and --checkpoint" in told

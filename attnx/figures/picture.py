@@ -1,7 +1,7 @@
 """Pictures of maps over images: heat maps, overlays, mask contours. `sheets` composes them.
 
-A map is a torch tensor (any device, any real dtype) or a numpy array. An image is a `PIL.Image` or a uint8
-array [H, W, 3], of any size. Every picture is an RGB `PIL.Image`. Invalid arguments (shape, dtype, range,
+A map is a torch tensor (any device, any real dtype) or a numpy array. An image is a `PIL.Image`, the path of a file, or
+a uint8 array [H, W, 3], of any size. Every picture is an RGB `PIL.Image`. Invalid arguments (shape, dtype, range,
 unknown name, empty, NaN or inf) raise `ValueError` with the argument's name, the expected and the actual value.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from attnx.files import replacing
+from attnx.images import read_image
 from attnx.methods import resize
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from attnx.jobs.columns import MapRow as Row
 
     Map: TypeAlias = torch.Tensor | np.ndarray
-    Picture: TypeAlias = Image.Image | np.ndarray
+    Picture: TypeAlias = Image.Image | np.ndarray | str | Path
 
 
 def heat(
@@ -226,11 +227,12 @@ def float_array(value: Map, name: str, ndim: int, kinds: str = "fiub") -> np.nda
 
 def _target(size: tuple[int, int] | Picture, shape: tuple[int, ...]) -> tuple[int, int]:
     """(H, W) of `size`, a pair of numbers or an image."""
-    if isinstance(size, Image.Image) or (isinstance(size, np.ndarray) and size.ndim != 1):
+    if isinstance(size, (Image.Image, Path)) or (isinstance(size, np.ndarray) and size.ndim != 1):
         image = size if isinstance(size, Image.Image) else rgb_image(size)
         return image.height, image.width
     pair = len(size) == 2 if isinstance(size, (tuple, list, np.ndarray)) else False
-    check(pair and min(size) > 0, "size", "(H, W), both at least 1, or the image", size)
+    check(pair and not isinstance(size, str) and min(size) > 0, "size", "(H, W), both at least 1, or the image", size)
+    assert not isinstance(size, str)
     (height, width), (rows, columns) = size, shape
     if (height - width) * (rows - columns) < 0:
         warnings.warn(
@@ -243,10 +245,12 @@ def _target(size: tuple[int, int] | Picture, shape: tuple[int, ...]) -> tuple[in
 
 def rgb_image(image: Picture, tile: int | None = None) -> Image.Image:
     """The image in RGB; with `tile`, scaled to that size."""
+    if isinstance(image, (str, Path)):
+        image = read_image(image)
     if not isinstance(image, Image.Image):
         array = np.asarray(image)
         good = array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3 and array.size > 0
-        check(good, "image", "a PIL.Image or uint8 [H, W, 3]", f"{array.dtype} {list(array.shape)}")
+        check(good, "image", "a PIL.Image, a path or uint8 [H, W, 3]", f"{array.dtype} {list(array.shape)}")
         image = Image.fromarray(array)
     check(tile is None or tile > 0, "tile", "at least 1", tile)
     image = image.convert("RGB")
