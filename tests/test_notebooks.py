@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import attnx
 from attnx.demo.albef import demo_albef
 from attnx.demo.run import run_demo
 from attnx.images.inline import heat_tag
 from attnx.jobs.columns import MapRow
-from attnx.jobs.progress import progress_bar
 
 IMG = '<img src="data:image/png;base64,'
 
@@ -59,19 +59,25 @@ def test_a_constant_map_is_a_picture() -> None:
     assert heat_tag(np.ones((2, 3))).startswith(IMG)
 
 
-def test_progress_bars_draw_widgets_in_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bar is tqdm's own choice for the place where it runs."""
-    import tqdm.auto
+CELLS = """\
+import attnx, torch; from attnx.jobs.progress import progress_bar; loaded = attnx.load("demo")
+with torch.no_grad(), attnx.capture(loaded.model) as trace: loaded.model(torch.rand(1, 3, 96, 96))
+trace
+attnx.word_maps(attnx.load("albef:demo").model, torch.rand(1, 3, 96, 96), ["a red circle"], layer=2)[0]
+attnx.picture.heads_grid("photo.png", torch.rand(3, 4, 4), colorbar=True)
+with progress_bar(10) as progress: progress(10, 10)
+"""
 
-    made: list[dict[str, object]] = []
 
-    class Bar(tqdm.auto.tqdm):
-        def __init__(self, **options: object) -> None:
-            made.append(options)
-            super().__init__(**options, disable=True)
-
-    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
-    with progress_bar(10) as progress:
-        progress(3, 10)
-        progress(10, 12)
-    assert made == [{"total": 10, "unit": " images", "dynamic_ncols": True}]
+def test_a_notebook_shows_them(tmp_path: Path) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipywidgets")
+    pytest.importorskip("ipykernel")
+    Image.new("RGB", (96, 96)).save(tmp_path / "photo.png")
+    cells = [nbformat.v4.new_code_cell(line) for line in CELLS.splitlines()]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [set(output["data"]) for cell in notebook.cells for output in cell.outputs if "data" in output]
+    assert [kinds - {"text/plain"} for kinds in shown] == [
+        {"text/html"}, {"text/html"}, {"image/png"}, {"application/vnd.jupyter.widget-view+json"}
+    ]  # fmt: skip

@@ -241,6 +241,11 @@ def test_probes_from_maps_from_q_and_k_and_from_stats(source):
     rows = torch.stack([stat["entropy"] for stat in stats], 1)
     torch.testing.assert_close(attnx.row_entropy(trace).double(), rows.mean(-1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(attnx.row_entropy(trace, rows="all").double(), rows, rtol=1e-5, atol=1e-5)
+    for chosen, want in ((0, [0]), (-1, [-1]), ([2, -2], [2, -2])):
+        found = attnx.row_entropy(trace, rows=chosen).double()
+        torch.testing.assert_close(found, rows[..., want], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="rows: expected integers in"):
+        attnx.row_entropy(trace, rows=10_000)
     one = attnx.row_entropy(trace.item(1).select([-1]))
     torch.testing.assert_close(one, attnx.row_entropy(trace)[1:, -1:])
 
@@ -513,7 +518,7 @@ def test_traces_without_what_the_probes_read():
             attnx.mean_attention_distance(trace, size)
     with pytest.raises(KeyError, match=r"layer 'nothing': expected one of blocks\.0\.attn, blocks\.1\.attn"):
         trace.stats["nothing"]
-    with pytest.raises(ValueError, match=r"rows: expected 'mean' or 'all', .*; got 'each'"):
+    with pytest.raises(ValueError, match="rows: expected 'mean', 'all', or indices of queries; got 'each'"):
         attnx.row_entropy(trace, rows="each")
     with pytest.raises(ValueError, match="row_entropy: expected a trace with layers; got none"):
         attnx.row_entropy(trace.select("blocks.0.attn").item(0).__class__(model, "mean", None, None))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnx.ops.attention_stats import attention_with_stats
 from attnx.trace.qk_record import QKRecord
-from attnx.trace.records import MapRecord
+from attnx.trace.records import MapRecord, in_range, row_indices
 from attnx.trace.row_stats import KNOWN, RowStats, Wanted, wanted_of
 from attnx.trace.trace import Trace
 
@@ -47,21 +47,21 @@ def mean_attention_distance(trace: Trace, patch_size: float | None = None) -> Te
     return _by_layer("mean_attention_distance", trace, lambda layer: _mean_of(trace, layer, "distance", patch_size))
 
 
-def row_entropy(trace: Trace, rows: str = "mean") -> Tensor:
+def row_entropy(trace: Trace, rows: str | int | Sequence[int] = "mean") -> Tensor:
     """Entropy of the rows of each head's weights in nats: ``-sum_j A_ij log A_ij``, from 0 to log N.
 
     Args:
         trace: of a capture with stats=("entropy",), keep="qk" or heads="each", of all rows.
-        rows: "mean" over all queries, prefix tokens included, or "all": each query. Padding of windows is left out of
-            the mean.
+        rows: "mean" over all queries, prefix tokens included, "all": each query, or indices of queries as in
+            `attnx.capture` (0: the class token; -1: the last). Padding of windows is left out of the mean.
 
     Returns:
-        [B, L, H] float32 for L layers, or [B, L, H, M] for rows="all". H is the largest number of heads, and a layer
-        with fewer has NaN beyond them.
+        [B, L, H] float32 for L layers, [B, L, H, M] for rows="all", or [B, L, H, R] for R rows. H is the largest number
+        of heads, and a layer with fewer has NaN beyond them.
 
     Raises:
-        ValueError: the trace holds none of these; rows="all" of layers with different queries or with windows; or
-            images with padding, of which `trace.item(i)` gives one without.
+        ValueError: the trace holds none of these; rows of layers with different queries or with windows; or images with
+            padding, of which `trace.item(i)` gives one without.
 
     Example:
         >>> import torch, attnx
@@ -72,16 +72,18 @@ def row_entropy(trace: Trace, rows: str = "mean") -> Tensor:
         >>> attnx.row_entropy(trace).shape, attnx.row_entropy(trace, rows="all").shape
         (torch.Size([2, 4, 6]), torch.Size([2, 4, 6, 145]))
     """
-    if rows not in ("mean", "all"):
-        raise ValueError(f"rows: expected 'mean' or 'all', whose last dimension are the queries; got {rows!r}")
+    if isinstance(rows, str) and rows not in ("mean", "all"):
+        raise ValueError(f"rows: expected 'mean', 'all', or indices of queries; got {rows!r}")
+    chosen = None if isinstance(rows, str) else row_indices(rows)
 
     def of_layer(layer: str) -> Tensor:
         if rows == "mean":
             return _mean_of(trace, layer, "entropy")
         stats, _ = _read(trace, layer, "entropy")
         if trace.windows(layer) is not None:
-            raise ValueError(f"rows='all': expected layers without windows; got windows in {layer}")
-        return stats["entropy"]
+            raise ValueError(f"rows={rows!r}: expected layers without windows; got windows in {layer}")
+        entropy: Tensor = stats["entropy"]
+        return entropy if chosen is None else entropy[..., list(in_range(chosen, entropy.shape[-1]))]
 
     return _by_layer("row_entropy", trace, of_layer)
 

@@ -1,7 +1,6 @@
 """Computes the attention calls of a forward pass and stores a record of each."""
 
 from collections.abc import Callable, Sequence
-from operator import index
 from typing import Any
 from weakref import ref
 
@@ -16,7 +15,7 @@ from attnx.trace.facts import Facts
 from attnx.trace.gradient_record import attend_with_gradient, weigh_weights
 from attnx.trace.layout import TokenLayout
 from attnx.trace.qk_record import qk_bytes
-from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, in_range
+from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, in_range, row_indices
 from attnx.trace.row_stats import Wanted, check_stats, wanted_of
 from attnx.trace.trace import CALLS, Trace
 
@@ -72,7 +71,7 @@ class Recorder:
             raise ValueError("keep: expected 'map' with grad, whose maps are computed in the backward pass; got 'qk'")
         if layout is not None and not isinstance(layout, TokenLayout):
             raise ValueError(f"layout: expected a TokenLayout; got {layout!r}")
-        self.trace = Trace(model, heads, _chosen(rows), layout, calls)
+        self.trace = Trace(model, heads, None if rows is None else row_indices(rows), layout, calls)
         self.calls = calls
         self.stats = check_stats(stats, grad)
         self.keep = check_keep(keep, self.stats)
@@ -269,24 +268,3 @@ class Recorder:
         if key not in self._rows:
             self._rows[key] = torch.tensor(key[0], dtype=torch.int64, device=q.device)
         return self._rows[key]
-
-
-def _chosen(rows: int | Sequence[int] | None) -> tuple[int, ...] | None:
-    """The indices of the chosen rows, as given; one integer is one row.
-
-    Raises:
-        ValueError: not integers, or none.
-    """
-    if rows is None:
-        return None
-    try:
-        one = isinstance(rows, int) or getattr(rows, "ndim", 1) == 0
-        given: Any = (rows,) if one else tuple(rows)  # type: ignore[arg-type]
-        if any(isinstance(row, bool) for row in given):
-            raise TypeError("a flag is no index")
-        chosen = tuple(map(index, given))
-    except TypeError as error:
-        raise ValueError(f"rows: expected an integer or a sequence of integers; got {rows!r}") from error
-    if not chosen:
-        raise ValueError("rows: expected at least one row, or None for all; got none")
-    return chosen
