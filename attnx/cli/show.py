@@ -1,6 +1,8 @@
 """`attnx show`: the maps of one image, of a folder, or of several models side by side."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,32 +143,32 @@ def show(
 
     if len(names) == 1:
         draw_one(load(names[0]))
-    else:
-        _write(
-            table_of_photos([(image.name, picture)], names, load, request, style, on, draw_one), out, "models", formats
-        )
+        return
+    sheet = table_of_photos([(image.name, lambda: picture)], names, load, request, style, on, draw_one)
+    _write(sheet, out, "models", formats)
 
 
-def _photos(folder: Path, limit: int) -> "list[tuple[str, Image]]":
-    """(name, picture) of the first images of a folder.
+def _photos(folder: Path, limit: int) -> "list[tuple[str, Callable[[], Image]]]":
+    """(name, function that reads it) of the first images of a folder that can be read.
 
     Raises:
         ValueError: no image can be read.
     """
-    from attnx.figures.photos import first_photos
-    from attnx.images import ImageError, read_image
+    from attnx.images import ImageError, read_image, walk_images
 
-    paths, count = first_photos(folder, limit)
-    found = []
-    for path in paths:
+    found: list[tuple[str, Callable[[], Image]]] = []
+    for path in walk_images(folder):
+        if len(found) == limit:
+            say(f"only the first {limit} images; --limit shows more")
+            break
         try:
-            found.append((path.relative_to(folder).as_posix(), read_image(path)))
+            read_image(path)
         except ImageError as error:
             say(str(error))
+        else:
+            found.append((path.relative_to(folder).as_posix(), partial(read_image, path)))
     if not found:
         raise ValueError(f"image: expected a folder with images that can be read; got {folder}")
-    if count > limit:
-        say(f"the first {limit} of {count:,} images; --limit {count} shows all")
     return found
 
 

@@ -1,12 +1,11 @@
 """Sheets of several photos, or of several models side by side, for `attnx show`."""
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from attnx.figures.one_image import Request, Shown, main_map
+from attnx.figures.one_image import Request, main_map
 from attnx.figures.picture import rgb_image
 from attnx.figures.sheets import Sheet, near_square
 from attnx.figures.style import Style
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def table_of_photos(
-    photos: Sequence[tuple[str, "Image"]],
+    photos: Sequence[tuple[str, Callable[[], "Image"]]],
     models: Sequence[str],
     load: Callable[[str], "Loaded"],
     request: Request,
@@ -28,16 +27,27 @@ def table_of_photos(
 ) -> Sheet:
     """A sheet of the maps of photos: one model fills a grid; several have a column each, beside the photo.
 
+    One model and one photo of full size are in memory at a time.
+
     Args:
-        photos: (title, picture) of each.
+        photos: (title, function that reads it) of each.
         models: names of the models.
-        load: makes a model from its name, on the device. One model is in memory at a time.
+        load: makes a model from its name, on the device.
         request, style: the maps, and how they are drawn. With scale="shared" all maps have one range of colours.
         device: of the models.
         done: called with each model after its maps.
     """
-    tiles = [rgb_image(picture, style.tile) for _, picture in photos]
-    columns = [_column(load, name, photos, request, device, done) for name in models]
+    tiles: list[Image] = []
+    columns = []
+    for name in models:
+        loaded, column = load(name), []
+        for _, read in photos:
+            picture = read()
+            column.append(main_map(picture, loaded, loaded.prepare(picture)[None].to(device), request))
+            if len(tiles) < len(photos):
+                tiles.append(rgb_image(picture, style.tile))
+        done(loaded)
+        columns.append(column)
     limits = None
     if style.scale == "shared":
         maps = [shown.amap for column in columns for shown in column]
@@ -52,32 +62,3 @@ def table_of_photos(
         for cell in ((title, tile), *zip(models, maps_of_photo, strict=True))
     ]
     return Sheet(tuple(tile for _, tile in cells), tuple(title for title, _ in cells), 1 + len(models))
-
-
-def _column(
-    load: Callable[[str], "Loaded"],
-    name: str,
-    photos: Sequence[tuple[str, "Image"]],
-    request: Request,
-    device: torch.device,
-    done: Callable[["Loaded"], None],
-) -> list[Shown]:
-    """The map of each photo by one model."""
-    loaded = load(name)
-    found = [main_map(picture, loaded, loaded.prepare(picture)[None].to(device), request) for _, picture in photos]
-    done(loaded)
-    return found
-
-
-def first_photos(folder: Path, most: int) -> tuple[list[Path], int]:
-    """The first images of a folder, in the order of their paths, and the number of all of them."""
-    from attnx.images import walk_images
-
-    chosen: list[Path] = []
-    count = 0
-    walk: Iterator[Path] = walk_images(folder)
-    for path in walk:
-        count += 1
-        if len(chosen) < most:
-            chosen.append(path)
-    return chosen, count
