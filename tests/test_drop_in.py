@@ -144,8 +144,17 @@ def test_rows_out_of_range_or_not_integers(rows, qkv):
         lambda: attnx.attention_map(q, k, rows=rows),
         lambda: attnx.gradient_map(torch.ones_like(q), q, k, v, rows=rows),
     ):
-        with pytest.raises(ValueError, match=r"rows: expected integers in -4\.\.3; got "):
+        with pytest.raises(
+            ValueError, match=r"rows: expected (integers in -4\.\.3|an integer or a sequence of integers); got "
+        ):
             call()
+
+
+def test_rows_as_arrays_and_as_a_tensor_without_dimensions(qkv):
+    q, k, _ = qkv
+    whole = attnx.attention_map(q, k)
+    for rows, at in ((np.array([0, -1]), [0, 3]), (np.array(2), [2]), (torch.tensor(-2), [2]), ([], [])):
+        torch.testing.assert_close(attnx.attention_map(q, k, rows=rows), whole[:, at])
 
 
 def test_a_boolean_tensor_is_no_rows(qkv):

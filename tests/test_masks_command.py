@@ -66,7 +66,8 @@ def test_heat_is_the_map_in_its_crop(out: Path, tmp_path: Path) -> None:
         amap = torch.from_numpy(row.map).mean(0)
         full = F.interpolate(amap[None, None], size=(bottom - top, right - left), mode="bilinear")[0, 0]
         expected = np.zeros((row.height, row.width))
-        expected[top:bottom, left:right] = full.numpy() / amap.max().item() * 255
+        expected[top:bottom, left:right] = full.numpy() / full.max().item() * 255
+        assert mask.max() == 255
         assert np.abs(mask - expected).max() <= 0.51
 
 
@@ -157,8 +158,13 @@ def test_jobs_without_maps_over_patches_are_refused(photos: Path, tmp_path: Path
 def test_two_keys_with_one_mask(tmp_path: Path) -> None:
     folder = job_of(["a.jpg", "b.jpg", "a.png"], tmp_path / "job")
     told = fails("masks", folder, "--out", tmp_path / "m")
-    assert "'a.jpg' and 'a.png' have the same" in told
+    assert "'a.jpg' and 'a.png' have the same; --full-names names them apart" in told
     assert not (tmp_path / "m").exists()
+    assert run("masks", folder, "--out", tmp_path / "m", "--full-names", "--workers", 0).exit_code == 0
+    assert sorted(written(tmp_path / "m")) == ["a.jpg.png", "a.png.png", "b.jpg.png"]
+    assert "full_names: True there, False now" in fails(
+        "masks", job_of(["a.jpg"], tmp_path / "x"), "--out", tmp_path / "m"
+    )
 
 
 def test_keys_that_leave_the_folder_are_errors(tmp_path: Path) -> None:

@@ -246,9 +246,9 @@ def shaped(*shape, **options):
         ({"backend": "cuda"}, r"backend: expected one of .*triton.*; got 'cuda'"),
         ({"rows": [0, 4]}, r"rows: expected integers in -4\.\.3; got \[0, 4\]"),
         ({"rows": [-5]}, r"rows: expected integers in -4\.\.3; got \[-5\]"),
-        ({"rows": [0.0]}, r"rows: expected integers in -4\.\.3; got \[0\.0\]"),
-        ({"rows": 4}, r"rows: expected integers in -4\.\.3; got 4"),
-        ({"rows": "all"}, r"rows: expected integers in -4\.\.3; got 'all'"),
+        ({"rows": [0.0]}, r"rows: expected an integer or a sequence of integers; got \[0\.0\]"),
+        ({"rows": 4}, r"rows: expected integers in -4\.\.3; got \[4\]"),
+        ({"rows": "all"}, "rows: expected an integer or a sequence of integers; got 'all'"),
         (
             {"rows": torch.tensor([[0]])},
             r"rows: expected a 1-D integer tensor on cpu; got torch\.int64 \[1, 1\]",

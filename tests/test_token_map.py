@@ -86,7 +86,7 @@ def test_what_a_token_map_cannot_read(model: nn.Module, images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"expected a capture with rows=None for to=True; got rows=\[0\]"):
         attnx.token_map(trace, 5, to=True)
     for token in (25, -26, 1.5, True, None):
-        with pytest.raises(ValueError, match=r"token: expected an index in -25\.\.24 of layer -1; got"):
+        with pytest.raises(ValueError, match=r"token: expected an index in -25\.\.24 of layer 'blocks.2.attn'; got"):
             attnx.token_map(trace, token)
     with pytest.raises(KeyError, match="layer 7: expected an index into 3 layers"):
         attnx.token_map(trace, 0, 7)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,8 +12,11 @@ from typing import Any
 # The options of the command that runs: {argument of the function in Python: option}.
 _OPTIONS: ContextVar[dict[str, str]] = ContextVar("options", default={})  # noqa: B039  (it is never changed)
 
-_VALUE = r"""\[[^\[\]]*\]|\([^()]*\)|'[^']*'|"[^"]*"|-?[\w./:*%-]*[\w*%]|"""
-_ARGUMENT = re.compile(rf"(?<![\w.(])([a-z][a-z_]*)=({_VALUE})(?!=)")
+# A value without quotes is a word in capitals, a flag or a number, so that parts of file names are left alone. There
+# may be no value: "choose layers= of one kind".
+_QUOTED = r"""\[[^\[\]]*\]|\([^()]*\)|'[^']*'|"[^"]*\""""
+_BARE = r"(?:[A-Z]{2,}|True|False|None|-?\d+(?:\.\d+)?)(?![\w./\\])|(?=[\s;,)]|$)"
+_ARGUMENT = re.compile(rf"(?<![\w./\\(='\"-])([a-z][a-z_]*)=({_QUOTED}|{_BARE})")
 
 
 @contextmanager
@@ -59,7 +63,7 @@ def _option(found: re.Match[str], options: dict[str, str]) -> str:
     if isinstance(value, tuple) and len(value) == 2 and all(isinstance(side, int) for side in value):
         return f"{option} {value[0]}x{value[1]}"
     several = value if isinstance(value, (list, tuple)) else [value]
-    return " ".join(f"{option} {each}" for each in several)
+    return " ".join(f"{option} {shlex.quote(str(each))}" for each in several)
 
 
 def _spelling(parameter: Parameter) -> str:

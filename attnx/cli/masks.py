@@ -34,6 +34,9 @@ def masks(
             show_default=False,
         ),
     ] = None,
+    full_names: Annotated[
+        bool, typer.Option("--full-names", help="The mask of a/b.jpg is a/b.jpg.png, for photos a/b.jpg and a/b.png.")
+    ] = False,
     root: Annotated[
         Path | None,
         typer.Option(help="Folder of the photos: each photo must have the size that the job has read.", **PATH),
@@ -69,7 +72,7 @@ def masks(
     maps = Maps(folder)
     with progress_bar(len(maps)) if sys.stderr.isatty() else nullcontext(None) as progress:
         report = write_masks(
-            Masks(maps, out, kind, share, root), usable_cores() if workers is None else workers, progress
+            Masks(maps, out, kind, share, root, full_names), usable_cores() if workers is None else workers, progress
         )
     for key, reason in sorted(report.errors)[:_SHOWN]:
         say(f"{key[:200]}: {reason[:200]}")

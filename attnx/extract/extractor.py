@@ -19,7 +19,7 @@ from attnx.methods.maps import cls_layer
 from attnx.methods.rollout import last_needed
 from attnx.methods.token_map import token_layer, token_map
 from attnx.trace.adapters.sharding import is_sharded
-from attnx.trace.capture import uncompiled
+from attnx.trace.capture import capture, uncompiled
 from attnx.trace.layers import Layers, attention_layers
 from attnx.trace.layout import TokenLayout, declared_input
 from attnx.trace.recorder import Recorder
@@ -246,7 +246,7 @@ class Extractor:
         token = self.options.get("token")
         if self.method == "layers" or (len({name.partition("#")[0] for name in trace}) > 1 and self.layers is not None):
             return layer_maps(trace, trace.heads, token=token).maps
-        return cls_map(trace) if token is None else token_map(trace, token, token_layer(trace))
+        return cls_map(trace) if token is None else token_map(trace, token)
 
     def _autocast(self, images: Tensor) -> torch.autocast:
         # A CUDA graph holds the addresses of cast weights, so these must not be in the autocast cache.
@@ -259,7 +259,8 @@ class Extractor:
 
     def _try(self, image: Tensor) -> Tensor:
         """The map of one image from a pass of the whole model; makes the plan."""
-        trial = Trial(self.model, self.layers, self._recorder)
+        layers = [self._token_layer(image)] if self.method == "token" and self.layers is None else self.layers
+        trial = Trial(self.model, layers, self._recorder)
         with uncompiled(), self._autocast(image), trial:
             self._call(image)
         trace = self._recorder.trace
@@ -269,8 +270,8 @@ class Extractor:
         if self.method == "rollout":
             last, row = last_needed(trace, **self.options)
             names = names[self.options.get("start", 0) : names.index(last) + 1]
-        elif self.method in ("cls", "token") and self.layers is None:
-            names = self._last(names, (cls_layer if self.method == "cls" else token_layer)(trace))
+        elif self.method == "cls" and self.layers is None:
+            names = self._last(names, cls_layer(trace))
         if self.method == "token":
             row = int(self.options["token"])
         with self._autocast(image):
@@ -279,8 +280,22 @@ class Extractor:
         self._recorder.clear()
         return maps
 
+    def _token_layer(self, image: Tensor) -> str:
+        """Name of the layer whose map of a token is read by default. Another layer may have fewer queries.
+
+        Raises:
+            ValueError: no layer is over the patches, or the last one attends in windows.
+        """
+        with self._autocast(image), capture(self.model, rows=0) as trace:
+            self._call(image)
+        layer = token_layer(trace)
+        if layer is None or trace.windows(layer) is not None:
+            got = "none" if layer is None else f"{layer}, which attends in windows: use attnx.capture and token_map"
+            raise ValueError(f"token: expected a layer of self-attention over all patches of an image; got {got}")
+        return self._last(list(trace), layer)[-1].partition("#")[0]
+
     def _last(self, names: list[str], layer: str) -> list[str]:
-        """The names in the trace of the layer whose class token is read; several if a block attends more than once.
+        """The names in the trace of the layer whose token is read; several if a block attends more than once.
 
         Raises:
             RuntimeError: the model's last layer was not intercepted.

@@ -3,7 +3,9 @@
 import re
 from dataclasses import dataclass
 
+from attnx.methods.token_map import token_layer
 from attnx.trace.layout import TokenLayout
+from attnx.trace.trace import Trace
 
 _NUMBER = r"\d{1,6}(?:\.\d{1,6})?"
 
@@ -67,3 +69,16 @@ class Place:
             got = f"{self.x:g},{self.y:g}"
             raise ValueError(f"token: expected shares such as 50%,25%, since pictures have different sizes; got {got}")
         return layout.token_at(self.x, self.y, size)
+
+
+def layout_of_tokens(trace: Trace) -> tuple[str, TokenLayout]:
+    """The last layer over patches, or over windows of a known grid, and the layout of its tokens.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layer = token_layer(trace)
+    if layer is None:
+        raise ValueError("token: expected a layer of self-attention over the patches of an image; got none")
+    windows = trace.windows(layer)
+    return layer, trace.layout_of(layer) if windows is None else TokenLayout(0, windows.grid)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as registry
 
+from attnx.ops.checks import in_range
 from attnx.trace.adapters.switches import own_forward_only
-from attnx.trace.records import in_range
 
 # Blocks whose queries and keys are linear maps of their input, at most normalised: no rotation and no own scale.
 _TIMM = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")

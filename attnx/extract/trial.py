@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attnx.extract.plan import Plan, Split, Step, sole_input
 from attnx.extract.projections import HeadDims, projects, queries_and_keys
 from attnx.extract.rebind import unbound_reason
+from attnx.ops.checks import in_range
 from attnx.trace.adapters.sharding import is_sharded
 from attnx.trace.explain import unintercepted
 from attnx.trace.grids import grid_modules
@@ -19,7 +20,7 @@ from attnx.trace.interceptor import Interceptor
 from attnx.trace.layers import Layers, attention_layers, clean_name, matches
 from attnx.trace.qk_record import QKRecord
 from attnx.trace.recorder import Recorder
-from attnx.trace.records import LayerRecord, MapRecord, in_range
+from attnx.trace.records import LayerRecord, MapRecord
 
 
 class Trial:

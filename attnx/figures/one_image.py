@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnx.extract.extractor import Extractor
-from attnx.extract.place import Place
+from attnx.extract.place import Place, layout_of_tokens
 from attnx.figures.picture import coloured, mask_contour, overlay, save, with_colorbar, write
 from attnx.figures.sheets import Sheet, contact_sheet, heads_grid, layers_figure
 from attnx.figures.style import Style
@@ -19,7 +19,6 @@ from attnx.messages import one_line
 from attnx.methods import LayerMaps, cls_map, layer_maps, mass_mask, rollout, token_map
 from attnx.methods.maps import cls_layer
 from attnx.methods.received import last_on_grid, received
-from attnx.methods.token_map import token_layer
 from attnx.trace.capture import capture
 from attnx.trace.layers import Layers
 from attnx.trace.layout import TokenLayout
@@ -69,12 +68,16 @@ class Shown:
     what: str
     name: str = "overlay"
 
-    def over(self, picture: "Image", style: Style, limits: tuple[float, float] | None = None) -> "Image":
-        """The picture under the map; a matrix stands alone. limits: as in `attnx.picture.overlay`."""
+    def over(
+        self, picture: "Image", style: Style, limits: tuple[float, float] | None = None
+    ) -> "tuple[Image, tuple[float, float] | None]":
+        """The picture under the map, and the limits of its colours; a matrix stands alone, without limits.
+
+        limits: as in `attnx.picture.overlay`.
+        """
         if self.name == "matrix":
-            return _matrix(self.amap, style.cmap)
-        found, limits = coloured(picture, self.amap, style.interpolation, style.cmap, style.alpha, limits)
-        return with_colorbar(found, limits, style.cmap) if style.colorbar else found
+            return _matrix(self.amap, style.cmap), None
+        return coloured(picture, self.amap, style.interpolation, style.cmap, style.alpha, limits)
 
 
 def draw(
@@ -97,20 +100,27 @@ def draw(
     images = loaded.prepare(picture)[None].to(device)
     written: dict[Path, str] = {}
     stored: dict[str, Any] = {}
-    shown = main_map(picture, loaded, images, request)
+    shown = main_map(picture, loaded, images, request, extractor_of(loaded, request))
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{shown.name}.png"
     written[path] = shown.what
     stored["map"] = shown.amap
-    save(shown.over(picture, style), path)
+    image, limits = shown.over(picture, style)
+    save(with_colorbar(image, limits, style.cmap) if style.colorbar and limits else image, path)
     try:
-        per_layer, each, owner = _of_token(picture, loaded, images, request)
+        if request.token is None:
+            per_layer, each, owner = _of_class_token(loaded, images, request)
+        else:
+            per_layer, each, owner = _of_token(request.token, picture, loaded, images, request)
     except ValueError as error:
         written[path] += f"; no heads.png, masks.png and layers.png: {error}"
     else:
         rolled = shown.amap if shown.what == "rollout" else None
         if request.method not in ("rollout", "token"):
-            rolled, _ = _rolled(loaded, images, Request(rolling=request.rolling))
+            whole = Request(rolling=request.rolling)
+            extract = extractor_of(loaded, whole)
+            assert extract is not None
+            rolled, _ = _rolled(extract, images, whole)
         stored |= {"heads": each, "layers": per_layer.maps[0], "names": np.array(per_layer.names)}
         stored |= {} if rolled is None else {"rollout": rolled}
         written |= _draw_sheets(picture, per_layer, each, owner, rolled, out, style, formats)
@@ -120,23 +130,31 @@ def draw(
     return written
 
 
-def main_map(picture: "Image", loaded: "Loaded", images: Tensor, request: Request) -> Shown:
-    """The map of the requested method for the whole picture.
+def extractor_of(loaded: "Loaded", request: Request) -> Extractor | None:
+    """The extractor of the requested method; None for a token, whose place may depend on the picture."""
+    if request.method == "token":
+        return None
+    options = request.rolling if request.method == "rollout" else {}
+    return Extractor(
+        loaded.model, request.method, layers=request.layers, heads=request.fused, model_kwargs=loaded.model_kwargs,
+        **options,
+    )  # fmt: skip
+
+
+def main_map(picture: "Image", loaded: "Loaded", images: Tensor, request: Request, extract: Extractor | None) -> Shown:
+    """The map of the requested method for the whole picture; `extract`: that of `extractor_of`.
 
     Raises:
         ValueError: the method has no map and is not rollout with default options.
     """
+    if extract is None:
+        return _shown_token(picture, loaded, images, request)
     if request.method == "rollout":
-        rolled, why = _rolled(loaded, images, request)
+        rolled, why = _rolled(extract, images, request)
         if rolled is not None:
             return Shown(rolled, "rollout")
         shown = _without_rollout(loaded, images, request)
         return Shown(shown.amap, f"{shown.what}; no rollout: {why}", shown.name)
-    if request.method == "token":
-        return _shown_token(picture, loaded, images, request)
-    extract = Extractor(
-        loaded.model, request.method, layers=request.layers, heads=request.fused, model_kwargs=loaded.model_kwargs
-    )
     amap = extract(images)[0]
     what = "class token's map"
     return Shown(amap, what) if amap.dim() == 2 else Shown(amap.mean(0), f"{what}, mean over layers")
@@ -147,10 +165,7 @@ def _shown_token(picture: "Image", loaded: "Loaded", images: Tensor, request: Re
     assert request.token is not None
     with torch.inference_mode(), capture(loaded.model, request.layers, request.fused, keep="auto") as trace:
         loaded.model(images, **loaded.model_kwargs)
-    windowed = [name for name in trace if trace.windows(name) is not None]
-    layer = windowed[-1] if windowed else token_layer(trace)
-    windows = trace.windows(layer)
-    layout = TokenLayout(0, windows.grid) if windows is not None else trace.layout_of(layer)
+    layer, layout = layout_of_tokens(trace)
     token = request.token.token(layout, (picture.height, picture.width))
     with torch.inference_mode():
         return Shown(token_map(trace, token, layer)[0], f"what {_token_name(token, layout)} attends to in {layer}")
@@ -200,18 +215,14 @@ def _save_arrays(arrays: dict[str, Any], path: Path) -> None:
     write(path, lambda file: np.savez_compressed(file, **values))
 
 
-def _rolled(loaded: "Loaded", images: Tensor, request: Request) -> tuple[Tensor | None, str]:
+def _rolled(extract: Extractor, images: Tensor, request: Request) -> tuple[Tensor | None, str]:
     """(rollout [h, w], ""), or None and the reason that the model has none.
 
     Raises:
         ValueError: the rollout fails with other options than the defaults.
     """
-    extractor = Extractor(
-        loaded.model, "rollout", layers=request.layers, heads=request.heads, model_kwargs=loaded.model_kwargs,
-        **request.rolling,
-    )  # fmt: skip
     try:
-        return extractor(images)[0], ""
+        return extract(images)[0], ""
     except ValueError as error:
         defaults = signature(rollout).parameters
         if any(value != defaults[name].default for name, value in request.rolling.items()):
@@ -247,30 +258,42 @@ def _matrix(amap: Tensor, cmap: str) -> "Image":
     return overlay(canvas, amap, interpolation="nearest", cmap=cmap, alpha=1)
 
 
-def _of_token(picture: "Image", loaded: "Loaded", images: Tensor, request: Request) -> tuple[LayerMaps, Tensor, str]:
-    """The class token's maps in all layers, in each head of the last one [H, h, w], and its name; or another token's.
+def _of_class_token(loaded: "Loaded", images: Tensor, request: Request) -> tuple[LayerMaps, Tensor, str]:
+    """The class token's maps in all layers, in each head of the last one [H, h, w], and their name.
 
     Raises:
-        ValueError: there is no such token, or not the same in all layers; one short sentence.
+        ValueError: there is no class token, or not the same in all layers; one short sentence.
     """
-    token, owner = 0, "class token's map"
-    if request.token is not None:
-        with torch.inference_mode(), capture(loaded.model, layers=request.layers, rows=[0]) as trace:
-            loaded.model(images, **loaded.model_kwargs)
-        try:
-            token = request.token.token(trace.layout, (picture.height, picture.width))
-            owner = f"what {_token_name(token, trace.layout)} attends to"
-        except ValueError as error:
-            raise ValueError("the layers attend to different tokens") from error
-    with torch.inference_mode(), capture(loaded.model, layers=request.layers, heads="each", rows=[token]) as trace:
+    with torch.inference_mode(), capture(loaded.model, layers=request.layers, heads="each", rows=0) as trace:
         loaded.model(images, **loaded.model_kwargs)
     try:
         with torch.inference_mode():
-            if request.token is None:
-                return layer_maps(trace, request.fused), cls_map(trace)[0], owner
-            return layer_maps(trace, request.fused, token=token), token_map(trace, token)[0], owner
+            return layer_maps(trace, request.fused), cls_map(trace)[0], "class token's map"
     except ValueError as error:
         raise ValueError(_no_class_token(trace)) from error
+
+
+def _of_token(
+    place: Place, picture: "Image", loaded: "Loaded", images: Tensor, request: Request
+) -> tuple[LayerMaps, Tensor, str]:
+    """The maps of a token in all layers over the same patches, in each head of the last one [H, h, w], and their name.
+
+    Raises:
+        ValueError: the layers attend in windows, or there is no such token.
+    """
+    with torch.inference_mode(), capture(loaded.model, layers=request.layers, rows=0) as trace:
+        loaded.model(images, **loaded.model_kwargs)
+    last, layout = layout_of_tokens(trace)
+    if trace.windows(last) is not None:
+        raise ValueError("the layers attend in windows")
+    token = place.token(layout, (picture.height, picture.width))
+    # A pooling layer, or one of another stage, has other queries.
+    alike: Layers = [name for name in trace if trace.sides(name) == trace.sides(last) and "#" not in name]
+    with torch.inference_mode(), capture(loaded.model, layers=alike, heads="each", rows=token) as trace:
+        loaded.model(images, **loaded.model_kwargs)
+    with torch.inference_mode():
+        maps = layer_maps(trace, request.fused, token=token)
+        return maps, token_map(trace, token, last)[0], f"what {_token_name(token, layout)} attends to"
 
 
 def _no_class_token(trace: Trace) -> str:

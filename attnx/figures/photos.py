@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnx.figures.one_image import Request, main_map
+from attnx.figures.one_image import Request, Shown, extractor_of, main_map
 from attnx.figures.picture import rgb_image
 from attnx.figures.sheets import Sheet, near_square
 from attnx.figures.style import Style
@@ -40,25 +40,32 @@ def table_of_photos(
     tiles: list[Image] = []
     columns = []
     for name in models:
-        loaded, column = load(name), []
+        loaded, column = load(name), list[Shown]()
+        extract = extractor_of(loaded, request)
         for _, read in photos:
             picture = read()
-            column.append(main_map(picture, loaded, loaded.prepare(picture)[None].to(device), request))
+            column.append(main_map(picture, loaded, loaded.prepare(picture)[None].to(device), request, extract))
             if len(tiles) < len(photos):
                 tiles.append(rgb_image(picture, style.tile))
         done(loaded)
         columns.append(column)
-    limits = None
-    if style.scale == "shared":
-        maps = [shown.amap for column in columns for shown in column]
-        limits = min(float(amap.min()) for amap in maps), max(float(amap.max()) for amap in maps)
-    drawn = [[shown.over(tile, style, limits) for tile, shown in zip(tiles, column, strict=True)] for column in columns]
+    shared = _range(columns) if style.scale == "shared" else None
+    drawn = [[shown.over(tile, style, shared) for tile, shown in zip(tiles, column, strict=True)] for column in columns]
     titles = [title for title, _ in photos]
-    if len(models) == 1:
-        return Sheet(tuple(drawn[0]), tuple(titles), near_square(len(photos)))
-    cells = [
-        cell
-        for title, tile, maps_of_photo in zip(titles, tiles, zip(*drawn, strict=True), strict=True)
-        for cell in ((title, tile), *zip(models, maps_of_photo, strict=True))
-    ]
-    return Sheet(tuple(tile for _, tile in cells), tuple(title for title, _ in cells), 1 + len(models))
+    # A cell is a title, a picture, and the limits of its colours.
+    cells: list[tuple[str, Image, tuple[float, float] | None]] = []
+    for i, (title, tile) in enumerate(zip(titles, tiles, strict=True)):
+        if len(models) == 1:
+            cells.append((title, *drawn[0][i]))
+        else:
+            cells += [(title, tile, None), *((name, *column[i]) for name, column in zip(models, drawn, strict=True))]
+    limits = () if not style.colorbar else tuple(limits for *_, limits in cells) if shared is None else (shared,)
+    columns_of_sheet = near_square(len(photos)) if len(models) == 1 else 1 + len(models)
+    pictures = tuple(tile for _, tile, _ in cells)
+    return Sheet(pictures, tuple(title for title, *_ in cells), columns_of_sheet, limits, style.cmap)
+
+
+def _range(columns: list[list[Shown]]) -> tuple[float, float]:
+    """The smallest and the largest value of all maps, except matrices."""
+    maps = [shown.amap for column in columns for shown in column if shown.name != "matrix"]
+    return (min(float(amap.min()) for amap in maps), max(float(amap.max()) for amap in maps)) if maps else (0.0, 1.0)

@@ -1,8 +1,9 @@
 """Pictures of maps over images: heat maps, overlays, mask contours. `sheets` composes them.
 
 A map is a torch tensor (any device, any real dtype) or a numpy array. An image is a `PIL.Image`, the path of a file, or
-a uint8 array [H, W, 3], of any size. Every picture is an RGB `PIL.Image`. Invalid arguments (shape, dtype, range,
-unknown name, empty, NaN or inf) raise `ValueError` with the argument's name, the expected and the actual value.
+a uint8 array [H, W, 3], of any size. A file is turned upright; a PIL image is taken as it is. Every picture is an RGB
+`PIL.Image`. Invalid arguments (shape, dtype, range, unknown name, empty, NaN or inf) raise `ValueError` with the
+argument's name, the expected and the actual value.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from attnx.files import replacing
-from attnx.images import read_image
+from attnx.images import read_image, to_rgb
 from attnx.methods import resize
 
 if TYPE_CHECKING:
@@ -253,5 +254,5 @@ def rgb_image(image: Picture, tile: int | None = None) -> Image.Image:
         check(good, "image", "a PIL.Image, a path or uint8 [H, W, 3]", f"{array.dtype} {list(array.shape)}")
         image = Image.fromarray(array)
     check(tile is None or tile > 0, "tile", "at least 1", tile)
-    image = image.convert("RGB")
+    image = image.convert("RGB") if image.mode == "RGB" else to_rgb(image.copy())
     return image if tile is None else ImageOps.contain(image, (tile, tile), Image.Resampling.LANCZOS)

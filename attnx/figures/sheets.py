@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from attnx.figures.picture import check, coloured, float_array, rgb_image, save, with_colorbar, write
+from attnx.figures.style import Style
 
 if TYPE_CHECKING:
     from attnx.figures.picture import Map, Picture
@@ -29,7 +30,8 @@ class Sheet:
         tiles: the pictures.
         titles: one per picture.
         columns: pictures per row.
-        limits: the values of the first and last colour of each picture, or one pair for all; (): no colour bars.
+        limits: the values of the first and last colour of each picture (None: it has no colours), or one pair for all;
+            (): no colour bars.
         cmap: name of the colours.
 
     Example:
@@ -44,17 +46,17 @@ class Sheet:
     tiles: tuple[Image.Image, ...]
     titles: tuple[str, ...]
     columns: int
-    limits: tuple[tuple[float, float], ...] = ()
+    limits: tuple[tuple[float, float] | None, ...] = ()
     cmap: str = "turbo"
 
     @cached_property
     def image(self) -> Image.Image:
         """The sheet as one RGB picture; colour bars are on the right of each picture, or of the sheet."""
-        shared = len(self.limits) == 1
-        each = self.limits if len(self.limits) == len(self.tiles) and not shared else ()
-        tiles = [with_colorbar(t, r, self.cmap) for t, r in zip(self.tiles, each, strict=True)] if each else self.tiles
+        each = self.limits if len(self.limits) > 1 else (None,) * len(self.tiles)
+        tiles = [t if r is None else with_colorbar(t, r, self.cmap) for t, r in zip(self.tiles, each, strict=True)]
         sheet = contact_sheet(tiles, self.titles, columns=self.columns)
-        return with_colorbar(sheet, self.limits[0], self.cmap) if shared else sheet
+        shared = self.limits[0] if len(self.limits) == 1 else None
+        return sheet if shared is None else with_colorbar(sheet, shared, self.cmap)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the sheet atomically: a .png, or a .pdf or .svg whose titles and colour bars are drawn as vectors.
@@ -110,7 +112,8 @@ def heads_grid(
     heads = float_array(maps, "maps", 3)
     chosen = near_square(len(heads)) if columns is None else columns
     titles = [f"head {i}" for i in range(len(heads))]
-    return _sheet(image, heads, titles, chosen, interpolation, cmap, alpha, tile, scale, colorbar)
+    style = Style(cmap, alpha, interpolation, tile=tile, scale=scale, colorbar=colorbar)
+    return _sheet(image, [*heads], titles, chosen, style)
 
 
 def layers_figure(
@@ -149,49 +152,40 @@ def layers_figure(
         summary["rollout"] = float_array(rollout, "rollout", 2)
     # If the layers fill whole rows, the summary gets a row of its own.
     chosen = near_square(len(layers), len(summary)) if columns is None else columns
-    titles = [*names, *summary]
-    return _sheet(
-        image, [*layers, *summary.values()], titles, chosen, interpolation, cmap, alpha, tile, scale, colorbar
-    )
+    style = Style(cmap, alpha, interpolation, tile=tile, scale=scale, colorbar=colorbar)
+    return _sheet(image, [*layers, *summary.values()], [*names, *summary], chosen, style)
 
 
-def _sheet(
-    image: Picture,
-    maps: Sequence[np.ndarray] | np.ndarray,
-    titles: Sequence[str],
-    columns: int,
-    interpolation: str,
-    cmap: str,
-    alpha: float,
-    tile: int | None,
-    scale: str,
-    colorbar: bool,
-) -> Sheet:
+def _sheet(image: Picture, maps: Sequence[np.ndarray], titles: Sequence[str], columns: int, style: Style) -> Sheet:
     """The sheet of the overlays of maps [h, w] over one image."""
-    check(scale in ("each", "shared"), "scale", "each or shared", repr(scale))
     check(columns > 0, "columns", "at least 1", columns)
-    small = rgb_image(image, tile)
+    small = rgb_image(image, style.tile)
     shared = None
-    if scale == "shared":
+    if style.scale == "shared":
         shared = min(float(amap.min()) for amap in maps), max(float(amap.max()) for amap in maps)
-    found = [coloured(small, amap, interpolation, cmap, alpha, shared) for amap in maps]
-    limits = () if not colorbar else tuple(each for _, each in found) if shared is None else (shared,)
-    return Sheet(tuple(tile for tile, _ in found), tuple(titles), columns, limits, cmap)
+    found = [coloured(small, amap, style.interpolation, style.cmap, style.alpha, shared) for amap in maps]
+    limits = () if not style.colorbar else tuple(each for _, each in found) if shared is None else (shared,)
+    return Sheet(tuple(tile for tile, _ in found), tuple(titles), columns, limits, style.cmap)
 
 
 def contact_sheet(
-    images: Sequence[Picture], titles: Sequence[str] | None, *, columns: int, tile: int | None = None
+    images: Sequence[Picture],
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    tile: int | None = None,
 ) -> Image.Image:
     """Pictures of any sizes on a white grid, row by row, each under its title.
 
     Args:
         images: at least one.
         titles: one per image, or None. An ellipsis replaces the middle of a title that is too wide.
-        columns: pictures per row.
+        columns: pictures per row; None: chosen from their number.
         tile: pixels of the longer side of each picture; None: their own sizes.
     """
-    check(columns > 0, "columns", "at least 1", columns)
     check(len(images) > 0, "images", "at least one", "none")
+    columns = near_square(len(images)) if columns is None else columns
+    check(columns > 0, "columns", "at least 1", columns)
     texts = [""] * len(images) if titles is None else titles
     check(len(texts) == len(images), "titles", f"{len(images)}, one for each of the images", len(texts))
     tiles = [rgb_image(image, tile) for image in images]

@@ -21,7 +21,7 @@ def save_vectors(sheet: Sheet, kind: str, file: IO[bytes]) -> None:
 
     columns = min(sheet.columns, len(sheet.tiles))
     rows = -(-len(sheet.tiles) // columns)
-    each, shared = len(sheet.limits) > 1, len(sheet.limits) == 1
+    each, shared = sheet.limits if len(sheet.limits) > 1 else (), sheet.limits[0] if len(sheet.limits) == 1 else None
     ratio = max(tile.height / tile.width for tile in sheet.tiles)
     wide = _WIDTH / columns
     picture = wide / (1 + _BAR + 0.3) if each else wide
@@ -36,12 +36,13 @@ def save_vectors(sheet: Sheet, kind: str, file: IO[bytes]) -> None:
             if place >= len(sheet.tiles):
                 continue
             axis.imshow(sheet.tiles[place], interpolation="none")
-            axis.set_title(_short(sheet.titles[place]), fontsize=7, pad=2)
-            if each:
-                colours = ScalarMappable(Normalize(*sheet.limits[place]), sheet.cmap)
+            axis.set_title(_short(sheet.titles[place]), fontsize=7, pad=2, parse_math=False)
+            limits = each[place] if each else None
+            if limits is not None:
+                colours = ScalarMappable(Normalize(*limits), sheet.cmap)
                 figure.colorbar(colours, ax=axis, fraction=0.05, pad=0.02)
-        if shared:
-            colours = ScalarMappable(Normalize(*sheet.limits[0]), sheet.cmap)
+        if shared is not None:
+            colours = ScalarMappable(Normalize(*shared), sheet.cmap)
             figure.colorbar(colours, ax=axes, fraction=0.03, pad=0.01)
         dates = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
         figure.savefig(file, format=kind, metadata=dates[kind], dpi=300)

@@ -5,7 +5,7 @@ A file that can't be read raises `ImageError` with its path and the cause. Broke
 
 from attnx.images.folders import find_images, walk_images
 from attnx.images.formats import HEIF_SUFFIXES, IMAGE_SUFFIXES, image_suffixes, is_unreadable_image
-from attnx.images.reading import ImageError, large_images, read_image, read_scaled, upright_size
+from attnx.images.reading import ImageError, large_images, read_image, read_scaled, to_rgb, upright_size
 from attnx.images.tensors import to_tensor
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "large_images",
     "read_image",
     "read_scaled",
+    "to_rgb",
     "to_tensor",
     "upright_size",
     "walk_images",

@@ -11,16 +11,19 @@ from PIL import Image
 
 
 def heat_tag(values: np.ndarray, title: str = "", side: int = 64) -> str:
-    """An HTML <img> of a map [h, w]: its smallest value is dark, its largest bright.
+    """An HTML <img> of a map [h, w]: its smallest value is dark, its largest bright. NaN and inf are dark.
 
     Args:
         values: [h, w] real.
         title: text of the picture for screen readers and tooltips.
         side: pixels of its longer side.
     """
-    low, high = float(values.min()), float(values.max())
-    grey = np.uint8(255) * ((values - low) / (high - low) if high > low else np.zeros_like(values))
-    return picture_tag(Image.fromarray(grey.round().astype(np.uint8)), title, side)
+    finite = np.isfinite(values)
+    if not values.size or not finite.any():
+        return f"<i>{escape(title)}: no finite values</i>"
+    low, high = float(values[finite].min()), float(values[finite].max())
+    shares = (np.where(finite, values, low) - low) / (high - low) if high > low else np.zeros(values.shape)
+    return picture_tag(Image.fromarray((255 * shares).round().astype(np.uint8)), title, side)
 
 
 def titled_heat(title: str, values: np.ndarray, side: int = 96) -> str:

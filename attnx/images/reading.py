@@ -13,6 +13,7 @@ from attnx.files import open_regular
 from attnx.images.formats import installed_formats
 
 _STRIP_PIXELS = 2**20  # pixels of a 16-bit picture that are scaled at once
+_TURNED = (5, 6, 7, 8)  # orientations in EXIF that exchange width and height
 _HEADER_BYTES = 2**16
 _MESSAGE_LENGTH = 200  # most characters of a decoder's message in an error
 
@@ -82,7 +83,7 @@ def upright_size(path: str | Path) -> tuple[int, int]:
             _check_header(file)
             with Image.open(file, formats=installed_formats()) as image:
                 # PngImageFile.getexif would decode the pixels, to find what comes after them.
-                turned = int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)) >= 5
+                turned = int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)) in _TURNED
                 return image.size[::-1] if turned else image.size
     # Decoders raise nearly any exception for broken data.
     except Exception as error:
@@ -124,7 +125,7 @@ def _decode(source: IO[bytes], max_pixels: int | None, scaled: bool) -> tuple[Im
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise ValueError(f"expected at most {max_pixels:,} pixels, got {size[0]} x {size[1]}")
         image.load()
-        return _to_rgb(image), _orientation(image), size
+        return to_rgb(image), _orientation(image), size
 
 
 def _check_header(source: IO[bytes]) -> None:
@@ -168,7 +169,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture in RGB. 16-bit grey is scaled to 8 bits, where Pillow clips it. Float pixels raise ValueError."""
     if image.mode == "F":
         raise ValueError("expected 8 or 16 bits a channel, got float pixels, whose range is unknown")
     if image.mode == "I" or image.mode.startswith("I;16"):

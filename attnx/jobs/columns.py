@@ -83,7 +83,7 @@ class MapRow:
     def _repr_html_(self) -> str:
         """The key and the maps, for notebooks; of a map with layers or heads, the mean."""
         about = escape(repr(self) if self.text is None else f"{self!r}: {self.text}")
-        if self.map is None or self.map.ndim < 2:
+        if self.map is None or self.map.ndim < 2 or not self.map.size:
             return f"<div>{about}</div>"
         named = zip(self.words, self.word_maps, strict=True) if self.words and self.map.ndim == 3 else ()
         drawn = [titled_heat(word, amap) for word, amap in named]

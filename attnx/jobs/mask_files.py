@@ -35,7 +35,6 @@ __all__ = ["KINDS", "SETTINGS", "MaskReport", "Masks", "write_masks"]
 
 KINDS = ("heat", "mass")
 SETTINGS = "masks.json"
-_SHARES = 4  # at least, for each process
 
 
 @dataclass
@@ -79,6 +78,7 @@ class Masks:
         kind: "heat" or "mass".
         mass: the share of a map's mass inside a mask of kind "mass".
         root: folder of the photos, whose sizes are then checked.
+        full_names: the mask of a/b.jpg is a/b.jpg.png; False: a/b.png.
     """
 
     maps: Maps
@@ -86,6 +86,11 @@ class Masks:
     kind: str = "heat"
     mass: float = 0.6
     root: Path | None = None
+    full_names: bool = False
+
+    def name_of(self, key: Path) -> Path:
+        """The path of a mask below the folder, from that of its photo."""
+        return key.with_name(f"{key.name}.png") if self.full_names else key.with_suffix(".png")
 
     def settings(self) -> dict[str, Any]:
         """The settings of the masks and the identity of their job, for JSON."""
@@ -94,7 +99,8 @@ class Masks:
         text = json.dumps([job, settings], sort_keys=True)
         return {
             "kind": self.kind, "mass": self.mass if self.kind == "mass" else None, "model": settings.get("model"),
-            "method": settings.get("method"), "job": hashlib.sha256(text.encode()).hexdigest(),
+            "method": settings.get("method"), "full_names": self.full_names,
+            "job": hashlib.sha256(text.encode()).hexdigest(),
         }  # fmt: skip
 
     def write_share(self, share: Share, stopped: Callable[[], bool] = lambda: False) -> MaskReport:
@@ -120,7 +126,7 @@ class Masks:
         path = path_of_key(row.key)
         if path is None:
             raise ValueError(f"expected a key that is a path below {self.out}")
-        target = (self.out / path).with_suffix(".png")
+        target = self.out / self.name_of(path)
         if target.is_file():
             report.kept += 1
             return
@@ -161,7 +167,7 @@ def write_masks(masks: Masks, workers: int, progress: Callable[[int, int], None]
     """
     maps, report, done = masks.maps, MaskReport(), 0
     _check_job(maps)
-    _check_names(maps)
+    _check_names(masks)
     _prepare(masks)
     for part in _reports(masks, min(workers, len(maps))):
         report.add(part)
@@ -180,21 +186,23 @@ def _check_job(maps: Maps) -> None:
         raise ValueError(f"masks: expected a job with maps of images over patches; {maps.folder} has {kind}")
 
 
-def _names(maps: Maps) -> Iterator[tuple[str, str]]:
-    """(key, name of its mask) of the rows whose key is a path below a folder."""
-    for key in maps.keys():  # noqa: SIM118
-        if (path := path_of_key(key)) is not None:
-            yield key, path.with_suffix(".png").as_posix()
+def _names(masks: Masks) -> Iterator[tuple[str, str]]:
+    """(key, name of its mask) of the rows with a map whose key is a path below a folder."""
+    for table in masks.maps.tables(["key", "error"]):
+        for key, error in zip(table.column("key").to_pylist(), table.column("error").to_pylist(), strict=True):
+            if error is None and (path := path_of_key(key)) is not None:
+                yield key, masks.name_of(path).as_posix()
 
 
-def _check_names(maps: Maps) -> None:
+def _check_names(masks: Masks) -> None:
     """Raise ValueError if two keys have the same mask. Takes 8 bytes per row."""
-    seen = np.sort(np.frombuffer(array("q", (hash(name) for _, name in _names(maps))), np.int64))
+    seen = np.sort(np.frombuffer(array("q", (hash(name) for _, name in _names(masks))), np.int64))
     repeated = set(seen[1:][seen[1:] == seen[:-1]].tolist())
     first: dict[str, str] = {}
-    for key, name in _names(maps) if repeated else ():
+    for key, name in _names(masks) if repeated else ():
         if hash(name) in repeated and (other := first.setdefault(name, key)) != key:
-            raise ValueError(f"masks: expected keys with different masks; {other!r:.90} and {key!r:.90} have the same")
+            got = f"{other!r:.90} and {key!r:.90} have the same"
+            raise ValueError(f"masks: expected keys with different masks; {got}; full_names=True names them apart")
 
 
 def _prepare(masks: Masks) -> None:
@@ -223,8 +231,8 @@ def _prepare(masks: Masks) -> None:
 
 def _reports(masks: Masks, workers: int) -> Iterator[MaskReport]:
     """The report of each share of the rows, as it is written."""
-    # A process reads all rows of a shard for its share of them, so large jobs have one share a shard.
-    step = max(1, -(-_SHARES * max(1, workers) // masks.maps.shards))
+    # A process reads all rows of a shard for its share of them, so shards are split only if they are few.
+    step = max(1, -(-workers // masks.maps.shards))
     shares = [Share(shard, first, step) for shard in range(masks.maps.shards) for first in range(step)]
     if workers <= 1:
         yield from map(masks.write_share, shares)

@@ -27,21 +27,26 @@ def mask_image(row: MapRow, kind: str, mass: float) -> Image.Image:
         mass: share of the map's mass in a mask of kind "mass".
 
     Raises:
-        ValueError: the row has no map over patches, no size or no crop, or too many pixels.
+        ValueError: the row has no map over patches, no size or no crop, too many pixels, or a map with NaN or inf.
     """
     amap = spatial(row)
     if amap is None or row.crop is None or row.width is None or row.height is None:
         raise ValueError("expected a map over patches, with width, height and crop")
     if row.width * row.height > PICTURE_PIXELS:
         raise ValueError(f"expected a photo of at most {PICTURE_PIXELS:,} pixels; got {row.width} x {row.height}")
-    if kind == "mass":
-        values, mode = 255.0 * mass_mask(amap, mass).numpy(), "nearest"
-    else:
-        values, mode = 255.0 * amap.clip(0) / (amap.max() if amap.max() > 0 else 1.0), "bilinear"
-    left, top, right, bottom = row.crop
-    full = np.zeros((row.height, row.width), np.uint8)
+    if not np.isfinite(amap).all():
+        raise ValueError("expected a map of finite values; got NaN or inf")
+    values, mode = (mass_mask(amap, mass).numpy(), "nearest") if kind == "mass" else (amap.clip(0), "bilinear")
+    width, height, (left, top, right, bottom) = row.width, row.height, row.crop
+
+    def strip(first: int) -> np.ndarray:
+        size = min(_STRIP, height - first), width
+        return resize(values, size, (left, top - first, right, bottom - first), mode=mode)
+
     # In strips, so that a large photo takes little more memory than its mask.
-    for first in range(0, row.height, _STRIP):
-        strip = full[first : first + _STRIP]
-        strip[:] = resize(values, strip.shape, (left, top - first, right, bottom - first), mode=mode).round()
+    starts = range(0, height, _STRIP)
+    highest = max(float(strip(first).max()) for first in starts)
+    full = np.zeros((height, width), np.uint8)
+    for first in starts if highest > 0 else ():
+        full[first : first + _STRIP] = (strip(first) * (255 / highest)).round()
     return Image.fromarray(full)

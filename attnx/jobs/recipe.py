@@ -137,8 +137,7 @@ class ExtractRecipe(Recipe):
 
     def _token(self, loaded: Loaded, device: torch.device) -> dict[str, Any]:
         """The option of the extractor's method "token", from a pass over an empty picture."""
-        from attnx.extract.place import Place
-        from attnx.methods.token_map import token_layer
+        from attnx.extract.place import Place, layout_of_tokens
         from attnx.trace.capture import capture
 
         if self.token is None:
@@ -148,7 +147,7 @@ class ExtractRecipe(Recipe):
             return {"token": place.index}
         with torch.inference_mode(), capture(loaded.model, self.layers, rows=0) as trace:
             loaded.model(torch.zeros(1, 3, *loaded.size, device=device), **loaded.model_kwargs)
-        return {"token": place.token(trace.layout_of(token_layer(trace)), None)}
+        return {"token": place.token(layout_of_tokens(trace)[1], None)}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+from attnx.ops.checks import in_range
 from attnx.ops.reducers import Reduction, fuse_heads
-from attnx.trace.records import LayerRecord, in_range
+from attnx.trace.records import LayerRecord
 from attnx.trace.trace import Trace
 
 

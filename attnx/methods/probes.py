@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from attnx.ops.attention_stats import attention_with_stats
+from attnx.ops.checks import in_range, row_indices
 from attnx.trace.qk_record import QKRecord
-from attnx.trace.records import MapRecord, in_range, row_indices
+from attnx.trace.records import MapRecord
 from attnx.trace.row_stats import KNOWN, RowStats, Wanted, wanted_of
 from attnx.trace.trace import Trace
 

@@ -30,9 +30,9 @@ def resize(
         size: (height, width) of the picture in pixels. PIL's `image.size` is (width, height).
         crop: the part of the picture that the maps cover, (left, top, right, bottom) in pixels, such as `row.crop` of a
             job; None: the whole picture.
-        normalize: of each map after resizing. None: the values stay. "max": divided by the maximum, and negative values
-            become 0. "sum": divided by the sum, so that the pixels sum to 1. "minmax": stretched to 0..1 inside the
-            crop; a constant map becomes 0. A map without mass stays 0.
+        normalize: of each map after resizing. None: the values stay. "max": divided by the maximum. "sum": divided by
+            the sum, so that the pixels sum to 1. Both set negative values to 0, and a map without mass stays 0.
+            "minmax": stretched to 0..1 inside the crop; a constant map becomes 0.
         mode: "bilinear" or "nearest".
 
     Returns:
@@ -47,11 +47,7 @@ def resize(
         tensor([[1., 1., 3., 3.],
                 [0., 0., 0., 0.]])
     """
-    given: Tensor | np.ndarray = maps
-    values = torch.from_numpy(np.ascontiguousarray(given)) if isinstance(given, np.ndarray) else given
-    if not isinstance(values, Tensor) or values.dim() < 2 or not values.numel() or values.is_complex():
-        got = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(maps).__name__
-        raise ValueError(f"maps: expected a real tensor or array [..., h, w], not empty; got {got}")
+    values = _tensor(maps)
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}; got {mode!r}")
     if normalize not in NORMALIZE:
@@ -67,7 +63,18 @@ def resize(
     resized = flat.new_zeros(len(flat), height, width)
     resized[:, rows, columns] = seen
     result = resized.view(*values.shape[:-2], height, width)
-    return result.numpy() if isinstance(given, np.ndarray) else result  # type: ignore[return-value]
+    return result.numpy() if isinstance(maps, np.ndarray) else result
+
+
+def _tensor(maps: Tensor | np.ndarray) -> Tensor:
+    """The maps as a tensor. Raise ValueError unless they are real, with at least two dimensions, and not empty."""
+    if isinstance(maps, np.ndarray) and maps.dtype.kind in "fiub" and maps.ndim >= 2 and maps.size:
+        # A copy: torch takes neither every byte order nor every width, and warns about read-only memory.
+        return torch.from_numpy(np.array(maps, np.float32, order="C"))
+    if isinstance(maps, Tensor) and maps.dim() >= 2 and maps.numel() and not maps.is_complex():
+        return maps
+    got = f"{maps.dtype} {list(maps.shape)}" if isinstance(maps, (Tensor, np.ndarray)) else type(maps).__name__
+    raise ValueError(f"maps: expected a real tensor or array [..., h, w], not empty; got {got}")
 
 
 def _size(size: Sequence[int]) -> tuple[int, int]:
@@ -79,7 +86,10 @@ def _size(size: Sequence[int]) -> tuple[int, int]:
 
 
 def _crop(crop: Sequence[float]) -> tuple[float, float, float, float]:
-    box = tuple(float(side) for side in crop)
+    try:
+        box = tuple(map(float, crop))
+    except (TypeError, ValueError):
+        box = ()
     if len(box) != 4 or not all(map(np.isfinite, box)) or box[0] >= box[2] or box[1] >= box[3]:
         raise ValueError(f"crop: expected (left, top, right, bottom) with left < right and top < bottom; got {crop!r}")
     return box[0], box[1], box[2], box[3]
@@ -109,12 +119,12 @@ def _read(maps: Tensor, places: np.ndarray, axis: int, mode: str) -> Tensor:
 
 
 def _normalized(maps: Tensor, how: str) -> Tensor:
-    """Maps [B, h, w], each normalised; a map without a range or mass becomes 0."""
-    high = maps.amax((-2, -1), keepdim=True)
-    if how == "sum":
-        total = maps.sum((-2, -1), keepdim=True)
-        return torch.where(total > 0, maps / total, 0.0)
-    low = maps.amin((-2, -1), keepdim=True) if how == "minmax" else torch.zeros_like(high)
-    # Resizing a constant map gives rounding noise, which stretching would amplify.
-    noise = 8 * torch.finfo(torch.float32).eps * maps.abs().amax((-2, -1), keepdim=True)
-    return torch.where(high - low > noise, ((maps - low) / (high - low)).clamp(0, 1), 0.0)
+    """Maps [B, h, w], each normalised; a map without a range or mass becomes 0, and one with NaN stays NaN."""
+    if how == "minmax":
+        low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+        # Resizing a constant map gives rounding noise, which stretching would amplify.
+        noise = 8 * torch.finfo(torch.float32).eps * maps.abs().amax((-2, -1), keepdim=True)
+        return torch.where(high - low <= noise, 0.0, (maps - low) / (high - low))
+    positive = maps.clamp(min=0)
+    whole = positive.amax((-2, -1), keepdim=True) if how == "max" else positive.sum((-2, -1), keepdim=True)
+    return torch.where(whole == 0, 0.0, positive / whole)

@@ -9,18 +9,18 @@ from attnx.trace.trace import Trace
 from attnx.trace.window_record import WindowRecord
 
 
-def token_map(trace: Trace, token: int, layer: str | int = -1, *, to: bool = False) -> Tensor:
+def token_map(trace: Trace, token: int, layer: str | int | None = None, *, to: bool = False) -> Tensor:
     """What a token attends to: its row of a layer's map over the patches, not renormalised.
 
     ``m_j = P_ij`` for token i; with ``to``, ``m_i = P_ij`` for token j: how much each patch attends to it. In windows,
     P is the map of the whole grid, 0 between tokens of different windows. With keep="qk" only that row or column is
-    computed.
+    computed, except in windows and of causal layers.
 
     Args:
         trace: a capture of all rows; without `to` and without windows, of rows that include the token's.
         token: index of the token, such as `trace.layout.token(row, column)` or `trace.layout.token_at(x, y, size)`;
             -1 is the last one. In cross-attention it is an index of a query, or with `to` of a key.
-        layer: name or index in the trace.
+        layer: name or index in the trace; None: the last self-attention layer over patches, or else the last layer.
         to: True: who attends to the token.
 
     Returns:
@@ -30,6 +30,7 @@ def token_map(trace: Trace, token: int, layer: str | int = -1, *, to: bool = Fal
         ValueError: no such token, its row was not captured, or the other side of the map is not the patches of an
             image.
         KeyError: no such layer was captured.
+        RuntimeError: no map was stored (keep="stats"), or a gradient capture had no backward pass.
 
     Example:
         >>> import torch, attnx
@@ -41,6 +42,8 @@ def token_map(trace: Trace, token: int, layer: str | int = -1, *, to: bool = Fal
         >>> attnx.token_map(trace, patch).shape, attnx.token_map(trace, patch, layer=0, to=True).shape
         (torch.Size([2, 12, 12]), torch.Size([2, 12, 12]))
     """
+    if layer is None:
+        layer = token_layer(trace) or list(trace)[-1]
     record, windows = trace.kept(layer), trace.windows(layer)
     if trace.rows is not None and (to or windows is not None):
         need = "to=True" if to else "a layer that attends in windows"
@@ -56,17 +59,13 @@ def token_map(trace: Trace, token: int, layer: str | int = -1, *, to: bool = Fal
     return layout.patches(record.column(at) if to else captured_row(trace, record, at, queries, f"row {token}"))
 
 
-def token_layer(trace: Trace) -> str:
-    """Name of the layer that the extractor's method "token" reads: the last self-attention layer over patches.
-
-    Raises:
-        ValueError: there is none.
-    """
+def token_layer(trace: Trace) -> str | None:
+    """Name of the last self-attention layer over patches, or over windows of a known grid; None if there is none."""
     for layer in reversed(list(trace)):
         queries, keys = trace.sides(layer)
         if queries == keys and keys.grid is not None:
             return layer
-    raise ValueError("token: expected a layer of self-attention over the patches of an image; got none; choose layers=")
+    return None
 
 
 def _layout_of_queries(trace: Trace, layer: str | int) -> TokenLayout:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnx.images import read_image, to_tensor
+from attnx.images import read_image, to_rgb, to_tensor
 from attnx.models.checkpoint import first_line
 from attnx.models.pixels import Crop, Pixels
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Loaded:
     """A model in eval mode and the preprocessing of its images.
 
@@ -75,7 +75,8 @@ class Loaded:
         """The model's input of an image, resized and normalised, on the CPU.
 
         Args:
-            image: a picture, or the path of one, of any size; or a list of them.
+            image: a picture, or the path of one, of any size; or a list of them. A file is turned upright as its EXIF
+                says; a PIL image is taken as it is (`ImageOps.exif_transpose` turns it).
             pixels: "whole": the whole picture, resized to `size`, so that maps cover all of it; its aspect ratio may
                 change. "timm": timm's evaluation transform with the model's own settings, which crops. "processor": the
                 image processor of an "hf:" model. `crop` gives the part of the picture that these show.
@@ -117,7 +118,7 @@ class Loaded:
 
 
 def as_picture(image: "Picture") -> "Image.Image":
-    """An RGB picture: a PIL image, or the file at a path, upright.
+    """An RGB picture: that in the file at a path, turned upright as its EXIF says, or a PIL image as it is.
 
     Raises:
         ImageError: the file can't be read.
@@ -129,7 +130,7 @@ def as_picture(image: "Picture") -> "Image.Image":
         return read_image(image)
     if not isinstance(image, Image):
         raise ValueError(f"image: expected a PIL image or the path of one; got {type(image).__name__}")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode == "RGB" else to_rgb(image.copy())
 
 
 def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,6 +123,32 @@ def check_gradient(grad: Tensor, q: Tensor, v: Tensor) -> None:
         raise ValueError(f"grad: expected {q.dtype} {list(shape)} on {q.device}; got {came}")
 
 
+def row_indices(rows: int | Sequence[int] | Tensor) -> tuple[int, ...]:
+    """The indices of the chosen rows, as given; one integer is one row.
+
+    Raises:
+        ValueError: not integers, or none.
+    """
+    try:
+        one = isinstance(rows, int) or getattr(rows, "ndim", 1) == 0
+        given: Any = (rows,) if one else tuple(rows)  # type: ignore[arg-type]
+        if any(isinstance(row, bool) for row in given):
+            raise TypeError("a flag is no index")
+        chosen = tuple(map(index, given))
+    except TypeError as error:
+        raise ValueError(f"rows: expected an integer or a sequence of integers; got {rows!r}") from error
+    if not chosen:
+        raise ValueError("rows: expected at least one row, or None for all; got none")
+    return chosen
+
+
+def in_range(rows: Sequence[int], count: int) -> tuple[int, ...]:
+    """Indices of `count` rows, not negative. Raise ValueError unless they are in -count..count - 1."""
+    if not all(-count <= row < count for row in rows):
+        raise ValueError(f"rows: expected integers in -{count}..{count - 1}; got {list(rows)}")
+    return tuple(row % count for row in rows)
+
+
 def row_index(rows: int | Sequence[int] | Tensor | None, m: int, device: torch.device) -> Tensor | None:
     """Row indices as an int64 tensor on the device. Raise ValueError for other than integers in -m..m-1.
 
@@ -129,11 +156,10 @@ def row_index(rows: int | Sequence[int] | Tensor | None, m: int, device: torch.d
     """
     if rows is None:
         return None
-    if not isinstance(rows, Tensor):
-        chosen = rows if isinstance(rows, Sequence) and not isinstance(rows, str) else [rows]
-        if not all(isinstance(i, Integral) and not isinstance(i, bool) and -m <= i < m for i in chosen):
-            raise ValueError(f"rows: expected integers in {-m}..{m - 1}; got {rows!r}")
-        return torch.tensor([int(i) % m for i in chosen], dtype=torch.int64, device=device)
+    if not isinstance(rows, Tensor) or rows.dim() == 0:
+        none = isinstance(rows, Sequence) and not len(rows)
+        chosen = () if none else in_range(row_indices(rows), m)
+        return torch.tensor(chosen, dtype=torch.int64, device=device)
     whole = not (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool)
     if rows.dim() != 1 or not whole or rows.device != device:
         raise ValueError(

@@ -7,6 +7,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from attnx.ops.checks import in_range, row_indices
 from attnx.ops.functional import attention_map
 from attnx.ops.reducers import MASK_THRESHOLD, Reduction, fuse_heads
 from attnx.trace.attend import attend, attend_with_stats, check_keep, without_map
@@ -15,7 +16,7 @@ from attnx.trace.facts import Facts
 from attnx.trace.gradient_record import attend_with_gradient, weigh_weights
 from attnx.trace.layout import TokenLayout
 from attnx.trace.qk_record import qk_bytes
-from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, in_range, row_indices
+from attnx.trace.records import LayerRecord, MapRecord, RowsRecord
 from attnx.trace.row_stats import Wanted, check_stats, wanted_of
 from attnx.trace.trace import CALLS, Trace
 

@@ -6,7 +6,6 @@ A map takes 4 N^2 bytes; the memory of q and k is linear in N. Methods read both
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from operator import index
 from typing import Any, Protocol
 
 import torch
@@ -168,32 +167,6 @@ class RowsRecord:
 def without_rows(shape: Sequence[int], device: torch.device) -> RowsRecord:
     """The record of a layer of which no map is stored; `shape` is that of the whole map."""
     return RowsRecord(torch.empty(*shape[:-2], 0, shape[-1], device=device), (), shape[-2])
-
-
-def row_indices(rows: int | Sequence[int]) -> tuple[int, ...]:
-    """The indices of the chosen rows, as given; one integer is one row.
-
-    Raises:
-        ValueError: not integers, or none.
-    """
-    try:
-        one = isinstance(rows, int) or getattr(rows, "ndim", 1) == 0
-        given: Any = (rows,) if one else tuple(rows)  # type: ignore[arg-type]
-        if any(isinstance(row, bool) for row in given):
-            raise TypeError("a flag is no index")
-        chosen = tuple(map(index, given))
-    except TypeError as error:
-        raise ValueError(f"rows: expected an integer or a sequence of integers; got {rows!r}") from error
-    if not chosen:
-        raise ValueError("rows: expected at least one row, or None for all; got none")
-    return chosen
-
-
-def in_range(rows: Sequence[int], count: int) -> tuple[int, ...]:
-    """Indices of `count` rows, not negative. Raise ValueError unless they are in -count..count - 1."""
-    if not all(-count <= row < count for row in rows):
-        raise ValueError(f"rows: expected integers in -{count}..{count - 1}; got {list(rows)}")
-    return tuple(row % count for row in rows)
 
 
 def has_no_map(record: LayerRecord) -> bool:

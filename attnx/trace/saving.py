@@ -60,7 +60,13 @@ def load(path: Path, device: str | torch.device) -> Trace:
         raise ValueError(
             f"{path}: expected a file of Trace.save ({_FORMAT}); got {', '.join(about) or 'other tensors'}"
         )
-    facts = json.loads(about[_FORMAT])
+    try:
+        return _trace_of(json.loads(about[_FORMAT]), tensors, torch.device(device))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a file of Trace.save; it is damaged: {error!r}") from error
+
+
+def _trace_of(facts: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> Trace:
     given = None if facts["given"] is None else TokenLayout(**_tuples(facts["given"]))
     trace = Trace(nn.Module(), facts["heads"], None if facts["rows"] is None else tuple(facts["rows"]), given)
     layers = {each["name"]: _facts_of(each, tensors) for each in facts["layers"]}
@@ -71,7 +77,7 @@ def load(path: Path, device: str | torch.device) -> Trace:
         stats = each["stats"]
         named = None if stats is None else {name: tensors[f"{i}.stats.{name}"] for name in stats["names"]}
         row_stats = None if stats is None else RowStats(named or {}, stats["missing"])
-        trace.add(each["name"], _record_of(each["record"], f"{i}.", tensors), stats=row_stats)
+        trace.add(each["name"], _record_of(each["record"], f"{i}.", tensors, device), stats=row_stats)
     return trace
 
 
@@ -126,7 +132,7 @@ def _describe(record: LayerRecord, prefix: str, tensors: dict[str, Tensor]) -> d
         for name in ("q", "k", "lse", "bias", "sinks", "rows"):
             tensor = getattr(record, name)
             if tensor is not None:
-                stored = _compact(tensor.detach())
+                stored = _compact(tensor.detach()) if name == "bias" else tensor.detach().contiguous()
                 # Two names for one memory are no safetensors file.
                 known = {other.untyped_storage().data_ptr() for other in tensors.values()}
                 tensors[prefix + name] = stored.clone() if stored.untyped_storage().data_ptr() in known else stored
@@ -144,7 +150,7 @@ def _describe(record: LayerRecord, prefix: str, tensors: dict[str, Tensor]) -> d
     return {"kind": kind, "rows_sum_to_one": record.rows_sum_to_one}
 
 
-def _record_of(about: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> LayerRecord:
+def _record_of(about: dict[str, Any], prefix: str, tensors: dict[str, Tensor], device: torch.device) -> LayerRecord:
     kind = about["kind"]
     if kind == "qk":
         q, k, lse = (tensors[prefix + name] for name in ("q", "k", "lse"))
@@ -152,7 +158,7 @@ def _record_of(about: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -
         options = {name: about[name] for name in _OPTIONS}
         return QKRecord(q, k, lse, bias, sinks=sinks, rows=rows, versions=versions_of(q, k, bias), **options)
     if kind == "none":
-        return without_rows(about["shape"], torch.device("cpu"))
+        return without_rows(about["shape"], device)
     amap = tensors[prefix + "map"]
     if kind == "rows":
         return RowsRecord(amap, tuple(about["rows"]), about["queries"])
@@ -166,9 +172,9 @@ def _no_backward(grad: Tensor) -> Tensor:
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """The tensor with size 1 in broadcast dimensions, contiguous."""
+    """The tensor with size 1 in the dimensions that were expanded, contiguous."""
     for dim, stride in enumerate(tensor.stride()):
-        if stride == 0:
+        if stride == 0 and tensor.shape[dim]:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor.contiguous()
 

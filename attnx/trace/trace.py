@@ -193,6 +193,9 @@ class Trace(LayerTokens):
     def to(self, device: str | torch.device) -> "Trace":
         """A trace of the same pass on another device. Its maps can be read there; it has no backward pass any more.
 
+        Raises:
+            RuntimeError: a gradient capture had no backward pass yet.
+
         Example:
             >>> import torch, attnx
             >>> from attnx.demo.vit import demo_model
@@ -249,7 +252,7 @@ class Trace(LayerTokens):
     def _with(self, records: dict[str, LayerRecord]) -> "Trace":
         """A trace of the same pass with these records."""
         other = Trace(self.tokens.model, self.heads, self.rows, self.tokens.given)
-        other._records, other.tokens = records, self.tokens.copy()
+        other._records, other.tokens, other.in_a_row = records, self.tokens.copy(), self.in_a_row
         other._stats = {layer: stats for layer, stats in self._stats.items() if layer in records}
         return other
 
