@@ -197,7 +197,10 @@ def test_mistakes_are_one_line(photos: Path, tmp_path: Path) -> None:
         (["extract", photos, "--layers", "block.9", *out], "'block.9' matches no module"),
         (["extract", photos, "--dtype", "int8", *out], "dtype: expected one of float32, bfloat16, float16; got 'int8'"),
         (["extract", photos, "--device", "gpu7", *out], "device: expected one that torch can use here; got 'gpu7'"),
-        (["extract", photos, "--image-size", "4x5x6", *out], "image-size: expected pixels such as 480 or 480x640"),
+        (
+            ["extract", photos, "--image-size", "4x5x6", *out],
+            "expected pixels such as 480, or HEIGHTxWIDTH",
+        ),
         (["extract", photos, "--residual", "2", *out], "expected residual in [0, 1]"),
         (["extract", photos, "--start", "9", *out], "start: expected a layer index in 0..3; got 9"),
         (["extract", photos, "--out", tmp_path / "file"], f"{tmp_path / 'file'}"),

@@ -69,6 +69,42 @@ def test_models_of_words() -> None:
         attnx.load("demo", vocab="vocab.txt")
 
 
+@pytest.mark.parametrize(
+    ("name", "guess"),
+    [("vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"), ("timm/vit_base", "timm:vit_base"), ("HF:a/b", "hf:a/b"),
+     ("facebook/dinov2-base", "hf:facebook/dinov2-base")],
+)  # fmt: skip
+def test_names_without_a_library_get_a_guess(name: str, guess: str) -> None:
+    with pytest.raises(ValueError, match=f"; did you mean {guess}\\?$"):
+        attnx.load(name)
+    with pytest.raises(ValueError, match=r"name: expected timm:NAME.*albef:FILE, lavt:FILE or demo; got None"):
+        attnx.load(None)  # type: ignore[arg-type]
+
+
+def test_models_in_place_of_what_holds_them() -> None:
+    loaded = attnx.load("demo")
+    images = loaded.prepare([Image.new("RGB", (96, 96))])
+    for call in (attnx.Extractor, attnx.patch, lambda model: attnx.class_maps(model, images),
+                 lambda model: attnx.capture(model).__enter__()):  # fmt: skip
+        with pytest.raises(ValueError, match=r"model: expected a torch.nn.Module; got Loaded; pass its \.model"):
+            call(loaded)
+        with pytest.raises(ValueError, match=r"model: expected a torch.nn.Module; got str$"):
+            call("demo")
+    for call in (attnx.Extractor(loaded.model), lambda images: attnx.class_maps(loaded.model, images)):
+        with pytest.raises(ValueError, match=r"images: expected .*; got \[3, 96, 96\]; pass images\[None\]"):
+            call(images[0])
+    with pytest.raises(ValueError, match="options of method 'relevance': expected start, query; got target"):
+        attnx.class_maps(loaded.model, images, target=3)
+    assert len({loaded, loaded}) == 1
+
+
+def test_16_bit_pictures_are_those_of_their_files(tmp_path: Path) -> None:
+    grey = Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16))
+    grey.save(tmp_path / "grey.png")
+    loaded = attnx.load("demo")
+    assert torch.equal(loaded.prepare(Image.open(tmp_path / "grey.png")), loaded.prepare(tmp_path / "grey.png"))
+
+
 def test_what_cannot_be_prepared(photo: Image.Image, tmp_path: Path) -> None:
     loaded = attnx.load("demo")
     with pytest.raises(ValueError, match="image: expected a PIL image or the path of one; got ndarray"):

@@ -1,5 +1,7 @@
 """Maps at the size of their picture."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,24 @@ def test_normalised_maps(maps: Tensor) -> None:
     assert not attnx.resize(torch.full((3, 3), 0.7), (50, 50), normalize="minmax").any()
 
 
+def test_broken_and_negative_maps() -> None:
+    for how in ("max", "sum", "minmax"):
+        assert attnx.resize(torch.tensor([[float("nan"), 1], [2, 3]]), (2, 2), normalize=how).isnan().any()
+    found = attnx.resize(torch.tensor([[-1e7, 1.0], [3.0, 0.0]]), (2, 2), normalize="max")
+    torch.testing.assert_close(found, torch.tensor([[0, 1 / 3], [1, 0]]))
+    found = attnx.resize(torch.tensor([[-1.0, 1.0], [3.0, 0.0]]), (2, 2), normalize="sum")
+    torch.testing.assert_close(found, torch.tensor([[0, 0.25], [0.75, 0]]))
+
+
+def test_arrays_of_any_kind() -> None:
+    maps = np.eye(2, dtype=">f4")
+    maps.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(attnx.resize(maps, (2, 2)), np.eye(2))
+        np.testing.assert_array_equal(attnx.resize(maps.astype(np.longdouble), (2, 2)), np.eye(2))
+
+
 def test_dtypes() -> None:
     for dtype in (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float64):
         found = attnx.resize(torch.eye(2).to(dtype), (4, 4), mode="nearest")
@@ -73,11 +93,18 @@ def test_wrong_arguments_are_named(maps: Tensor) -> None:
         ((4,), "size: expected"),
         (((4, 4), (3, 0, 3, 4)), "crop: expected .left, top, right, bottom. with left < right"),
         (((4, 4), (0, 0, float("nan"), 4)), "crop: expected"),
+        (((4, 4), 3), "crop: expected"),
         (((4, 4), None, "mean"), "normalize: expected None, 'max', 'sum' or 'minmax'; got 'mean'"),
         (((4, 4), None, None, "area"), "mode: expected one of bilinear, nearest; got 'area'"),
     ):
         with pytest.raises(ValueError, match=message):
             attnx.resize(maps, *arguments)
-    for wrong in (torch.zeros(3), torch.zeros(0, 3), "maps", torch.zeros(2, 2, dtype=torch.complex64)):
+    for wrong in (
+        torch.zeros(3),
+        np.array([["a"]]),
+        torch.zeros(0, 3),
+        "maps",
+        torch.zeros(2, 2, dtype=torch.complex64),
+    ):
         with pytest.raises(ValueError, match="maps: expected a real tensor or array"):
             attnx.resize(wrong, (4, 4))

@@ -138,6 +138,46 @@ def test_a_broadcast_mask_is_stored_small(tmp_path: Path) -> None:
     assert torch.equal(loaded[0], trace[0])
 
 
+def test_queries_that_are_expanded_are_stored_whole(tmp_path: Path) -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Parameter(torch.randn(1, 2, 3, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(self.q.expand(len(x), -1, -1, -1), x, x)
+
+    model = Pool()
+    with torch.no_grad(), attnx.capture(model, keep="qk") as trace:
+        model(torch.randn(4, 2, 10, 8))
+    trace.save(tmp_path / "trace.safetensors")
+    loaded = attnx.Trace.load(tmp_path / "trace.safetensors")
+    assert loaded.kept(0).shape == (4, 3, 10)
+    assert torch.equal(loaded[0], trace[0])
+
+
+def test_selected_layers_stay_in_a_row(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.ModuleList([timm.layers.Attention(48, 3)])
+            self.b = nn.ModuleList([timm.layers.Attention(48, 3)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b[0](x + self.a[0](x))
+
+    model = Two().eval()
+    layout = attnx.TokenLayout(1, (3, 3))
+    with torch.no_grad(), attnx.capture(model, layout=layout) as trace:
+        model(torch.randn(2, 10, 48))
+    chosen = trace.select(["a.0", "b.0"])
+    want = attnx.rollout(chosen)
+    chosen.save(tmp_path / "trace.safetensors")
+    for other in (chosen.to("cpu"), attnx.Trace.load(tmp_path / "trace.safetensors"), chosen.mapped(torch.clone)):
+        torch.testing.assert_close(attnx.rollout(other), want)
+    torch.testing.assert_close(attnx.rollout(chosen.item(1)), want[1:])
+
+
 def test_what_cannot_be_saved_or_loaded(tmp_path: Path) -> None:
     model, images = vit(), torch.randn(1, 3, 64, 96)
     with torch.no_grad(), attnx.capture(model, calls="all") as trace:
@@ -151,6 +191,16 @@ def test_what_cannot_be_saved_or_loaded(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(ValueError, match=r"text: expected a file of Trace\.save; it is no safetensors file"):
         attnx.Trace.load(tmp_path / "text")
+    for about in ("{}", "no JSON", '{"given": 3}'):
+        save_file({"a": torch.zeros(2)}, tmp_path / "damaged", metadata={"attnx trace 1": about})
+        with pytest.raises(ValueError, match=r"damaged: expected a file of Trace\.save; it is damaged"):
+            attnx.Trace.load(tmp_path / "damaged")
+    with pytest.raises(FileNotFoundError, match=r"expected a file in a folder that exists; .*nowhere does not"):
+        trace.calls[1].save(tmp_path / "nowhere" / "trace.safetensors")
+    with pytest.raises(ValueError, match=r"device: expected a device such as 'cpu' or 'cuda'; got torch\.float16"):
+        trace.calls[1].to(torch.float16)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"layer: expected one name or index; got \[0, 1\]; trace.select"):
+        attnx.cls_map(trace, layer=[0, 1])  # type: ignore[arg-type]
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"expected a file of Trace\.save \(attnx trace 1\); got other tensors"):
         attnx.Trace.load(tmp_path / "other.safetensors")

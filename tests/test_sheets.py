@@ -54,6 +54,24 @@ def test_a_colour_bar_has_the_colours_and_leaves_the_picture() -> None:
     assert constant.width > 80
 
 
+def test_a_patch_is_framed() -> None:
+    image, amap = photo(60, 80), torch.rand(3, 4)
+    plain = pixels(attnx.picture.overlay(image, amap))
+    found = pixels(attnx.picture.overlay(image, amap, patch=(1, 2)))
+    changed = (found != plain).any(-1)
+    rows, columns = np.nonzero(changed)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (19, 40, 39, 60)  # the patch, and a line around it
+    assert not changed[24:36, 44:56].any()
+    with pytest.raises(ValueError, match=r"patch: expected \(row, column\) in a grid of 3 x 4, got \(3, 0\)"):
+        attnx.picture.overlay(image, amap, patch=(3, 0))
+
+
+def test_titles_are_no_formulas(tmp_path: Path) -> None:
+    sheet = attnx.picture.Sheet((photo(),), ("a$_$b$.jpg",), 1)
+    sheet.save(tmp_path / "sheet.svg")
+    assert ">a$_$b$.jpg</text>" in (tmp_path / "sheet.svg").read_text()
+
+
 def row(amap: np.ndarray, crop: tuple[float, ...], width: int, height: int) -> MapRow:
     return MapRow("a.jpg", map=amap, crop=crop, width=width, height=height)
 

@@ -122,12 +122,38 @@ def test_models_side_by_side(photos: Path, tmp_path: Path) -> None:
         assert sheet.height > 2 * row.height
 
 
+def test_the_patch_of_a_token_is_framed(photos: Path, tmp_path: Path) -> None:
+    run("show", photos / "a.png", "--token", "80,60", "--out", tmp_path / "patch")
+    run("show", photos / "a.png", "--token", "79", "--alpha", 0, "--out", tmp_path / "bare")
+    with Image.open(photos / "a.png") as photo, Image.open(tmp_path / "bare" / "overlay.png") as drawn:
+        changed = (np.asarray(photo.convert("RGB")) != np.asarray(drawn)).any(-1)
+    rows, columns = np.nonzero(changed)
+    assert 58 <= rows.min() < rows.max() <= 71  # row 6 of 12, of 120 pixels
+    assert 78 <= columns.min() < columns.max() <= 95
+
+
+def test_models_with_a_pooling_layer(photos: Path, tmp_path: Path) -> None:
+    siglip = ("--model", "timm:vit_base_patch16_siglip_224", "--no-pretrained", "--image-size", "64")
+    result = run("show", photos / "a.png", *siglip, "--token", "5", "--out", tmp_path / "out")
+    assert "heads.png" in result.output
+    assert "no heads.png" not in result.output
+
+
+def test_colour_bars_of_sheets(photos: Path, tmp_path: Path) -> None:
+    for scale, bars in (("each", 2), ("shared", 1)):
+        run("show", photos, "--limit", 2, "--colorbar", "--scale", scale, "--svg", "--out", tmp_path / scale)
+        svg = (tmp_path / scale / "contact_sheet.svg").read_text()
+        assert svg.count("<image") == 2 + bars
+    assert "heads.png" in run("show", photos / "a.png", "--heads", "each", "--out", tmp_path / "heads").output
+
+
 def test_mistakes_are_one_line(photos: Path, tmp_path: Path) -> None:
     a = photos / "a.png"
     for arguments, message in (
         ((a, "--token", "left"), "token: expected X,Y in pixels such as 320,240, shares such as 50%,25%, or an index"),
-        ((a, "--token", "160,0"), "token_at: expected a place in a picture 160 wide and 120 high; got 160, 0"),
-        ((a, "--token", "101%,0%"), "token: expected X,Y in pixels"),
+        ((a, "--token", "160,0"), "token: expected a place in a picture 160 wide and 120 high; got 160, 0"),
+        ((a, "--token", "101%,0%"), "token: expected shares of at most 100%; got '101%,0%'"),
+        ((a, "--token", "0.5,0.25"), "token: expected pixels, or shares such as 50%,25%; got '0.5,0.25'"),
         ((a, "--token", "145"), "token: expected an index in -145..144"),
         ((a, "--token", "3", "--method", "cls"), "token: expected --method token with it; got --method cls"),
         ((a, "--method", "token"), "token: expected a token for --method token, such as --token 50%,50%; got none"),

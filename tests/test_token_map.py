@@ -144,6 +144,35 @@ def test_tokens_of_windows() -> None:
         attnx.token_map(captured(model, torch.randn(1, 3, 56, 84), rows=[0]), 0, 0)
 
 
+def test_a_pooling_layer_is_not_the_last_layer_over_patches() -> None:
+    torch.manual_seed(0)
+    small = dict(embed_dim=48, depth=2, num_heads=3, img_size=32, class_token=False, global_pool="map")
+    model = timm.create_model("vit_tiny_patch16_224", **small).eval()
+    images = torch.randn(2, 3, 32, 32)
+    trace = captured(model, images)
+    assert list(trace)[-1] == "attn_pool"
+    want = trace["blocks.1.attn"][:, 3].unflatten(1, (2, 2))
+    torch.testing.assert_close(attnx.token_map(trace, 3), want)
+    torch.testing.assert_close(attnx.token_map(trace, 0, -1), trace[-1][:, 0].unflatten(1, (2, 2)))
+    extract = attnx.Extractor(model, method="token", token=3)
+    for _ in range(2):
+        torch.testing.assert_close(extract(images), want, rtol=1e-4, atol=1e-7)
+
+
+def test_the_last_layer_over_patches_or_windows() -> None:
+    from timm.models.vision_transformer_sam import VisionTransformerSAM
+
+    torch.manual_seed(0)
+    sizes = dict(img_size=64, patch_size=8, embed_dim=32, depth=3, num_heads=2, window_size=4)
+    images = torch.randn(1, 3, 64, 64)
+    for last, model in (("blocks.2.attn", VisionTransformerSAM(**sizes, global_attn_indexes=(2,)).eval()),
+                        ("blocks.2.attn", VisionTransformerSAM(**sizes, global_attn_indexes=(0,)).eval())):  # fmt: skip
+        trace = captured(model, images)
+        torch.testing.assert_close(attnx.token_map(trace, 9), attnx.token_map(trace, 9, last))
+    with pytest.raises(ValueError, match=r"got blocks\.2\.attn, which attends in windows: use attnx\.capture"):
+        attnx.Extractor(model, method="token", token=9)(images)
+
+
 def test_words_and_pixels_of_cross_attention() -> None:
     torch.manual_seed(0)
     config = LavtConfig(24, (1, 1, 1, 1), (1, 2, 4, 8), 4, text_width=32, text_depth=1, text_heads=2)

@@ -38,12 +38,18 @@ def in_options(message: str) -> str:
         >>> with options_of(command):
         ...     in_options("pass pretrained=False, or choose layers=['a', 'b'] of one kind; got rows=0")
         'pass --no-pretrained, or choose --layers a --layers b of one kind; got rows=0'
+        >>> with options_of(command):
+        ...     in_options("layers: expected a name; got 'x'")
+        "--layers: expected a name; got 'x'"
     """
     options = _OPTIONS.get()
     if "TokenLayout(" in message:
         # No option has a layout.
         message = message.replace("pass layout=", "in Python, pass layout=")
-    return _ARGUMENT.sub(lambda found: _option(found, options), message)
+    message = _ARGUMENT.sub(lambda found: _option(found, options), message)
+    name, colon, rest = message.partition(": ")
+    option = options.get(name.replace("-", "_"))
+    return f"{option}{colon}{rest}" if option else message
 
 
 def _option(found: re.Match[str], options: dict[str, str]) -> str:
@@ -71,7 +77,9 @@ def _spelling(parameter: Parameter) -> str:
     for each in getattr(parameter.annotation, "__metadata__", ()):
         if getattr(each, "hidden", False) or type(each).__name__ == "ArgumentInfo":
             return ""
-        named = [name for name in getattr(each, "param_decls", None) or () if name.startswith("--")]
+        # In an annotation typer stores the first name of an option as its default.
+        names = getattr(each, "default", None), *(getattr(each, "param_decls", None) or ())
+        named = [name for name in names if isinstance(name, str) and name.startswith("--")]
         if named:
-            return str(named[0])
+            return named[0]
     return "--" + parameter.name.replace("_", "-")

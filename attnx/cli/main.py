@@ -59,13 +59,13 @@ app = typer.Typer(
     help="""Extracts attention maps of vision transformers.
 
     [bold]attnx demo[/bold] shows examples without a download. [bold]attnx show photo.jpg --model demo[/bold] draws
-    the maps of one image, [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
-    the maps of a folder, and [bold]attnx summary maps/[/bold] computes statistics of them. [bold]attnx masks
-    maps/ --out masks/[/bold] writes them as grey pictures. [bold]attnx words photo.jpg
-    "a dog" --checkpoint ALBEF.pth[/bold] draws the map of each word. [bold]attnx probe photos/ --model
-    timm:vit_base_patch16_224[/bold] computes how far and how widely each head attends, and [bold]attnx compare[/bold]
-    overlays several models. [bold]attnx models[/bold] shows what works for each family of models. [bold]attnx
-    kernels[/bold] compiles the GPU kernels without a GPU.
+    the maps of one image. [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
+    the maps of a folder, [bold]attnx summary maps/[/bold] computes statistics of them, and [bold]attnx masks maps/
+    --out masks/[/bold] writes them as grey pictures. [bold]attnx words photo.jpg "a dog" --model
+    albef:ALBEF.pth[/bold] draws the map of each word. [bold]attnx probe photos/ --model
+    timm:vit_base_patch16_224[/bold] computes how far and how widely each head attends, and [bold]attnx
+    compare[/bold] overlays several models. [bold]attnx models[/bold] shows what works for each family of models.
+    [bold]attnx kernels[/bold] compiles the GPU kernels without a GPU.
 
     Exit codes: 0 success, 1 some images or captions could not be read or a kernel spills, 2 wrong usage or another
     error.""",

@@ -21,7 +21,7 @@ def masks(
     kind: Annotated[
         str,
         typer.Option(
-            help="[bold]heat[/bold]: the map, resized bilinearly, 255 at its maximum; [bold]mass[/bold]: 255 in the "
+            help="[bold]heat[/bold]: the map, resized bilinearly, its largest pixel 255; [bold]mass[/bold]: 255 in the "
             "largest patches that together hold the share --mass of the map, else 0."
         ),
     ] = "heat",

@@ -91,7 +91,7 @@ BatchSize = Annotated[int, typer.Option(help="Images or pairs per batch.", min=1
 Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 / float16 with autocast.")]
 Cmap = Annotated[str, typer.Option("--cmap", "--colormap", help="Name of a matplotlib colour map.")]
 Alpha = Annotated[float, typer.Option(help="Opacity of the map: 0 shows only the image, 1 only the map.")]
-Interpolation = Annotated[str, typer.Option(help="bilinear or nearest.")]
+Interpolation = Annotated[str, typer.Option(help="bilinear or nearest. Pictures of heads show the patches.")]
 
 
 def mass_of(mass: float, keep: float | None) -> float:
@@ -212,7 +212,7 @@ def pixels_of(text: str | None) -> tuple[int, int] | None:
     match = re.fullmatch(r"([0-9]{1,5})(?:[xX]([0-9]{1,5}))?", text)
     height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not (0 < height <= IMAGE_SIDE and 0 < width <= IMAGE_SIDE):
-        expected = f"pixels such as 480 or 480x640, at most {IMAGE_SIDE} on a side"
+        expected = f"pixels such as 480, or HEIGHTxWIDTH such as 480x640, at most {IMAGE_SIDE} on a side"
         raise ValueError(f"image-size: expected {expected}; got {text!r:.80}")
     return height, width
 

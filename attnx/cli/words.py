@@ -1,5 +1,6 @@
 """`attnx words`: the map of each word of a caption, for one image or for many pairs."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +35,8 @@ from attnx.cli.options import (
 )
 from attnx.cli.run_job import run_recipe
 from attnx.messages import printable
+
+_SHOWN = 5  # unknown words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -187,17 +190,31 @@ def _finish(out: Path, style: "Style | None", runtime: "Runtime", report: "Repor
 
     if style is not None:
         draw_pairs(out, runtime, style)
-    cut = unknown = 0
-    scores = [np.zeros(0)]
+    cut, unknown, words, scores = 0, 0, dict[str, None](), [np.zeros(0)]
     for part in parts(out):
-        rows = Part(part).table(["cut", "tokens", "score"])
+        rows = Part(part).table(["cut", "tokens", "text", "score"])
         scores.append(rows["score"].drop_null().to_numpy())
         cut += pc.sum(pc.greater(rows["cut"], 0)).as_py() or 0
         tokens = rows["tokens"].combine_chunks()
-        of_row = pc.list_parent_indices(tokens).filter(pc.equal(pc.list_flatten(tokens), "[UNK]"))
-        unknown += len(of_row.unique())
+        of_row = pc.list_parent_indices(tokens).filter(pc.equal(pc.list_flatten(tokens), "[UNK]")).unique()
+        unknown += len(of_row)
+        for text in rows["text"].take(of_row[:_SHOWN]).to_pylist() if len(words) < _SHOWN else ():
+            words |= dict.fromkeys(_unknown(runtime, text))
     found, message = np.concatenate(scores), ""
     if found.size:
         message = f", match: mean {found.mean():+.2f}, min {found.min():+.2f}, max {found.max():+.2f}"
     message += f", {cut} captions were cut: they are longer than the model's limit" if cut else ""
-    return message + (f", {unknown} captions have words that are not in the vocabulary" if unknown else "")
+    if unknown:
+        such = ", ".join(printable(word, 40) for word in [*words][:_SHOWN])
+        message += f", {unknown} captions have words that are not in the vocabulary, such as {such}"
+    return message
+
+
+def _unknown(runtime: "Runtime", text: str) -> tuple[str, ...]:
+    """The words of a caption that are not in the vocabulary."""
+    from attnx.jobs.tasks import WordTask
+
+    assert isinstance(runtime.task, WordTask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return runtime.task.tokenizer(text).unknown

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnx.extract.inputs import image_call
+from attnx.extract.inputs import check_images, image_call
 from attnx.methods import gradient_rollout, relevance
-from attnx.methods.chain import renamed
+from attnx.methods.queries import renamed
 from attnx.trace.capture import capture
-from attnx.trace.layers import Layers
+from attnx.trace.layers import Layers, check_model
 from attnx.trace.layout import TokenLayout
 
 METHODS: dict[str, Callable[..., Tensor]] = {"relevance": relevance, "gradient_rollout": gradient_rollout}
@@ -62,10 +63,16 @@ def class_maps(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
-    if getattr(model, "training", False):
+    check_model(model)
+    if not isinstance(images, Tensor) or images.dim() < 4:  # videos have 5 dimensions
+        check_images(images)
+    if model.training:
         raise ValueError("model: expected eval mode; got training mode; call model.eval()")
     if "rows" in options:
         options["query"] = renamed(options.get("query"), options.pop("rows"))
+    known = [name for name in signature(METHODS[method]).parameters if name not in ("trace", "layers", "rows")]
+    if not set(options) <= set(known):
+        raise ValueError(f"options of method {method!r}: expected {', '.join(known)}; got {', '.join(options)}")
     grad: bool | str = True if method == "relevance" else "signed"
     call = image_call(model, model_kwargs or {})
     captured = capture(model, layers, grad=grad, layout=layout, backend=backend)

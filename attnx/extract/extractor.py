@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from attnx.extract.cuda_graphs import Graphs
-from attnx.extract.inputs import image_call
+from attnx.extract.inputs import check_images, image_call
 from attnx.extract.plan import Plan, PlanMismatchError
 from attnx.extract.trial import Trial
 from attnx.methods import cls_map, layer_maps, rollout
-from attnx.methods.chain import renamed
 from attnx.methods.maps import cls_layer
+from attnx.methods.queries import renamed
 from attnx.methods.rollout import last_needed
 from attnx.methods.token_map import token_layer, token_map
 from attnx.trace.adapters.sharding import is_sharded
 from attnx.trace.capture import capture, uncompiled
-from attnx.trace.layers import Layers, attention_layers
+from attnx.trace.layers import Layers, attention_layers, check_model
 from attnx.trace.layout import TokenLayout, declared_input
 from attnx.trace.recorder import Recorder
 from attnx.trace.trace import Trace
@@ -101,8 +101,7 @@ class Extractor:
             raise ValueError(
                 f"options of method {method!r}: expected {', '.join(known) or 'none'}; got {', '.join(options)}"
             )
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
+        check_model(model)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype: expected a floating-point torch.dtype; got {dtype!r}")
         if heads == "each" and method not in ("cls", "token"):
@@ -165,9 +164,7 @@ class Extractor:
             ValueError: as in `attnx.capture` and the method.
             RuntimeError: as in `attnx.capture`; or the layers that attend differ from those of the plan.
         """
-        if not isinstance(images, Tensor) or images.dim() != 4 or not len(images):
-            got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images: expected a tensor [B, channels, height, width] with B >= 1; got {got}")
+        check_images(images)
         if self.model.training:
             raise ValueError("model: expected eval mode; got training mode; call model.eval()")
         if self.channels_last:

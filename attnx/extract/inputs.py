@@ -31,3 +31,12 @@ def image_call(model: nn.Module, kwargs: dict[str, Any]) -> Callable[[Tensor], A
             f"{advice} model_kwargs={{{first!r}: ...}}"
         )
     return lambda images: model(pixel_values=images, **kwargs)
+
+
+def check_images(images: object) -> None:
+    """Raise ValueError unless images are a tensor [B, channels, height, width] with B >= 1."""
+    if isinstance(images, Tensor) and images.dim() == 4 and len(images):
+        return
+    got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    one = "; pass images[None]" if isinstance(images, Tensor) and images.dim() == 3 else ""
+    raise ValueError(f"images: expected a tensor [B, channels, height, width] with B >= 1; got {got}{one}")

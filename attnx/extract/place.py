@@ -30,7 +30,7 @@ class Place:
         """The place in a text: "17" (an index), "320,240" (pixels), or "50%,25%" (shares of width and height).
 
         Raises:
-            ValueError: the text has another form, or a share above 100 %.
+            ValueError: the text has another form, a share is above 100 %, or pixels are all below 1.
 
         Example:
             >>> Place.parse("50%,25%")
@@ -38,16 +38,16 @@ class Place:
         """
         if re.fullmatch(r"-?\d{1,9}", text):
             return cls(int(text))
-        pixels = re.fullmatch(rf"({_NUMBER}),\s*({_NUMBER})", text)
-        if pixels:
-            return cls(None, float(pixels[1]), float(pixels[2]))
-        shares = re.fullmatch(rf"({_NUMBER})%,\s*({_NUMBER})%", text)
-        x, y = (float(shares[i]) / 100 for i in (1, 2)) if shares else (2.0, 2.0)
-        if x > 1 or y > 1:
-            raise ValueError(
-                f"token: expected X,Y in pixels such as 320,240, shares such as 50%,25%, or an index; got {text!r:.80}"
-            )
-        return cls(None, x, y, True)
+        expected = "token: expected X,Y in pixels such as 320,240, shares such as 50%,25%, or an index"
+        found = re.fullmatch(rf"({_NUMBER})(%?),\s*({_NUMBER})(%?)", text)
+        if found is None or found[2] != found[4]:
+            raise ValueError(f"{expected}; got {text!r:.80}")
+        x, y, share = float(found[1]), float(found[3]), found[2] == "%"
+        if share and (x > 100 or y > 100):
+            raise ValueError(f"token: expected shares of at most 100%; got {text!r}")
+        if not share and 0 < max(x, y) < 1:
+            raise ValueError(f"token: expected pixels, or shares such as {100 * x:g}%,{100 * y:g}%; got {text!r}")
+        return cls(None, x / 100, y / 100, True) if share else cls(None, x, y)
 
     def token(self, layout: TokenLayout, size: tuple[int, int] | None) -> int:
         """Index of the token.
@@ -68,7 +68,10 @@ class Place:
         if size is None:
             got = f"{self.x:g},{self.y:g}"
             raise ValueError(f"token: expected shares such as 50%,25%, since pictures have different sizes; got {got}")
-        return layout.token_at(self.x, self.y, size)
+        try:
+            return layout.token_at(self.x, self.y, size)
+        except ValueError as error:
+            raise ValueError(str(error).replace("token_at:", "token:", 1)) from error
 
 
 def layout_of_tokens(trace: Trace) -> tuple[str, TokenLayout]:

@@ -1,10 +1,10 @@
 """Pictures of one image for `attnx show`."""
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from attnx.extract.extractor import Extractor
 from attnx.extract.place import Place, layout_of_tokens
-from attnx.figures.picture import coloured, mask_contour, overlay, save, with_colorbar, write
-from attnx.figures.sheets import Sheet, contact_sheet, heads_grid, layers_figure
+from attnx.figures.picture import coloured, marked, mask_contour, overlay, save, with_colorbar, write
+from attnx.figures.sheets import contact_sheet, heads_grid, layers_figure
 from attnx.figures.style import Style
 from attnx.messages import one_line
 from attnx.methods import LayerMaps, cls_map, layer_maps, mass_mask, rollout, token_map
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from attnx.models.loaded import Loaded
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,13 @@ class Shown:
         amap: [h, w]; for a matrix [queries, keys].
         what: description.
         name: file name of its picture: "overlay", "received" or "matrix".
+        box: the patch whose map it is, in shares of the picture; None: no patch.
     """
 
     amap: Tensor
     what: str
     name: str = "overlay"
+    box: Box | None = None
 
     def over(
         self, picture: "Image", style: Style, limits: tuple[float, float] | None = None
@@ -77,7 +82,16 @@ class Shown:
         """
         if self.name == "matrix":
             return _matrix(self.amap, style.cmap), None
-        return coloured(picture, self.amap, style.interpolation, style.cmap, style.alpha, limits)
+        found, limits = coloured(picture, self.amap, style.interpolation, style.cmap, style.alpha, limits)
+        return found if self.box is None else marked(found, self.box), limits
+
+
+class TokenMaps(NamedTuple):
+    """The maps of one token: in every layer, in each head of the last one [H, h, w], and what they are."""
+
+    layers: LayerMaps
+    heads: Tensor
+    what: str
 
 
 def draw(
@@ -109,9 +123,9 @@ def draw(
     save(with_colorbar(image, limits, style.cmap) if style.colorbar and limits else image, path)
     try:
         if request.token is None:
-            per_layer, each, owner = _of_class_token(loaded, images, request)
+            maps = _of_class_token(loaded, images, request)
         else:
-            per_layer, each, owner = _of_token(request.token, picture, loaded, images, request)
+            maps = _of_token(request.token, picture, loaded, images, request)
     except ValueError as error:
         written[path] += f"; no heads.png, masks.png and layers.png: {error}"
     else:
@@ -121,9 +135,9 @@ def draw(
             extract = extractor_of(loaded, whole)
             assert extract is not None
             rolled, _ = _rolled(extract, images, whole)
-        stored |= {"heads": each, "layers": per_layer.maps[0], "names": np.array(per_layer.names)}
+        stored |= {"heads": maps.heads, "layers": maps.layers.maps[0], "names": np.array(maps.layers.names)}
         stored |= {} if rolled is None else {"rollout": rolled}
-        written |= _draw_sheets(picture, per_layer, each, owner, rolled, out, style, formats)
+        written |= _draw_sheets(picture, maps, rolled, shown.box, out, style, formats)
     if arrays:
         _save_arrays(stored, out / "maps.npz")
         written[out / "maps.npz"] = f"the maps as float32 arrays: {', '.join(stored)}"
@@ -168,38 +182,43 @@ def _shown_token(picture: "Image", loaded: "Loaded", images: Tensor, request: Re
     layer, layout = layout_of_tokens(trace)
     token = request.token.token(layout, (picture.height, picture.width))
     with torch.inference_mode():
-        return Shown(token_map(trace, token, layer)[0], f"what {_token_name(token, layout)} attends to in {layer}")
+        what = f"what {_token_name(token, layout)} attends to in {layer}"
+        return Shown(token_map(trace, token, layer)[0], what, box=_box(token, layout))
 
 
 def _token_name(token: int, layout: TokenLayout) -> str:
     at = token + layout.tokens if token < 0 else token
     if at < layout.prefix or at >= layout.prefix + layout.patch_count:
         return f"token {token}"
-    row, column = divmod(at - layout.prefix, layout.grid[1])
+    row, column = divmod((at - layout.prefix) % (layout.grid[0] * layout.grid[1]), layout.grid[1])
     return f"token {at} (the patch in row {row}, column {column})"
 
 
+def _box(token: int, layout: TokenLayout) -> Box | None:
+    """The patch of a token in shares of the picture; None for another token."""
+    at = (token + layout.tokens if token < 0 else token) - layout.prefix
+    if not 0 <= at < layout.patch_count:
+        return None
+    (rows, columns), (row, column) = layout.grid, divmod(at % (layout.grid[0] * layout.grid[1]), layout.grid[1])
+    return column / columns, row / rows, (column + 1) / columns, (row + 1) / rows
+
+
 def _draw_sheets(
-    picture: "Image", per_layer: LayerMaps, each: Tensor, owner: str, rolled: Tensor | None, out: Path, style: Style,
+    picture: "Image", maps: TokenMaps, rolled: Tensor | None, box: Box | None, out: Path, style: Style,
     formats: tuple[str, ...],
 ) -> dict[Path, str]:  # fmt: skip
     """Write heads, masks and layers; {path: description}."""
     options: dict[str, Any] = {
         "cmap": style.cmap, "alpha": style.alpha, "tile": style.tile, "scale": style.scale, "colorbar": style.colorbar
     }  # fmt: skip
-    last = per_layer.names[-1]
-    layers = f"{owner} in every layer; max, min, mean over layers" + ("" if rolled is None else "; rollout")
-    sheets: dict[str, tuple[Sheet, str]] = {
-        "heads": (heads_grid(picture, each, **options), f"{owner} in {last}, by head"),
-        "layers": (
-            layers_figure(
-                picture, per_layer.names, per_layer.maps[0], rolled, interpolation=style.interpolation, **options
-            ),
-            layers,
-        ),
-    }
+    names, each = maps.layers.names, maps.heads
+    heads = heads_grid(picture, each, **options)
+    layers = layers_figure(picture, names, maps.layers.maps[0], rolled, interpolation=style.interpolation, **options)
+    what = f"{maps.what} in every layer; max, min, mean over layers" + ("" if rolled is None else "; rollout")
+    sheets = {"heads": (heads, f"{maps.what} in {names[-1]}, by head"), "layers": (layers, what)}
     written: dict[Path, str] = {}
-    for name, (sheet, what) in sheets.items():
+    for name, (plain, what) in sheets.items():
+        sheet = plain if box is None else replace(plain, tiles=tuple(marked(tile, box) for tile in plain.tiles))
         for kind in ("png", *formats):
             sheet.save(out / f"{name}.{kind}")
             written[out / f"{name}.{kind}"] = what
@@ -258,8 +277,8 @@ def _matrix(amap: Tensor, cmap: str) -> "Image":
     return overlay(canvas, amap, interpolation="nearest", cmap=cmap, alpha=1)
 
 
-def _of_class_token(loaded: "Loaded", images: Tensor, request: Request) -> tuple[LayerMaps, Tensor, str]:
-    """The class token's maps in all layers, in each head of the last one [H, h, w], and their name.
+def _of_class_token(loaded: "Loaded", images: Tensor, request: Request) -> TokenMaps:
+    """The class token's maps.
 
     Raises:
         ValueError: there is no class token, or not the same in all layers; one short sentence.
@@ -268,15 +287,13 @@ def _of_class_token(loaded: "Loaded", images: Tensor, request: Request) -> tuple
         loaded.model(images, **loaded.model_kwargs)
     try:
         with torch.inference_mode():
-            return layer_maps(trace, request.fused), cls_map(trace)[0], "class token's map"
+            return TokenMaps(layer_maps(trace, request.fused), cls_map(trace)[0], "class token's map")
     except ValueError as error:
         raise ValueError(_no_class_token(trace)) from error
 
 
-def _of_token(
-    place: Place, picture: "Image", loaded: "Loaded", images: Tensor, request: Request
-) -> tuple[LayerMaps, Tensor, str]:
-    """The maps of a token in all layers over the same patches, in each head of the last one [H, h, w], and their name.
+def _of_token(place: Place, picture: "Image", loaded: "Loaded", images: Tensor, request: Request) -> TokenMaps:
+    """The maps of a token, of all layers over the same patches.
 
     Raises:
         ValueError: the layers attend in windows, or there is no such token.
@@ -293,7 +310,8 @@ def _of_token(
         loaded.model(images, **loaded.model_kwargs)
     with torch.inference_mode():
         maps = layer_maps(trace, request.fused, token=token)
-        return maps, token_map(trace, token, last)[0], f"what {_token_name(token, layout)} attends to"
+        heads = token_map(trace, token, last)[0]
+        return TokenMaps(maps, heads, f"what {_token_name(token, layout)} attends to")
 
 
 def _no_class_token(trace: Trace) -> str:

@@ -66,6 +66,7 @@ def overlay(
     alpha: float = 0.5,
     limits: tuple[float, float] | None = None,
     colorbar: bool = False,
+    patch: tuple[int, int] | None = None,
 ) -> Image.Image:
     """The image under a coloured map, at the image's own size: `(1 - alpha) * image + alpha * colours`.
 
@@ -77,6 +78,7 @@ def overlay(
         alpha: 0 (only the image) to 1 (only the colours).
         limits: the values of the first and the last colour; None: the smallest and the largest of the resized map.
         colorbar: draw the colours and their values beside the image.
+        patch: (row, column) of a patch of the map to frame, such as the one whose map it is.
 
     Example:
         >>> from PIL import Image
@@ -91,6 +93,15 @@ def overlay(
     image = rgb_image(image)
     values, crop = _of_row(amap, image) if isinstance(amap, MapRow) else (amap, None)
     found, limits = coloured(image, values, interpolation, cmap, alpha, limits, crop)
+    if patch is not None:
+        (row, column), (rows, columns) = patch, values.shape
+        check(
+            0 <= row < rows and 0 <= column < columns, "patch", f"(row, column) in a grid of {rows} x {columns}", patch
+        )
+        left, top, right, bottom = (0, 0, *found.size) if crop is None else crop
+        wide, high = (right - left) / columns, (bottom - top) / rows
+        corners = left + column * wide, top + row * high, left + (column + 1) * wide, top + (row + 1) * high
+        found = marked(found, tuple(at / side for at, side in zip(corners, found.size * 2, strict=True)))
     return with_colorbar(found, limits, cmap) if colorbar else found
 
 
@@ -122,6 +133,17 @@ def coloured(
     colours = Image.fromarray(colormaps[cmap](shares, bytes=True)[..., :3])
     blended = Image.blend(image, colours, alpha)
     return (blended if crop is None else Image.composite(blended, image, Image.fromarray(inside))), (low, high)
+
+
+def marked(image: Image.Image, box: tuple[float, ...]) -> Image.Image:
+    """The image with a frame around a part of it, in shares (left, top, right, bottom) of its width and height."""
+    result = image.copy()
+    left, right = (round(share * (image.width - 1)) for share in (box[0], box[2]))
+    top, bottom = (round(share * (image.height - 1)) for share in (box[1], box[3]))
+    draw, line = ImageDraw.Draw(result), max(1, min(image.size) // 200)
+    for color, out in (("black", line), ("white", 0)):
+        draw.rectangle((left - out, top - out, right + out, bottom + out), outline=color, width=line)
+    return result
 
 
 def with_colorbar(image: Image.Image, limits: tuple[float, float], cmap: str) -> Image.Image:
@@ -218,7 +240,8 @@ def float_array(value: Map, name: str, ndim: int, kinds: str = "fiub") -> np.nda
     array = np.asarray(value)
     expected = f"{'bool' if kinds == 'b' else 'real'} {'[h, w]' if ndim == 2 else '[maps, h, w]'}, not empty"
     fits = array.ndim == ndim and array.size > 0 and array.dtype.kind in kinds
-    check(fits, name, expected, f"{array.dtype} {list(array.shape)}")
+    one = f"; take {name}[0]" if array.ndim == ndim + 1 and len(array) == 1 else ""
+    check(fits, name, expected, f"{array.dtype} {list(array.shape)}{one}")
     # A copy, because torch warns about read-only memory.
     array = np.array(array, dtype=np.float32, order="C")
     bad = array.size - np.isfinite(array).sum()

@@ -22,7 +22,7 @@ def mask_image(row: MapRow, kind: str, mass: float) -> Image.Image:
 
     Args:
         row: a row with a map [..., h, w].
-        kind: "heat": the map, resized bilinearly into the crop, 255 at its maximum; "mass": 255 in the patches of
+        kind: "heat": the map, resized bilinearly into the crop, its largest pixel 255; "mass": 255 in the patches of
             `attnx.mass_mask`, upsampled by nearest neighbour.
         mass: share of the map's mass in a mask of kind "mass".
 

@@ -1,13 +1,8 @@
-"""The layers of a trace that form a chain of self-attention, and the vectors that the chain starts from."""
+"""The layers of a trace that form a chain of self-attention."""
 
 import re
-import warnings
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from attnx.ops.reducers import Reduction
 from attnx.trace.gradient_record import GradientRecord
 from attnx.trace.layers import matches, selects
 from attnx.trace.layout import TokenLayout
@@ -16,23 +11,6 @@ from attnx.trace.tokens import Tokens, describe, stack_of
 from attnx.trace.trace import Trace
 from attnx.trace.window_record import PatchMerge, WindowRecord
 from attnx.trace.windows import Pair
-
-
-def renamed(query: str | int | None, rows: str | int | None, stacklevel: int = 3) -> str | int | None:
-    """The query, also under its former name `rows`.
-
-    Raises:
-        ValueError: both are given.
-
-    Warns:
-        DeprecationWarning: `rows` is given.
-    """
-    if rows is None:
-        return query
-    if query is not None:
-        raise ValueError(f"rows: expected query alone, its new name; got query={query!r} and rows={rows!r}")
-    warnings.warn("attnx: rows of rollout, gradient_rollout and relevance is now query", DeprecationWarning, stacklevel)
-    return rows
 
 
 @dataclass(frozen=True)
@@ -260,50 +238,3 @@ def _choice(trace: Trace) -> str:
         if stem and {name for name in trace if selects(pattern, name)} == set(group):
             return f"choose some of one kind, such as layers={pattern!r}"
     return f"choose some of one kind, such as layers={group}"
-
-
-def chain_start(
-    last: LayerRecord,
-    pool: tuple[str, LayerRecord] | None,
-    kind: Reduction,
-    query: str | int | None,
-    layout: TokenLayout | None,
-) -> tuple[Tensor, int | None]:
-    """The vectors [B, R, N] that the chain starts from, and the single row that they select, or None.
-
-    Args:
-        last: record of the last self-attention layer.
-        pool: name and record of a pooling layer after it; used only if query is None and there is no class token.
-        kind: how to fuse the pool's heads.
-        query: as in `rollout`.
-        layout: token layout; None for query="all", and for text.
-    """
-    B, n, device = last.shape[0], last.shape[-1], last.device
-    if query == "all":
-        return torch.eye(n, device=device).expand(B, n, n), None
-    layout = TokenLayout(0, (1, n)) if layout is None else layout
-    cls = layout.cls is True
-    if query is None and not cls and pool is not None:
-        try:
-            return pool[1].fused(kind).map(), None
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"{pool[0]}: {error}; or pass query='mean' if the score does not depend on it"
-            ) from error
-    start = torch.zeros(B, 1, n, device=device)
-    if query == "mean" or (query is None and not cls):
-        # After patch merging, the last layer has fewer patches than the layout.
-        start[..., layout.prefix : n - layout.suffix] = 1 / (n - layout.prefix - layout.suffix)
-        return start, None
-    if query is None or (isinstance(query, int) and not isinstance(query, bool) and -n <= query < n):
-        at = (query or 0) % n
-        start[..., at] = 1
-        return start, at
-    raise ValueError(f"query: expected 'all', 'mean' or an index in -{n}..{n - 1}; got {query!r}")
-
-
-def over_patches(result: Tensor, layout: TokenLayout | None, query: str | int | None) -> Tensor:
-    """The result of a chain: over the patches [B, h, w]; [B, N] for text; the whole product for query="all"."""
-    if query == "all":
-        return result
-    return result[:, 0] if layout is None else layout.patches(result[:, 0])

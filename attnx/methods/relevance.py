@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from attnx.methods.chain import chain_start, over_patches, renamed, self_attention
+from attnx.methods.chain import self_attention
 from attnx.methods.maps import fusion
+from attnx.methods.queries import chain_start, over_patches, renamed
 from attnx.trace.layers import Layers
 from attnx.trace.trace import Trace
 from attnx.trace.window_record import PatchMerge

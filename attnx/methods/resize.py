@@ -29,7 +29,7 @@ def resize(
         maps: [..., h, w], a tensor or numpy array of any real dtype; computed in float32.
         size: (height, width) of the picture in pixels. PIL's `image.size` is (width, height).
         crop: the part of the picture that the maps cover, (left, top, right, bottom) in pixels, such as `row.crop` of a
-            job; None: the whole picture.
+            job; None: the whole picture. It may reach beyond the picture, where a model pads it.
         normalize: of each map after resizing. None: the values stay. "max": divided by the maximum. "sum": divided by
             the sum, so that the pixels sum to 1. Both set negative values to 0, and a map without mass stays 0.
             "minmax": stretched to 0..1 inside the crop; a constant map becomes 0.

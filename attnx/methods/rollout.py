@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from attnx.methods.branches import branch_rollout, branches_of, fuse_branches
-from attnx.methods.chain import chain_start, over_patches, renamed, self_attention
+from attnx.methods.chain import self_attention
 from attnx.methods.maps import fusion, inverse
+from attnx.methods.queries import chain_start, over_patches, renamed
 from attnx.ops.reducers import Reduction
 from attnx.trace.layers import Layers
 from attnx.trace.records import LayerRecord, MapRecord

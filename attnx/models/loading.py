@@ -7,6 +7,7 @@ or a name of `registry.WORD_MODELS`.
 
 import importlib
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -60,6 +61,8 @@ def load(
         >>> attnx.Extractor(loaded.model)(loaded.prepare([Image.new("RGB", (640, 480))])).shape
         torch.Size([1, 6, 8])
     """
+    if not isinstance(name, str):
+        raise ValueError(f"name: expected {_NAMES}, albef:FILE, lavt:FILE or demo; got {name!r:.80}")
     if name.partition(":")[0] in _WEIGHTS:
         return load_word_model(name, pretrained=pretrained, checkpoint=checkpoint, vocab=vocab, image_size=image_size)
     if vocab is not None:
@@ -129,8 +132,24 @@ def _load(name: str, kind: str, rest: str, pretrained: bool, size: tuple[int, in
     elif kind == "torchhub" and rest:
         from attnx.models.torchhub import load_torchhub as load
     else:
-        raise ValueError(f"model: expected {_NAMES} or {' or '.join(IMAGE_MODELS)}; got {name!r}")
+        raise ValueError(f"model: expected {_NAMES} or {' or '.join(IMAGE_MODELS)}; got {name!r}{_hint(name)}")
     return load(rest, pretrained, size)
+
+
+def _hint(name: str) -> str:
+    """A guess at the library of a name without one, for a message; "" if there is none."""
+    import timm
+
+    known = ("timm", "hf", "torchvision", "open_clip")
+    first, rest = re.split("[:/]", f"{name}:", maxsplit=1)
+    rest = rest.removesuffix(":")
+    if rest and first.lower() in known:
+        guess = f"{first.lower()}:{rest}"
+    elif timm.is_model(name.partition(".")[0]):
+        guess = f"timm:{name}"
+    else:
+        guess = f"hf:{name}" if name.count("/") == 1 and ":" not in name else ""
+    return f"; did you mean {guess}?" if guess and guess != name else ""
 
 
 def _check_import(library: str, install: str) -> None:
@@ -175,6 +194,19 @@ def load_word_model(
         ValueError: an unknown name, no weights, two files, or a checkpoint that doesn't fit.
         FileNotFoundError: no such file.
     """
+    with _quiet_hub():
+        return _load_words(name, pretrained, checkpoint, vocab, image_size, preset)
+
+
+def _load_words(
+    name: str,
+    pretrained: bool,
+    checkpoint: str | Path | None,
+    vocab: str | Path | None,
+    image_size: int | tuple[int, int] | None,
+    preset: str | None,
+) -> Loaded:
+    """See `load_word_model`."""
     name, checkpoint = word_model(name, checkpoint)
     if preset and image_size is None:
         image_size = _VL_DINO_SIZE if name not in WORD_MODELS else None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from attnx.trace.interceptor import Interceptor
-from attnx.trace.layers import Layers
+from attnx.trace.layers import Layers, check_model
 from attnx.trace.layout import TokenLayout
 from attnx.trace.recorder import Recorder
 from attnx.trace.trace import Trace
@@ -193,6 +193,7 @@ def patch(
         torch.Size([1, 145, 145])
         >>> handle.remove()
     """
+    check_model(model)
     if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
         raise ValueError("patch: expected a model that is not compiled; use attnx.capture, or patch model._orig_mod")
     interceptor = Interceptor(

@@ -27,7 +27,7 @@ from attnx.trace.facts import Facts, facts_of
 from attnx.trace.grids import MIXERS, function_mixes, grid_modules, is_grid_module
 from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, ThreadState
 from attnx.trace.inputs import WRITES, Inputs
-from attnx.trace.layers import Layers, clean_name, is_attention, matches, names_in_graph, resolve
+from attnx.trace.layers import Layers, check_model, clean_name, is_attention, matches, names_in_graph, resolve
 from attnx.trace.recorder import Recorder
 from attnx.trace.window_readers import windows_of
 from attnx.trace.windows import merges
@@ -48,8 +48,7 @@ class Interceptor(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, layers: Layers, recorder: Recorder, thread: int | None = None) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
+        check_model(model)
         self.model = model
         self.thread = thread
         self.recorder = recorder

@@ -128,3 +128,10 @@ def select(names: Sequence[str], layers: Layers) -> list[str]:
 def selects(pattern: str, layer: str) -> bool:
     """True if a name, glob or block name selects a layer of a trace, with or without its call number."""
     return matches(pattern, layer) or matches(pattern, layer.partition("#")[0])
+
+
+def check_model(model: object) -> None:
+    """Raise ValueError unless the model is a torch module."""
+    if not isinstance(model, nn.Module):
+        inner = "; pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise ValueError(f"model: expected a torch.nn.Module; got {type(model).__name__}{inner}")

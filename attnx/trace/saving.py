@@ -41,6 +41,8 @@ def save(trace: Trace, path: Path) -> None:
         "given": None if given is None else asdict(given), "attending": list(tokens.attending),
         "beside": tokens.beside, "ran": sorted(tokens.ran), "mixing": tokens.mixing,
     }  # fmt: skip
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: expected a file in a folder that exists; {path.parent} does not")
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={_FORMAT: json.dumps(about)})
 
@@ -62,7 +64,7 @@ def load(path: Path, device: str | torch.device) -> Trace:
         )
     try:
         return _trace_of(json.loads(about[_FORMAT]), tensors, torch.device(device))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: expected a file of Trace.save; it is damaged: {error!r}") from error
 
 

@@ -106,7 +106,10 @@ class Trace(LayerTokens):
 
         Raises:
             KeyError: no such layer was captured.
+            ValueError: neither a name nor an index.
         """
+        if not isinstance(layer, (str, int)):
+            raise ValueError(f"layer: expected one name or index; got {layer!r}; trace.select(...) takes several")
         if isinstance(layer, int):
             names = list(self._records)
             if not -len(names) <= layer < len(names):
@@ -194,6 +197,7 @@ class Trace(LayerTokens):
         """A trace of the same pass on another device. Its maps can be read there; it has no backward pass any more.
 
         Raises:
+            ValueError: not a device.
             RuntimeError: a gradient capture had no backward pass yet.
 
         Example:
@@ -205,8 +209,12 @@ class Trace(LayerTokens):
             >>> trace.to("cpu")[-1].device
             device(type='cpu')
         """
-        other = self._with({layer: on_device(record, device) for layer, record in self._records.items()})
-        other._stats = {layer: stats.to(device) for layer, stats in other._stats.items()}
+        try:
+            on = torch.device(device)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"device: expected a device such as 'cpu' or 'cuda'; got {device!r}") from error
+        other = self._with({layer: on_device(record, on) for layer, record in self._records.items()})
+        other._stats = {layer: stats.to(on) for layer, stats in other._stats.items()}
         return other
 
     def to_numpy(self) -> dict[str, np.ndarray]:
