@@ -10,8 +10,9 @@ import attnx
 from attnx.demo.albef import demo_albef, prepare
 from attnx.demo.captioned import draw_pair
 from attnx.demo.scenes import draw_scene
-from attnx.figures.one_image import Request, draw
+from attnx.figures.one_image import draw
 from attnx.figures.picture import captioned, contact_sheet, overlay, save
+from attnx.figures.shown import Request
 from attnx.figures.style import Style
 
 OUT = Path(__file__).with_name("gallery")

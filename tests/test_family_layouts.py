@@ -14,7 +14,8 @@ from test_families import EACH, FAMILIES, UNFUSED, built
 from torch import Tensor, nn
 
 import attnx
-from attnx.figures.one_image import Request, draw
+from attnx.figures.one_image import draw
+from attnx.figures.shown import Request
 from attnx.figures.style import Style
 from attnx.methods.received import last_on_grid, received
 from attnx.models.loaded import Loaded

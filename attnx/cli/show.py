@@ -94,7 +94,7 @@ def show(
     their maps side by side. For a folder, contact_sheet.png has the map of each image.
     """
     from attnx.extract.place import Place
-    from attnx.figures.one_image import Request
+    from attnx.figures.shown import Request
     from attnx.figures.style import Style
 
     one_of("scale", scale, ("each", "shared"))

@@ -1,8 +1,6 @@
 """Pictures of one image for `attnx show`."""
 
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from inspect import signature
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,80 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnx.extract.extractor import Extractor
 from attnx.extract.place import Place, layout_of_tokens
-from attnx.figures.picture import coloured, marked, mask_contour, overlay, save, with_colorbar, write
+from attnx.figures.picture import marked, mask_contour, save, with_colorbar, write
 from attnx.figures.sheets import contact_sheet, heads_grid, layers_figure
+from attnx.figures.shown import Box, Request, extractor_of, main_map, rolled_or_why, token_name
 from attnx.figures.style import Style
-from attnx.messages import one_line
-from attnx.methods import LayerMaps, cls_map, layer_maps, mass_mask, rollout, token_map
-from attnx.methods.maps import cls_layer
-from attnx.methods.received import last_on_grid, received
+from attnx.methods import LayerMaps, cls_map, layer_maps, mass_mask, token_map
 from attnx.trace.capture import capture
 from attnx.trace.layers import Layers
-from attnx.trace.layout import TokenLayout
 from attnx.trace.trace import Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from attnx.models.loaded import Loaded
-
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-
-
-@dataclass(frozen=True)
-class Request:
-    """The maps to show.
-
-    Attributes:
-        method: "rollout", "cls", "layers" or "token".
-        layers: as in `attnx.capture`.
-        heads: "mean", "max", "min" or "each".
-        rolling: further arguments of `attnx.rollout`.
-        token: the token of method "token".
-    """
-
-    method: str = "rollout"
-    layers: Layers = None
-    heads: str = "mean"
-    rolling: dict[str, Any] = field(default_factory=dict)
-    token: Place | None = None
-
-    @property
-    def fused(self) -> str:
-        """How heads are fused where one map is shown."""
-        return "mean" if self.heads == "each" else self.heads
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A map for the whole picture.
-
-    Attributes:
-        amap: [h, w]; for a matrix [queries, keys].
-        what: description.
-        name: file name of its picture: "overlay", "received" or "matrix".
-        box: the patch whose map it is, in shares of the picture; None: no patch.
-    """
-
-    amap: Tensor
-    what: str
-    name: str = "overlay"
-    box: Box | None = None
-
-    def over(
-        self, picture: "Image", style: Style, limits: tuple[float, float] | None = None
-    ) -> "tuple[Image, tuple[float, float] | None]":
-        """The picture under the map, and the limits of its colours; a matrix stands alone, without limits.
-
-        limits: as in `attnx.picture.overlay`.
-        """
-        if self.name == "matrix":
-            return _matrix(self.amap, style.cmap), None
-        found, limits = coloured(picture, self.amap, style.interpolation, style.cmap, style.alpha, limits)
-        return found if self.box is None else marked(found, self.box), limits
 
 
 class TokenMaps(NamedTuple):
@@ -134,7 +72,7 @@ def draw(
             whole = Request(rolling=request.rolling)
             extract = extractor_of(loaded, whole)
             assert extract is not None
-            rolled, _ = _rolled(extract, images, whole)
+            rolled, _ = rolled_or_why(extract, images, whole)
         stored |= {"heads": maps.heads, "layers": maps.layers.maps[0], "names": np.array(maps.layers.names)}
         stored |= {} if rolled is None else {"rollout": rolled}
         written |= _draw_sheets(picture, maps, rolled, shown.box, out, style, formats)
@@ -142,65 +80,6 @@ def draw(
         _save_arrays(stored, out / "maps.npz")
         written[out / "maps.npz"] = f"the maps as float32 arrays: {', '.join(stored)}"
     return written
-
-
-def extractor_of(loaded: "Loaded", request: Request) -> Extractor | None:
-    """The extractor of the requested method; None for a token, whose place may depend on the picture."""
-    if request.method == "token":
-        return None
-    options = request.rolling if request.method == "rollout" else {}
-    return Extractor(
-        loaded.model, request.method, layers=request.layers, heads=request.fused, model_kwargs=loaded.model_kwargs,
-        **options,
-    )  # fmt: skip
-
-
-def main_map(picture: "Image", loaded: "Loaded", images: Tensor, request: Request, extract: Extractor | None) -> Shown:
-    """The map of the requested method for the whole picture; `extract`: that of `extractor_of`.
-
-    Raises:
-        ValueError: the method has no map and is not rollout with default options.
-    """
-    if extract is None:
-        return _shown_token(picture, loaded, images, request)
-    if request.method == "rollout":
-        rolled, why = _rolled(extract, images, request)
-        if rolled is not None:
-            return Shown(rolled, "rollout")
-        shown = _without_rollout(loaded, images, request)
-        return Shown(shown.amap, f"{shown.what}; no rollout: {why}", shown.name)
-    amap = extract(images)[0]
-    what = "class token's map"
-    return Shown(amap, what) if amap.dim() == 2 else Shown(amap.mean(0), f"{what}, mean over layers")
-
-
-def _shown_token(picture: "Image", loaded: "Loaded", images: Tensor, request: Request) -> Shown:
-    """The map of the requested token in the last layer over patches, or over windows."""
-    assert request.token is not None
-    with torch.inference_mode(), capture(loaded.model, request.layers, request.fused, keep="auto") as trace:
-        loaded.model(images, **loaded.model_kwargs)
-    layer, layout = layout_of_tokens(trace)
-    token = request.token.token(layout, (picture.height, picture.width))
-    with torch.inference_mode():
-        what = f"what {_token_name(token, layout)} attends to in {layer}"
-        return Shown(token_map(trace, token, layer)[0], what, box=_box(token, layout))
-
-
-def _token_name(token: int, layout: TokenLayout) -> str:
-    at = token + layout.tokens if token < 0 else token
-    if at < layout.prefix or at >= layout.prefix + layout.patch_count:
-        return f"token {token}"
-    row, column = divmod((at - layout.prefix) % (layout.grid[0] * layout.grid[1]), layout.grid[1])
-    return f"token {at} (the patch in row {row}, column {column})"
-
-
-def _box(token: int, layout: TokenLayout) -> Box | None:
-    """The patch of a token in shares of the picture; None for another token."""
-    at = (token + layout.tokens if token < 0 else token) - layout.prefix
-    if not 0 <= at < layout.patch_count:
-        return None
-    (rows, columns), (row, column) = layout.grid, divmod(at % (layout.grid[0] * layout.grid[1]), layout.grid[1])
-    return column / columns, row / rows, (column + 1) / columns, (row + 1) / rows
 
 
 def _draw_sheets(
@@ -232,49 +111,6 @@ def _draw_sheets(
 def _save_arrays(arrays: dict[str, Any], path: Path) -> None:
     values: Any = {name: v.float().cpu().numpy() if isinstance(v, Tensor) else v for name, v in arrays.items()}
     write(path, lambda file: np.savez_compressed(file, **values))
-
-
-def _rolled(extract: Extractor, images: Tensor, request: Request) -> tuple[Tensor | None, str]:
-    """(rollout [h, w], ""), or None and the reason that the model has none.
-
-    Raises:
-        ValueError: the rollout fails with other options than the defaults.
-    """
-    try:
-        return extract(images)[0], ""
-    except ValueError as error:
-        defaults = signature(rollout).parameters
-        if any(value != defaults[name].default for name, value in request.rolling.items()):
-            raise
-        # The first part says what was expected; the rest lists layers.
-        return None, one_line(str(error).removeprefix("layers: ").partition(";")[0], 160)
-
-
-def _without_rollout(loaded: "Loaded", images: Tensor, request: Request) -> Shown:
-    """The map of a model without a rollout."""
-    with torch.inference_mode(), capture(loaded.model, layers=request.layers, heads=request.fused) as trace:
-        loaded.model(images, **loaded.model_kwargs)
-    with torch.inference_mode():
-        with suppress(ValueError):
-            return Shown(cls_map(trace)[0], f"class token's map in {cls_layer(trace)}")
-        with suppress(ValueError):
-            layer = last_on_grid(trace)
-            what = f"how much each patch is attended to in {layer}, mean over its queries"
-            return Shown(received(trace, layer)[0], what, "received")
-        layer = list(trace)[-1]
-        first = ", first window" * (trace.sides(layer)[1].kind == "windows")
-        what = f"map of {layer}{first}: a row for each query, a column for each key; no layer is over a known grid"
-        return Shown(trace[layer][0], what, "matrix")
-
-
-def _matrix(amap: Tensor, cmap: str) -> "Image":
-    """A map [M, N] as a picture, 768 pixels at its longer side."""
-    from PIL import Image
-
-    rows, columns = amap.shape
-    height, width = (max(1, 768 * n // max(rows, columns)) for n in (rows, columns))
-    canvas = Image.new("RGB", (width, height))
-    return overlay(canvas, amap, interpolation="nearest", cmap=cmap, alpha=1)
 
 
 def _of_class_token(loaded: "Loaded", images: Tensor, request: Request) -> TokenMaps:
@@ -311,7 +147,7 @@ def _of_token(place: Place, picture: "Image", loaded: "Loaded", images: Tensor, 
     with torch.inference_mode():
         maps = layer_maps(trace, request.fused, token=token)
         heads = token_map(trace, token, last)[0]
-        return TokenMaps(maps, heads, f"what {_token_name(token, layout)} attends to")
+        return TokenMaps(maps, heads, f"what {token_name(token, layout)} attends to")
 
 
 def _no_class_token(trace: Trace) -> str:

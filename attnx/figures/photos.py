@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnx.figures.one_image import Request, Shown, extractor_of, main_map
 from attnx.figures.picture import rgb_image
 from attnx.figures.sheets import Sheet, near_square
+from attnx.figures.shown import Request, Shown, extractor_of, main_map
 from attnx.figures.style import Style
 
 if TYPE_CHECKING:
