@@ -94,8 +94,11 @@ def show(
     their maps side by side. For a folder, contact_sheet.png has the map of each image.
     """
     from attnx.extract.place import Place
+    from attnx.figures.one_image import draw
+    from attnx.figures.photos import table_of_photos
     from attnx.figures.shown import Request
     from attnx.figures.style import Style
+    from attnx.images import read_image
 
     one_of("scale", scale, ("each", "shared"))
     names = model or ["demo"]
@@ -122,27 +125,21 @@ def show(
         return loaded
 
     formats = tuple(name for name, wanted in (("pdf", pdf), ("svg", svg)) if wanted)
+    folders = _folders(out, names)
     if image.is_dir():
-        from attnx.figures.photos import table_of_photos
-
         if npz:
             raise ValueError("npz: expected one image; got a folder; attnx extract writes the maps of a folder")
-        photos = _photos(image, limit)
-        _write(table_of_photos(photos, names, load, request, style, on), out, "contact_sheet", formats)
+        sheet = table_of_photos(_photos(image, limit), names, load, request, style, on)
+        _write(sheet, out, "contact_sheet", formats)
         return
-    from attnx.figures.one_image import draw
-    from attnx.figures.photos import table_of_photos
-    from attnx.images import read_image
-
     picture = read_image(image)
-    folders = dict(zip(names, _folders(out, names), strict=True))
 
-    def draw_one(loaded: "Loaded") -> None:
-        for path, what in draw(picture, loaded, folders[loaded.name], request, style, on, formats, npz).items():
+    def draw_one(name: str, loaded: "Loaded") -> None:
+        for path, what in draw(picture, loaded, folders[name], request, style, on, formats, npz).items():
             typer.echo(f"{path}  {what}")
 
     if len(names) == 1:
-        draw_one(load(names[0]))
+        draw_one(names[0], load(names[0]))
         return
     sheet = table_of_photos([(image.name, lambda: picture)], names, load, request, style, on, draw_one)
     _write(sheet, out, "models", formats)
@@ -172,14 +169,15 @@ def _photos(folder: Path, limit: int) -> "list[tuple[str, Callable[[], Image]]]"
     return found
 
 
-def _folders(out: Path, names: list[str]) -> list[Path]:
+def _folders(out: Path, names: list[str]) -> dict[str, Path]:
     """The folder of each model's pictures. Raises ValueError for a model that is named twice."""
     if len(set(names)) < len(names):
         raise ValueError(f"model: expected different models; got {', '.join(names)}")
     if len(names) == 1:
-        return [out]
+        return {names[0]: out}
     safe = [re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip(".-") or "model" for name in names]
-    return [out / (name if safe.count(name) == 1 else f"{i}-{name}") for i, name in enumerate(safe)]
+    unique = [part if safe.count(part) == 1 else f"{i}-{part}" for i, part in enumerate(safe)]
+    return {name: out / part for name, part in zip(names, unique, strict=True)}
 
 
 def _write(sheet: "Sheet", out: Path, name: str, formats: tuple[str, ...]) -> None:

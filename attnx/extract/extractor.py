@@ -278,11 +278,7 @@ class Extractor:
         return maps
 
     def _token_layer(self, image: Tensor) -> str:
-        """Name of the layer whose map of a token is read by default. Another layer may have fewer queries.
-
-        Raises:
-            ValueError: no layer is over the patches, or the last one attends in windows.
-        """
+        """Name of the layer whose map of a token is read by default: others may have fewer queries. Or ValueError."""
         with self._autocast(image), capture(self.model, rows=0) as trace:
             self._call(image)
         layer = token_layer(trace)

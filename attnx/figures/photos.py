@@ -23,7 +23,7 @@ def table_of_photos(
     request: Request,
     style: Style,
     device: torch.device,
-    done: Callable[["Loaded"], None] = lambda loaded: None,
+    done: Callable[[str, "Loaded"], None] = lambda name, loaded: None,
 ) -> Sheet:
     """A sheet of the maps of photos: one model fills a grid; several have a column each, beside the photo.
 
@@ -35,7 +35,7 @@ def table_of_photos(
         load: makes a model from its name, on the device.
         request, style: the maps, and how they are drawn. With scale="shared" all maps have one range of colours.
         device: of the models.
-        done: called with each model after its maps.
+        done: called with the name of each model, and the model, after its maps.
     """
     tiles: list[Image] = []
     columns = []
@@ -47,7 +47,7 @@ def table_of_photos(
             column.append(main_map(picture, loaded, loaded.prepare(picture)[None].to(device), request, extract))
             if len(tiles) < len(photos):
                 tiles.append(rgb_image(picture, style.tile))
-        done(loaded)
+        done(name, loaded)
         columns.append(column)
     shared = _range(columns) if style.scale == "shared" else None
     drawn = [[shown.over(tile, style, shared) for tile, shown in zip(tiles, column, strict=True)] for column in columns]
