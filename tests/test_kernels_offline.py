@@ -247,7 +247,7 @@ def test_command_rejects_bad_options(flags, message, monkeypatch):
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     done = CliRunner().invoke(app, ["kernels", *flags])
-    assert (done.exit_code, done.stderr.strip()) == (2, f"attnx: {message}")
+    assert (done.exit_code, done.stderr.strip()) == (2, f"attnx: --{message}")
 
 
 def test_command_needs_the_compiler(monkeypatch):

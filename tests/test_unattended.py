@@ -153,7 +153,7 @@ def test_other_allowances_are_refused(photos: Path, tmp_path: Path, wrong: str) 
     result = extract(photos, tmp_path / "out", "--allow-errors", wrong)
     assert result.exit_code == 2
     (line,) = told(result)[-1:]
-    assert line.startswith("allow-errors: expected a number of rows, or a share such as 0.1%; got ")
+    assert line.startswith("--allow-errors: expected a number of rows, or a share such as 0.1%; got ")
     assert not (tmp_path / "out").exists()
 
 
@@ -238,7 +238,7 @@ def test_a_mistake_is_one_line_and_makes_nothing(
     assert len(f"attnx: {line}") <= 300
     assert line.isprintable()
     if "--device" in options:
-        assert line.startswith("device: expected ")
+        assert line.startswith("--device: expected ")
     elif "" in options:
         assert "expected a file or folder; got an empty text" in line
     assert list(here.iterdir()) == []
