@@ -157,6 +157,14 @@ def test_rows_as_arrays_and_as_a_tensor_without_dimensions(qkv):
         torch.testing.assert_close(attnx.attention_map(q, k, rows=rows), whole[:, at])
 
 
+def test_dropout_is_none(qkv):
+    q, k, v = qkv
+    out, _ = attnx.attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"dropout_p: expected 0, since attnx has no dropout; got 0\.1"):
+        attnx.attention(q, k, v, dropout_p=0.1)
+
+
 def test_a_boolean_tensor_is_no_rows(qkv):
     with pytest.raises(ValueError, match=r"rows: expected a 1-D integer tensor on cpu; got torch\.bool"):
         attnx.attention(*qkv, rows=torch.ones(4, dtype=torch.bool))

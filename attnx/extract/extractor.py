@@ -278,7 +278,7 @@ class Extractor:
         return maps
 
     def _token_layer(self, image: Tensor) -> str:
-        """Name of the layer whose map of a token is read by default: others may have fewer queries. Or ValueError."""
+        """Name of the layer whose token is read by default. Raise ValueError if there is none over the whole grid."""
         with self._autocast(image), capture(self.model, rows=0) as trace:
             self._call(image)
         layer = token_layer(trace)

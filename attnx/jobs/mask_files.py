@@ -39,7 +39,7 @@ SETTINGS = "masks.json"
 
 @dataclass
 class MaskReport:
-    """What `write_masks` did.
+    """The result of `write_masks`.
 
     Attributes:
         made, kept: number of masks that were written, and that were there before.
@@ -70,7 +70,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Masks:
-    """What to write. It can be pickled.
+    """The masks to write. The object can be pickled.
 
     Attributes:
         maps: the maps of the job.

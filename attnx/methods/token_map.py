@@ -10,7 +10,7 @@ from attnx.trace.window_record import WindowRecord
 
 
 def token_map(trace: Trace, token: int, layer: str | int | None = None, *, to: bool = False) -> Tensor:
-    """What a token attends to: its row of a layer's map over the patches, not renormalised.
+    """The patches that a token attends to: its row of a layer's map, not renormalised.
 
     ``m_j = P_ij`` for token i; with ``to``, ``m_i = P_ij`` for token j: how much each patch attends to it. In windows,
     P is the map of the whole grid, 0 between tokens of different windows. With keep="qk" only that row or column is

@@ -19,6 +19,12 @@ def check_backend(backend: str) -> str:
     return backend
 
 
+def check_dropout(dropout_p: float) -> None:
+    """Raise ValueError unless the share is 0."""
+    if dropout_p:
+        raise ValueError(f"dropout_p: expected 0, since attnx has no dropout; got {dropout_p!r}; call model.eval()")
+
+
 def cast_as_sdpa(*tensors: Tensor) -> tuple[Tensor, ...]:
     """q, k (and v), cast to autocast's dtype where it is on, as for SDPA. Raise ValueError unless they are tensors."""
     for name, t in zip("qkv", tensors, strict=False):

@@ -1,7 +1,4 @@
-"""The functional API: attention that also returns its head-reduced map, or what the map is made of.
-
-Docstrings, validation and the choice of a backend; the operators themselves are in `attnx/ops/operators.py`.
-"""
+"""The functional API: attention and its head-reduced map. Docstrings and checks; `operators` has the operators."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +11,7 @@ from attnx.ops.autograd import differentiable
 from attnx.ops.checks import (
     cast_as_sdpa,
     check_backend,
+    check_dropout,
     check_float32,
     check_gradient,
     check_sinks,
@@ -41,6 +39,7 @@ def attention(
     backend: str = "auto",
     attn_mask: Tensor | None = None,
     enable_gqa: bool = False,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention output, as `F.scaled_dot_product_attention` gives it, and the head-reduced attention map.
 
@@ -58,8 +57,7 @@ def attention(
     Args:
         q: [B, H, M, D] float16, bfloat16, float32 (float64 on the eager backend), any strides. (Native copies what has
             a last stride other than 1, and takes no float16.)
-        k: [B, Hk, N, D] of the same dtype and device; H is a multiple of Hk (grouped queries).
-        v: [B, Hk, N, Dv] likewise.
+        k, v: [B, Hk, N, D] and [B, Hk, N, Dv], of q's dtype and device; H is a multiple of Hk (grouped queries).
         bias: broadcastable to [B, H, M, N]: a float tensor is added to the scores, a boolean one says True = attend.
             Or [P, ...] where P divides B: it repeats, item b has bias[b % P], as for the windows of several images.
             Below -5e4 it hides a key, so `finfo.min` of any dtype and -1e9 do as minus infinity, and a row of nothing
@@ -70,12 +68,12 @@ def attention(
             takes eager then.
         sinks: [H] floating point on q's device, any float dtype: the logit of each head's sink.
         heads: "mean", "max", "min" over the heads, or "each".
-        rows: indices of the query rows whose map is wanted, in -M..M-1 (-1: the last); the others cost nothing. One
-            integer is a list of one. None: all.
+        rows: indices in -M..M-1 of the queries whose map is wanted, or one index; others cost nothing. None: all.
         backend: "triton", "native" (a C++ kernel for CPUs), "eager" (plain torch, any device), or "auto": Triton on
             GPUs and native on CPUs wherever they can take the inputs, else eager. A named backend never falls back.
         attn_mask: the bias by SDPA's name, instead of `bias`.
         enable_gqa: as SDPA's, without effect: grouped queries are always allowed.
+        dropout_p: as SDPA's, 0 only: attnx has no dropout.
 
     Returns:
         out [B, H, M, Dv] in q's dtype, and the map, float32: [B, M, N], [B, R, N] for R rows, [B, H, M, N] for each.
@@ -92,6 +90,7 @@ def attention(
         >>> out.shape, amap.shape
         (torch.Size([2, 4, 5, 16]), torch.Size([2, 5, 5]))
     """
+    check_dropout(dropout_p)
     if has_torch_function((q, k, v)):
         options: dict[str, Any] = dict(
             bias=one_bias(bias, attn_mask), is_causal=is_causal, scale=scale, softcap=softcap, sinks=sinks, heads=heads

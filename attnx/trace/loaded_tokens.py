@@ -14,7 +14,7 @@ from attnx.trace.windows import Pair, Windows
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What `PassTokens` answered about a layer when its trace was saved.
+    """The answers of `PassTokens` about a layer when its trace was saved.
 
     Attributes:
         queries, keys: its tokens.

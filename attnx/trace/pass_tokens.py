@@ -131,7 +131,7 @@ class PassTokens:
 
     @property
     def mixing(self) -> tuple[str, ...]:
-        """What mixes tokens besides attention, in the order of the calls."""
+        """Names of the modules and functions that mix tokens besides attention, in the order of the calls."""
         return tuple(self._mixing)
 
     def place(self, layer: str) -> int:
