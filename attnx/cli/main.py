@@ -86,7 +86,7 @@ def demo(
     from attnx.demo.run import run_demo
     from attnx.jobs.progress import progress_bar
 
-    verdict = run_demo(out, scenes, progress=progress_bar)
+    verdict = run_demo(out, scenes, progress=progress_bar if sys.stderr.isatty() else None)
     typer.echo(str(verdict))
     typer.echo(f"see {out / 'contact_sheet.png'} and {out / 'words.png'}")
 
