@@ -11,7 +11,8 @@ from attnx.demo.albef import demo_albef, prepare
 from attnx.demo.captioned import draw_pair
 from attnx.demo.scenes import draw_scene
 from attnx.figures.one_image import draw
-from attnx.figures.picture import captioned, contact_sheet, overlay, save
+from attnx.figures.picture import overlay, save
+from attnx.figures.sheets import captioned, contact_sheet
 from attnx.figures.shown import Request
 from attnx.figures.style import Style
 

@@ -194,6 +194,14 @@ def test_the_reference_has_every_public_name() -> None:
         assert inspect.getdoc(getattr(importlib.import_module(module), attribute)), name
 
 
+@pytest.mark.parametrize("script", sorted((ROOT / "docs").glob("make_*.py")), ids=name_of)
+def test_the_scripts_of_the_docs_find_what_they_import(script: Path) -> None:
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
