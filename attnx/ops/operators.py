@@ -260,4 +260,4 @@ def _from_the_start(rows: Tensor | None, m: int) -> Tensor | None:
             raise ValueError(f"rows: expected integers in {-m}..{m - 1}; got {low}..{high}")
         if low >= 0:
             return rows
-    return torch.where(rows < 0, rows + m, rows)
+    return torch.add(rows, rows < 0, alpha=m)
