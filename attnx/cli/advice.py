@@ -10,7 +10,7 @@ from inspect import Parameter, signature
 from typing import Any
 
 # The options of the command that runs: {argument of the function in Python: option}.
-_OPTIONS: ContextVar[dict[str, str]] = ContextVar("options", default={})  # noqa: B039  (it is never changed)
+_OPTIONS: ContextVar[dict[str, str] | None] = ContextVar("options", default=None)
 
 # A value without quotes is a word in capitals, a flag or a number, so that parts of file names are left alone. There
 # may be no value: "choose layers= of one kind".
@@ -42,7 +42,7 @@ def in_options(message: str) -> str:
         ...     in_options("layers: expected a name; got 'x'")
         "--layers: expected a name; got 'x'"
     """
-    options = _OPTIONS.get()
+    options = _OPTIONS.get() or {}
     if "TokenLayout(" in message:
         # No option has a layout.
         message = message.replace("pass layout=", "in Python, pass layout=")

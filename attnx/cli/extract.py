@@ -25,6 +25,7 @@ from attnx.cli.options import (
     HeadsOption,
     ImageSize,
     LayersOption,
+    Method,
     Out,
     Preset,
     Pretrained,
@@ -34,6 +35,7 @@ from attnx.cli.options import (
     absolute_model,
     autocast_of,
     layers_of,
+    method_of,
     named_model,
     one_of,
     pixels_of,
@@ -57,14 +59,7 @@ def extract(
     ],
     model: Annotated[str | None, MODEL] = None,
     out: Out = Path("attnx-out"),
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="[bold]rollout[/bold] through all layers (default), [bold]cls[/bold]: the class token's map in the "
-            "last layer, or in each of [bold]--layers[/bold], [bold]layers[/bold]: the class token's map in every "
-            "layer, [bold]token[/bold]: that of [bold]--token[/bold]."
-        ),
-    ] = None,
+    method: Method = None,
     token: Annotated[
         str | None,
         typer.Option(
@@ -120,12 +115,9 @@ def extract(
     one_of("store", store, STORES)
     if store != "map" and (method, heads, compile, token) != (None, "mean", False, None):
         raise ValueError(f"method, heads, compile, token: only for --store map; got --store {store}")
-    if token is not None and method not in (None, "token"):
-        raise ValueError(f"token: expected --method token with it; got --method {method}")
-    if token is None and method == "token":
-        raise ValueError("token: expected a token for --method token, such as --token 50%,50%; got none")
+    method = method_of(method, token)
     notice, model = named_model(model)
-    images, method = open_source(source, kind, root, split), method or ("rollout" if token is None else "token")
+    images = open_source(source, kind, root, split)
     recipe = ExtractRecipe(
         source=absolute(source), kind=images.kind, root=absolute(root), split=split, model=absolute_model(model),
         pretrained=pretrained, checkpoint=absolute(checkpoint), image_size=pixels_of(image_size), seed=seed,

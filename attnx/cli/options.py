@@ -46,7 +46,6 @@ MODEL = typer.Option(
     "written by save_pretrained), [bold]torchvision:NAME[/bold], [bold]open_clip:NAME/PRETRAINED[/bold] (its image "
     "part), or [bold]torchhub:FOLDER:ENTRY[/bold] (runs the code in that folder)."
 )
-Model = Annotated[str, MODEL]
 PICTURE_PIXELS = typer.Option(
     help="[bold]timm[/bold]: timm's evaluation transform with its crop (default for timm:, torchvision: and open_clip: "
     "models, with their own settings); [bold]whole[/bold]: the whole picture (default for others); "
@@ -62,10 +61,11 @@ Pretrained = Annotated[bool, typer.Option(help="Download the model's weights; --
 Seed = Annotated[int, typer.Option(help="Seed of random weights.")]
 ImageSize = Annotated[str | None, typer.Option(help="Pixels: 480, or HEIGHTxWIDTH such as 480x640.")]
 Method = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="[bold]rollout[/bold] through all layers, [bold]cls[/bold]: the class token's map in the last layer, "
-        "[bold]layers[/bold]: the class token's map in every layer, [bold]token[/bold]: that of [bold]--token[/bold]."
+        help="[bold]rollout[/bold] through all layers (default), [bold]cls[/bold]: the class token's map in the last "
+        "layer, or in each of [bold]--layers[/bold], [bold]layers[/bold]: the class token's map in every layer, "
+        "[bold]token[/bold]: that of [bold]--token[/bold] (default with it)."
     ),
 ]
 Token = Annotated[
@@ -247,6 +247,19 @@ def absolute_model(model: str) -> str:
     if kind == "torchhub":
         return absolute_name(model)
     return f"{kind}:{Path(name).absolute()}" if kind == "hf" and Path(name).is_dir() else model
+
+
+def method_of(method: str | None, token: str | None) -> str:
+    """The method: by default "token" with a token, else "rollout".
+
+    Raises:
+        ValueError: a token with another method, or the method "token" without one.
+    """
+    if token is not None and method not in (None, "token"):
+        raise ValueError(f"token: expected --method token with it; got --method {method}")
+    if token is None and method == "token":
+        raise ValueError("token: expected a token for --method token, such as --token 50%,50%; got none")
+    return method or ("rollout" if token is None else "token")
 
 
 def layers_of(layers: list[str] | None, former: list[str] | None) -> list[str | int] | None:

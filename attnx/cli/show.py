@@ -34,6 +34,7 @@ from attnx.cli.options import (
     device_of,
     layers_of,
     mass_of,
+    method_of,
     one_of,
     pixels_of,
     report_errors,
@@ -53,7 +54,7 @@ def show(
     image: Annotated[Path, typer.Argument(help="An image file, or a folder of images for a contact sheet.", **PATH)],
     model: Annotated[list[str] | None, MODEL] = None,
     out: Out = Path("attnx-out"),
-    method: Method = "rollout",
+    method: Method = None,
     token: Token = None,
     layers: LayersOption = None,
     layer: FormerLayers = None,
@@ -102,15 +103,12 @@ def show(
 
     one_of("scale", scale, ("each", "shared"))
     names = model or ["demo"]
-    if token is not None and method not in ("rollout", "token"):
-        raise ValueError(f"token: expected --method token with it; got --method {method}")
-    if token is None and method == "token":
-        raise ValueError("token: expected a token for --method token, such as --token 50%,50%; got none")
+    method = method_of(method, token)
     if len(names) > 1 and checkpoint is not None:
         raise ValueError(f"checkpoint: expected one --model with it; got {len(names)}")
     place = None if token is None else Place.parse(token)
     rolling = rollout_options(residual, discard, start, preset)
-    request = Request("token" if place else method, layers_of(layers, layer), heads, rolling, place)
+    request = Request(method, layers_of(layers, layer), heads, rolling, place)
     style = Style(cmap, alpha, interpolation, mass_of(mass, keep), tile or None, scale, colorbar)
     size, on = pixels_of(image_size), device_of(device)
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -64,8 +65,7 @@ def class_maps(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
     check_model(model)
-    if not isinstance(images, Tensor) or images.dim() < 4:  # videos have 5 dimensions
-        check_images(images)
+    check_images(images, videos=True)
     if model.training:
         raise ValueError("model: expected eval mode; got training mode; call model.eval()")
     if "rows" in options:
@@ -112,10 +112,10 @@ def _targets(targets: Sequence[int] | Tensor | None, logits: Any, count: int) ->
     classes = logits.shape[1]
     several = f"a list of classes of all images, or a tensor [{count}, K]"
     wrong = f"targets: expected class indices in 0..{classes - 1}: {several}; got {targets!r}"
-    if getattr(targets, "ndim", 0) == 1:
+    if isinstance(targets, (Tensor, np.ndarray)) and targets.ndim == 1:
         # [B] labels would mean B classes for each image.
         raise ValueError(
-            f"targets: expected {several}; got a tensor {list(targets.shape)}: for one class of each image pass "  # type: ignore[union-attr]
+            f"targets: expected {several}; got a tensor {list(targets.shape)}: for one class of each image pass "
             "targets[:, None], for the same classes of all images targets.tolist()"
         )
     try:

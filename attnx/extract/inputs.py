@@ -33,10 +33,14 @@ def image_call(model: nn.Module, kwargs: dict[str, Any]) -> Callable[[Tensor], A
     return lambda images: model(pixel_values=images, **kwargs)
 
 
-def check_images(images: object) -> None:
-    """Raise ValueError unless images are a tensor [B, channels, height, width] with B >= 1."""
-    if isinstance(images, Tensor) and images.dim() == 4 and len(images):
+def check_images(images: object, videos: bool = False) -> None:
+    """Raise ValueError unless images are a tensor [B, channels, height, width] with B >= 1.
+
+    videos: a tensor with 5 dimensions is accepted, too.
+    """
+    if isinstance(images, Tensor) and images.dim() in ((4, 5) if videos else (4,)) and len(images):
         return
     got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
     one = "; pass images[None]" if isinstance(images, Tensor) and images.dim() == 3 else ""
-    raise ValueError(f"images: expected a tensor [B, channels, height, width] with B >= 1; got {got}{one}")
+    also = ", or one of videos with 5 dimensions," if videos else ""
+    raise ValueError(f"images: expected a tensor [B, channels, height, width]{also} with B >= 1; got {got}{one}")

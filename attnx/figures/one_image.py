@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnx.extract.place import Place, layout_of_tokens
+from attnx.figures.found_token import Box, FoundToken
 from attnx.figures.picture import marked, mask_contour, save, with_colorbar, write
 from attnx.figures.sheets import contact_sheet, heads_grid, layers_figure
-from attnx.figures.shown import Box, Request, extractor_of, main_map, rolled_or_why, token_name
+from attnx.figures.shown import Request, extractor_of, main_map, rolled_or_why
 from attnx.figures.style import Style
 from attnx.methods import LayerMaps, cls_map, layer_maps, mass_mask, token_map
 from attnx.trace.capture import capture
-from attnx.trace.layers import Layers
 from attnx.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -60,10 +59,10 @@ def draw(
     image, limits = shown.over(picture, style)
     save(with_colorbar(image, limits, style.cmap) if style.colorbar and limits else image, path)
     try:
-        if request.token is None:
+        if shown.token is None:
             maps = _of_class_token(loaded, images, request)
         else:
-            maps = _of_token(request.token, picture, loaded, images, request)
+            maps = _of_token(shown.token, loaded, images, request)
     except ValueError as error:
         written[path] += f"; no heads.png, masks.png and layers.png: {error}"
     else:
@@ -75,7 +74,7 @@ def draw(
             rolled, _ = rolled_or_why(extract, images, whole)
         stored |= {"heads": maps.heads, "layers": maps.layers.maps[0], "names": np.array(maps.layers.names)}
         stored |= {} if rolled is None else {"rollout": rolled}
-        written |= _draw_sheets(picture, maps, rolled, shown.box, out, style, formats)
+        written |= _draw_sheets(picture, maps, rolled, shown.token.box if shown.token else None, out, style, formats)
     if arrays:
         _save_arrays(stored, out / "maps.npz")
         written[out / "maps.npz"] = f"the maps as float32 arrays: {', '.join(stored)}"
@@ -128,26 +127,20 @@ def _of_class_token(loaded: "Loaded", images: Tensor, request: Request) -> Token
         raise ValueError(_no_class_token(trace)) from error
 
 
-def _of_token(place: Place, picture: "Image", loaded: "Loaded", images: Tensor, request: Request) -> TokenMaps:
+def _of_token(token: FoundToken, loaded: "Loaded", images: Tensor, request: Request) -> TokenMaps:
     """The maps of a token, of all layers over the same patches.
 
     Raises:
-        ValueError: the layers attend in windows, or there is no such token.
+        ValueError: the layers attend in windows.
     """
-    with torch.inference_mode(), capture(loaded.model, layers=request.layers, rows=0) as trace:
-        loaded.model(images, **loaded.model_kwargs)
-    last, layout = layout_of_tokens(trace)
-    if trace.windows(last) is not None:
+    if token.windows:
         raise ValueError("the layers attend in windows")
-    token = place.token(layout, (picture.height, picture.width))
-    # A pooling layer, or one of another stage, has other queries.
-    alike: Layers = [name for name in trace if trace.sides(name) == trace.sides(last) and "#" not in name]
-    with torch.inference_mode(), capture(loaded.model, layers=alike, heads="each", rows=token) as trace:
+    with torch.inference_mode(), capture(loaded.model, token.alike, heads="each", rows=token.index) as trace:
         loaded.model(images, **loaded.model_kwargs)
     with torch.inference_mode():
-        maps = layer_maps(trace, request.fused, token=token)
-        heads = token_map(trace, token, last)[0]
-        return TokenMaps(maps, heads, f"what {token_name(token, layout)} attends to")
+        maps = layer_maps(trace, request.fused, token=token.index)
+        heads = token_map(trace, token.index, token.layer)[0]
+        return TokenMaps(maps, heads, f"what {token.name} attends to")
 
 
 def _no_class_token(trace: Trace) -> str:

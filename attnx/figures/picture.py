@@ -124,15 +124,16 @@ def coloured(
         check(len(limits) == 2 and limits[0] <= limits[1], "limits", "(low, high) with low <= high", limits)
     array = float_array(amap, "amap", 2)
     values = resize(array, (image.height, image.width), crop, mode=interpolation)
-    inside = resize(np.ones_like(array), (image.height, image.width), crop, mode="nearest") > 0
-    check(inside.any(), "crop", "a part of the image", crop)
-    low, high = limits or (float(values[inside].min()), float(values[inside].max()))
+    inside = None if crop is None else resize(np.ones_like(array), values.shape, crop, mode="nearest") > 0
+    covered = values if inside is None else values[inside]
+    check(covered.size > 0, "crop", "a part of the image", crop)
+    low, high = limits or (float(covered.min()), float(covered.max()))
     # Resizing a constant map gives rounding noise, which stretching would amplify.
     noise = 8 * float(np.finfo(np.float32).eps) * float(np.abs(values).max())
     shares = ((values - low) / (high - low)).clip(0, 1) if high - low > noise else np.zeros_like(values)
     colours = Image.fromarray(colormaps[cmap](shares, bytes=True)[..., :3])
     blended = Image.blend(image, colours, alpha)
-    return (blended if crop is None else Image.composite(blended, image, Image.fromarray(inside))), (low, high)
+    return (blended if inside is None else Image.composite(blended, image, Image.fromarray(inside))), (low, high)
 
 
 def marked(image: Image.Image, box: tuple[float, ...]) -> Image.Image:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from attnx.extract.extractor import Extractor
-from attnx.extract.place import Place, layout_of_tokens
+from attnx.extract.place import Place
+from attnx.figures.found_token import FoundToken, find_token
 from attnx.figures.picture import coloured, marked, overlay
 from attnx.figures.style import Style
 from attnx.messages import one_line
@@ -18,15 +19,11 @@ from attnx.methods.maps import cls_layer
 from attnx.methods.received import last_on_grid, received
 from attnx.trace.capture import capture
 from attnx.trace.layers import Layers
-from attnx.trace.layout import TokenLayout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from attnx.models.loaded import Loaded
-
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Request:
 
     @property
     def fused(self) -> str:
-        """How heads are fused where one map is shown."""
+        """The fusion of the heads where one map is shown."""
         return "mean" if self.heads == "each" else self.heads
 
 
@@ -61,13 +58,13 @@ class Shown:
         amap: [h, w]; for a matrix [queries, keys].
         what: description.
         name: file name of its picture: "overlay", "received" or "matrix".
-        box: the patch whose map it is, in shares of the picture; None: no patch.
+        token: the token whose map it is; None: another map.
     """
 
     amap: Tensor
     what: str
     name: str = "overlay"
-    box: Box | None = None
+    token: FoundToken | None = None
 
     def over(
         self, picture: "Image", style: Style, limits: tuple[float, float] | None = None
@@ -79,7 +76,8 @@ class Shown:
         if self.name == "matrix":
             return _matrix(self.amap, style.cmap), None
         found, limits = coloured(picture, self.amap, style.interpolation, style.cmap, style.alpha, limits)
-        return found if self.box is None else marked(found, self.box), limits
+        box = None if self.token is None else self.token.box
+        return found if box is None else marked(found, box), limits
 
 
 def extractor_of(loaded: "Loaded", request: Request) -> Extractor | None:
@@ -115,31 +113,15 @@ def main_map(picture: "Image", loaded: "Loaded", images: Tensor, request: Reques
 def _shown_token(picture: "Image", loaded: "Loaded", images: Tensor, request: Request) -> Shown:
     """The map of the requested token in the last layer over patches, or over windows."""
     assert request.token is not None
-    with torch.inference_mode(), capture(loaded.model, request.layers, request.fused, keep="auto") as trace:
+    token = find_token(request.token, picture, loaded, images, request.layers)
+    # A window has its own queries, and the calls of a layer that is called again may have others.
+    layer, _, again = token.layer.partition("#")
+    rows = None if token.windows or again else token.index
+    with torch.inference_mode(), capture(loaded.model, layer, request.fused, rows=rows, keep="auto") as trace:
         loaded.model(images, **loaded.model_kwargs)
-    layer, layout = layout_of_tokens(trace)
-    token = request.token.token(layout, (picture.height, picture.width))
     with torch.inference_mode():
-        what = f"what {token_name(token, layout)} attends to in {layer}"
-        return Shown(token_map(trace, token, layer)[0], what, box=_box(token, layout))
-
-
-def token_name(token: int, layout: TokenLayout) -> str:
-    """A token in words: its index, and the row and column of a patch."""
-    at = token + layout.tokens if token < 0 else token
-    if at < layout.prefix or at >= layout.prefix + layout.patch_count:
-        return f"token {token}"
-    row, column = divmod((at - layout.prefix) % (layout.grid[0] * layout.grid[1]), layout.grid[1])
-    return f"token {at} (the patch in row {row}, column {column})"
-
-
-def _box(token: int, layout: TokenLayout) -> Box | None:
-    """The patch of a token in shares of the picture; None for another token."""
-    at = (token + layout.tokens if token < 0 else token) - layout.prefix
-    if not 0 <= at < layout.patch_count:
-        return None
-    (rows, columns), (row, column) = layout.grid, divmod(at % (layout.grid[0] * layout.grid[1]), layout.grid[1])
-    return column / columns, row / rows, (column + 1) / columns, (row + 1) / rows
+        what = f"what {token.name} attends to in {token.layer}"
+        return Shown(token_map(trace, token.index, token.layer)[0], what, token=token)
 
 
 def rolled_or_why(extract: Extractor, images: Tensor, request: Request) -> tuple[Tensor | None, str]:

@@ -75,10 +75,8 @@ class MapRow:
     sums_pieces: bool = field(default=False, metadata={"only": "attnx.open"})
 
     def __repr__(self) -> str:
-        found = (
-            f"error={self.error!r:.80}" if self.error else "no map" if self.map is None else f"{list(self.map.shape)}"
-        )
-        return f"MapRow({self.key!r}, {found})"
+        found = "no map" if self.map is None else list(self.map.shape)
+        return f"MapRow({self.key!r}, {f'error={self.error!r:.80}' if self.error else found})"
 
     def _repr_html_(self) -> str:
         """The key and the maps, for notebooks; of a map with layers or heads, the mean."""

@@ -146,7 +146,7 @@ def _size_of(photo: Path) -> tuple[int, int]:
 
 
 def _is_fatal(error: Exception) -> bool:
-    """True for an error of the disk or of the job, not of one row."""
+    """True for an error of the disk or of the job, not of one row: unlike in a run, a missing photo is one row's."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE)
     return isinstance(error, DamagedError) or (isinstance(error, OSError) and error.errno in full)
 
@@ -264,6 +264,7 @@ def _start(masks: Masks, stop: Any) -> None:
 
 
 def _end_with_parent() -> None:
+    """End this process with its parent, on every system; `supervisor.die_with` needs Linux."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

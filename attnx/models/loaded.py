@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -67,10 +67,6 @@ class Loaded:
             self.interpolation, self.crop_pct, self.crop_mode, name if library == "hf" else None,
         )  # fmt: skip
 
-    @overload
-    def prepare(self, image: "Picture", pixels: str = "whole") -> Tensor: ...
-    @overload
-    def prepare(self, image: "Sequence[Picture]", pixels: str = "whole") -> Tensor: ...
     def prepare(self, image: "Picture | Sequence[Picture]", pixels: str = "whole") -> Tensor:
         """The model's input of an image, resized and normalised, on the CPU.
 

@@ -136,8 +136,8 @@ def row_indices(rows: int | Sequence[int] | Tensor) -> tuple[int, ...]:
         ValueError: not integers, or none.
     """
     try:
-        one = isinstance(rows, int) or getattr(rows, "ndim", 1) == 0
-        given: Any = (rows,) if one else tuple(rows)  # type: ignore[arg-type]
+        values: Any = rows
+        given = (values,) if isinstance(rows, int) or getattr(rows, "ndim", 1) == 0 else tuple(values)
         if any(isinstance(row, bool) for row in given):
             raise TypeError("a flag is no index")
         chosen = tuple(map(index, given))

@@ -11,7 +11,7 @@ from attnx.trace.qk_record import QKRecord
 from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, without_rows
 
 
-def on_device(record: LayerRecord, device: str | torch.device) -> LayerRecord:
+def on_device(record: LayerRecord, device: torch.device) -> LayerRecord:
     """The record with its tensors on a device. That of a gradient capture holds its map only."""
     if isinstance(record, QKRecord):
         moved: dict[str, Any] = {
@@ -21,7 +21,7 @@ def on_device(record: LayerRecord, device: str | torch.device) -> LayerRecord:
         return replace(record, **moved, versions=record.versions if moved["q"] is record.q else ())
     if isinstance(record, GradientRecord):
         if record.weigh is None:
-            return without_rows(record.shape, torch.device(device))
+            return without_rows(record.shape, device)
         amap = record.map().to(device)
         return replace(record, held=(amap,), out=None, amap=amap)
     if isinstance(record, RowsRecord):
@@ -29,5 +29,5 @@ def on_device(record: LayerRecord, device: str | torch.device) -> LayerRecord:
     return MapRecord(record.map().to(device), record.rows_sum_to_one)
 
 
-def _moved(tensor: Tensor | None, device: str | torch.device) -> Tensor | None:
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device)

@@ -55,7 +55,8 @@ def load(path: Path, device: str | torch.device) -> Trace:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a file of Trace.save; it is no safetensors file: {error}") from error
     if _FORMAT not in about:
