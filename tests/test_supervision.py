@@ -22,13 +22,13 @@ from PIL import Image
 from small_job import draw, files, opened, shards, tools
 
 from attnx.images import read_image
-from attnx.jobs.attempts import DIED, Attempt
+from attnx.jobs.attempts import DIED, Attempt, noted
 from attnx.jobs.engines.queue import RunError, Shards
 from attnx.jobs.job import Job
 from attnx.jobs.options import RunOptions
 from attnx.jobs.run import Report, run_job
 from attnx.jobs.runtime import Runtime
-from attnx.jobs.shards import parts
+from attnx.jobs.shards import part_name, parts
 from attnx.jobs.tasks import ImageTask
 from attnx.jobs.watch import Hang, Watch
 from attnx.supervisor import temporary_folder
@@ -526,7 +526,11 @@ def wait_for_a_shard(process: subprocess.Popen, out: Path) -> None:
 
 @pytest.mark.long
 def test_a_run_that_is_killed_or_told_to_end_leaves_nothing(temporary: Path, tmp_path: Path) -> None:
-    """The run gets SIGKILL in all processes (the next run cleans up) or SIGTERM in its first process."""
+    """The run gets SIGKILL in all processes (the next run cleans up) or SIGTERM in its first process.
+
+    The kill leaves the notes of the shards that were under way: one being made, and maybe one being written. They stay
+    until these shards are made, so SIGTERM is sent after that.
+    """
     pictures, out, env = draw(tmp_path / "pictures", 400), tmp_path / "out", processes.marked(temporary)
     options = (*LOCAL1, "--batch-size", "1")
     with processes.start(pictures, out, *options, env=env) as process:
@@ -534,9 +538,9 @@ def test_a_run_that_is_killed_or_told_to_end_leaves_nothing(temporary: Path, tmp
         os.killpg(process.pid, signal.SIGKILL)
     assert [path.name.startswith("attnx-run-") for path in temporary.iterdir()] == [True]
     assert processes.left(30, temporary.name) == []
-    before = len(shards(out))
+    before, under_way = len(shards(out)), [out / part_name(shard) for shard in noted(out)]
     with processes.start(pictures, out, *options, env=env) as process:
-        while len(shards(out)) == before:
+        while len(shards(out)) == before or not all(part.exists() for part in under_way):
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
