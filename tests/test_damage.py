@@ -483,7 +483,7 @@ def test_what_is_no_file_is_an_error_at_once(
     else:
         assert name in result.stderr
         assert result.exit_code == 2 or files_of(out) == job.files
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 60
 
 
 def read_again_and_again(part: Part, want: int) -> None:
