@@ -94,27 +94,17 @@ class WindowRecord:
 
     def row(self, i: int) -> Tensor:
         """Row of the token at position `i` of the grid: [B, N], or [B, H, N] for heads="each"."""
-        n = self.windows.tokens
-        if not -n <= i < n:
-            raise IndexError(f"row: expected -{n}..{n - 1}; got {i}")
-        w, inside = divmod(int(self.windows.places(torch.device("cpu"))[1][i]), self.windows.size)
-        at, _ = self.windows.places(self.device)
-        row = self._real(self.record.row(inside)[..., None, :][w :: self.windows.count], at[w : w + 1])[..., 0, :]
-        whole = row.new_zeros(*row.shape[:-1], n + 1)
-        whole[..., at[w]] = row
-        return whole[..., :n]
+        w, inside = self._window_of("row", i)
+        at = self.windows.places(self.device)[0][w]
+        row = self._real(self.record.row(inside)[..., None, :][w :: self.windows.count], at[None])[..., 0, :]
+        return self._scattered(row, at)
 
     def column(self, i: int) -> Tensor:
         """Column of the token at position `i` of the grid: [B, N], or [B, H, N] for heads="each"."""
-        n = self.windows.tokens
-        if not -n <= i < n:
-            raise IndexError(f"column: expected -{n}..{n - 1}; got {i}")
-        w, inside = divmod(int(self.windows.places(torch.device("cpu"))[1][i]), self.windows.size)
-        at, _ = self.windows.places(self.device)
-        column = self._real(self.record.map()[w :: self.windows.count], at[w : w + 1])[..., inside]
-        whole = column.new_zeros(*column.shape[:-1], n + 1)
-        whole[..., at[w]] = column
-        return whole[..., :n]
+        w, inside = self._window_of("column", i)
+        at = self.windows.places(self.device)[0][w]
+        column = self._real(self.record.map()[w :: self.windows.count], at[None])[..., inside]
+        return self._scattered(column, at)
 
     def fused(self, heads: Reduction) -> "WindowRecord":
         """A record with the heads fused; the record itself if they already are."""
@@ -139,6 +129,20 @@ class WindowRecord:
             inside = inside * (whole / _divisor(kept))[:, None]
         passed = self.record.vecmat(inside).view(B, -1, R, self.windows.size).transpose(1, 2)
         return passed.reshape(B, R, -1)[..., place]
+
+    def _window_of(self, what: str, i: int) -> tuple[int, int]:
+        """(window, place inside it) of the token at position `i` of the grid."""
+        n = self.windows.tokens
+        if not -n <= i < n:
+            raise IndexError(f"{what}: expected -{n}..{n - 1}; got {i}")
+        return divmod(int(self.windows.places(torch.device("cpu"))[1][i]), self.windows.size)
+
+    def _scattered(self, values: Tensor, at: Tensor) -> Tensor:
+        """Values of the tokens of a window, [..., K], at their positions in the grid: [..., N], zero elsewhere."""
+        # Padding writes to position N, which is cut off.
+        whole = values.new_zeros(*values.shape[:-1], self.windows.tokens + 1)
+        whole[..., at] = values
+        return whole[..., :-1]
 
     @cached_property
     def _sums(self) -> tuple[Tensor, Tensor] | None:
