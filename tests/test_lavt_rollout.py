@@ -101,6 +101,7 @@ def test_rollout_is_the_product_of_dense_matrices(stage, config):
     found = expression_maps(model, images, [[c.text] for c in captions], stage, method="rollout")
     for i, (one, caption) in enumerate(zip(found, captions, strict=True)):
         assert one.caption == caption
+        assert repr(one).startswith(f"ExpressionMaps({caption.text!r}, [")
         torch.testing.assert_close(one.maps, maps[i, : len(caption.ids)], rtol=0, atol=1e-6)
         torch.testing.assert_close(one.word_maps.flatten(1), words_of(maps, captions)[i], rtol=0, atol=1e-6)
 

@@ -1,5 +1,7 @@
 """Traces in files, on other devices, as arrays and as tables."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from timm.models.crossvit import CrossVit
 from torch import nn
 
 import attnx
+from attnx.trace.moving import on_device
 from attnx.trace.qk_record import QKRecord
 
 
@@ -118,17 +121,24 @@ def test_a_gradient_trace_is_saved_after_its_backward_pass(tmp_path: Path) -> No
     trace.backward(logits[:, 3].sum())
     trace.save(path)
     assert torch.equal(attnx.relevance(attnx.Trace.load(path)), attnx.relevance(trace))
-    assert torch.equal(attnx.relevance(trace.to("cpu")), attnx.relevance(trace))
+    moved = trace.to("cpu")
+    assert torch.equal(attnx.relevance(moved), attnx.relevance(trace))
+    assert moved.nbytes == sum(amap.nbytes for amap in trace.values()) < trace.nbytes
+    # Nothing of the model's tensors stays in memory.
+    tensors = [weakref.ref(tensor) for layer in trace for tensor in trace.kept(layer).held]
+    del trace, logits
+    gc.collect()
+    assert [tensor() for tensor in tensors] == [None] * len(tensors)
 
 
 def test_a_broadcast_mask_is_stored_small(tmp_path: Path) -> None:
-    class Masked(nn.Module):
+    class Padded(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             mask = torch.zeros(2, 1, 1, 300).expand(2, 4, 300, 300)
             return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
 
     x = torch.randn(2, 4, 300, 8)
-    model = Masked()
+    model = Padded()
     with torch.no_grad(), attnx.capture(model, keep="qk") as trace:
         model(x)
     trace.save(tmp_path / "trace.safetensors")
@@ -136,6 +146,60 @@ def test_a_broadcast_mask_is_stored_small(tmp_path: Path) -> None:
     loaded = attnx.Trace.load(tmp_path / "trace.safetensors")
     assert isinstance(loaded.kept(0), QKRecord)
     assert torch.equal(loaded[0], trace[0])
+
+
+class Masked(nn.Module):
+    """Three layers with one mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x, x, x, attn_mask=mask, need_weights=False)[0]
+        return x
+
+
+def test_a_mask_of_all_layers_is_stored_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, mask, path = Masked().eval(), torch.randn(256, 256), tmp_path / "trace.safetensors"
+    with torch.no_grad(), attnx.capture(model, keep="qk") as trace:
+        model(torch.randn(1, 256, 8), mask)
+    trace.save(path)
+    assert mask.nbytes < path.stat().st_size < 1.5 * mask.nbytes
+    loaded = attnx.Trace.load(path)
+    assert len({loaded.kept(layer).bias.data_ptr() for layer in loaded}) == 1
+    assert all(torch.equal(loaded[layer], trace[layer]) for layer in trace)
+
+
+def test_a_mask_that_was_written_to_is_neither_saved_nor_moved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, mask = Masked().eval(), torch.randn(16, 16)
+    with torch.no_grad(), attnx.capture(model, keep="qk") as trace:
+        model(torch.randn(2, 16, 8), mask)
+    item = trace.item(0)
+    mask += 1
+    with pytest.raises(ValueError, match="save: q, k or the mask of a layer was modified in place"):
+        trace.save(tmp_path / "trace.safetensors")
+    assert not list(tmp_path.iterdir())
+    for read in (lambda: trace.to("cpu"), lambda: trace.item(0), lambda: item[0]):
+        with pytest.raises(RuntimeError, match="q, k or the mask of a layer was modified in place"):
+            read()
+
+
+def test_another_device_may_not_have_the_backend(tmp_path: Path) -> None:
+    model, images, path = vit(), torch.randn(1, 3, 64, 96), tmp_path / "trace.safetensors"
+    with torch.no_grad(), attnx.capture(model, keep="qk", backend="eager") as trace:
+        model(images)
+    record = trace.kept(0)
+    assert isinstance(record, QKRecord)
+    assert on_device(record, torch.device("cpu")).backend == "eager"
+    assert on_device(record, torch.device("meta")).backend == "auto"
+    trace.save(path)
+    loaded = attnx.Trace.load(path)
+    assert loaded.kept(0).backend == "auto"
+    torch.testing.assert_close(loaded[0], trace[0], rtol=1e-5, atol=1e-7)
 
 
 def test_queries_that_are_expanded_are_stored_whole(tmp_path: Path) -> None:

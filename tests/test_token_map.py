@@ -85,7 +85,7 @@ def test_what_a_token_map_cannot_read(model: nn.Module, images: Tensor) -> None:
         attnx.token_map(trace, 5)
     with pytest.raises(ValueError, match=r"expected a capture with rows=None for to=True; got rows=\[0\]"):
         attnx.token_map(trace, 5, to=True)
-    for token in (25, -26, 1.5, True, None):
+    for token in (25, -26, 1.5, True, None, torch.tensor(2.7), np.array(1.5)):
         with pytest.raises(ValueError, match=r"token: expected an index in -25\.\.24 of layer 'blocks.2.attn'; got"):
             attnx.token_map(trace, token)
     with pytest.raises(KeyError, match="layer 7: expected an index into 3 layers"):
@@ -124,6 +124,37 @@ def test_a_token_beyond_a_smaller_image_is_refused() -> None:
     last = attnx.Extractor(model, method="token", token=-1)
     for image in (large, large, less):
         torch.testing.assert_close(last(image), attnx.token_map(captured(model, image), -1), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("keep", ["auto", "map", "qk"])
+def test_the_last_query_of_images_of_other_sizes(keep: str) -> None:
+    torch.manual_seed(0)
+    small = dict(embed_dim=48, depth=2, num_heads=3, dynamic_img_size=True)
+    model = timm.create_model("vit_tiny_patch16_224", **small).eval()
+    extract = attnx.Extractor(model, query=-1, keep=keep)
+    for side in (64, 64, 96, 32):
+        images = torch.randn(2, 3, side, side)
+        want = attnx.rollout(captured(model, images), query=np.int64(-1))
+        torch.testing.assert_close(extract(images), want, rtol=1e-4, atol=1e-7)
+
+
+def test_a_token_of_a_model_whose_layout_is_given() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.second = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, images: Tensor) -> Tensor:
+            x = images.flatten(2).transpose(1, 2).repeat(1, 1, 3)[..., :8]
+            x = x + self.first(x, x, x)[0]
+            return x + self.second(x, x, x)[0]
+
+    torch.manual_seed(0)
+    model, images, layout = Own().eval(), torch.randn(2, 3, 4, 6), attnx.TokenLayout(prefix=0, grid=(4, 6))
+    want = attnx.token_map(captured(model, images, layout=layout), 5)
+    extract = attnx.Extractor(model, method="token", token=5, layout=layout)
+    torch.testing.assert_close(extract(images), want, rtol=1e-4, atol=1e-7)
 
 
 def test_tokens_of_windows() -> None:

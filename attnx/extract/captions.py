@@ -62,7 +62,7 @@ class CaptionMaps:
 
     def __repr__(self) -> str:
         score = "" if self.score is None else f", score={self.score:+.2f}"
-        return f"CaptionMaps({self.caption.text!r}, {list(self.maps.shape)}{score})"
+        return f"{type(self).__name__}({self.caption.text!r}, {list(self.maps.shape)}{score})"
 
     def _repr_html_(self) -> str:
         """The map of each word, for notebooks."""

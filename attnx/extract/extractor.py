@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import Lock, RLock
-from typing import Any, SupportsIndex
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from attnx.extract.cuda_graphs import Graphs
 from attnx.extract.inputs import check_images, image_call
+from attnx.extract.place import layout_of_tokens
 from attnx.extract.plan import Plan, PlanMismatchError
 from attnx.extract.trial import Trial
 from attnx.methods import cls_map, layer_maps, rollout
 from attnx.methods.maps import cls_layer
 from attnx.methods.queries import renamed
 from attnx.methods.rollout import last_needed
-from attnx.methods.token_map import token_layer, token_map
+from attnx.methods.token_map import token_map
+from attnx.ops.checks import integer
 from attnx.trace.adapters.sharding import is_sharded
 from attnx.trace.capture import capture, uncompiled
 from attnx.trace.layers import Layers, attention_layers, check_model
@@ -106,7 +108,7 @@ class Extractor:
             raise ValueError(f"dtype: expected a floating-point torch.dtype; got {dtype!r}")
         if heads == "each" and method not in ("cls", "token"):
             raise ValueError(f"heads='each' is for methods 'cls' and 'token'; got method {method!r}")
-        if method == "token" and not isinstance(options.get("token"), SupportsIndex):
+        if method == "token" and integer(options.get("token")) is None:
             raise ValueError(f"token: expected the index of a token for method 'token'; got {options.get('token')!r}")
         if model.training:
             raise ValueError("model: expected eval mode; got training mode; call model.eval()")
@@ -269,8 +271,8 @@ class Extractor:
             names = names[self.options.get("start", 0) : names.index(last) + 1]
         elif self.method == "cls" and self.layers is None:
             names = self._last(names, cls_layer(trace))
-        if self.method == "token":
-            row = int(self.options["token"])
+        elif self.method == "token":
+            row = integer(self.options["token"])
         with self._autocast(image):
             self._plan = trial.plan(names, row)
         self._size = image.shape[-2:]
@@ -279,22 +281,26 @@ class Extractor:
 
     def _token_layer(self, image: Tensor) -> str:
         """Name of the layer whose token is read by default. Raise ValueError if there is none over the whole grid."""
-        with self._autocast(image), capture(self.model, rows=0) as trace:
+        given, backend = self._recorder.trace.tokens.given, self._recorder.backend
+        with self._autocast(image), capture(self.model, rows=0, layout=given, backend=backend) as trace:
             self._call(image)
-        layer = token_layer(trace)
-        if layer is None or trace.windows(layer) is not None:
-            got = "none" if layer is None else f"{layer}, which attends in windows: use attnx.capture and token_map"
-            raise ValueError(f"token: expected a layer of self-attention over all patches of an image; got {got}")
-        return self._last(list(trace), layer)[-1].partition("#")[0]
+        layer, _ = layout_of_tokens(trace)
+        if trace.windows(layer) is not None:
+            raise ValueError(
+                "token: expected a layer of self-attention over all patches of an image; "
+                f"got {layer}, which attends in windows: use attnx.capture and token_map"
+            )
+        self._check_last(list(trace), layer)
+        return layer.partition("#")[0]
 
     def _last(self, names: list[str], layer: str) -> list[str]:
-        """The names in the trace of the layer whose token is read; several if a block attends more than once.
+        """The names in the trace of the layer whose token is read; several if a block attends more than once."""
+        self._check_last(names, layer)
+        return [name for name in names if name.partition("#")[0] == layer.partition("#")[0]]
 
-        Raises:
-            RuntimeError: the model's last layer was not intercepted.
-        """
+    def _check_last(self, names: list[str], layer: str) -> None:
+        """Raise RuntimeError if the model's last layer was not intercepted, and another one is read in its place."""
         block = layer.partition("#")[0]
         depth = attention_layers(self.model)
         if block in depth and depth[-1] != block and depth[-1] not in names:
             raise RuntimeError(f"not intercepted: {depth[-1]}, the model's last attention layer; pass layers={block!r}")
-        return [name for name in names if name.partition("#")[0] == block]

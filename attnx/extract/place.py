@@ -16,8 +16,8 @@ class Place:
 
     Attributes:
         index: of the token; None: it is the patch at a place in the picture.
-        x, y: the place, from the left and the top: in pixels, or with `share` in shares of the picture.
-        share: see x, y.
+        x, y: the place, from the left and the top, in pixels.
+        share: True if x and y are shares of what the model sees instead.
     """
 
     index: int | None

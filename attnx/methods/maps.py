@@ -1,12 +1,11 @@
 """Maps of the class token: in one layer, or in every layer of a trace."""
 
 from dataclasses import dataclass
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from attnx.ops.checks import in_range
+from attnx.ops.checks import in_range, integer
 from attnx.ops.reducers import Reduction, fuse_heads
 from attnx.trace.records import LayerRecord
 from attnx.trace.trace import Trace
@@ -167,10 +166,10 @@ def token_row(trace: Trace, layer: str | int, token: int) -> Tensor:
 
 def index_of(token: int, count: int, layer: str | int) -> int:
     """The index of a token, not negative. Raise ValueError unless it is an integer in -count..count - 1."""
-    whole = isinstance(token, SupportsIndex) and not isinstance(token, bool)
-    if not whole or not -count <= int(token) < count:
+    at = integer(token)
+    if at is None or not -count <= at < count:
         raise ValueError(f"token: expected an index in -{count}..{count - 1} of layer {layer!r}; got {token!r}")
-    return int(token) % count
+    return at % count
 
 
 def captured_row(trace: Trace, record: LayerRecord, row: int, count: int, name: str) -> Tensor:

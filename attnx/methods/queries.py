@@ -5,6 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from attnx.ops.checks import integer
 from attnx.ops.reducers import Reduction
 from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord
@@ -60,10 +61,10 @@ def chain_start(
         # After patch merging, the last layer has fewer patches than the layout.
         start[..., layout.prefix : n - layout.suffix] = 1 / (n - layout.prefix - layout.suffix)
         return start, None
-    if query is None or (isinstance(query, int) and not isinstance(query, bool) and -n <= query < n):
-        at = (query or 0) % n
+    at = 0 if query is None else integer(query)
+    if at is not None and -n <= at < n:
         start[..., at] = 1
-        return start, at
+        return start, at % n
     raise ValueError(f"query: expected 'all', 'mean' or an index in -{n}..{n - 1}; got {query!r}")
 
 

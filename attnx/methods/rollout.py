@@ -9,6 +9,7 @@ from attnx.methods.branches import branch_rollout, branches_of, fuse_branches
 from attnx.methods.chain import self_attention
 from attnx.methods.maps import fusion, inverse
 from attnx.methods.queries import chain_start, over_patches, renamed
+from attnx.ops.checks import integer
 from attnx.ops.reducers import Reduction
 from attnx.trace.layers import Layers
 from attnx.trace.records import LayerRecord, MapRecord
@@ -189,7 +190,10 @@ def _rollout(
 
 
 def last_needed(trace: Trace, *, query: str | int | None = None, **options: Any) -> tuple[str, int | None]:
-    """The last layer that `rollout` with these options reads, and the only row that it reads there (None: all)."""
+    """The last layer that `rollout` with these options reads, and the only row that it reads there (None: all).
+
+    A negative row stays negative, so that it holds for images of another size.
+    """
     if branches_of(trace) is not None:
         return list(trace)[-1], None
     chain = self_attention(trace)
@@ -198,7 +202,7 @@ def last_needed(trace: Trace, *, query: str | int | None = None, **options: Any)
         return chain.pool[0], None
     row = chain_start(layers[-1][1], None, Reduction.EACH, query, layout)[1]
     alone = options.get("preset") is None and not options.get("discard") and options.get("start", 0) < len(layers)
-    return layers[-1][0], row if alone else None
+    return layers[-1][0], (integer(query) or 0) if alone and row is not None else None
 
 
 def _check_defaults(**options: Any) -> None:

@@ -129,20 +129,30 @@ def check_gradient(grad: Tensor, q: Tensor, v: Tensor) -> None:
         raise ValueError(f"grad: expected {q.dtype} {list(shape)} on {q.device}; got {came}")
 
 
+def integer(value: object) -> int | None:
+    """The value as an int; None for a flag, a fraction or another type."""
+    try:
+        return None if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def row_indices(rows: int | Sequence[int] | Tensor) -> tuple[int, ...]:
     """The indices of the chosen rows, as given; one integer is one row.
 
     Raises:
         ValueError: not integers, or none.
     """
+    expected = "rows: expected an integer or a sequence of integers"
     try:
         values: Any = rows
         given = (values,) if isinstance(rows, int) or getattr(rows, "ndim", 1) == 0 else tuple(values)
-        if any(isinstance(row, bool) for row in given):
-            raise TypeError("a flag is no index")
-        chosen = tuple(map(index, given))
     except TypeError as error:
-        raise ValueError(f"rows: expected an integer or a sequence of integers; got {rows!r}") from error
+        raise ValueError(f"{expected}; got {rows!r}") from error
+    found = [integer(row) for row in given]
+    chosen = tuple(row for row in found if row is not None)
+    if len(chosen) < len(given):
+        raise ValueError(f"{expected}; got {rows!r}")
     if not chosen:
         raise ValueError("rows: expected at least one row, or None for all; got none")
     return chosen

@@ -25,7 +25,7 @@ class GradientRecord:
     Attributes:
         shape: shape of the map.
         held: the detached tensors from which `weigh` computes the map.
-        weigh: gradient of `out` -> the map; None: no map is stored.
+        weigh: gradient of `out` -> the map; None: no map is computed any more, or none at all.
         out: output of the attention, or its weights, with its graph; None once the graph was freed.
         amap: the map; None before the first backward pass.
         importance: gradient of `out` -> the importance of the rows, which is added to `stats`; None: not computed.
@@ -39,6 +39,11 @@ class GradientRecord:
     amap: Tensor | None = None
     importance: Callable[[Tensor], Tensor] | None = None
     stats: RowStats | None = None
+
+    @staticmethod
+    def finished(amap: Tensor) -> "GradientRecord":
+        """A record of a map that a backward pass has computed, without the tensors that it was computed from."""
+        return GradientRecord(tuple(amap.shape), (), None, None, amap)
 
     def note(self, grad: Tensor) -> None:
         """Compute the map and the importance; a hook that autograd calls with the gradient of `out`."""
@@ -56,7 +61,7 @@ class GradientRecord:
     @property
     def device(self) -> torch.device:
         """Device of the stored tensors."""
-        return self.held[0].device
+        return next(t for t in (*self.held, self.amap) if t is not None).device
 
     @property
     def nbytes(self) -> int:
@@ -68,9 +73,14 @@ class GradientRecord:
         """False: the rows are weighted by gradients."""
         return False
 
+    @property
+    def has_no_map(self) -> bool:
+        """True if no map is stored: keep="stats"."""
+        return self.weigh is None and self.amap is None
+
     def map(self) -> Tensor:
         """The map. Raises RuntimeError before the backward pass, or if none is stored."""
-        if self.weigh is None:
+        if self.has_no_map:
             raise RuntimeError(NO_MAP)
         if self.amap is None:
             raise RuntimeError("no gradient reached this layer: call trace.backward(score) or score.backward()")

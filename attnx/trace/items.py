@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnx.trace.gradient_record import GradientRecord
 from attnx.trace.pass_tokens import PassTokens
-from attnx.trace.qk_record import QKRecord
+from attnx.trace.qk_record import QKRecord, versions_of
 from attnx.trace.records import LayerRecord, MapRecord, RowsRecord, without_rows
 from attnx.trace.row_stats import RowStats
 
@@ -65,20 +65,15 @@ def _of_items(record: LayerRecord, items: slice, rows: int | None, columns: int 
         rows, columns: number of rows and columns of the map to keep; None: all.
     """
     if isinstance(record, QKRecord):
-        return replace(
-            record,
-            q=record.q[items, :, :rows],
-            k=record.k[items, :, :columns],
-            lse=record.lse[items, :, :rows],
-            bias=_of_bias(record.bias, items, rows, columns),
-            versions=(),
-        )
+        record.check_unchanged()
+        q, k, bias = record.q[items, :, :rows], record.k[items, :, :columns], record.bias
+        bias = _of_bias(bias, items, rows, columns)
+        return replace(record, q=q, k=k, lse=record.lse[items, :, :rows], bias=bias, versions=versions_of(q, k, bias))
     if isinstance(record, GradientRecord):
-        if record.weigh is None:
+        if record.has_no_map:
             shape = items.stop - items.start, rows or record.shape[-2], record.shape[-1]
             return without_rows(shape, record.device)
-        amap = record.map()[items][..., :rows, :columns]
-        return replace(record, shape=tuple(amap.shape), held=(amap,), out=None, amap=amap)
+        return GradientRecord.finished(record.map()[items][..., :rows, :columns])
     if isinstance(record, RowsRecord):
         return replace(record, amap=record.amap[items][..., :columns])
     rows_sum_to_one = record.rows_sum_to_one and rows is None and columns is None

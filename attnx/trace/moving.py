@@ -17,13 +17,15 @@ def on_device(record: LayerRecord, device: torch.device) -> LayerRecord:
         moved: dict[str, Any] = {
             name: _moved(getattr(record, name), device) for name in ("q", "k", "lse", "bias", "sinks", "rows")
         }
-        # A tensor that stays is the same object, so its version still counts.
-        return replace(record, **moved, versions=record.versions if moved["q"] is record.q else ())
+        record.check_unchanged()
+        if moved["q"] is not record.q:
+            # The copies have no history. Another device may not have the backend.
+            moved |= dict(versions=(), backend="auto" if device.type != record.device.type else record.backend)
+        return replace(record, **moved)
     if isinstance(record, GradientRecord):
-        if record.weigh is None:
+        if record.has_no_map:
             return without_rows(record.shape, device)
-        amap = record.map().to(device)
-        return replace(record, held=(amap,), out=None, amap=amap)
+        return GradientRecord.finished(record.map().to(device))
     if isinstance(record, RowsRecord):
         return replace(record, amap=record.amap.to(device))
     return MapRecord(record.map().to(device), record.rows_sum_to_one)

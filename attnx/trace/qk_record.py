@@ -77,9 +77,10 @@ class QKRecord:
         if self.is_causal:
             return self.map()[..., i]
         key, call = slice(i % count, i % count + 1), self._call()
-        bias = None if self.bias is None or self.bias.shape[-1] == 1 else self.bias[..., key]
+        if self.bias is not None and self.bias.shape[-1] > 1:
+            call["bias"] = self.bias[..., key]
         # The weights are exp(score - lse), where lse is over all keys.
-        call |= dict(heads=self.heads, rows=self.rows, lse=self.lse) | ({} if bias is None else dict(bias=bias))
+        call |= dict(heads=self.heads, rows=self.rows, lse=self.lse)
         with no_autocast(self.q):
             return attention_map(self.q, self.k[:, :, key], **call)[..., 0]
 
@@ -115,11 +116,15 @@ class QKRecord:
         with no_autocast(self.q):
             return attention_map(self.q, self.k, **self._call(), heads=self.heads, rows=rows, lse=self.lse)
 
-    def _call(self) -> dict[str, Any]:
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if q, k or the mask was modified in place after the layer ran."""
         if self.versions and versions_of(self.q, self.k, self.bias) != self.versions:
             raise RuntimeError(
                 "q, k or the mask of a layer was modified in place after the layer ran; capture with keep='map'"
             )
+
+    def _call(self) -> dict[str, Any]:
+        self.check_unchanged()
         beyond = dict(softcap=self.softcap, sinks=self.sinks)
         given = {name: value for name, value in beyond.items() if value is not None}
         return dict(bias=self.bias, is_causal=self.is_causal, scale=self.scale, backend=self.backend, **given)

@@ -184,7 +184,7 @@ class Recorder:
         if facts is not None:
             self.trace.tokens.note(layer, facts)
         alone = self.stop_row is not None and layer == self.stop_after and self.trace.rows is None
-        chosen = (self.stop_row or 0,) if alone else self.trace.rows
+        chosen = in_range((self.stop_row or 0,), p.shape[2]) if alone else self.trace.rows
         record: LayerRecord
         wanted = self._wanted(layer, (len(p), *p.shape[2:]), p.device)
         try:
@@ -260,7 +260,8 @@ class Recorder:
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{layer}: {error}") from error
         whole = self.trace.rows is None  # otherwise the trace holds only this row in any case
-        self.trace.add(layer, RowsRecord(amap, (self.stop_row or 0,), queries) if whole else amap, queries)
+        row = in_range((self.stop_row or 0,), queries)
+        self.trace.add(layer, RowsRecord(amap, row, queries) if whole else amap, queries)
         raise StopForward
 
     def _index(self, rows: tuple[int, ...], q: Tensor) -> Tensor:

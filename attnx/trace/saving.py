@@ -21,7 +21,34 @@ from attnx.trace.trace import Trace
 from attnx.trace.windows import Windows
 
 _FORMAT = "attnx trace 1"
-_OPTIONS = ("is_causal", "scale", "heads", "backend", "softcap")  # of a QKRecord
+# Of a QKRecord. Its backend is left out: the machine that reads the file may not have it.
+_OPTIONS = ("is_causal", "scale", "heads", "softcap")
+_TENSORS = ("q", "k", "lse", "bias", "sinks", "rows")
+
+
+class _Tensors:
+    """The tensors of a file by name. A tensor that several layers share, such as a mask, is stored once."""
+
+    def __init__(self) -> None:
+        self.named: dict[str, Tensor] = {}
+        self._names: dict[tuple[Any, ...], str] = {}
+        self._given: list[Tensor] = []  # kept alive, since addresses tell tensors apart
+        self._storages: set[int] = set()
+
+    def add(self, name: str, tensor: Tensor) -> str:
+        """The name under which the tensor is stored."""
+        tensor = tensor.detach()
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key not in self._names:
+            stored = tensor.contiguous()
+            if stored.untyped_storage().data_ptr() in self._storages:
+                # safetensors refuses tensors that share memory.
+                stored = stored.clone()
+            self._given.append(tensor)
+            self._storages.add(stored.untyped_storage().data_ptr())
+            self.named[name] = stored
+            self._names[key] = name
+        return self._names[key]
 
 
 def save(trace: Trace, path: Path) -> None:
@@ -32,9 +59,8 @@ def save(trace: Trace, path: Path) -> None:
         raise ValueError(f"save: expected a trace of one pass; got {len(trace.calls)}; save each of trace.calls")
     if not len(trace):
         raise ValueError("save: expected a trace with layers; got none")
-    tensors: dict[str, Tensor] = {}
-    known: dict[int, str] = {}  # {id of an index of windows: its name}
-    layers = [_layer(trace, name, f"{i}.", tensors, known) for i, name in enumerate(trace)]
+    tensors = _Tensors()
+    layers = [_layer(trace, name, f"{i}.", tensors) for i, name in enumerate(trace)]
     tokens, given = trace.tokens, trace.tokens.given
     about = {
         "heads": trace.heads, "rows": trace.rows, "in_a_row": trace.in_a_row, "layers": layers,
@@ -44,7 +70,7 @@ def save(trace: Trace, path: Path) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: expected a file in a folder that exists; {path.parent} does not")
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={_FORMAT: json.dumps(about)})
+        save_file(tensors.named, temporary, metadata={_FORMAT: json.dumps(about)})
 
 
 def load(path: Path, device: str | torch.device) -> Trace:
@@ -76,25 +102,20 @@ def _trace_of(facts: dict[str, Any], tensors: dict[str, Tensor], device: torch.d
     tokens = LoadedTokens(given, layers, facts["attending"], facts["mixing"])
     tokens.beside, tokens.ran = [(a, b) for a, b in facts["beside"]], set(facts["ran"])
     trace.tokens, trace.in_a_row = tokens, facts["in_a_row"]
-    for i, each in enumerate(facts["layers"]):
+    for each in facts["layers"]:
         stats = each["stats"]
-        named = None if stats is None else {name: tensors[f"{i}.stats.{name}"] for name in stats["names"]}
+        named = None if stats is None else {stat: tensors[name] for stat, name in stats["names"].items()}
         row_stats = None if stats is None else RowStats(named or {}, stats["missing"])
-        trace.add(each["name"], _record_of(each["record"], f"{i}.", tensors, device), stats=row_stats)
+        trace.add(each["name"], _record_of(each["record"], tensors, device), stats=row_stats)
     return trace
 
 
-def _layer(trace: Trace, name: str, prefix: str, tensors: dict[str, Tensor], known: dict[int, str]) -> dict[str, Any]:
+def _layer(trace: Trace, name: str, prefix: str, tensors: _Tensors) -> dict[str, Any]:
     """The description of a layer; its tensors are added under names that start with `prefix`."""
     queries, keys = trace.sides(name)
-    windows, tokens = trace.windows(name), trace.tokens
-    index = None
-    if windows is not None:
-        index = known.setdefault(id(windows.index), f"{prefix}windows")
-        tensors[index] = windows.index
-    stats = trace.stats.get(name)
-    for stat, values in ({} if stats is None else stats).items():
-        tensors[f"{prefix}stats.{stat}"] = values.contiguous()
+    windows, tokens, stats = trace.windows(name), trace.tokens, trace.stats.get(name)
+    index = None if windows is None else tensors.add(f"{prefix}windows", windows.index)
+    named = {stat: tensors.add(f"{prefix}stats.{stat}", values) for stat, values in (stats or {}).items()}
     branch = tokens.branch(name)
     return {
         "name": name, "record": _describe(trace.kept(name), prefix, tensors),
@@ -104,7 +125,7 @@ def _layer(trace: Trace, name: str, prefix: str, tensors: dict[str, Tensor], kno
         "branch": None if branch is None else asdict(branch),
         "patch_size": [tokens.patch_size(name, side, trace) for side in (queries, keys)],
         "each": tokens.grids_of_items(name, keys, trace),
-        "stats": None if stats is None else {"names": list(stats), "missing": stats.missing},
+        "stats": None if stats is None else {"names": named, "missing": stats.missing},
     }  # fmt: skip
 
 
@@ -129,57 +150,47 @@ def _facts_of(layer: dict[str, Any], tensors: dict[str, Tensor]) -> LayerFacts:
     )  # fmt: skip
 
 
-def _describe(record: LayerRecord, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The kind and the numbers of a record; its tensors are added."""
-    if isinstance(record, QKRecord):
-        for name in ("q", "k", "lse", "bias", "sinks", "rows"):
-            tensor = getattr(record, name)
-            if tensor is not None:
-                stored = _compact(tensor.detach()) if name == "bias" else tensor.detach().contiguous()
-                # Two names for one memory are no safetensors file.
-                known = {other.untyped_storage().data_ptr() for other in tensors.values()}
-                tensors[prefix + name] = stored.clone() if stored.untyped_storage().data_ptr() in known else stored
-        return {"kind": "qk"} | {name: getattr(record, name) for name in _OPTIONS}
-    if isinstance(record, GradientRecord) and record.weigh is None:
-        return {"kind": "none", "shape": record.shape}
-    if isinstance(record, RowsRecord):
-        tensors[prefix + "map"] = record.amap.contiguous()
-        return {"kind": "rows", "rows": record.rows, "queries": record.queries}
+def _describe(record: LayerRecord, prefix: str, tensors: _Tensors) -> dict[str, Any]:
+    """The kind and the numbers of a record, and the names of its tensors, which are added."""
     try:
-        tensors[prefix + "map"] = record.map().detach().contiguous()
+        if isinstance(record, QKRecord):
+            record.check_unchanged()
+            of = {name: getattr(record, name) for name in _TENSORS}
+            of["bias"] = None if record.bias is None else _unexpanded(record.bias)
+            named = {name: tensors.add(prefix + name, tensor) for name, tensor in of.items() if tensor is not None}
+            return {"kind": "qk", "tensors": named} | {name: getattr(record, name) for name in _OPTIONS}
+        if isinstance(record, GradientRecord) and record.has_no_map:
+            return {"kind": "none", "shape": record.shape}
+        if isinstance(record, RowsRecord):
+            name = tensors.add(prefix + "map", record.amap)
+            return {"kind": "rows", "map": name, "rows": record.rows, "queries": record.queries}
+        name = tensors.add(prefix + "map", record.map())
     except RuntimeError as error:
         raise ValueError(f"save: {error}") from error
     kind = "gradient" if isinstance(record, GradientRecord) else "map"
-    return {"kind": kind, "rows_sum_to_one": record.rows_sum_to_one}
+    return {"kind": kind, "map": name, "rows_sum_to_one": record.rows_sum_to_one}
 
 
-def _record_of(about: dict[str, Any], prefix: str, tensors: dict[str, Tensor], device: torch.device) -> LayerRecord:
+def _record_of(about: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> LayerRecord:
     kind = about["kind"]
     if kind == "qk":
-        q, k, lse = (tensors[prefix + name] for name in ("q", "k", "lse"))
-        bias, sinks, rows = (tensors.get(prefix + name) for name in ("bias", "sinks", "rows"))
+        of = {name: tensors[stored] for name, stored in about["tensors"].items()}
         options = {name: about[name] for name in _OPTIONS}
-        return QKRecord(q, k, lse, bias, sinks=sinks, rows=rows, versions=versions_of(q, k, bias), **options)
+        return QKRecord(**{"bias": None} | of | options, versions=versions_of(of["q"], of["k"], of.get("bias")))
     if kind == "none":
         return without_rows(about["shape"], device)
-    amap = tensors[prefix + "map"]
+    amap = tensors[about["map"]]
     if kind == "rows":
         return RowsRecord(amap, tuple(about["rows"]), about["queries"])
-    if kind == "gradient":
-        return GradientRecord(tuple(amap.shape), (amap,), _no_backward, None, amap)
-    return MapRecord(amap, about["rows_sum_to_one"])
+    return GradientRecord.finished(amap) if kind == "gradient" else MapRecord(amap, about["rows_sum_to_one"])
 
 
-def _no_backward(grad: Tensor) -> Tensor:
-    raise RuntimeError("a loaded trace has no graph, so no backward pass reaches it")
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    """The tensor with size 1 in the dimensions that were expanded, contiguous."""
+def _unexpanded(tensor: Tensor) -> Tensor:
+    """The tensor with size 1 in the dimensions that were expanded."""
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim]:
             tensor = tensor.narrow(dim, 0, 1)
-    return tensor.contiguous()
+    return tensor
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

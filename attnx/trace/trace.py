@@ -243,7 +243,7 @@ class Trace(LayerTokens):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Trace":
-        """The trace in a file written by `save`. Methods give what they give of the original.
+        """The trace in a file written by `save`. Methods give what they give of the original, with backend="auto".
 
         Raises:
             FileNotFoundError: no such file.
