@@ -72,7 +72,7 @@ class MapRow:
     max: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
     mass: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
     importance: np.ndarray | None = field(default=None, metadata=_stored("list<float32>", "stats"))
-    sums_pieces: bool = field(default=False, metadata={"only": "attnx.open"})
+    sums_pieces: bool = False
 
     def __repr__(self) -> str:
         found = "no map" if self.map is None else list(self.map.shape)
@@ -119,7 +119,7 @@ def schema(dtype: str, captions: bool, stats: Sequence[str] = ()) -> pa.Schema:
     columns: dict[str, pa.DataType] = {}
     for each in fields(MapRow):
         has = {"": True, "maps": not stats, "captions": captions, "stats": each.name in stats}
-        if not has.get(each.metadata["only"]):
+        if not each.metadata or not has[each.metadata["only"]]:
             continue
         if each.metadata["arrow"] == "map":
             columns |= {"map": pa.list_(_type(dtype)), "shape": pa.list_(pa.int32()), "scale": pa.float32()}
