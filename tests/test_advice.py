@@ -23,6 +23,7 @@ def command(
     checkpoint: str | None = None,
     image_size: str | None = None,
     compile: Annotated[bool, typer.Option("--compile")] = False,
+    plain: Annotated[bool, typer.Option("--plain/--coloured")] = False,
 ) -> None: ...
 
 
@@ -35,6 +36,13 @@ def command(
         ("pass checkpoint=FILE with weights, pretrained=False", "pass --checkpoint FILE with weights, --no-pretrained"),
         ("image_size=(224, 448)", "--image-size 224x448"),
         ("set compile=True", "set --compile"),
+        ("set compile=False", "set compile=False"),
+        ("set plain=True", "set --plain"),
+        ("set plain=False", "set --coloured"),
+        ("layers=(0, 1)", "--layers 0 --layers 1"),
+        ("layers=[0, 1]", "--layers 0 --layers 1"),
+        ("got layers=[] and layers=()", "got layers=[] and layers=()"),
+        ("image_size=224", "--image-size 224"),
         ("got rows=None and layer=3", "got rows=None and layer=3"),
         ("source='x'", "source='x'"),
         ("x == 3, a_layers=3, f(layers=3)", "x == 3, a_layers=3, f(layers=3)"),

@@ -33,6 +33,14 @@ def test_a_dry_run_tells_and_leaves_nothing(photos: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("token", ["x", "200%,5%", "0.5,0.5"])
+def test_a_wrong_token_is_told_before_the_model_is_loaded(
+    token: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attnx.jobs.recipe.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert "--token: expected" in fails("extract", photos, "--out", tmp_path / "out", "--token", token)
+
+
 def test_run_again_it_goes_on(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = run("extract", photos, "--out", out, *CPU, "--shard-size", 3)

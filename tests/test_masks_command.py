@@ -2,6 +2,8 @@
 
 import json
 import re
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +16,12 @@ from small_job import draw, made_job
 from test_cli import fails, run
 
 import attnx
-from attnx.images import ImageError, upright_size
+from attnx.images import ImageError, read_image, upright_size
 from attnx.jobs.columns import MapRow
 from attnx.jobs.mask_files import Masks
 from attnx.jobs.mask_images import mask_image
 from attnx.jobs.packing import Format
+from attnx.jobs.reader import Maps
 from attnx.jobs.shards import write_part
 
 COUNT = 7
@@ -128,6 +131,28 @@ def test_a_run_continues(out: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".*"))
 
 
+def test_a_run_without_missing_masks_reads_no_map(
+    out: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("masks", out, "--out", tmp_path, "--workers", 0)
+    groups_of, read = Maps.groups_of, []
+
+    def counted(self: Maps, shard: int, errors_only: bool = False) -> object:
+        read.extend([] if errors_only else [shard])
+        return groups_of(self, shard, errors_only)
+
+    monkeypatch.setattr(Maps, "groups_of", counted)
+    for share in ((), ("--root", photos)):
+        result = run("masks", out, "--out", tmp_path, "--workers", 0, *share)
+        assert result.output.strip() == f"0 masks in {tmp_path}, 6 there before, 1 rows without a map"
+    assert read == []
+    (tmp_path / "004.png").unlink()
+    assert (
+        f"1 masks in {tmp_path}, 5 there before, 1 rows" in run("masks", out, "--out", tmp_path, "--workers", 0).output
+    )
+    assert read == [1]
+
+
 def test_other_settings_are_refused(out: Path, photos: Path, tmp_path: Path) -> None:
     run("masks", out, "--out", tmp_path / "m", "--workers", 0)
     told = fails("masks", out, "--out", tmp_path / "m", "--kind", "mass")
@@ -199,8 +224,56 @@ def test_the_upright_size_is_that_of_the_header(tmp_path: Path) -> None:
         Image.new("RGB", (8, 6)).save(tmp_path / f"b.{suffix}")
         assert upright_size(tmp_path / f"b.{suffix}") == (8, 6)
     (tmp_path / "c.jpg").write_text("no image")
-    with pytest.raises(ImageError, match="can't be read as an image"):
-        upright_size(tmp_path / "c.jpg")
+    told = []
+    for read in (upright_size, read_image):
+        with pytest.raises(ImageError, match="can't be read as an image") as error:
+            read(tmp_path / "c.jpg")
+        told.append(str(error.value))
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [0, *range(1, 10)])
+def test_the_upright_size_is_that_of_the_picture(tmp_path: Path, suffix: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (8, 6)).save(path, exif=exif)
+    assert upright_size(path) == read_image(path).size == ((6, 8) if 5 <= orientation <= 8 else (8, 6))
+
+
+def exif_block(kind: int, value: bytes) -> bytes:
+    """EXIF with an orientation of a TIFF type, in 4 bytes."""
+    return b"MM\0*" + struct.pack(">IHHHI4sI", 8, 1, 0x0112, kind, 1, value, 0)
+
+
+def test_an_orientation_that_is_no_number_counts_as_upright(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (8, 6)).save(path, exif=b"Exif\0\0" + exif_block(2, b"x\0\0\0"))
+    with Image.open(path) as image:
+        assert image.getexif()[0x0112] == "x"
+    assert upright_size(path) == read_image(path).size == (8, 6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "turned"),
+    [
+        (b"eXIf", exif_block(3, b"\0\6\0\0"), True),
+        (b"eXIf", exif_block(3, b"\0\3\0\0"), False),
+        (b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>', True),
+        (b"tEXt", b"Comment\0six", False),
+    ],
+)
+def test_an_orientation_after_the_pixels_of_a_png(tmp_path: Path, kind: bytes, data: bytes, turned: bool) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 6)).save(path)
+    content, end = path.read_bytes()[:-12], path.read_bytes()[-12:]
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    path.write_bytes(content + chunk + end)
+    assert upright_size(path) == read_image(path).size == ((6, 8) if turned else (8, 6))
+    if kind == b"eXIf":
+        with pytest.raises(ImageError, match="expected at most 47 pixels"):
+            upright_size(path, 47)
 
 
 def test_the_settings_name_the_job(out: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Maps beside their photos: `Maps.to_torch` with images."""
 
+import dataclasses
 import doctest
 import pickle
 import tarfile
@@ -99,6 +100,12 @@ def test_photos_that_were_moved(tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "after" / "000.jpg")
     with pytest.raises(ValueError, match=r"^000\.jpg: expected a photo of 50 x 40 pixels.*got 9 x 9"):
         data[0]
+
+
+def test_a_row_without_a_crop(photos: Path, out: Path) -> None:
+    maps = attnx.open(out)
+    with pytest.raises(ValueError, match=r"^000\.jpg: expected a row with a crop; got none"):
+        Photos(maps, photos)(0, dataclasses.replace(maps[0], crop=None))
 
 
 def test_a_tar_as_source(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def extract(
     becomes a row with an error, and the job continues. manifest.parquet is the list of images, fixed by the first run.
     run.json has the settings; a later run with other settings is an error.
     """
+    from attnx.extract.place import Place
     from attnx.jobs.packing import DTYPES, STORES
     from attnx.jobs.recipe import ExtractRecipe
     from attnx.jobs.sources import open_source
@@ -116,6 +117,9 @@ def extract(
     if store != "map" and (method, heads, compile, token) != (None, "mean", False, None):
         raise ValueError(f"method, heads, compile, token: only for --store map; got --store {store}")
     method = method_of(method, token)
+    if token is not None:
+        # The recipe parses it after the model is loaded.
+        Place.parse(token)
     notice, model = named_model(model)
     images = open_source(source, kind, root, split)
     recipe = ExtractRecipe(

@@ -109,20 +109,19 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            with options_of(command):
+        with options_of(command):
+            try:
                 command(*args, **kwargs)
-        except (typer.Exit, UsageError):
-            raise
-        except KeyboardInterrupt as error:
-            # typer would discard the signal number.
-            raise typer.Exit(128 + getattr(error, "number", signal.SIGINT)) from None
-        except Exception as error:
-            if os.environ.get("ATTNX_TRACEBACK"):
-                traceback.print_exc()
-            with options_of(command):
+            except (typer.Exit, UsageError):
+                raise
+            except KeyboardInterrupt as error:
+                # typer would discard the signal number.
+                raise typer.Exit(128 + getattr(error, "number", signal.SIGINT)) from None
+            except Exception as error:
+                if os.environ.get("ATTNX_TRACEBACK"):
+                    traceback.print_exc()
                 say(in_options(_message_of(command.__name__, error)))
-            raise typer.Exit(2) from None
+                raise typer.Exit(2) from None
 
     return run
 

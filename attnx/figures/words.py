@@ -11,7 +11,6 @@ from attnx.figures.picture import overlay, save
 from attnx.figures.sheets import captioned, contact_sheet
 from attnx.figures.style import Style
 from attnx.files import replacing
-from attnx.images import large_images, read_scaled
 from attnx.jobs.tasks import WordTask
 
 if TYPE_CHECKING:
@@ -47,10 +46,11 @@ def draw_pairs(out: Path, runtime: "Runtime", style: Style) -> None:
     """
     import torch
 
-    from attnx.jobs.job import Job
+    from attnx.jobs.photos import Photos
     from attnx.jobs.reader import Maps
 
-    job, maps, read = Job(out), Maps(out), runtime.recipe.open_source().reader()
+    maps = Maps(out)
+    photos = Photos(maps)
     assert isinstance(runtime.task, WordTask)
     folder = out / "pictures"
     folder.mkdir(exist_ok=True)
@@ -65,9 +65,8 @@ def draw_pairs(out: Path, runtime: "Runtime", style: Style) -> None:
         if path.exists():
             continue
         found = runtime.task.result(caption, torch.from_numpy(row.map), row.score)
-        with large_images(runtime.recipe.max_pixels):
-            picture, _ = read_scaled(*read(job.entry(number)), max_pixels=runtime.recipe.max_pixels)
-        save(words_sheet(picture, found, style), path)
+        # The crop of a job of captions is the whole photo.
+        save(words_sheet(photos(place, row), found, style), path)
 
 
 def words_sheet(picture: "Image", found: "CaptionMaps", style: Style) -> "Image":

@@ -23,22 +23,16 @@ def heat_tag(values: np.ndarray, title: str = "", side: int = 64) -> str:
         return f"<i>{escape(title)}: no finite values</i>"
     low, high = float(values[finite].min()), float(values[finite].max())
     shares = (np.where(finite, values, low) - low) / (high - low) if high > low else np.zeros(values.shape)
-    return picture_tag(Image.fromarray((255 * shares).round().astype(np.uint8)), title, side)
+    buffer = io.BytesIO()
+    Image.fromarray((255 * shares).round().astype(np.uint8)).save(buffer, format="PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    scale = side / max(values.shape)
+    height, width = (max(1, round(n * scale)) for n in values.shape)
+    size, style = f'width="{width}" height="{height}"', 'style="image-rendering:pixelated;display:inline-block"'
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(title)}" title="{escape(title)}" {size} {style}>'
 
 
 def titled_heat(title: str, values: np.ndarray, side: int = 96) -> str:
     """An inline block of HTML with a map [h, w] and its title below it."""
     block = "display:inline-block;margin:4px;text-align:center"
     return f'<div style="{block}">{heat_tag(values, title, side)}<br>{escape(title)}</div>'
-
-
-def picture_tag(picture: Image.Image, title: str = "", side: int | None = None) -> str:
-    """An HTML <img> with the picture inside it as PNG; `side`: pixels of its longer side as shown."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    width, height = picture.size
-    scale = 1 if side is None else side / max(width, height)
-    size = f'width="{max(1, round(width * scale))}" height="{max(1, round(height * scale))}"'
-    style = 'style="image-rendering:pixelated;display:inline-block"'
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(title)}" title="{escape(title)}" {size} {style}>'

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO, cast
 
 import numpy as np
-from PIL import ExifTags, Image, JpegImagePlugin
+from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin
 
 from attnx.files import open_regular
 from attnx.images.formats import installed_formats
@@ -15,6 +15,9 @@ from attnx.images.formats import installed_formats
 _STRIP_PIXELS = 2**20  # pixels of a 16-bit picture that are scaled at once
 _TURNED = (5, 6, 7, 8)  # orientations in EXIF that exchange width and height
 _HEADER_BYTES = 2**16
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts of a PNG in which Pillow finds an orientation
+_TEXT_BYTES = max(map(len, _TEXTS))
 _MESSAGE_LENGTH = 200  # most characters of a decoder's message in an error
 
 # Transpositions that turn a picture of each EXIF orientation upright.
@@ -72,45 +75,52 @@ def read_scaled(
     return _read(path, content, max_pixels, scaled=True)
 
 
-def upright_size(path: str | Path) -> tuple[int, int]:
-    """The (width, height) of the upright picture in a file, from its header. No pixels are decoded.
+def upright_size(path: str | Path, max_pixels: int | None = None) -> tuple[int, int]:
+    """The (width, height) of the upright picture in a file, as `read_scaled` gives it, from its header.
+
+    Pixels are decoded only for a PNG that may have its orientation after them.
+
+    Args:
+        path: as in `read_image`.
+        max_pixels: the most pixels of a PNG that is decoded.
 
     Raises:
-        ImageError: the file has no header of an image.
+        ImageError: the file has no header of an image, or a PNG that has to be decoded can't be.
     """
-    try:
-        with open_regular(path) as file:
-            _check_header(file)
-            with Image.open(file, formats=installed_formats()) as image:
-                # PngImageFile.getexif would decode the pixels, to find what comes after them.
-                turned = int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)) in _TURNED
-                return image.size[::-1] if turned else image.size
-    # Decoders raise nearly any exception for broken data.
-    except Exception as error:
-        raise ImageError(f"{path}: can't be read as an image: {type(error).__name__}: {error}") from error
+    with _opened(path, None) as source:
+        _check_header(source)
+        if not _has_late_orientation(source):
+            with Image.open(source, formats=installed_formats()) as image:
+                return _turned_size(_stored_size(image), _orientation(image))
+    return read_scaled(path, max_pixels=max_pixels)[1]
 
 
 def _read(
     path: str | Path, content: IO[bytes] | None, max_pixels: int | None, scaled: bool
 ) -> tuple[Image.Image, tuple[int, int]]:
+    with _opened(path, content) as source:
+        picture, orientation, size = _decode(source, max_pixels, scaled)
+        if orientation in _UPRIGHT:
+            picture = picture.transpose(_UPRIGHT[orientation])
+    picture.info = {}
+    return picture, _turned_size(size, orientation)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, content: IO[bytes] | None) -> Iterator[IO[bytes]]:
+    """The content, or the file at the path. Inside the `with`, every error becomes an ImageError with the path."""
     source = content
     try:
         with contextlib.ExitStack() as opened:
             if source is None:
                 source = opened.enter_context(open_regular(path))
-            picture, orientation, size = _decode(source, max_pixels, scaled)
-        turn = _UPRIGHT.get(orientation)
-        if turn is not None:
-            picture = picture.transpose(turn)
+            yield source
     # Decoders raise nearly any exception for broken data: SyntaxError, EOFError, struct.error, KeyError.
     except Exception as error:
         # Pillow's messages have the address of the file object, which differs between runs.
         message = str(error).replace(f" {source!r}", "").removeprefix(f"{path}: ")
         message = message if len(message) <= _MESSAGE_LENGTH else f"{message[: _MESSAGE_LENGTH - 1]}…"
         raise ImageError(f"{path}: can't be read as an image: {type(error).__name__}: {message}") from error
-    picture.info = {}
-    # Orientations 5 to 8 swap width and height.
-    return picture, size[::-1] if turn is not None and orientation >= 5 else size
 
 
 def _decode(source: IO[bytes], max_pixels: int | None, scaled: bool) -> tuple[Image.Image, int, tuple[int, int]]:
@@ -162,11 +172,41 @@ def large_images(max_pixels: int | None) -> Iterator[None]:
 
 
 def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image in what was read of it; 1 if it has none that can be parsed."""
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        # PngImageFile.getexif would decode the pixels, to find what comes after them.
+        return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
     # A broken EXIF block must not make the pixels unusable.
     except Exception:
         return 1
+
+
+def _turned_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return size[::-1] if orientation in _TURNED else size
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """The (width, height) of an image before it is turned."""
+    # Of a TIFF, recent versions of Pillow give the upright one.
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
+    return image.size
+
+
+def _has_late_orientation(source: IO[bytes]) -> bool:
+    """True for a PNG with a chunk after its pixels that may have an orientation. The source is left at its start."""
+    place, pixels, found = len(_PNG), False, False
+    if source.read(place) == _PNG:
+        # A chunk is the length of its data, its kind, the data and a checksum.
+        while not found and len(head := source.read(8)) == 8:
+            kind = head[4:]
+            pixels = pixels or kind == b"IDAT"
+            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                found = kind == b"eXIf" or source.read(_TEXT_BYTES).startswith(_TEXTS)
+            place += 12 + int.from_bytes(head[:4], "big")
+            source.seek(place)
+    source.seek(0)
+    return found
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

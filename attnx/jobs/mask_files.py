@@ -104,10 +104,11 @@ class Masks:
         }  # fmt: skip
 
     def write_share(self, share: Share, stopped: Callable[[], bool] = lambda: False) -> MaskReport:
-        """Write the masks of a share of the rows that are not there."""
+        """Write the masks of a share of the rows that are not there. Maps are read only if one is missing."""
+        if (kept := self._all_kept(share)) is not None:
+            return kept
         report = MaskReport()
-        rows = chain.from_iterable(self.maps.groups_of(share.shard))
-        for row in islice(rows, share.first, None, share.step):
+        for row in self._rows(share):
             if stopped():
                 return report
             try:
@@ -119,14 +120,35 @@ class Masks:
                 report.errors.append((row.key, str(error)))
         return report
 
+    def _rows(self, share: Share, errors_only: bool = False) -> Iterator[MapRow]:
+        """The rows of a share. With `errors_only`, maps are not read."""
+        return islice(chain.from_iterable(self.maps.groups_of(share.shard, errors_only)), share.first, None, share.step)
+
+    def _all_kept(self, share: Share) -> MaskReport | None:
+        """The report of a share whose masks are all there; None if one is missing. No map is read."""
+        report = MaskReport()
+        for row in self._rows(share, errors_only=True):
+            try:
+                if row.error is None and not self._target(row.key).is_file():
+                    return None
+            # The key's error belongs to the report, which `_write` makes then.
+            except (ValueError, OSError):
+                return None
+            report.kept += row.error is None
+            report.without += row.error is not None
+        return report
+
+    def _target(self, key: str) -> Path:
+        """The file of a key's mask. Raises ValueError if the key leaves the folder."""
+        if (path := path_of_key(key)) is None:
+            raise ValueError(f"expected a key that is a path below {self.out}")
+        return self.out / self.name_of(path)
+
     def _write(self, row: MapRow, report: MaskReport) -> None:
         if row.map is None:
             report.without += 1
             return
-        path = path_of_key(row.key)
-        if path is None:
-            raise ValueError(f"expected a key that is a path below {self.out}")
-        target = self.out / self.name_of(path)
+        target = self._target(row.key)
         if target.is_file():
             report.kept += 1
             return
@@ -142,7 +164,7 @@ class Masks:
 
 def _size_of(photo: Path) -> tuple[int, int]:
     with large_images(PICTURE_PIXELS):
-        return upright_size(photo)
+        return upright_size(photo, PICTURE_PIXELS)
 
 
 def _is_fatal(error: Exception) -> bool:

@@ -59,7 +59,8 @@ class Photos:
             row: the row at that index, if it is at hand.
 
         Raises:
-            ValueError: the photo can't be read, or has another size than the row says. The message has the key.
+            ValueError: the row has no crop; the photo can't be read, or has another size than the row says. The
+                message has the key.
         """
         row = self.maps[place] if row is None else row
         most = self.maps.settings.get("max_pixels")
@@ -68,7 +69,9 @@ class Photos:
                 picture, size = read_scaled(*self._find(place, row), max_pixels=most)
         except (OSError, ValueError) as error:
             raise ValueError(f"{row.key[:200]}: no photo: {error}") from error
-        if row.crop is None or size != (row.width, row.height):
+        if row.crop is None:
+            raise ValueError(f"{row.key[:200]}: expected a row with a crop; got none")
+        if size != (row.width, row.height):
             expected = f"{row.width} x {row.height} pixels, as the job has read it"
             raise ValueError(f"{row.key[:200]}: expected a photo of {expected}; got {size[0]} x {size[1]}")
         across, down = picture.width / size[0], picture.height / size[1]

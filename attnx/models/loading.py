@@ -25,6 +25,20 @@ _VL_DINO_SIZE = (480, 480)
 _ALBEF_LAYER = 8  # the layer that ALBEF's authors use
 
 
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Silence the hub client, which logs each retry for half a minute; one error at the end is enough."""
+    # Its first import sets the level of its logger.
+    from huggingface_hub.utils import logging as hub
+
+    before = hub.get_verbosity()
+    hub.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        hub.set_verbosity(before)
+
+
 def load(
     name: str,
     *,
@@ -169,6 +183,7 @@ _WEIGHTS = {
 }
 
 
+@_quiet_hub()
 def load_word_model(
     name: str,
     *,
@@ -194,19 +209,6 @@ def load_word_model(
         ValueError: an unknown name, no weights, two files, or a checkpoint that doesn't fit.
         FileNotFoundError: no such file.
     """
-    with _quiet_hub():
-        return _load_words(name, pretrained, checkpoint, vocab, image_size, preset)
-
-
-def _load_words(
-    name: str,
-    pretrained: bool,
-    checkpoint: str | Path | None,
-    vocab: str | Path | None,
-    image_size: int | tuple[int, int] | None,
-    preset: str | None,
-) -> Loaded:
-    """See `load_word_model`."""
     name, checkpoint = word_model(name, checkpoint)
     if preset and image_size is None:
         image_size = _VL_DINO_SIZE if name not in WORD_MODELS else None
@@ -248,20 +250,6 @@ def default_layer(name: str) -> int:
     """The default text layer of maps."""
     name, _ = word_model(name)
     return WORD_MODELS[name].layer if name in WORD_MODELS else _ALBEF_LAYER
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Silence the hub client, which logs each retry for half a minute; one error at the end is enough."""
-    # Its first import sets the level of its logger.
-    from huggingface_hub.utils import logging as hub
-
-    before = hub.get_verbosity()
-    hub.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        hub.set_verbosity(before)
 
 
 def _check_size(name: str, model: nn.Module, size: tuple[int, int]) -> None:
