@@ -117,12 +117,18 @@ def test_scales_of_a_sheet(scale: str) -> None:
     assert sheet.titles == ("head 0", "head 1")
     each = [(float(amap.min()), float(amap.max())) for amap in maps]
     shared = min(low for low, _ in each), max(high for _, high in each)
-    np.testing.assert_allclose(sheet.limits, each if scale == "each" else [shared], rtol=1e-6)
+    if scale == "each":
+        np.testing.assert_allclose(sheet.limits, each, rtol=1e-6)
+        assert sheet.shared is None
+    else:
+        np.testing.assert_allclose(sheet.shared, shared, rtol=1e-6)
+        assert sheet.limits == ()
     for tile, amap, limits in zip(sheet.tiles, maps, each if scale == "each" else [shared] * 2, strict=True):
         style = dict(interpolation="nearest", alpha=0.6, limits=limits)
         np.testing.assert_allclose(pixels(tile), pixels(attnx.picture.overlay(image, amap, **style)), atol=1)
     plain = attnx.picture.heads_grid(image, maps, scale=scale, tile=None)
     assert plain.limits == ()
+    assert plain.shared is None
     assert sheet.image.width > plain.image.width
     assert sheet.image.height == plain.image.height or scale == "each"
     with pytest.raises(ValueError, match="scale: expected each or shared, got 'all'"):
@@ -151,3 +157,38 @@ def test_sheets_for_papers(scale: str, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="none"):
         sheet.save(tmp_path / "none" / "figure.pdf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.pdf", "figure.png", "figure.svg"]
+
+
+def test_one_picture_has_its_own_colour_bar(tmp_path: Path) -> None:
+    image, maps = photo(200, 80), torch.rand(1, 3, 4)
+    each, shared = (
+        attnx.picture.heads_grid(image, maps, scale=scale, colorbar=True, tile=None) for scale in ("each", "shared")
+    )
+    assert len(each.limits) == 1
+    assert each.shared is None
+    # The bar is as high as the picture, under the title; a shared one is as high as the sheet.
+    ends = colormaps["turbo"](np.array([1.0, 0.0]), bytes=True)[:, :3]
+    column = pixels(each.image)[:, 8 + 80 + 2 * 5 + 3]
+    top = each.image.height - 8 - 200
+    np.testing.assert_array_equal(column[[top, top + 199]], ends)
+    np.testing.assert_array_equal(column[top - 1], 255)
+    assert (pixels(shared.image)[0] == ends[0]).all(-1).any()
+    paths = each.save_all(tmp_path, "one", ("pdf", "svg"))
+    assert [path.name for path in paths] == ["one.png", "one.pdf", "one.svg"]
+    shared.save_all(tmp_path, "shared", ("svg",))
+    widths = [re.search(r'width="([0-9.]+)pt"', (tmp_path / f"{name}.svg").read_text()) for name in ("one", "shared")]
+    assert [float(width[1]) for width in widths if width] == pytest.approx([6.75 * 72, (6.75 + 0.6) * 72])
+    assert (tmp_path / "one.svg").read_text().count("<image") == 2
+    assert (tmp_path / "one.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_limits_belong_to_pictures() -> None:
+    with pytest.raises(ValueError, match=r"limits: expected none, or 2, one per picture, got 1"):
+        attnx.picture.Sheet((photo(), photo()), ("a", "b"), 2, ((0, 1),))
+
+
+def test_titles_of_vectors_are_short_and_printable(tmp_path: Path) -> None:
+    sheet = attnx.picture.Sheet((photo(), photo()), ("a" * 20 + "b" * 20, "a\x07b"), 2)
+    sheet.save(tmp_path / "sheet.svg")
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", (tmp_path / "sheet.svg").read_text())
+    assert texts == ["a" * 14 + "…" + "b" * 13, r"a\x07b"]

@@ -1,6 +1,10 @@
 """`attnx show`: tokens, folders, several models, sheets for papers, arrays."""
 
+import gc
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +17,12 @@ import attnx
 from attnx.cli.main import app
 from attnx.demo.scenes import draw_scene
 from attnx.extract.place import Place
+from attnx.figures import one_image
+from attnx.figures import photos as photos_module
+from attnx.figures.shown import Request, Shown, main_map
+from attnx.figures.style import Style
+from attnx.images import read_image
+from attnx.models.loaded import Loaded
 
 TIMM = ("--model", "timm:vit_tiny_patch16_224", "--no-pretrained", "--image-size", "64")
 
@@ -180,3 +190,96 @@ def test_places() -> None:
     for text in ("", "1,", "1;2", "1%,2", "a,b", "1,2,3", "nan,1", "1e3,2", "-1,2"):
         with pytest.raises(ValueError, match="token: expected X,Y in pixels"):
             Place.parse(text)
+
+
+def test_one_model_and_one_photo_are_in_memory(photos: Path) -> None:
+    models: list[weakref.ref[torch.nn.Module]] = []
+    pictures: list[weakref.ref[Image.Image]] = []
+
+    def alone(former: "list[Any]") -> bool:
+        gc.collect()
+        return all(each() is None for each in former)
+
+    def load(name: str) -> Loaded:
+        assert alone(models)
+        loaded = attnx.load("demo")
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    def read(path: Path) -> Image.Image:
+        assert alone(pictures)
+        picture = read_image(path)
+        pictures.append(weakref.ref(picture))
+        return picture
+
+    def done(name: str, loaded: Loaded, column: list[Shown]) -> None:
+        assert loaded.model is models[-1]()
+        assert [shown.amap.shape for shown in column] == [(12, 12)] * 2
+
+    names = ["a.png", "b.png"]
+    taken = ((name, lambda name=name: read(photos / name), read(photos / name)) for name in names)
+    sheet = photos_module.table_of_photos(
+        taken, ["first", "second", "third"], load, Request(), Style(), torch.device("cpu"), done
+    )
+    assert len(models) == 3
+    assert len(pictures) == 6
+    assert sheet.titles == ("a.png", "first", "second", "third", "b.png", "first", "second", "third")
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owners: list[Any], name: str, call: Callable[..., Any]) -> list[Any]:
+    """The first argument of each call of a function that the owners have imported."""
+    calls: list[Any] = []
+
+    def count(first: Any, *rest: Any, **options: Any) -> Any:
+        calls.append(first)
+        return call(first, *rest, **options)
+
+    for owner in owners:
+        monkeypatch.setattr(owner, name, count)
+    return calls
+
+
+def test_the_map_of_each_model_is_computed_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch, [photos_module, one_image], "main_map", main_map)
+    run("show", photos / "a.png", "--no-pretrained", "--image-size", "96", "--out", tmp_path / "one")
+    assert len(calls) == 1
+    run("show", photos / "a.png", "--model", "demo", *TIMM, "--image-size", "96", "--out", tmp_path / "two")
+    assert len(calls) == 3
+    with Image.open(tmp_path / "one/overlay.png") as one, Image.open(tmp_path / "two/demo/overlay.png") as two:
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
+
+
+def test_a_photo_is_decoded_once_per_model(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (photos / "aa.png").write_bytes((photos / "a.png").read_bytes()[:200])
+    calls = counted(monkeypatch, [attnx.images], "read_image", read_image)
+    result = run("show", photos, "--limit", 2, "--model", "demo", *TIMM, "--image-size", "96", "--out", tmp_path / "o")
+    assert [path.name for path in calls] == ["a.png", "aa.png", "b.png", "a.png", "b.png"]
+    assert result.stderr.count("aa.png") == 1
+    assert result.stderr.count("attnx: only the first 2 images; --limit shows more") == 1
+
+
+def test_a_folder_without_photos_needs_no_model(photos: Path, tmp_path: Path) -> None:
+    for path in photos.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    result = run("show", photos, "--model", "timm:no_such_model", "--out", tmp_path / "out", code=2)
+    assert result.stderr.count("\n") == 4
+    assert "image: expected a folder with images that can be read; got " in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_matrix_has_the_size_of_the_pictures_of_its_sheet() -> None:
+    shown, picture = Shown(torch.rand(10, 5), "map", "matrix"), Image.new("RGB", (64, 64))
+    assert shown.over(picture, Style())[0].size == (384, 768)
+    assert shown.over(picture, Style(), side=256)[0].size == (128, 256)
+
+
+@pytest.mark.parametrize(("tile", "size"), [(64, (32, 64)), (None, (384, 768))])
+def test_a_sheet_of_matrices(tile: int | None, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(photos_module, "main_map", lambda *_: Shown(torch.rand(10, 5), "map", "matrix"))
+    picture, style = Image.new("RGB", (100, 100)), Style(tile=tile, scale="shared", colorbar=True)
+    sheet = photos_module.table_of_photos(
+        [("a", lambda: picture, picture)], ["demo"], attnx.load, Request(), style, torch.device("cpu")
+    )
+    assert sheet.tiles[0].size == size
+    # A matrix has no limits, so nothing is shared.
+    assert sheet.shared is None

@@ -1,7 +1,7 @@
 """`attnx show`: the maps of one image, of a folder, or of several models side by side."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,16 +36,16 @@ from attnx.cli.options import (
     mass_of,
     method_of,
     one_of,
-    pixels_of,
+    prepared,
     report_errors,
     rollout_options,
 )
 from attnx.messages import say
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from attnx.figures.photos import Photo
     from attnx.figures.sheets import Sheet
+    from attnx.figures.shown import Shown
     from attnx.models.loaded import Loaded
 
 
@@ -110,17 +110,10 @@ def show(
     rolling = rollout_options(residual, discard, start, preset)
     request = Request(method, layers_of(layers, layer), heads, rolling, place)
     style = Style(cmap, alpha, interpolation, mass_of(mass, keep), tile or None, scale, colorbar)
-    size, on = pixels_of(image_size), device_of(device)
+    on = device_of(device)
 
     def load(name: str) -> "Loaded":
-        import torch
-
-        from attnx.models.loading import load_model
-
-        torch.manual_seed(seed)
-        loaded = load_model(name, pretrained=pretrained, checkpoint=checkpoint, image_size=size)
-        loaded.model.to(on)
-        return loaded
+        return prepared(name, pretrained, checkpoint, image_size, device, seed)[1]
 
     formats = tuple(name for name, wanted in (("pdf", pdf), ("svg", svg)) if wanted)
     folders = _folders(out, names)
@@ -132,39 +125,40 @@ def show(
         return
     picture = read_image(image)
 
-    def draw_one(name: str, loaded: "Loaded") -> None:
-        for path, what in draw(picture, loaded, folders[name], request, style, on, formats, npz).items():
+    def draw_one(name: str, loaded: "Loaded", column: "Sequence[Shown | None]" = (None,)) -> None:
+        written = draw(picture, loaded, folders[name], request, style, on, formats, npz, shown=column[0])
+        for path, what in written.items():
             typer.echo(f"{path}  {what}")
 
     if len(names) == 1:
         draw_one(names[0], load(names[0]))
         return
-    sheet = table_of_photos([(image.name, lambda: picture)], names, load, request, style, on, draw_one)
+    sheet = table_of_photos([(image.name, lambda: picture, picture)], names, load, request, style, on, draw_one)
     _write(sheet, out, "models", formats)
 
 
-def _photos(folder: Path, limit: int) -> "list[tuple[str, Callable[[], Image]]]":
-    """(name, function that reads it) of the first images of a folder that can be read.
+def _photos(folder: Path, limit: int) -> "Iterator[Photo]":
+    """The first images of a folder that can be read, each decoded when it is its turn.
 
     Raises:
         ValueError: no image can be read.
     """
     from attnx.images import ImageError, read_image, walk_images
 
-    found: list[tuple[str, Callable[[], Image]]] = []
+    count = 0
     for path in walk_images(folder):
-        if len(found) == limit:
+        if count == limit:
             say(f"only the first {limit} images; --limit shows more")
             break
         try:
-            read_image(path)
+            # No name for the image: it would keep it in memory while the next one is decoded.
+            yield path.relative_to(folder).as_posix(), partial(read_image, path), read_image(path)
         except ImageError as error:
             say(str(error))
         else:
-            found.append((path.relative_to(folder).as_posix(), partial(read_image, path)))
-    if not found:
+            count += 1
+    if count == 0:
         raise ValueError(f"image: expected a folder with images that can be read; got {folder}")
-    return found
 
 
 def _folders(out: Path, names: list[str]) -> dict[str, Path]:
@@ -180,6 +174,5 @@ def _folders(out: Path, names: list[str]) -> dict[str, Path]:
 
 def _write(sheet: "Sheet", out: Path, name: str, formats: tuple[str, ...]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", *formats):
-        sheet.save(out / f"{name}.{kind}")
-        typer.echo(f"{out / f'{name}.{kind}'}  {len(sheet.tiles)} pictures: {', '.join(dict.fromkeys(sheet.titles))}")
+    for path in sheet.save_all(out, name, formats):
+        typer.echo(f"{path}  {len(sheet.tiles)} pictures: {', '.join(dict.fromkeys(sheet.titles))}")

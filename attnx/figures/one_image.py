@@ -11,7 +11,7 @@ from torch import Tensor
 from attnx.figures.found_token import Box, FoundToken
 from attnx.figures.picture import marked, mask_contour, save, with_colorbar, write
 from attnx.figures.sheets import contact_sheet, heads_grid, layers_figure
-from attnx.figures.shown import Request, extractor_of, main_map, rolled_or_why
+from attnx.figures.shown import Request, Shown, extractor_of, main_map, rolled_or_why
 from attnx.figures.style import Style
 from attnx.methods import LayerMaps, cls_map, layer_maps, mass_mask, token_map
 from attnx.trace.capture import capture
@@ -33,7 +33,7 @@ class TokenMaps(NamedTuple):
 
 def draw(
     picture: "Image", loaded: "Loaded", out: Path, request: Request, style: Style, device: torch.device,
-    formats: tuple[str, ...] = (), arrays: bool = False,
+    formats: tuple[str, ...] = (), arrays: bool = False, shown: Shown | None = None,
 ) -> dict[Path, str]:  # fmt: skip
     """Write overlay.png, heads.png, masks.png and layers.png to `out`; {path: description} of the written files.
 
@@ -44,6 +44,7 @@ def draw(
     Args:
         formats: "pdf" and "svg", in which heads and layers are written, too.
         arrays: write maps.npz, too.
+        shown: the result of `main_map` for this picture; None: it is computed.
 
     Raises:
         ValueError: the method has no map and is not rollout with default options.
@@ -51,7 +52,8 @@ def draw(
     images = loaded.prepare(picture)[None].to(device)
     written: dict[Path, str] = {}
     stored: dict[str, Any] = {}
-    shown = main_map(picture, loaded, images, request, extractor_of(loaded, request))
+    if shown is None:
+        shown = main_map(picture, loaded, images, request, extractor_of(loaded, request))
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{shown.name}.png"
     written[path] = shown.what
@@ -97,9 +99,7 @@ def _draw_sheets(
     written: dict[Path, str] = {}
     for name, (plain, what) in sheets.items():
         sheet = plain if box is None else replace(plain, tiles=tuple(marked(tile, box) for tile in plain.tiles))
-        for kind in ("png", *formats):
-            sheet.save(out / f"{name}.{kind}")
-            written[out / f"{name}.{kind}"] = what
+        written |= dict.fromkeys(sheet.save_all(out, name, formats), what)
     masks = [mask_contour(picture, mask) for mask in mass_mask(each, style.mass)]
     titles = [f"head {i}" for i in range(len(masks))]
     save(contact_sheet(masks, titles, columns=min(4, len(masks)), tile=style.tile), out / "masks.png")

@@ -48,7 +48,7 @@ def heat(
     """
     check(normalize in ("minmax", "max", None), "normalize", "minmax, max or None", repr(normalize))
     array = float_array(amap, "amap", 2)
-    check(interpolation in ("bilinear", "nearest"), "interpolation", "bilinear or nearest", repr(interpolation))
+    _check_interpolation(interpolation)
     resized = resize(array, _target(size, array.shape), normalize=normalize, mode=interpolation)
     if normalize is None:
         low, high = resized.min(), resized.max()
@@ -117,9 +117,7 @@ def coloured(
     """The overlay of an RGB image, see `overlay`, and the limits of its colours; `crop`: the part under the map."""
     from matplotlib import colormaps
 
-    check(cmap in colormaps, "cmap", "turbo, jet, viridis or another of matplotlib", repr(cmap))
-    check(0 <= alpha <= 1, "alpha", "0..1", alpha)
-    check(interpolation in ("bilinear", "nearest"), "interpolation", "bilinear or nearest", repr(interpolation))
+    check_colours(cmap, alpha, interpolation)
     if limits is not None:
         check(len(limits) == 2 and limits[0] <= limits[1], "limits", "(low, high) with low <= high", limits)
     array = float_array(amap, "amap", 2)
@@ -192,7 +190,7 @@ def mask_contour(
         color: a name or "#rrggbb", or (r, g, b) in 0..255.
         alpha: 0 (only the contour) to 1 (a solid mask).
     """
-    check(0 <= alpha <= 1, "alpha", "0..1", alpha)
+    _check_alpha(alpha)
     image = rgb_image(image)
     cells = resize(float_array(mask, "mask", 2, kinds="b"), (image.height, image.width), mode="nearest")
     try:
@@ -231,6 +229,23 @@ def check(good: bool | np.bool_, name: str, expected: str, got: object) -> None:
     """Raise ValueError unless `good`."""
     if not good:
         raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_colours(cmap: str, alpha: float, interpolation: str) -> None:
+    """Raise ValueError for an unknown name, or an opacity out of range; see `overlay`."""
+    from matplotlib import colormaps
+
+    check(cmap in colormaps, "cmap", "turbo, jet, viridis or another of matplotlib", repr(cmap))
+    _check_alpha(alpha)
+    _check_interpolation(interpolation)
+
+
+def _check_alpha(alpha: float) -> None:
+    check(0 <= alpha <= 1, "alpha", "0..1", alpha)
+
+
+def _check_interpolation(name: str) -> None:
+    check(name in ("bilinear", "nearest"), "interpolation", "bilinear or nearest", repr(name))
 
 
 def float_array(value: Map, name: str, ndim: int, kinds: str = "fiub") -> np.ndarray:

@@ -30,9 +30,13 @@ class Sheet:
         tiles: the pictures.
         titles: one per picture.
         columns: pictures per row.
-        limits: the values of the first and last colour of each picture (None: it has no colours), or one pair for all;
-            (): no colour bars.
+        limits: the values of the first and last colour of each picture (None: it has no colours), for a colour bar
+            beside each; (): none.
         cmap: name of the colours.
+        shared: the values of the first and last colour of all pictures, for one colour bar; None: none.
+
+    Raises:
+        ValueError: `limits` has another length than `tiles`.
 
     Example:
         >>> from PIL import Image
@@ -48,15 +52,19 @@ class Sheet:
     columns: int
     limits: tuple[tuple[float, float] | None, ...] = ()
     cmap: str = "turbo"
+    shared: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.tiles)
+        check(len(self.limits) in (0, count), "limits", f"none, or {count}, one per picture", len(self.limits))
 
     @cached_property
     def image(self) -> Image.Image:
         """The sheet as one RGB picture; colour bars are on the right of each picture, or of the sheet."""
-        each = self.limits if len(self.limits) > 1 else (None,) * len(self.tiles)
+        each = self.limits or (None,) * len(self.tiles)
         tiles = [t if r is None else with_colorbar(t, r, self.cmap) for t, r in zip(self.tiles, each, strict=True)]
         sheet = contact_sheet(tiles, self.titles, columns=self.columns)
-        shared = self.limits[0] if len(self.limits) == 1 else None
-        return sheet if shared is None else with_colorbar(sheet, shared, self.cmap)
+        return sheet if self.shared is None else with_colorbar(sheet, self.shared, self.cmap)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the sheet atomically: a .png, or a .pdf or .svg whose titles and colour bars are drawn as vectors.
@@ -74,6 +82,18 @@ class Sheet:
             from attnx.figures.vectors import save_vectors
 
             write(path, partial(save_vectors, self, kind))
+
+    def save_all(self, folder: str | os.PathLike[str], name: str, formats: Sequence[str] = ()) -> list[Path]:
+        """Write name.png to the folder, and name.pdf or name.svg for each of `formats`; the paths of the files.
+
+        Raises:
+            ValueError: an unknown format.
+            OSError: a file can't be written; the error has the path.
+        """
+        paths = [Path(folder) / f"{name}.{kind}" for kind in ("png", *formats)]
+        for path in paths:
+            self.save(path)
+        return paths
 
     def _repr_png_(self) -> bytes:
         """The sheet as PNG, for notebooks."""
@@ -160,12 +180,29 @@ def _sheet(image: Picture, maps: Sequence[np.ndarray], titles: Sequence[str], co
     """The sheet of the overlays of maps [h, w] over one image."""
     check(columns > 0, "columns", "at least 1", columns)
     small = rgb_image(image, style.tile)
-    shared = None
-    if style.scale == "shared":
-        shared = min(float(amap.min()) for amap in maps), max(float(amap.max()) for amap in maps)
+    shared = shared_range(maps, style)
     found = [coloured(small, amap, style.interpolation, style.cmap, style.alpha, shared) for amap in maps]
-    limits = () if not style.colorbar else tuple(each for _, each in found) if shared is None else (shared,)
-    return Sheet(tuple(tile for tile, _ in found), tuple(titles), columns, limits, style.cmap)
+    return sheet_of(found, titles, columns, style, shared)
+
+
+def sheet_of(
+    cells: Sequence[tuple[Image.Image, tuple[float, float] | None]], titles: Sequence[str], columns: int, style: Style,
+    shared: tuple[float, float] | None,
+) -> Sheet:  # fmt: skip
+    """The sheet of (picture, limits of its colours), with the colour bars of the style.
+
+    shared: that of `shared_range`.
+    """
+    limits = tuple(each for _, each in cells) if style.colorbar and shared is None else ()
+    bar = shared if style.colorbar else None
+    return Sheet(tuple(tile for tile, _ in cells), tuple(titles), columns, limits, style.cmap, bar)
+
+
+def shared_range(maps: Sequence[Map], style: Style) -> tuple[float, float] | None:
+    """The smallest and the largest value of all maps, if the style's scale is shared and there are maps; else None."""
+    if style.scale != "shared" or not maps:
+        return None
+    return min(float(amap.min()) for amap in maps), max(float(amap.max()) for amap in maps)
 
 
 def contact_sheet(

@@ -67,14 +67,15 @@ class Shown:
     token: FoundToken | None = None
 
     def over(
-        self, picture: "Image", style: Style, limits: tuple[float, float] | None = None
+        self, picture: "Image", style: Style, limits: tuple[float, float] | None = None, side: int | None = None
     ) -> "tuple[Image, tuple[float, float] | None]":
         """The picture under the map, and the limits of its colours; a matrix stands alone, without limits.
 
         limits: as in `attnx.picture.overlay`.
+        side: pixels of the longer side of a matrix; None: 768.
         """
         if self.name == "matrix":
-            return _matrix(self.amap, style.cmap), None
+            return _matrix(self.amap, style.cmap, side or 768), None
         found, limits = coloured(picture, self.amap, style.interpolation, style.cmap, style.alpha, limits)
         box = None if self.token is None else self.token.box
         return found if box is None else marked(found, box), limits
@@ -157,11 +158,11 @@ def _without_rollout(loaded: "Loaded", images: Tensor, request: Request) -> Show
         return Shown(trace[layer][0], what, "matrix")
 
 
-def _matrix(amap: Tensor, cmap: str) -> "Image":
-    """A map [M, N] as a picture, 768 pixels at its longer side."""
+def _matrix(amap: Tensor, cmap: str, side: int) -> "Image":
+    """A map [M, N] as a picture with `side` pixels at its longer side."""
     from PIL import Image
 
     rows, columns = amap.shape
-    height, width = (max(1, 768 * n // max(rows, columns)) for n in (rows, columns))
+    height, width = (max(1, side * n // max(rows, columns)) for n in (rows, columns))
     canvas = Image.new("RGB", (width, height))
     return overlay(canvas, amap, interpolation="nearest", cmap=cmap, alpha=1)

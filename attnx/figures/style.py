@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from attnx.figures.picture import check
+from attnx.figures.picture import check, check_colours
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,5 @@ class Style:
     colorbar: bool = False
 
     def __post_init__(self) -> None:
-        from matplotlib import colormaps
-
-        check(self.cmap in colormaps, "cmap", "turbo, jet, viridis or another of matplotlib", repr(self.cmap))
-        check(0 <= self.alpha <= 1, "alpha", "0..1", self.alpha)
-        known = ("bilinear", "nearest")
-        check(self.interpolation in known, "interpolation", "bilinear or nearest", repr(self.interpolation))
+        check_colours(self.cmap, self.alpha, self.interpolation)
         check(self.scale in ("each", "shared"), "scale", "each or shared", repr(self.scale))

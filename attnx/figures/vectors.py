@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import IO, TYPE_CHECKING, Any
 
+from attnx.messages import printable
+
 if TYPE_CHECKING:
     from attnx.figures.sheets import Sheet
 
@@ -21,7 +23,7 @@ def save_vectors(sheet: Sheet, kind: str, file: IO[bytes]) -> None:
 
     columns = min(sheet.columns, len(sheet.tiles))
     rows = -(-len(sheet.tiles) // columns)
-    each, shared = sheet.limits if len(sheet.limits) > 1 else (), sheet.limits[0] if len(sheet.limits) == 1 else None
+    each, shared = sheet.limits, sheet.shared
     ratio = max(tile.height / tile.width for tile in sheet.tiles)
     wide = _WIDTH / columns
     picture = wide / (1 + _BAR + 0.3) if each else wide
@@ -36,7 +38,7 @@ def save_vectors(sheet: Sheet, kind: str, file: IO[bytes]) -> None:
             if place >= len(sheet.tiles):
                 continue
             axis.imshow(sheet.tiles[place], interpolation="none")
-            axis.set_title(_short(sheet.titles[place]), fontsize=7, pad=2, parse_math=False)
+            axis.set_title(printable(sheet.titles[place], 28, middle=True), fontsize=7, pad=2, parse_math=False)
             limits = each[place] if each else None
             if limits is not None:
                 colours = ScalarMappable(Normalize(*limits), sheet.cmap)
@@ -46,9 +48,3 @@ def save_vectors(sheet: Sheet, kind: str, file: IO[bytes]) -> None:
             figure.colorbar(colours, ax=axes, fraction=0.03, pad=0.01)
         dates = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
         figure.savefig(file, format=kind, metadata=dates[kind], dpi=300)
-
-
-def _short(title: str, most: int = 28) -> str:
-    """A title with its middle cut out if it is long."""
-    half = (most - 1) // 2
-    return title if len(title) <= most else f"{title[:half]}…{title[-half:]}"
