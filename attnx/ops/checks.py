@@ -129,10 +129,10 @@ def check_gradient(grad: Tensor, q: Tensor, v: Tensor) -> None:
         raise ValueError(f"grad: expected {q.dtype} {list(shape)} on {q.device}; got {came}")
 
 
-def integer(value: object) -> int | None:
+def integer(value: Any) -> int | None:
     """The value as an int; None for a flag, a fraction or another type."""
     try:
-        return None if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
+        return None if isinstance(value, bool) else index(value)
     except TypeError:
         return None
 
