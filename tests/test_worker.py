@@ -435,7 +435,7 @@ def test_the_columns_are_the_fields_of_a_row() -> None:
         (Format(stats=stats), {"", "stats"}),
     ):
         names = [name for name in form.schema().names if name not in ("shape", "scale")]
-        fields = [f.name for f in dataclasses.fields(MapRow) if f.metadata["only"] in own]
+        fields = [f.name for f in dataclasses.fields(MapRow) if f.metadata.get("only") in own]
         assert names == [name for name in fields if name not in STATS or name in stats]
     assert set(Format(captions=True).schema().names) - set(Format().schema().names) == {
         "tokens", "word_of", "score", "cut", "words"
