@@ -14,5 +14,6 @@ setup(
         "attnx.demo": ["weights.safetensors", "pair.safetensors"],
         "attnx.kernels.cpu": ["*.cpp", "*.h"],
         "attnx.models": ["table.json"],
+        "attnx.page": ["*.html", "*.css", "*.js"],
     },
 )

@@ -32,6 +32,8 @@ from attnx.models.loading import load
 from attnx.ops.attention_stats import attention_stats
 from attnx.ops.functional import attention, attention_lse, attention_map, gradient_map, vecmat
 from attnx.ops.row_importance import row_importance
+from attnx.page.explore import explore
+from attnx.page.page import Page
 from attnx.trace.capture import Handle, capture, patch
 from attnx.trace.layout import TokenLayout
 from attnx.trace.trace import Trace
@@ -42,6 +44,7 @@ __all__ = [
     "Extractor",
     "Handle",
     "Loaded",
+    "Page",
     "TokenLayout",
     "Trace",
     "WordMaps",
@@ -55,6 +58,7 @@ __all__ = [
     "cls_map",
     "entropy",
     "entropy_levels",
+    "explore",
     "fuse_branches",
     "gradcam",
     "gradient_map",

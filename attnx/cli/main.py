@@ -1,4 +1,4 @@
-"""The command line: attnx demo | show | extract | words | probe | compare | summary | masks | models | kernels."""
+"""The command line: `attnx --help` lists the commands."""
 
 import importlib.util
 import os
@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from attnx.cli.advice import in_options
+from attnx.cli.explore import explore
 from attnx.cli.extract import extract
 from attnx.cli.masks import masks
 from attnx.cli.models import models
@@ -92,6 +93,7 @@ def demo(
 
 
 app.command()(show)
+app.command()(explore)
 app.command()(extract)
 app.command()(words)
 app.command()(probe)

@@ -100,6 +100,14 @@ def words(
             help="With --pairs: also draw words.png for every pair, named by its number and words: 000007-a-dog.png.",
         ),
     ] = False,
+    page: Annotated[
+        bool,
+        typer.Option(
+            "--page",
+            help="Also write words.html, an interactive page of every layer with cross-attention and its Grad-CAM "
+            "(ALBEF), or of every stage (LAVT).",
+        ),
+    ] = False,
     map_dtype: MapDtype = "float16",
     kind: Kind = None,
     root: Root = None,
@@ -114,23 +122,28 @@ def words(
     """Draws a map for each word of a caption: cross-attention, its Grad-CAM (ALBEF), or its rollout (LAVT).
 
     Writes one picture per word (00-a.png), words.png with all of them, and words.npz. gradcam also prints the score of
-    a match, a logit; attention has none, because the model stops before it. With --pairs, writes Parquet shards like
-    attnx extract: one row per pair, maps [T, h, w], and the columns tokens (the T word pieces), word_of (the word of
+    a match, a logit; attention has none, because the model stops before it. With --page, also writes words.html, an
+    interactive page. With --pairs, writes Parquet shards like attnx extract: one row per pair, maps [T, h, w], and the columns tokens (the T word pieces), word_of (the word of
     each token), words, score (gradcam) and cut (words beyond the model's length). Pairs that can't be read become rows
     with an error. The same command continues a job that was stopped.
     """
+    import torch
+
     from attnx.figures.style import Style
     from attnx.images import read_image
     from attnx.jobs.packing import DTYPES
     from attnx.jobs.recipe import WordsRecipe
     from attnx.jobs.sources import open_source
     from attnx.models.loading import default_layer, word_model
+    from attnx.page.words import every_layer_page
 
     arguments = {"IMAGE": image, "CAPTION": caption, "--pairs": pairs}
     given = [name for name, value in arguments.items() if value is not None]
     if given not in (["IMAGE", "CAPTION"], ["--pairs"]):
         raise ValueError(f'expected IMAGE "CAPTION", or --pairs FILE; got {" and ".join(given) or "neither"}')
-    autocast_of(dtype)
+    if page and pairs is not None:
+        raise ValueError("page: expected IMAGE and CAPTION; got --pairs; attnx browse makes a page of their job")
+    cast = autocast_of(dtype)
     one_of("map-dtype", map_dtype, DTYPES)
     style = Style(cmap, alpha, interpolation)
     model, named = word_model(model, checkpoint)
@@ -157,7 +170,14 @@ def words(
     elif image is not None and caption is not None:
         on, picture = device_of(options.device), read_image(image)
         loaded, find = recipe.load_words(on)
-        _draw(picture, find(loaded.prepare(picture)[None].to(on), [[caption]])[0], out, style)
+        batch = loaded.prepare(picture)[None].to(on)
+        _draw(picture, find(batch, [[caption]])[0], out, style)
+        if page:
+            place = stage if model == "lavt" else layer
+            with torch.autocast(on.type, cast or torch.bfloat16, enabled=cast is not None):
+                made = every_layer_page(loaded.model, batch, caption, picture, method, place, heads, preset)
+            made.save(out / "words.html")
+            typer.echo(f"{out / 'words.html'}  an interactive page of the words in every layer")
 
 
 def _check_options(method: str, layer: int | None, heads: str, preset: str | None) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 from attnx.images.inline import titled_heat
 
 if TYPE_CHECKING:
+    from attnx.models.loaded import Picture
     from attnx.models.tokenizer import Caption
+    from attnx.page.page import Page
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,6 +61,22 @@ class CaptionMaps:
         word_of = self.caption.word_of
         pieces = [[t for t, word in enumerate(word_of) if word == w] for w in range(len(self.words))]
         return torch.stack([self.maps[chosen].mean(0) for chosen in pieces])
+
+    def explore(self, image: "Picture | None" = None) -> "Page":
+        """An interactive page: the patches of each word, and the words of each patch.
+
+        Args:
+            image: the picture, or the path of one; None: the page has no picture.
+
+        Example:
+            >>> import torch, attnx
+            >>> from attnx.demo.albef import demo_albef
+            >>> found = attnx.word_maps(demo_albef(), torch.rand(1, 3, 96, 96), ["a red circle"], layer=2)[0]
+            >>> found.explore().save("words.html")
+        """
+        from attnx.page.words import words_page
+
+        return words_page({"maps": self}, image)
 
     def __repr__(self) -> str:
         score = "" if self.score is None else f", score={self.score:+.2f}"

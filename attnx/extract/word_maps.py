@@ -211,6 +211,36 @@ def gradcam(
         return pairs.cut(trace[0], logits.tolist())
 
 
+def maps_of_layers(
+    albef: "Albef", images: Tensor, caption: str, heads: str = "mean", preset: str | None = None
+) -> dict[tuple[str, int], CaptionMaps]:
+    """The maps of a caption in every layer with cross-attention, and their Grad-CAM, in two forward passes.
+
+    Without a matching head, or with a preset or other heads than the mean, there is no Grad-CAM.
+
+    Args:
+        albef: the model, with a tokenizer, in eval mode.
+        images: [1, 3, height, width], normalised.
+        caption: of the image.
+        heads, preset: as in `word_maps`.
+
+    Returns:
+        {("attention", 8): maps, ("gradcam", 8): maps, ...}: the maps of `word_maps` and `gradcam`.
+    """
+    pairs = _Pairs(albef, images, [caption])
+    names = {layer: albef.cross_attention(layer) for layer in albef.cross_layers}
+    with torch.inference_mode(), capture(albef, list(names.values()), heads) as trace:
+        albef(images, pairs.ids, pairs.mask, pairs.owner, albef.cross_layers if preset else None)
+        found = {("attention", layer): pairs.cut(trace[name])[0] for layer, name in names.items()}
+    if albef.itm_head is not None and preset is None and heads == "mean":
+        with torch.inference_mode(False), torch.enable_grad(), frozen(albef):
+            with capture(albef, list(names.values()), grad=True) as trace:
+                logits = albef(images, pairs.ids, pairs.mask, pairs.owner)[:, 1]
+                trace.backward(logits.sum())
+            found |= {("gradcam", n): pairs.cut(trace[name], logits.tolist())[0] for n, name in names.items()}
+    return found
+
+
 def find_words(
     albef: "Albef", method: str, layer: int, heads: str, preset: str | None, autocast: torch.dtype | None
 ) -> "Callable[[Tensor, Sequence[Sequence[str]]], WordMaps]":
