@@ -6,6 +6,8 @@ const more = [
   "DecompressionStream",
   "ImageData",
   "URLSearchParams",
+  "TextDecoder",
+  "getComputedStyle",
   "atob",
   "trustedTypes",
   "innerHeight",

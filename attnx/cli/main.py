@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from attnx.cli.advice import in_options
+from attnx.cli.browse import browse
 from attnx.cli.explore import explore
 from attnx.cli.extract import extract
 from attnx.cli.masks import masks
@@ -99,6 +100,7 @@ app.command()(words)
 app.command()(probe)
 app.command()(compare)
 app.command()(summary)
+app.command()(browse)
 app.command()(masks)
 app.command()(models)
 

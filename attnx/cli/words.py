@@ -123,9 +123,10 @@ def words(
 
     Writes one picture per word (00-a.png), words.png with all of them, and words.npz. gradcam also prints the score of
     a match, a logit; attention has none, because the model stops before it. With --page, also writes words.html, an
-    interactive page. With --pairs, writes Parquet shards like attnx extract: one row per pair, maps [T, h, w], and the columns tokens (the T word pieces), word_of (the word of
-    each token), words, score (gradcam) and cut (words beyond the model's length). Pairs that can't be read become rows
-    with an error. The same command continues a job that was stopped.
+    interactive page. With --pairs, writes Parquet shards like attnx extract: one row per pair, maps [T, h, w], and the
+    columns tokens (the T word pieces), word_of (the word of each token), words, score (gradcam) and cut (words beyond
+    the model's length). Pairs that can't be read become rows with an error. The same command continues a job that was
+    stopped.
     """
     import torch
 

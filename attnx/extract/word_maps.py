@@ -213,7 +213,7 @@ def gradcam(
 
 def maps_of_layers(
     albef: "Albef", images: Tensor, caption: str, heads: str = "mean", preset: str | None = None
-) -> dict[tuple[str, int], CaptionMaps]:
+) -> dict[tuple[str, int | None], CaptionMaps]:
     """The maps of a caption in every layer with cross-attention, and their Grad-CAM, in two forward passes.
 
     Without a matching head, or with a preset or other heads than the mean, there is no Grad-CAM.
@@ -231,7 +231,9 @@ def maps_of_layers(
     names = {layer: albef.cross_attention(layer) for layer in albef.cross_layers}
     with torch.inference_mode(), capture(albef, list(names.values()), heads) as trace:
         albef(images, pairs.ids, pairs.mask, pairs.owner, albef.cross_layers if preset else None)
-        found = {("attention", layer): pairs.cut(trace[name])[0] for layer, name in names.items()}
+        found: dict[tuple[str, int | None], CaptionMaps] = {
+            ("attention", layer): pairs.cut(trace[name])[0] for layer, name in names.items()
+        }
     if albef.itm_head is not None and preset is None and heads == "mean":
         with torch.inference_mode(False), torch.enable_grad(), frozen(albef):
             with capture(albef, list(names.values()), grad=True) as trace:

@@ -5,20 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
 from array import array
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from attnx.files import open_regular, replacing
 from attnx.images import large_images, upright_size
@@ -26,6 +20,7 @@ from attnx.jobs.columns import MapRow
 from attnx.jobs.job import Job
 from attnx.jobs.mask_images import mask_image
 from attnx.jobs.photos import path_of_key, photo_below
+from attnx.jobs.pool import in_processes
 from attnx.jobs.reader import Maps
 from attnx.jobs.runfile import RUN
 from attnx.jobs.shards import DamagedError
@@ -191,7 +186,8 @@ def write_masks(masks: Masks, workers: int, progress: Callable[[int, int], None]
     _check_job(maps)
     _check_names(masks)
     _prepare(masks)
-    for part in _reports(masks, min(workers, len(maps))):
+    workers = min(workers, len(maps))
+    for part in in_processes(masks.write_share, _shares(masks, workers), workers):
         report.add(part)
         done += part.made + part.kept + part.without + len(part.errors)
         if progress is not None:
@@ -251,49 +247,7 @@ def _prepare(masks: Masks) -> None:
         unfinished.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
 
 
-def _reports(masks: Masks, workers: int) -> Iterator[MaskReport]:
-    """The report of each share of the rows, as it is written."""
+def _shares(masks: Masks, workers: int) -> list[Share]:
     # A process reads all rows of a shard for its share of them, so shards are split only if they are few.
     step = max(1, -(-workers // masks.maps.shards))
-    shares = [Share(shard, first, step) for shard in range(masks.maps.shards) for first in range(step)]
-    if workers <= 1:
-        yield from map(masks.write_share, shares)
-        return
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(masks, stop))
-    try:
-        waiting = {pool.submit(_write_share, share) for share in shares}
-        while waiting:
-            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
-    finally:
-        # After an error or an interrupt, the processes finish the mask that they are writing.
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-_work: tuple[Masks, Any] | None = None
-
-
-def _start(masks: Masks, stop: Any) -> None:
-    """Prepare a process of the pool: one thread, no interrupts, and an end with its parent."""
-    global _work
-    _work = masks, stop
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this process with its parent, on every system; `supervisor.die_with` needs Linux."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _write_share(share: Share) -> MaskReport:
-    assert _work is not None
-    masks, stop = _work
-    return masks.write_share(share, stop.is_set)
+    return [Share(shard, first, step) for shard in range(masks.maps.shards) for first in range(step)]

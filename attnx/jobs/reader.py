@@ -159,6 +159,14 @@ class Maps:
         """The number of shards."""
         return len(self._shards)
 
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return self._shards[shard]
+
+    def places(self, shard: int) -> range:
+        """The indices of the rows of a shard."""
+        return range(int(self._firsts[shard]), int(self._firsts[shard + 1]))
+
     def has_map(self, shard: int) -> np.ndarray:
         """A mask of the rows of a shard that have a map, bool [rows]."""
         if not self._file(shard).errors:

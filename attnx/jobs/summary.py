@@ -13,7 +13,7 @@ from attnx.jobs.columns import MapRow
 from attnx.jobs.reader import Maps
 from attnx.methods import entropy, entropy_levels
 
-__all__ = ["LEVELS", "Summary", "spatial", "summarise"]
+__all__ = ["LEVELS", "Summary", "kind_of", "spatial", "summarise"]
 
 LEVELS = 4
 
@@ -29,6 +29,7 @@ class Summary:
         per_second: rows per second, from the modification times of the files; None if unknown.
         places: indices of the rows with a map over patches and a finite entropy.
         entropies: entropy of each of these maps in nats.
+        peaks: share of the largest patch in the sum of each of these maps.
         levels: quarter of each entropy; 0 is the most focused.
         mean: [h, w] mean of the maps of the most common shape, each divided by its sum.
     """
@@ -39,6 +40,7 @@ class Summary:
     per_second: float | None
     places: np.ndarray
     entropies: np.ndarray
+    peaks: np.ndarray
     levels: np.ndarray
     mean: np.ndarray | None
 
@@ -68,7 +70,7 @@ def summarise(maps: Maps) -> Summary:
     of_shapes: dict[tuple[int, ...], _OfShape] = {}
     rows = 0
     for group in maps.groups(errors_only=whole):
-        errors.update(_kind(row.error) for row in group if row.error is not None)
+        errors.update(kind_of(row.error) for row in group if row.error is not None)
         spatials = [(rows + i, spatial(row, whole)) for i, row in enumerate(group)]
         rows += len(group)
         alike: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
@@ -79,13 +81,14 @@ def summarise(maps: Maps) -> Summary:
             of_shapes.setdefault(shape, _OfShape(shape)).add(pairs)
     places = np.concatenate([np.zeros(0, np.int64), *(place for each in of_shapes.values() for place in each.places)])
     values = np.concatenate([np.zeros(0, np.float32), *(one for each in of_shapes.values() for one in each.entropies)])
+    peaks = np.concatenate([np.zeros(0, np.float32), *(one for each in of_shapes.values() for one in each.peaks)])
     # A map without mass has no entropy.
     order = np.argsort(places, kind="stable")
     order = order[np.isfinite(values[order])]
     most = max(of_shapes.values(), key=lambda each: each.count, default=None)
     levels = entropy_levels(torch.from_numpy(values[order]), LEVELS).numpy()
     mean = None if most is None else most.mean
-    return Summary(rows, maps.planned, errors, _rate(maps), places[order], values[order], levels, mean)
+    return Summary(rows, maps.planned, errors, _rate(maps), places[order], values[order], peaks[order], levels, mean)
 
 
 def spatial(row: MapRow, whole: bool = False) -> np.ndarray | None:
@@ -103,11 +106,12 @@ def spatial(row: MapRow, whole: bool = False) -> np.ndarray | None:
 
 
 class _OfShape:
-    """Accumulates maps of one shape: indices, entropies, and the sum of the normalised maps."""
+    """Accumulates maps of one shape: indices, entropies, peaks, and the sum of the normalised maps."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.places: list[np.ndarray] = []
         self.entropies: list[np.ndarray] = []
+        self.peaks: list[np.ndarray] = []
         self.count = 0
         self._sum = np.zeros(shape)
 
@@ -117,7 +121,9 @@ class _OfShape:
         self.places.append(np.array([place for place, _ in pairs]))
         self.entropies.append(entropy(torch.from_numpy(maps)).numpy())
         mass = maps.sum((1, 2), keepdims=True)
-        self._sum += np.divide(maps, mass, out=np.zeros_like(maps), where=mass > 0).sum(0, dtype=np.float64)
+        shares = np.divide(maps, mass, out=np.zeros_like(maps), where=mass > 0)
+        self.peaks.append(shares.max((1, 2)))
+        self._sum += shares.sum(0, dtype=np.float64)
         self.count += len(pairs)
 
     @property
@@ -126,7 +132,7 @@ class _OfShape:
         return (self._sum / self.count).astype(np.float32)
 
 
-def _kind(error: str) -> str:
+def kind_of(error: str) -> str:
     """An error message without its file and its numbers."""
     head, _, rest = error.partition(": ")
     text = rest.removeprefix("can't be read as an image: ") if "/" in head or "." in head else error

@@ -101,6 +101,9 @@ def assemble(kind: str, title: str, data: dict[str, Any], content: bytes = b"", 
         "img-src": "data:",
         "base-uri": "'none'",
         "form-action": "'none'",
+        # Text never becomes markup; the only addresses of scripts are those of chunks.
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "attnx" if loads_scripts else "'none'",
     }
     values = json.dumps({**data, "bytes": len(content)}).replace("<", "\\u003c")
     html = Template((_HERE / "template.html").read_text(encoding="utf-8")).substitute(
@@ -124,7 +127,7 @@ def pack(maps: Iterable[np.ndarray]) -> bytes:
     Raises:
         ValueError: a map has negative, infinite or NaN values.
     """
-    scales, codes = [], [_colours()]
+    scales, codes = [], [colours()]
     for amap in maps:
         if not np.isfinite(amap).all() or (amap.size and amap.min() < 0):
             raise ValueError("maps: expected finite values that are not negative")
@@ -133,9 +136,13 @@ def pack(maps: Iterable[np.ndarray]) -> bytes:
         shares = np.divide(amap, scale, out=np.zeros_like(scale), where=scale > 0)
         scales += [rows.astype("<f4"), columns.astype("<f4")]
         codes.append(np.rint(shares * LEVELS).astype(np.uint8).reshape(-1))
+    return deflated(part.tobytes() for part in (*scales, *codes))
+
+
+def deflated(parts: Iterable[bytes]) -> bytes:
+    """The parts in one zlib stream."""
     compressor = zlib.compressobj(9)
-    parts = [compressor.compress(part.tobytes()) for part in (*scales, *codes)]
-    return b"".join([*parts, compressor.flush()])
+    return b"".join([*map(compressor.compress, parts), compressor.flush()])
 
 
 def base85(content: bytes) -> str:
@@ -155,7 +162,7 @@ def jpeg(picture: Image, side: int = _PHOTO_SIDE, quality: int = 85) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _colours() -> np.ndarray:
+def colours() -> np.ndarray:
     """The colours of `CMAPS`, uint8 [maps, 256, 3]."""
     from matplotlib import colormaps
 

@@ -73,12 +73,10 @@ def every_layer_page(
         method, place: the method and the layer or stage that the page shows first.
         heads, preset: as in `attnx.word_maps`.
     """
-    found: dict[tuple[str, int | None], CaptionMaps] = {}
     if isinstance(model, Lavt):
-        found |= maps_of_stages(model, images, caption)
+        found, word = maps_of_stages(model, images, caption), "stage"
     else:
-        found |= maps_of_layers(cast("Albef", model), images, caption, heads, preset)
-    word = "stage" if isinstance(model, Lavt) else "layer"
+        found, word = maps_of_layers(cast("Albef", model), images, caption, heads, preset), "layer"
 
     def name(kind: str, at: int | None) -> str:
         return f"{'Grad-CAM' if kind == 'gradcam' else kind}, {'mean of the stages' if at is None else f'{word} {at}'}"
