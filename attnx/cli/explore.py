@@ -47,7 +47,7 @@ def explore(
     """Writes a page in which pointing at a patch of the image shows what it attends to, in each layer and head.
 
     The page is one HTML file, which opens in any browser, without a server and without a connection. It has the maps
-    of all layers, their mean, max and min, and rollout. A value in it is off by at most 1/256 of its map's maximum.
+    of all layers, their mean, max and min, and rollout. A value in it is off by less than 1/255 of its map's maximum.
     """
     from attnx.images import read_image
     from attnx.page.explore import explore as page_of

@@ -122,7 +122,7 @@ function fill(box, content, side, index, smooth) {
 const numbersOf = (row) =>
   ["entropy", "peak", "score"]
     .filter((name) => !Number.isNaN(columns[name][row]))
-    .map((name) => `${name} ${digits(columns[name][row])}`)
+    .map((name) => `${name} ${digits(columns[name][row], 3)}`)
     .join(", ");
 
 function makeCell(place) {
@@ -245,7 +245,7 @@ function drawHistogram() {
   context.fillStyle = "#d93025";
   for (const edge of columns.edges)
     context.fillRect(((edge - low) / (high - low || 1)) * canvas.width, 0, 2, canvas.height);
-  $("range").textContent = `${digits(from)} to ${digits(to)} nats`;
+  $("range").textContent = `${digits(from, 3)} to ${digits(to, 3)} nats`;
 }
 
 function open(place) {

@@ -46,7 +46,7 @@ def explore(
 
     In the page, pointing at a patch shows what it attends to in each layer, or who attends to it. Layers whose tokens
     have no known place in the picture are shown as rows of tokens. After the layers come the mean, maximum and minimum
-    over layers, and rollout. A value in the page is off by at most 1/256 of the map's maximum.
+    over layers, and rollout. A value in the page is off by less than 1/255 of its map's maximum.
 
     Args:
         model: a name, as `attnx.load` takes it, or what it returns; a timm model; or a trace of one image, captured

@@ -19,12 +19,13 @@ from PIL.Image import Image, Resampling
 
 from attnx.files import replacing
 
-LEVELS = 128
-"""Maps are stored in steps of 1/128 of their maximum, so a value is off by at most 1/256 of it."""
+LEVELS = 132
+"""Maps are stored in steps of 1/132 of their maximum: a value, with five digits, is off by less than 1/255 of it."""
 
 CMAPS = ("turbo", "viridis", "magma", "inferno", "cividis", "gray", "jet")
 _PHOTO_SIDE = 1024
-_HERE = Path(__file__).parent
+_SCRIPTS = {"explore": ("shared.js", "maps.js", "explore.js", "controls.js"), "browse": ("shared.js", "browse.js")}
+_STYLES = {"explore": ("explore.css",), "browse": ("explore.css", "browse.css")}
 # No character needs to be escaped, neither in HTML nor in a string of JSON or JavaScript.
 _DIGITS = np.frombuffer(
     b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%()*+,-./:;=?@[]^_{|", np.uint8
@@ -86,14 +87,14 @@ def assemble(kind: str, title: str, data: dict[str, Any], content: bytes = b"", 
     """The page of a kind with its data.
 
     Args:
-        kind: "explore" or "browse": the name of its script and its markup.
+        kind: "explore" or "browse": the name of its markup.
         title: of the page.
         data: values for its script, as JSON. They are text for the script, never markup.
         content: binary data for its script.
         loads_scripts: allow the script to load others, from the folder of the page.
     """
-    script = "\n".join((_HERE / f"{name}.js").read_text(encoding="utf-8") for name in ("shared", kind))
-    style = (_HERE / "explore.css").read_text(encoding="utf-8")
+    script = "\n".join(map(_text, _SCRIPTS[kind]))
+    style = "\n".join(map(_text, _STYLES[kind]))
     policy = {
         "default-src": "'none'",
         "script-src": f"'{_digest(script)}'" + " 'strict-dynamic'" * loads_scripts,
@@ -106,11 +107,11 @@ def assemble(kind: str, title: str, data: dict[str, Any], content: bytes = b"", 
         "trusted-types": "attnx" if loads_scripts else "'none'",
     }
     values = json.dumps({**data, "bytes": len(content)}).replace("<", "\\u003c")
-    html = Template((_HERE / "template.html").read_text(encoding="utf-8")).substitute(
+    html = Template(_text("template.html")).substitute(
         policy="; ".join(f"{name} {value}" for name, value in policy.items()),
         title=escape(title),
         style=style,
-        body=(_HERE / f"{kind}.html").read_text(encoding="utf-8"),
+        body=_text(f"{kind}.html"),
         data=values,
         content=base85(content),
         script=script,
@@ -121,7 +122,7 @@ def assemble(kind: str, title: str, data: dict[str, Any], content: bytes = b"", 
 def pack(maps: Iterable[np.ndarray]) -> bytes:
     """Maps [M, N], compressed: the largest value of each row and of each column as float32, then the codes as uint8.
 
-    ``P_ij ~ u_ij / 128 * min(max_j P_ij, max_i P_ij)``, so the error of a value is at most 1/256 of the maximum of its
+    ``P_ij ~ u_ij / 132 * min(max_j P_ij, max_i P_ij)``, so the error of a value is at most 1/264 of the maximum of its
     row, and of that of its column. The colours of `CMAPS` are stored before the codes, 256 x 3 bytes for each.
 
     Raises:
@@ -167,6 +168,10 @@ def colours() -> np.ndarray:
     from matplotlib import colormaps
 
     return np.stack([colormaps[name](np.arange(256), bytes=True)[:, :3] for name in CMAPS])
+
+
+def _text(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

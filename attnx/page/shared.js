@@ -2,7 +2,7 @@
 // What both pages need: their data, small helpers, and the drawing of a map.
 
 const DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%()*+,-./:;=?@[]^_{|";
-const LEVELS = 128;
+const LEVELS = 132;
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
@@ -15,8 +15,11 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-/** A number with three digits. */
-const digits = (value) => (value === 0 ? "0" : Math.abs(value) < 1e-3 ? value.toExponential(2) : value.toPrecision(3));
+/** A number with some digits. */
+function digits(value, count) {
+  if (value === 0) return "0";
+  return Math.abs(value) < 1e-3 ? value.toExponential(count - 1) : value.toPrecision(count);
+}
 
 /** The bytes of the page, unpacked: five characters for four bytes, then deflate. */
 async function content() {
