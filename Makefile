@@ -10,6 +10,7 @@ style:
 	ruff check .
 	ruff format --check .
 	mypy
+	.ci/pages
 
 test:
 	pytest -n logical --dist loadfile

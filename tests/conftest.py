@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from browser import browser  # noqa: F401  # a fixture
 
 # A shell starts background jobs with SIGINT ignored; some tests send SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -57,6 +57,9 @@ def test_demo(tmp_path: Path) -> None:
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width > 6 * 192
     assert len(list(attnx.open(tmp_path / "rollout"))) == 6
+    assert f"open {tmp_path / 'explore.html'} and {tmp_path / 'browse' / 'index.html'} in a browser" in result.output
+    for page in ("explore.html", "browse/index.html"):
+        assert "Content-Security-Policy" in (tmp_path / page).read_text()
     # A second demo replaces the first. Files of other jobs are not changed.
     assert run("demo", "--out", tmp_path, "--scenes", 4).exit_code == 0
     assert len(list(attnx.open(tmp_path / "cls"))) == 4

@@ -82,6 +82,14 @@ OPTIONS: dict[str, dict[str, list[str] | None]] = {
         **STYLE, "--out": OUT, "--masks": HOSTILE, "--examples": ["1", "2", "0", "-1", "x"], "--mass": NUMBERS,
         "--keep": NUMBERS,
     },
+    "explore": {
+        "--out": ["page.html", "page.txt", *OUT], "--heads": ["mean", "each", "x", ""], "--layers": NUMBERS,
+        "--pool": NUMBERS, "--checkpoint": HOSTILE, "--no-pretrained": None, "--image-size": NUMBERS, "--seed": NUMBERS,
+    },
+    "browse": {
+        "--out": OUT, "--images": ["pictures", *HOSTILE], "--limit": NUMBERS, "--thumb": NUMBERS, "--plain": None,
+        "--workers": ["0", "1", "-1", "x", "1" * 30],
+    },
     "masks": {
         "--out": OUT, "--kind": ["heat", "mass", "x", ""], "--mass": NUMBERS, "--keep": NUMBERS, "--root": HOSTILE,
         "--workers": ["0", "1", "-1", "x", "1" * 30],
@@ -92,6 +100,7 @@ OPTIONS: dict[str, dict[str, list[str] | None]] = {
 ARGUMENTS = {
     "extract": ["pictures"], "words": ["pictures/000.jpg", "a red circle"], "show": ["pictures/000.jpg"],
     "probe": ["pictures"], "compare": ["job", "job"], "summary": ["job"], "masks": ["job"], "kernels": [], "demo": [],
+    "explore": ["pictures/000.jpg"], "browse": ["job"],
 }  # fmt: skip
 COMMANDS = [
     *(
@@ -102,6 +111,8 @@ COMMANDS = [
         "probe",
         "compare",
         "show",
+        "explore",
+        "browse",
         "summary",
         "summary",
         "masks",
@@ -188,7 +199,7 @@ def command_line(rng: random.Random) -> list[str]:
         return [command, "--help", *line[1:]]
     last = [] if "--model" in more else ["--model", rng.choice(MODELS) if rng.random() < 0.15 else "demo"]
     last += ["--device", "cpu"] if rng.random() < 0.8 else []
-    if command in ("summary", "compare", "masks"):
+    if command in ("summary", "compare", "masks", "browse"):
         last = ["--examples", "1"] if command == "summary" and rng.random() < 0.5 else []
     if command in ("extract", "words", "probe"):
         last += ["--workers", "0"]

@@ -63,8 +63,9 @@ app = typer.Typer(
     [bold]attnx demo[/bold] shows examples without a download. [bold]attnx show photo.jpg --model demo[/bold] draws
     the maps of one image. [bold]attnx extract photos/ --model timm:vit_base_patch16_224 --out maps/[/bold] writes
     the maps of a folder, [bold]attnx summary maps/[/bold] computes statistics of them, and [bold]attnx masks maps/
-    --out masks/[/bold] writes them as grey pictures. [bold]attnx words photo.jpg "a dog" --model
-    albef:ALBEF.pth[/bold] draws the map of each word. [bold]attnx probe photos/ --model
+    --out masks/[/bold] writes them as grey pictures. [bold]attnx explore photo.jpg --model demo[/bold] and
+    [bold]attnx browse maps/[/bold] write interactive pages of an image and of a job. [bold]attnx words photo.jpg
+    "a dog" --model albef:ALBEF.pth[/bold] draws the map of each word. [bold]attnx probe photos/ --model
     timm:vit_base_patch16_224[/bold] computes how far and how widely each head attends, and [bold]attnx
     compare[/bold] overlays several models. [bold]attnx models[/bold] shows what works for each family of models.
     [bold]attnx kernels[/bold] compiles the GPU kernels without a GPU.
@@ -82,8 +83,9 @@ def demo(
 ) -> None:
     """Draws scenes, runs the bundled models on them, and draws the maps of the target and of words.
 
-    Writes the scenes, their maps (Parquet), results.json, contact_sheet.png, words.png, and captioned/pairs.jsonl for
-    `attnx words --model demo --pairs`. No download, no GPU.
+    Writes the scenes, their maps (Parquet), results.json, contact_sheet.png, words.png, the interactive pages
+    explore.html and browse/index.html, and captioned/pairs.jsonl for `attnx words --model demo --pairs`. No download,
+    no GPU.
     """
     from attnx.demo.run import run_demo
     from attnx.jobs.progress import progress_bar
@@ -91,6 +93,7 @@ def demo(
     verdict = run_demo(out, scenes, progress=progress_bar if sys.stderr.isatty() else None)
     typer.echo(str(verdict))
     typer.echo(f"see {out / 'contact_sheet.png'} and {out / 'words.png'}")
+    typer.echo(f"open {out / 'explore.html'} and {out / 'browse' / 'index.html'} in a browser")
 
 
 app.command()(show)

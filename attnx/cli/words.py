@@ -130,13 +130,14 @@ def words(
     """
     import torch
 
+    from attnx.extract.caption_layers import caption_layers, layer_name
     from attnx.figures.style import Style
     from attnx.images import read_image
     from attnx.jobs.packing import DTYPES
     from attnx.jobs.recipe import WordsRecipe
     from attnx.jobs.sources import open_source
     from attnx.models.loading import default_layer, word_model
-    from attnx.page.words import every_layer_page
+    from attnx.page.words import words_page
 
     arguments = {"IMAGE": image, "CAPTION": caption, "--pairs": pairs}
     given = [name for name, value in arguments.items() if value is not None]
@@ -176,8 +177,9 @@ def words(
         if page:
             place = stage if model == "lavt" else layer
             with torch.autocast(on.type, cast or torch.bfloat16, enabled=cast is not None):
-                made = every_layer_page(loaded.model, batch, caption, picture, method, place, heads, preset)
-            made.save(out / "words.html")
+                found = caption_layers(loaded.model, batch, caption, heads, preset)
+            first = layer_name(method, place, "stage" if model == "lavt" else "layer")
+            words_page(found, picture, start=first).save(out / "words.html")
             typer.echo(f"{out / 'words.html'}  an interactive page of the words in every layer")
 
 

@@ -15,6 +15,7 @@ from attnx.demo.pointing import Pointing, point_at_phrases, words_sheet
 from attnx.demo.scenes import CLASSES, Scene, draw_scene
 from attnx.files import replacing
 from attnx.jobs.options import RunOptions
+from attnx.jobs.photos import Photos
 from attnx.jobs.plan import forget_job, open_job
 from attnx.jobs.reader import Maps
 from attnx.jobs.recipe import ExtractRecipe
@@ -23,6 +24,7 @@ from attnx.methods import pointing_game
 
 FIRST_SEED = 20_000_000  # training draws its scenes below 10 million
 METHODS = ("rollout", "cls")
+_PAGE = 384  # pixels of the picture in explore.html
 Progress = Callable[[int], AbstractContextManager[Callable[[int, int], None]]]
 
 
@@ -47,8 +49,9 @@ class Verdict:
 def run_demo(out: str | Path, scenes: int = 48, seed: int = FIRST_SEED, progress: Progress | None = None) -> Verdict:
     """Draw scenes, extract their maps, and run the pointing game, also for words on as many captioned scenes.
 
-    Writes into `out` scenes/*.png, the shards rollout/ and cls/, results.json, contact_sheet.png and words.png; and the
-    captioned scenes, captioned/*.png with their pairs.jsonl.
+    Writes into `out` scenes/*.png, the shards rollout/ and cls/, results.json, contact_sheet.png and words.png; the
+    captioned scenes, captioned/*.png with their pairs.jsonl; and the interactive pages explore.html, of the first scene
+    and all heads, and browse/index.html, of all rollouts.
 
     Args:
         out: a folder; an earlier demo's results in it are replaced.
@@ -59,6 +62,8 @@ def run_demo(out: str | Path, scenes: int = 48, seed: int = FIRST_SEED, progress
     if scenes < 1:
         raise ValueError(f"scenes: expected at least 1; got {scenes}")
     from attnx.figures.picture import save
+    from attnx.page.browse import Browse, write_pages
+    from attnx.page.explore import explore
 
     out = Path(out)
     drawn = [draw_scene(seed + i) for i in range(scenes)]
@@ -78,6 +83,10 @@ def run_demo(out: str | Path, scenes: int = 48, seed: int = FIRST_SEED, progress
     pairs = [{"image": name, "caption": scene.caption} for name, scene in zip(names, captioned, strict=True)]
     _write(out / "captioned" / "pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
     save(words_sheet(verdict.words, 6), out / "words.png")
+    first = Image.fromarray(drawn[0].image).resize((_PAGE, _PAGE), Image.Resampling.LANCZOS)
+    explore("demo", first, heads="each", title="A drawn scene, seen by the bundled model").save(out / "explore.html")
+    rollouts = Maps(out / "rollout")
+    write_pages(Browse(rollouts, out / "browse", Photos(rollouts)), workers=0)
     return verdict
 
 

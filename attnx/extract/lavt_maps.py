@@ -149,22 +149,6 @@ def expression_maps(
     return WordMaps([ExpressionMaps(caption, maps[i, : len(caption.ids)]) for i, caption in enumerate(read)])
 
 
-def maps_of_stages(lavt: Lavt, images: Tensor, caption: str) -> dict[tuple[str, int | None], CaptionMaps]:
-    """The maps of an expression in every stage, and their mean: {(method, stage): maps}, with stage None for the mean.
-
-    Args:
-        lavt: the model, with a tokenizer, in eval mode.
-        images: [1, 3, height, width], normalised.
-        caption: of the image.
-    """
-    stages = (*range(len(lavt.config.depths)), None)
-    return {
-        (method, stage): expression_maps(lavt, images, [caption], stage, method=method)[0]
-        for method in LAVT_METHODS
-        for stage in stages
-    }
-
-
 def find_expressions(
     lavt: Lavt, method: str, stage: int | None, autocast: torch.dtype | None
 ) -> Callable[[Tensor, Sequence[Sequence[str]]], WordMaps]:

@@ -147,7 +147,7 @@ def _albef_maps(
             "heads: expected 'mean', 'max' or 'min'; for maps of each head capture model.cross_attention(layer)"
         )
     albef, block = _cross_attention(model, layer)
-    pairs = _Pairs(albef, images, captions)
+    pairs = CaptionPairs(albef, images, captions)
     recorder = Recorder(block, heads, None, "map", None, backend, internal=True)
     # Other captures of the model must see the whole pass.
     recorder.stop_after = None if is_intercepted([block]) else "self"
@@ -203,44 +203,12 @@ def gradcam(
     albef, block = _cross_attention(model, layer)
     if albef.itm_head is None:
         raise ValueError("model: expected one with an image-text matching head (itm_head); its checkpoint had none")
-    pairs = _Pairs(albef, images, captions)
+    pairs = CaptionPairs(albef, images, captions)
     with torch.inference_mode(False), torch.enable_grad(), frozen(albef):
         with capture(block, grad=True, backend=backend) as trace:
             logits = albef(images, pairs.ids, pairs.mask, pairs.owner)[:, 1]
             trace.backward(logits.sum())
         return pairs.cut(trace[0], logits.tolist())
-
-
-def maps_of_layers(
-    albef: "Albef", images: Tensor, caption: str, heads: str = "mean", preset: str | None = None
-) -> dict[tuple[str, int | None], CaptionMaps]:
-    """The maps of a caption in every layer with cross-attention, and their Grad-CAM, in two forward passes.
-
-    Without a matching head, or with a preset or other heads than the mean, there is no Grad-CAM.
-
-    Args:
-        albef: the model, with a tokenizer, in eval mode.
-        images: [1, 3, height, width], normalised.
-        caption: of the image.
-        heads, preset: as in `word_maps`.
-
-    Returns:
-        {("attention", 8): maps, ("gradcam", 8): maps, ...}: the maps of `word_maps` and `gradcam`.
-    """
-    pairs = _Pairs(albef, images, [caption])
-    names = {layer: albef.cross_attention(layer) for layer in albef.cross_layers}
-    with torch.inference_mode(), capture(albef, list(names.values()), heads) as trace:
-        albef(images, pairs.ids, pairs.mask, pairs.owner, albef.cross_layers if preset else None)
-        found: dict[tuple[str, int | None], CaptionMaps] = {
-            ("attention", layer): pairs.cut(trace[name])[0] for layer, name in names.items()
-        }
-    if albef.itm_head is not None and preset is None and heads == "mean":
-        with torch.inference_mode(False), torch.enable_grad(), frozen(albef):
-            with capture(albef, list(names.values()), grad=True) as trace:
-                logits = albef(images, pairs.ids, pairs.mask, pairs.owner)[:, 1]
-                trace.backward(logits.sum())
-            found |= {("gradcam", n): pairs.cut(trace[name], logits.tolist())[0] for n, name in names.items()}
-    return found
 
 
 def find_words(
@@ -277,7 +245,7 @@ def find_words(
     return find
 
 
-class _Pairs:
+class CaptionPairs:
     """Tokenised captions as tensors: ids and mask [P, T], and owner [P], the index of each caption's image."""
 
     def __init__(self, model: "Albef", images: Tensor, captions: Sequence[str] | Sequence[Sequence[str]]) -> None:

@@ -146,7 +146,8 @@ def write_pages(browse: Browse, workers: int, progress: Callable[[int, int], Non
     (out / _FOLDER).mkdir(parents=True, exist_ok=True)
     _index(browse, chunks)
     report = BrowseReport()
-    for part in in_processes(browse.write_chunk, chunks, min(workers, len(chunks))):
+    # Starting a process takes as long as several chunks.
+    for part in in_processes(browse.write_chunk, chunks, min(workers, len(chunks) // 8)):
         report.made += part.made
         report.kept += part.kept
         report.errors += part.errors

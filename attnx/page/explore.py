@@ -123,7 +123,8 @@ class _Reading:
         self._registers = _registers(trace.tokens.model)
         layers = [stop for layer in trace if (stop := self._stop_of(layer)) is not None]
         if not layers:
-            raise ValueError(f"explore: expected a layer with one map for an image; got none. {' '.join(self.notes)}")
+            why = self.notes[0] if self.notes else "nothing was captured"
+            raise ValueError(f"explore: expected a layer with one map of an image; got {len(trace)} others: {why}")
         self.layers = len(layers)
         alike = max((_alike(stop, layers) for stop in layers), key=len)
         fused = _Fused(alike) if len(alike) > 1 else None
@@ -191,7 +192,8 @@ class _Reading:
         try:
             one = rollout(self._trace)
         except ValueError as error:
-            self.notes.append(f"There is no rollout: {error}")
+            # The first part says what was expected; the rest lists layers.
+            self.notes.append(f"There is no rollout: {str(error).removeprefix('layers: ').partition(';')[0]}.")
             return
         keys = Side(grid=(one.shape[-2], one.shape[-1]))
         yield Stop("rollout", Side(("result",)), keys, ("fused",), lambda: one.flatten(1)[None])

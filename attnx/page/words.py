@@ -4,23 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attnx.extract.lavt_maps import maps_of_stages
-from attnx.extract.word_maps import maps_of_layers
-from attnx.models.lavt import Lavt
 from attnx.models.loaded import as_picture
 from attnx.page.explore import page_of
 from attnx.page.page import Page
 from attnx.page.stops import Side, Stop
 
 if TYPE_CHECKING:
-    from attnx.extract.captions import CaptionMaps
-    from attnx.models.albef import Albef
     from attnx.models.loaded import Picture
+    from attnx.models.tokenizer import Caption
+
+
+class CaptionMaps(Protocol):
+    """The maps of one caption, such as `attnx.CaptionMaps`."""
+
+    @property
+    def caption(self) -> Caption:
+        """The tokenised caption."""
+
+    @property
+    def maps(self) -> Tensor:
+        """[T, h, w], one for each token."""
+
+    @property
+    def word_maps(self) -> Tensor:
+        """[W, h, w], one for each word."""
+
+    @property
+    def score(self) -> float | None:
+        """The logit of a match; None if there is none."""
 
 
 def words_page(
@@ -58,30 +74,6 @@ def words_page(
     picture = None if image is None else as_picture(image)
     first = 0 if start is None else list(found).index(start)
     return page_of(stops, first, caption.text if title is None else title, picture, caption=data)
-
-
-def every_layer_page(
-    model: nn.Module, images: Tensor, caption: str, picture: Picture, method: str, place: int | None,
-    heads: str = "mean", preset: str | None = None,
-) -> Page:  # fmt: skip
-    """The page of a caption in every layer with cross-attention (ALBEF) or in every stage (LAVT), by every method.
-
-    Args:
-        model: an `attnx.models.albef.Albef` or an `attnx.models.lavt.Lavt` with a tokenizer, in eval mode.
-        images: [1, 3, height, width], normalised: the prepared picture.
-        caption, picture: to show.
-        method, place: the method and the layer or stage that the page shows first.
-        heads, preset: as in `attnx.word_maps`.
-    """
-    if isinstance(model, Lavt):
-        found, word = maps_of_stages(model, images, caption), "stage"
-    else:
-        found, word = maps_of_layers(cast("Albef", model), images, caption, heads, preset), "layer"
-
-    def name(kind: str, at: int | None) -> str:
-        return f"{'Grad-CAM' if kind == 'gradcam' else kind}, {'mean of the stages' if at is None else f'{word} {at}'}"
-
-    return words_page({name(*key): maps for key, maps in found.items()}, picture, start=name(method, place))
 
 
 def _rows(found: CaptionMaps) -> Tensor:
