@@ -46,7 +46,7 @@ class Page:
         >>> page = attnx.explore("demo", Image.new("RGB", (96, 96)))
         >>> page.save("page.html")
         >>> page
-        <Page 'demo', 0.3 MB>
+        <Page 'demo', 0.1 MB>
     """
 
     title: str
