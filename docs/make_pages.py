@@ -1,4 +1,4 @@
-"""The screenshots of pages in docs/gallery, and the animation of README.md: python docs/make_pages.py. Needs Chromium."""
+"""The screenshots of pages in docs/gallery, and README.md's animation: python docs/make_pages.py. Needs Chromium."""
 
 import io
 import math

@@ -17,24 +17,26 @@ function unpack(buffer) {
     const [rows, columns] = [countOf(sideOf(stop, false)), countOf(sideOf(stop, true))];
     for (let i = 0; i < stop.heads.length; i++, scales += rows + columns) planes.push({ rows, columns, scales });
   }
-  let codes = 4 * scales;
+  // A bfloat16 is the upper half of a float32.
+  const floats = new Float32Array(Uint32Array.from(new Uint16Array(buffer, 0, scales), (bits) => bits << 16).buffer);
+  let codes = 2 * scales;
   tables = data.cmaps.map((_, i) => new Uint8Array(buffer, codes + i * 768, 768));
   codes += 768 * tables.length;
   for (const plane of planes) {
-    plane.rowMax = new Float32Array(buffer, 4 * plane.scales, plane.rows);
-    plane.columnMax = new Float32Array(buffer, 4 * (plane.scales + plane.rows), plane.columns);
+    plane.rowScales = floats.subarray(plane.scales, plane.scales + plane.rows);
+    plane.columnScales = floats.subarray(plane.scales + plane.rows, plane.scales + plane.rows + plane.columns);
     plane.codes = new Uint8Array(buffer, codes, plane.rows * plane.columns);
     codes += plane.codes.length;
   }
 }
 
 /** The mean row (or column) of the picked queries (or keys): a value for each token of the other side. */
-function valuesOf({ rows, columns, rowMax, columnMax, codes }, pick) {
+function valuesOf({ rows, columns, rowScales, columnScales, codes }, pick) {
   const found = new Float32Array(pick.keys ? rows : columns);
   for (const at of pick.at) {
     for (let i = 0; i < found.length; i++) {
       const [row, column] = pick.keys ? [i, at] : [at, i];
-      const scale = Math.min(rowMax[row], columnMax[column]);
+      const scale = Math.min(rowScales[row], columnScales[column]);
       found[i] += (codes[row * columns + column] / LEVELS) * scale;
     }
   }

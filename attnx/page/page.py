@@ -19,8 +19,8 @@ from PIL.Image import Image, Resampling
 
 from attnx.files import replacing
 
-LEVELS = 132
-"""Maps are stored in steps of 1/132 of their maximum: a value, with five digits, is off by less than 1/255 of it."""
+LEVELS = 131
+"""The steps are at most 1/129 of a maximum: with five digits, a value is off by less than 1/255 of it."""
 
 CMAPS = ("turbo", "viridis", "magma", "inferno", "cividis", "gray", "jet")
 _PHOTO_SIDE = 1024
@@ -120,10 +120,11 @@ def assemble(kind: str, title: str, data: dict[str, Any], content: bytes = b"", 
 
 
 def pack(maps: Iterable[np.ndarray]) -> bytes:
-    """Maps [M, N], compressed: the largest value of each row and of each column as float32, then the codes as uint8.
+    """Maps [M, N], compressed: the scale of each row and of each column as bfloat16, then the codes as uint8.
 
-    ``P_ij ~ u_ij / 132 * min(max_j P_ij, max_i P_ij)``, so the error of a value is at most 1/264 of the maximum of its
-    row, and of that of its column. The colours of `CMAPS` are stored before the codes, 256 x 3 bytes for each.
+    ``P_ij ~ u_ij / 131 * min(r_i, c_j)``. The scales r and c are the largest values of the rows and of the columns,
+    rounded up by less than 1/128 of them, so the error of a value is at most 1/259 of the maximum of its row, and of
+    that of its column. The colours of `CMAPS` are stored before the codes, 256 x 3 bytes for each.
 
     Raises:
         ValueError: a map has negative, infinite or NaN values.
@@ -132,18 +133,19 @@ def pack(maps: Iterable[np.ndarray]) -> bytes:
     for amap in maps:
         if not np.isfinite(amap).all() or (amap.size and amap.min() < 0):
             raise ValueError("maps: expected finite values that are not negative")
-        rows, columns = amap.max(1, initial=0), amap.max(0, initial=0)
-        scale = np.minimum(rows[:, None], columns)
+        rows, columns = (_rounded_up(amap.max(axis, initial=0)) for axis in (1, 0))
+        scale = np.minimum(*(bits.astype("<u4") << 16 for bits in (rows[:, None], columns))).view("<f4")
         shares = np.divide(amap, scale, out=np.zeros_like(scale), where=scale > 0)
-        scales += [rows.astype("<f4"), columns.astype("<f4")]
+        scales += [rows, columns]
         codes.append(np.rint(shares * LEVELS).astype(np.uint8).reshape(-1))
-    return deflated(part.tobytes() for part in (*scales, *codes))
+    return deflated([b"".join(part.tobytes() for part in scales), *(part.tobytes() for part in codes)])
 
 
 def deflated(parts: Iterable[bytes]) -> bytes:
-    """The parts in one zlib stream."""
-    compressor = zlib.compressobj(9)
-    return b"".join([*map(compressor.compress, parts), compressor.flush()])
+    """The parts in one zlib stream. Each has its own statistics."""
+    compressor = zlib.compressobj(9, strategy=zlib.Z_FILTERED)
+    packed = [compressor.compress(part) + compressor.flush(zlib.Z_FULL_FLUSH) for part in parts]
+    return b"".join([*packed, compressor.flush()])
 
 
 def base85(content: bytes) -> str:
@@ -161,6 +163,11 @@ def jpeg(picture: Image, side: int = _PHOTO_SIDE, quality: int = 85) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=quality)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _rounded_up(values: np.ndarray) -> np.ndarray:
+    """The bits of float32 values, not negative, as bfloat16."""
+    return ((values.astype("<f4").view("<u4") + 0xFFFF) >> 16).astype("<u2")
 
 
 def colours() -> np.ndarray:

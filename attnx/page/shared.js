@@ -2,7 +2,7 @@
 // What both pages need: their data, small helpers, and the drawing of a map.
 
 const DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%()*+,-./:;=?@[]^_{|";
-const LEVELS = 132;
+const LEVELS = 131;
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _UNPACKED = 128e6  # bytes in the browser
-_BYTES_PER_VALUE = 1.11  # 133 values take at most 7.06 bits, and five characters hold four bytes
+_BYTES_PER_VALUE = 1.11  # 132 values take at most 7.05 bits, and five characters hold four bytes
 
 
 @dataclass(frozen=True)
