@@ -110,19 +110,11 @@ class Browse:
 
     def _mark(self, chunk: Chunk) -> str:
         """The identity of a chunk's content: its rows, their shard, and these settings."""
-        shard = self.maps.path(chunk.shard)
-        status = shard.stat()
-        root = self.photos and str(self.photos.root)
-        identity = [
-            _VERSION,
-            chunk,
-            shard.name,
-            status.st_size,
-            status.st_mtime_ns,
-            root,
-            self.thumb,
-            self.maps.settings,
-        ]
+        status = self.maps.path(chunk.shard).stat()
+        # Not the index of the first row: it changes when a running job writes an earlier shard.
+        rows = [chunk.name, chunk.rows, status.st_size, status.st_mtime_ns]
+        root = None if self.photos is None else str(self.photos.root)
+        identity = [_VERSION, rows, root, self.thumb, self.maps.settings]
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
