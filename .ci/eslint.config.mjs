@@ -42,7 +42,7 @@ const maps = [
 ];
 const places = ["mapOf", "placeOf", "tokenAt", "nameOf", "moved"];
 const explore = ["state", "view", "initial", "hovered", "shift", "pointer", "drag", "stopNow", "headNow", "shownPick"];
-const actions = ["pickAt", "pin", "goTo", "turn", "update", "makeThumb", "allThumbs"];
+const actions = ["hover", "pickAt", "pin", "goTo", "turn", "update", "makeThumb", "allThumbs"];
 const controls = ["most", "onPictureKey", "drawControls", "saveState"];
 const taken = (names) => ({ globals: Object.fromEntries(names.map((name) => [name, "writable"])) });
 

@@ -131,9 +131,10 @@ def test_the_hovered_patch_shows_the_numbers_of_the_capture(made, browser, stop,
     token = 1 + row * 12 + column
     values = (amap[:, token] if to else amap[token])[1:]
     with browser.open(path, f"stop={stop}&head={head}&alpha=100&smooth=0") as opened:
+        opened.at((column + 0.5) / 12, (row + 0.5) / 12)
         if to:
             opened.page.keyboard.down("Shift")
-        opened.at((column + 0.5) / 12, (row + 0.5) / 12)
+            opened.settle()
         for at in (0, 17, row * 12 + column, int(values.argmax()), 143):
             *rgb, alpha = pixel(opened, *divmod(at, 12), (12, 12))
             assert alpha == 255
@@ -460,7 +461,7 @@ def test_pooled_keys_are_means(browser, tmp_path):
         for (i, j), wanted in {(0, 0): row[:2, :2].mean(), (10, 12): row[10, 12], (4, 12): row[4:6, 12].mean()}.items():
             opened.at((j + 0.5) / 13, (i + 0.5) / 11)
             reading = opened.text("#reading")
-            assert f"to patch ({i // 2}, {j // 2})" in reading
+            assert f"to 2 x 2 patches at ({i // 2 * 2}, {j // 2 * 2})" in reading
             assert abs(float(reading.rpartition(": ")[2]) - wanted) <= row.max() / 255
 
 
@@ -491,6 +492,7 @@ def test_wrong_arguments():
         lambda: attnx.explore(batch, SCENE): "it has 2 maps; of a batch, pass trace.item",
         lambda: attnx.explore(loaded): "image: expected a picture",
         lambda: attnx.explore(torch.nn.Linear(2, 2), SCENE): "model: expected a name, the result of attnx.load",
+        lambda: attnx.explore(loaded.model.train(), SCENE): "model: expected eval mode",
         lambda: attnx.explore(loaded, SCENE, pool=0): "pool: expected an int of at least 1",
         lambda: attnx.explore(loaded, SCENE, heads="no"): "heads: expected one of",
         lambda: attnx.explore(loaded, SCENE, layers="no"): "no",

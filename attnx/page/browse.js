@@ -113,7 +113,10 @@ function fill(box, content, side, index, smooth) {
   }
   canvas.style.opacity = view.alpha / 100;
   const image = element("img", { alt: "", src: `data:image/jpeg;base64,${content.photo}` });
+  box.image = image;
   image.onload = () => {
+    // The box may have got another picture while this one was decoded.
+    if (box.image !== image) return;
     draw(image.naturalWidth, image.naturalHeight);
     show(image.naturalWidth, image.naturalHeight, image, canvas);
   };
@@ -315,7 +318,7 @@ function build() {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (step) open(opened + step);
   };
-  if (Number.isNaN(rangeOf(columns.score)[0])) $("sort").lastElementChild.remove();
+  if (columns.score.every(Number.isNaN)) $("sort").lastElementChild.remove();
   $("meanBox").hidden = !data.mean;
   drawMean();
 }

@@ -104,15 +104,21 @@ function onPictureKey(event) {
   event.preventDefault();
 }
 
+/** Shift turns the map of the patch under the pointer. */
+function press(down) {
+  shift = down;
+  if (pointer) hover(pickAt(...pointer));
+}
+
 document.onkeydown = (event) => {
-  if (event.key === "Shift") shift = true;
+  if (event.key === "Shift") press(true);
   // Letters choose an option of a list.
   if (event.ctrlKey || event.metaKey || event.altKey || (event.target.matches("select") && event.key !== "Escape"))
     return;
   if (Object.hasOwn(KEYS, event.key)) KEYS[event.key][1]();
 };
 document.onkeyup = (event) => {
-  if (event.key === "Shift") shift = false;
+  if (event.key === "Shift") press(false);
 };
 document.onpointerup = () => {
   drag.from = null;

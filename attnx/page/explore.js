@@ -100,7 +100,8 @@ function svg(tag, attributes) {
 }
 
 function makePanel(figure) {
-  const [width, height] = data.size ?? [1, 1];
+  const [rows, columns] = sides.find((side) => side.grid)?.grid ?? [1, 1];
+  const [width, height] = data.size ?? [columns, rows];
   const scale = SIDE / Math.max(width, height);
   const size = { width: Math.max(1, Math.round(width * scale)), height: Math.max(1, Math.round(height * scale)) };
   const canvas = element("canvas", { ...size, className: "map" });

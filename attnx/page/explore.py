@@ -26,6 +26,8 @@ from attnx.trace.trace import Trace
 from attnx.trace.window_record import WindowRecord
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from attnx.models.loaded import Picture
 
 LIMIT = 15e6
@@ -93,8 +95,8 @@ def explore(
 
 
 def page_of(
-    stops: Sequence[Stop], start: int, title: str, picture: Any, pool: int | None = None, notes: Sequence[str] = (),
-    **data: Any,
+    stops: Sequence[Stop], start: int, title: str, picture: Image | None, pool: int | None = None,
+    notes: Sequence[str] = (), **data: Any,
 ) -> Page:  # fmt: skip
     """The page of some stops, which shows stop `start` first; `data`: more values for its script."""
     wanted, notes = pool or pool_for(stops, LIMIT), list(notes)
@@ -261,6 +263,8 @@ def _loaded(model: str | Loaded | nn.Module) -> Loaded:
     if isinstance(model, str):
         return load(model)
     if isinstance(model, nn.Module) and getattr(model, "pretrained_cfg", None):
-        return with_timm_config(type(model).__name__, model.eval(), None)
+        if model.training:
+            raise ValueError("model: expected eval mode; got training mode; call model.eval()")
+        return with_timm_config(type(model).__name__, model, None)
     got = type(model).__name__
     raise ValueError(f"model: expected a name, the result of attnx.load, a timm model or a trace; got {got}")

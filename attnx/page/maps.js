@@ -68,7 +68,9 @@ function nameOf(side, at) {
   const patch = at - side.before.length;
   if (patch < 0) return side.before[at];
   if (patch >= patches(side)) return side.after[patch - patches(side)];
-  return `patch (${Math.floor(patch / side.grid[1])}, ${patch % side.grid[1]})`;
+  const [row, column] = [Math.floor(patch / side.grid[1]), patch % side.grid[1]];
+  const { pool } = side;
+  return pool > 1 ? `${pool} x ${pool} patches at (${row * pool}, ${column * pool})` : `patch (${row}, ${column})`;
 }
 
 /** The same token on another side: the patch at its place, or the token with its name; -1 if there is none. */

@@ -30,10 +30,10 @@ class Side:
     after: tuple[str, ...] = ()
 
     def to_json(self, pool: int = 1) -> dict[str, Any]:
-        """The side for the script. `extent` is the size of the picture in pooled patches, which may not be whole."""
+        """The side for the script. `extent` is the size of the picture in pools of patches, which may not be whole."""
         grid = None if self.grid is None else [math.ceil(n / pool) for n in self.grid]
         extent = None if self.grid is None else [n / pool for n in self.grid]
-        return {"before": self.before, "grid": grid, "extent": extent, "after": self.after}
+        return {"before": self.before, "grid": grid, "extent": extent, "after": self.after, "pool": pool}
 
     def count(self, pool: int = 1) -> int:
         """Number of tokens, with pools of `pool` x `pool` patches."""
@@ -118,4 +118,4 @@ def to_json(stops: Sequence[Stop], pool: int) -> dict[str, Any]:
         }
         for stop in stops
     ]
-    return {"stops": named, "sides": sides, "pool": pool}
+    return {"stops": named, "sides": sides}
