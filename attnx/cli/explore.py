@@ -15,15 +15,17 @@ from attnx.cli.options import (
     Pretrained,
     Seed,
     layers_of,
+    named_model,
     prepared,
     report_errors,
 )
+from attnx.messages import say
 
 
 @report_errors
 def explore(
     image: Annotated[Path, typer.Argument(help="An image file.", **PATH)],
-    model: Annotated[str, MODEL] = "demo",
+    model: Annotated[str | None, MODEL] = None,
     out: Annotated[Path, typer.Option(help="The page to write.", **PATH)] = Path("attnx-explore.html"),
     heads: Annotated[
         str, typer.Option(help="How heads are fused: mean, max or min; [bold]each[/bold]: the page has every head.")
@@ -55,7 +57,10 @@ def explore(
 
     check_name(out, "out")
     picture = read_image(image)
-    loaded = prepared(model, pretrained, checkpoint, image_size, device, seed)[1]
+    notice, name = named_model(model)
+    if notice:
+        say(notice)
+    loaded = prepared(name, pretrained, checkpoint, image_size, device, seed)[1]
     title = f"{image.name}, {loaded.name}" + (" (random weights)" * (not pretrained and checkpoint is None))
     page = page_of(loaded, picture, heads=heads, layers=layers_of(layers, None), pool=pool, title=title)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 // The page of a job's maps. A row is an index into the job; the maps and thumbnails of 64 rows come from a script.
 
-const CELL = 176; // pixels of a cell and its gap
-const LINE = 204; // pixels of a line of cells
+const CELL = 166; // pixels of a cell and its gap: two of them on a phone
+const LINE = 196; // pixels of a line of cells
 const CACHED = 96; // chunks in memory
 const TALLEST = 8e6; // browsers limit the height of an element
 const BINS = 48;
@@ -176,7 +176,7 @@ function render() {
       if (!content) continue;
       cell.waiting = false;
       if (content.missing) cell.box.append("not made yet: run the command again");
-      else fill(cell.box, content, CELL - 16, 0, 96);
+      else fill(cell.box, content, CELL - 18, 0, 96);
     }
     if (opened >= 0) enlarge();
   });

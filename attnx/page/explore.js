@@ -268,6 +268,7 @@ function drawChips() {
 function makeThumb(at, head) {
   const label = `${stops[at].name}, ${stops[at].heads[head]}`;
   const canvas = element("canvas", { width: 1, height: 1 });
+  if (data.size) canvas.style.aspectRatio = data.size.join(" / ");
   const made = element("button", { type: "button", className: "thumb", title: label, ariaLabel: label }, canvas);
   made.onclick = () => goTo(at, head);
   return { made, canvas, at, head };
