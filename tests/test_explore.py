@@ -508,6 +508,37 @@ def test_chosen_layers_have_no_rollout():
     assert page.notes == ("There is no rollout of chosen layers.",)
 
 
+def test_maps_weighted_by_gradients_have_no_rollout():
+    loaded = attnx.load("demo")
+    with attnx.capture(loaded.model, grad=True) as trace:
+        logits = loaded.model(torch.rand(1, 3, 96, 96))
+    trace.backward(logits[:, 0].sum())
+    page = attnx.explore(trace, SCENE)
+    assert page.notes == ("There is no rollout of maps weighted by gradients.",)
+    assert data_of(page.html)["stops"][-1]["name"] == "min over 4 layers"
+
+
+@pytest.mark.parametrize("name", ["timm vit siglip", "timm swin", "timm crossvit"])
+def test_the_rollout_of_other_families(name):
+    model, given = BY_NAME[name].build()
+    with torch.inference_mode(), attnx.capture(model) as trace:
+        model(given[0][:1])
+    data, raw = content(attnx.explore(trace))
+    sides = [
+        len(side["before"]) + len(side["after"]) + int(np.prod(side["grid"] or 0)) * (side["grid"] is not None)
+        for side in data["sides"]
+    ]
+    shapes = [(sides[stop["queries"]], sides[stop["keys"]]) for stop in data["stops"]]
+    assert data["stops"][-1]["name"] == "rollout"
+    if name == "timm crossvit":
+        wanted = attnx.rollout(trace).flatten(1)[0, None].numpy()
+    else:
+        wanted = attnx.rollout(trace, query="all")[0].numpy()
+    found = unpacked(zlib.compress(raw), shapes)[-1]
+    assert found.shape == wanted.shape
+    assert (np.abs(found - wanted) <= wanted.max(1, keepdims=True) / 259 + 1e-9).all()
+
+
 def test_gradients_with_a_sign_are_refused():
     loaded = attnx.load("demo")
     with attnx.capture(loaded.model, grad="signed") as trace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -160,10 +161,8 @@ class _Reading:
         """A side of a layer's map; `keys`: it has the tokens of the keys."""
         layout = tokens.layout
         if layout is None and keys:
-            try:
+            with suppress(ValueError):
                 layout = self._trace.layout_of(layer)
-            except ValueError:
-                layout = None
         if layout is not None and layout.frames > 1:
             layout = None
         if layout is None:
@@ -180,17 +179,18 @@ class _Reading:
 
     def _rollout(self, layers: list[Stop], chosen: bool) -> Iterator[Stop]:
         """The rollout of each query, or of the class token alone; nothing, with a note, if the model has none."""
-        if chosen:
-            self.notes.append("There is no rollout of chosen layers.")
+        if chosen or any(isinstance(self._trace.kept(layer), GradientRecord) for layer in self._trace):
+            what = "chosen layers" if chosen else "maps weighted by gradients"
+            self.notes.append(f"There is no rollout of {what}.")
             return
-        try:
+        with suppress(ValueError):
             whole = rollout(self._trace, query="all")
-            queries, keys = layers[-1].queries, layers[0].keys
-            if list(whole.shape) == [1, queries.count(), keys.count()]:
-                yield Stop("rollout", queries, keys, ("fused",), lambda: whole)
+            own = [stop.keys for stop in layers if stop.queries == stop.keys]
+            last, first = ({side.count(): side for side in sides} for sides in (own, own[::-1]))
+            _, rows, columns = whole.shape
+            if rows in last and columns in first:
+                yield Stop("rollout", last[rows], first[columns], ("fused",), lambda: whole)
                 return
-        except ValueError:
-            pass
         try:
             one = rollout(self._trace)
         except ValueError as error:
