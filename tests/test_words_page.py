@@ -116,8 +116,8 @@ def test_pieces_are_shown_on_request(browser, tmp_path):
         opened.at(2.5 / 4, 1.5 / 3)
         mean = maps[1:4].mean(0)
         assert abs(float(opened.text("#reading").rpartition(": ")[2]) - mean[1, 2]) <= mean.max() / 255
-        opened.page.check("#pieces")
-        opened.settle()
+        opened.press("w")
+        assert opened.page.is_checked("#pieces")
         assert words.all_inner_texts() == list(PIECES.tokens)
         words.nth(3).click()
         opened.at(2.5 / 4, 1.5 / 3)
@@ -162,7 +162,7 @@ def test_every_layer_is_that_of_its_own_call():
     assert list(maps_of_layers(model, images, SCENE.caption, heads="max")) == [("attention", 2), ("attention", 3)]
 
 
-def test_every_stage_of_lavt():
+def test_every_stage_of_lavt(browser, tmp_path):
     config = LavtConfig(24, (1, 1, 1, 1), (1, 2, 4, 8), 4, text_width=32, text_depth=1, text_heads=2)
     vocab = Tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog"], 20, plain=True)
     torch.manual_seed(0)
@@ -175,6 +175,12 @@ def test_every_stage_of_lavt():
     data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page.html)[1])
     assert data["stops"][data["start"]]["name"] == "attention, mean of the stages"
     assert [side["grid"] for side in data["sides"]][1:] == [[16, 12], [8, 6], [4, 3], [2, 2]]
+    page.save(tmp_path / "page.html")
+    dog = found["attention", 2].word_maps[1]
+    with browser.open(tmp_path / "page.html", "stop=2") as opened:
+        opened.page.locator("#caption button").nth(1).click()
+        opened.at(1.5 / 3, 2.5 / 4)
+        assert abs(float(opened.text("#reading").rpartition(": ")[2]) - dog[2, 1]) <= dog.max() / 255
 
 
 def test_maps_of_two_captions_are_refused(found):

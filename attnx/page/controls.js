@@ -66,6 +66,12 @@ function unpin() {
   set(state, { picks: [] });
 }
 
+/** Shows the tokens of the tokenizer in place of the words. */
+function showPieces(on) {
+  unpin();
+  set(state, { pieces: on });
+}
+
 const KEYS = {
   "[": ["Layer before", () => goTo(state.stop - 1)],
   "]": ["Layer after", () => goTo(state.stop + 1)],
@@ -81,6 +87,7 @@ const KEYS = {
   "-": ["Less opaque", () => set(view, { alpha: Math.max(0, view.alpha - 10) })],
   "+": ["More opaque", () => set(view, { alpha: Math.min(100, view.alpha + 10) })],
   Escape: ["Unpin everything", unpin],
+  ...(caption && { w: ["Words, or their pieces", () => showPieces(!state.pieces)] }),
 };
 
 /** Arrow keys move the patch, Enter and the space bar pin it. */
@@ -129,10 +136,7 @@ function makeControls() {
   $("stop").oninput = () => goTo(Number($("stop").value));
   $("play").onclick = () => play(!timer);
   $("to").onchange = () => turn($("to").checked);
-  $("pieces").onchange = () => {
-    unpin();
-    set(state, { pieces: $("pieces").checked });
-  };
+  $("pieces").onchange = () => showPieces($("pieces").checked);
   for (const name of ["smooth", "links", "common"]) $(name).onchange = () => set(view, { [name]: $(name).checked });
   for (const name of ["cmap", "alpha", "mass"]) $(name).oninput = () => set(view, { [name]: Number($(name).value) });
   $("cmap").append(...data.cmaps.map((name, value) => element("option", { value }, name)));
