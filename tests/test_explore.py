@@ -506,6 +506,8 @@ def test_chosen_layers_have_no_rollout():
     page = attnx.explore("demo", SCENE, layers=[0, 3])
     assert [stop["name"] for stop in data_of(page.html)["stops"]][-1] == "min over 2 layers"
     assert page.notes == ("There is no rollout of chosen layers.",)
+    assert attnx.explore("demo", SCENE, layers=3).notes == page.notes
+    assert data_of(attnx.explore("demo", SCENE, layers="blocks.*").html)["stops"][-1]["name"] == "rollout"
 
 
 def test_maps_weighted_by_gradients_have_no_rollout():

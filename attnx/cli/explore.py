@@ -16,6 +16,7 @@ from attnx.cli.options import (
     Seed,
     layers_of,
     named_model,
+    one_of,
     prepared,
     report_errors,
 )
@@ -56,13 +57,16 @@ def explore(
     from attnx.page.page import check_name
 
     check_name(out, "out")
+    one_of("heads", heads, ("mean", "max", "min", "each"))
     picture = read_image(image)
     notice, name = named_model(model)
     if notice:
         say(notice)
     loaded = prepared(name, pretrained, checkpoint, image_size, device, seed)[1]
     title = f"{image.name}, {loaded.name}" + (" (random weights)" * (not pretrained and checkpoint is None))
-    page = page_of(loaded, picture, heads=heads, layers=layers_of(layers, None), pool=pool, title=title)
+    chosen = layers_of(layers, None)
+    one = chosen[0] if chosen and len(chosen) == 1 else chosen
+    page = page_of(loaded, picture, heads=heads, layers=one, pool=pool, title=title)
     out.parent.mkdir(parents=True, exist_ok=True)
     page.save(out)
     typer.echo(f"{out}  {out.stat().st_size / 1e6:.1f} MB: open it in a browser")

@@ -57,7 +57,8 @@ def explore(
         image: a picture, or the path of one; it is prepared as a whole. For a trace: the part of the picture that the
             model saw; None: the page has no picture.
         heads: "mean", "max", "min", or "each". For a trace it is that of its capture.
-        layers: as in `attnx.capture`; without rollout if it is a list. For a trace: its layers.
+        layers: as in `attnx.capture`; without rollout, unless it is one glob ("vision_model.*"). For a trace: those of
+            it.
         pool: pools of `pool` x `pool` keys are stored as their mean. None: 1, or as much as is needed so that the maps
             take at most 15 MB; the page says so.
         text: names of the tokens on the text side of a trace, such as word pieces.
@@ -91,7 +92,8 @@ def explore(
             loaded.model(images, **loaded.model_kwargs)
         name = loaded.name if title is None else title
     with torch.inference_mode():
-        reading = _Reading(trace, text, isinstance(layers, Sequence) and not isinstance(layers, str))
+        # A glob selects the layers of a part of the model; other choices leave out layers of a chain.
+        reading = _Reading(trace, text, chosen=not (layers is None or (isinstance(layers, str) and "*" in layers)))
         return page_of(reading.stops, reading.layers - 1, name, picture, pool, reading.notes)
 
 
