@@ -14,6 +14,7 @@ from families_hf import FAMILIES as HF
 from families_timm import FAMILIES as TIMM
 from matplotlib import colormaps
 from PIL import Image
+from test_cli import fails, run
 
 import attnx
 from attnx.demo.scenes import draw_scene
@@ -550,41 +551,21 @@ def test_gradients_with_a_sign_are_refused():
         attnx.explore(trace, SCENE)
 
 
-def test_the_command(tmp_path, capsys, monkeypatch):
-    from attnx.cli.main import app
-
+def test_the_command(tmp_path):
     SCENE.save(tmp_path / "photo.png")
-    out = tmp_path / "new" / "page.html"
-    with pytest.raises(SystemExit) as ended:
-        app(
-            [
-                "explore",
-                str(tmp_path / "photo.png"),
-                "--heads",
-                "each",
-                "--layers",
-                "0",
-                "--layers",
-                "3",
-                "--out",
-                str(out),
-            ]
-        )
-    assert ended.value.code == 0
-    said = capsys.readouterr().out
-    assert said.startswith(f"{out}  ")
-    assert "There is no rollout of chosen layers." in said
+    photo, out = tmp_path / "photo.png", tmp_path / "new" / "page.html"
+    done = run("explore", photo, "--heads", "each", "--layers", 0, "--layers", 3, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(f"{out}  ")
+    assert "There is no rollout of chosen layers." in done.stdout
+    assert "no --model: using the demo model" in done.stderr
     data = data_of(out.read_text())
     assert [stop["name"] for stop in data["stops"]][:2] == ["blocks.0.attn", "blocks.3.attn"]
     assert data["size"] == [96, 96]
-    for arguments, message in {
-        ("nothing.png",): "nothing.png",
-        (str(tmp_path / "photo.png"), "--out", "page.txt"): "--out: expected a name that ends in .html; got 'page.txt'",
-        (str(tmp_path / "photo.png"), "--heads", "no"): "--heads: expected one of mean, max, min, each; got 'no'",
-    }.items():
-        with pytest.raises(SystemExit) as ended:
-            app(["explore", *arguments])
-        assert ended.value.code == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
+    assert "nothing.png: can't be read as an image" in fails("explore", "nothing.png")
+    assert fails("explore", photo, "--out", "page.txt") == (
+        "attnx: --out: expected a name that ends in .html; got 'page.txt'"
+    )
+    assert fails("explore", photo, "--heads", "no") == (
+        "attnx: --heads: expected one of mean, max, min, each; got 'no'"
+    )
