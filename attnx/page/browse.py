@@ -186,7 +186,7 @@ def _index(browse: Browse, chunks: list[Chunk]) -> None:
         "rows": count, "kinds": kinds, "levels": LEVELS, "cmaps": CMAPS,
         "chunks": [[chunk.name, chunk.first, chunk.rows] for chunk in chunks],
         "mean": None if found.mean is None else {"grid": found.mean.shape, "values": found.mean.reshape(-1).tolist()},
-        "about": f"{settings.get('model')}, {settings.get('method')}", "of": len(maps), "thumb": browse.thumb,
+        "about": f"{settings.get('model')}, {settings.get('method')}", "of": len(maps),
     }  # fmt: skip
     assemble("browse", f"Maps of {maps.folder.name}", data, content, loads_scripts=True).save(browse.out / "index.html")
 
