@@ -193,6 +193,13 @@ def test_other_settings_and_lost_chunks_are_made_again(job, tmp_path):
     assert sorted(path.name for path in (out / "chunks").iterdir()) == names[:1]
 
 
+def test_rows_of_a_running_job_are_added(job, tmp_path):
+    out = shutil.copytree(job, tmp_path / "maps", ignore=shutil.ignore_patterns("browse", "part-00000*"))
+    assert "90 rows; 2 chunks made, 0 there before" in run("browse", out, "--workers", 0).output
+    shutil.copy2(job / "part-00000.parquet", out)
+    assert "150 rows; 1 chunks made, 2 there before" in run("browse", out, "--workers", 0).output
+
+
 def test_a_run_that_is_stopped_leaves_whole_chunks(job, tmp_path):
     browse = Browse(Maps(job), tmp_path, Photos(Maps(job)))
     (tmp_path / "chunks").mkdir()
