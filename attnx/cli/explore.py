@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from attnx.cli.advice import in_options
 from attnx.cli.options import (
     MODEL,
     PATH,
@@ -71,4 +72,4 @@ def explore(
     page.save(out)
     typer.echo(f"{out}  {out.stat().st_size / 1e6:.1f} MB: open it in a browser")
     for note in page.notes:
-        typer.echo(note)
+        typer.echo(in_options(note))
