@@ -41,8 +41,30 @@ const maps = [
   "valuesOf",
 ];
 const places = ["mapOf", "placeOf", "tokenAt", "nameOf", "moved"];
-const explore = ["state", "view", "initial", "hovered", "shift", "pointer", "drag", "stopNow", "headNow", "shownPick"];
-const actions = ["hover", "pickAt", "pin", "goTo", "turn", "update", "makeThumb", "allThumbs"];
+const explore = [
+  "state",
+  "view",
+  "initial",
+  "hovered",
+  "shift",
+  "pointer",
+  "drag",
+  "stopNow",
+  "headNow",
+  "shownPick",
+  "panels",
+];
+const actions = ["hover", "pickAt", "pin", "pinWords", "toggleWord", "defaultPick", "goTo", "turn", "update"];
+const buttons = [
+  "makeChips",
+  "drawChips",
+  "makeHeads",
+  "makeThumb",
+  "drawThumb",
+  "drawSimilar",
+  "headThumbs",
+  "allThumbs",
+];
 const controls = ["most", "onPictureKey", "drawControls", "saveState"];
 const taken = (names) => ({ globals: Object.fromEntries(names.map((name) => [name, "writable"])) });
 
@@ -72,6 +94,10 @@ export default [
     },
   },
   { files: ["**/browse.js", "**/maps.js"], languageOptions: taken(shared) },
-  { files: ["**/explore.js"], languageOptions: taken([...shared, ...maps, ...places, ...controls]) },
-  { files: ["**/controls.js"], languageOptions: taken([...shared, ...maps, ...places, ...explore, ...actions]) },
+  { files: ["**/explore.js"], languageOptions: taken([...shared, ...maps, ...places, ...buttons, ...controls]) },
+  { files: ["**/buttons.js"], languageOptions: taken([...shared, ...maps, ...places, ...explore, ...actions]) },
+  {
+    files: ["**/controls.js"],
+    languageOptions: taken([...shared, ...maps, ...places, ...explore, ...actions, ...buttons]),
+  },
 ];

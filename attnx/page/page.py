@@ -24,7 +24,10 @@ LEVELS = 131
 
 CMAPS = ("turbo", "viridis", "magma", "inferno", "cividis", "gray", "jet")
 _PHOTO_SIDE = 1024
-_SCRIPTS = {"explore": ("shared.js", "maps.js", "explore.js", "controls.js"), "browse": ("shared.js", "browse.js")}
+_SCRIPTS = {
+    "explore": ("shared.js", "maps.js", "explore.js", "buttons.js", "controls.js"),
+    "browse": ("shared.js", "browse.js"),
+}
 _STYLES = {"explore": ("explore.css",), "browse": ("explore.css", "browse.css")}
 # No character needs to be escaped, neither in HTML nor in a string of JSON or JavaScript.
 _DIGITS = np.frombuffer(
