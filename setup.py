@@ -7,6 +7,7 @@ setup(
         *find_packages(include=["attnx", "attnx.*"]),
         "attnx.kernels",
         "attnx.kernels.cpu",
+        "attnx.kernels.hopper",
         "attnx.kernels.inspect",
     ],
     package_dir={"attnx": "attnx", "attnx.kernels": "kernels"},

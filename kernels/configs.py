@@ -58,7 +58,8 @@ class Launch(NamedTuple):
     def run(self) -> None:
         """Launch the kernel on the current device."""
         config = self.config
-        blocks = {} if "BLOCK" in self.args else dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n)
+        names = self.kernel.arg_names
+        blocks = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n) if "BLOCK_M" in names else {}
         options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
         launch(self.kernel, self.grid, {**self.args, **blocks}, options)
 
