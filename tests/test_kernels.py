@@ -20,6 +20,7 @@ from attnx.kernels.configs import (
     split_d,
     vecmat_config,
 )
+from attnx.ops.backends import launches
 from attnx.ops.backends import triton as backend
 from attnx.ops.reducers import Reduction
 
@@ -45,8 +46,9 @@ def names(launched):
 
 
 def on(monkeypatch, processors):
-    real = backend.target
-    monkeypatch.setattr(backend, "target", lambda device: real(device)._replace(processors=processors))
+    real = launches.target
+    for module in (backend, launches):
+        monkeypatch.setattr(module, "target", lambda device: real(device)._replace(processors=processors))
 
 
 @pytest.mark.triton_kernels

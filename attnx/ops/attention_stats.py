@@ -183,7 +183,7 @@ def row_statistics(
         return out.zero_(), amap.zero_(), statistics.of_empty_rows(q)
     reduction = Reduction.parse(heads) if heads else None
     match choose(backend, scores, v, reduction):
-        case "triton":
+        case "triton" | "hopper":
             from attnx.ops.backends import triton
 
             found: Found = triton.attention_stats(scores, v, reduction, statistics, lse)

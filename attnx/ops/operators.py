@@ -32,11 +32,11 @@ def attention(
     if scores.is_empty:
         return scores.new_output(v).zero_(), new_map(q, k, heads, rows).zero_()
     rows = _from_the_start(rows, q.shape[2])
-    match choose(backend, scores, v, reduction):
-        case "triton":
+    match name := choose(backend, scores, v, reduction):
+        case "triton" | "hopper":
             from attnx.ops.backends import triton
 
-            return triton.attention(scores, v, reduction, rows)
+            return triton.attention(scores, v, reduction, rows, on_hopper=name == "hopper")
         case "native":
             from attnx.ops.backends import native
 
@@ -71,11 +71,11 @@ def attention_map(
     if scores.is_empty:
         return new_map(q, k, heads, rows).zero_()
     rows = _from_the_start(rows, q.shape[2])
-    match choose(backend, scores, None, reduction):
-        case "triton":
+    match name := choose(backend, scores, None, reduction):
+        case "triton" | "hopper":
             from attnx.ops.backends import triton
 
-            return triton.attention_map(scores, reduction, rows, lse)
+            return triton.attention_map(scores, reduction, rows, lse, on_hopper=name == "hopper")
         case "native":
             from attnx.ops.backends import native
 
@@ -108,7 +108,7 @@ def attention_lse(
     if scores.is_empty:
         return scores.new_output(v).zero_(), _new_lse(q).fill_(-torch.inf)
     match choose(backend, scores, v, None):
-        case "triton":
+        case "triton" | "hopper":
             from attnx.ops.backends import triton
 
             return triton.attention_lse(scores, v)
@@ -143,11 +143,11 @@ def vecmat(
     scores = Scores(q, k, bias, is_causal, scale, softcap)
     if scores.is_empty:
         return r.new_zeros(r.shape[0], k.shape[2])
-    match choose(backend, scores, None, Reduction.MEAN):
-        case "triton":
+    match name := choose(backend, scores, None, Reduction.MEAN):
+        case "triton" | "hopper":
             from attnx.ops.backends import triton
 
-            return triton.vecmat(scores, r, lse)
+            return triton.vecmat(scores, r, lse, on_hopper=name == "hopper")
         case "native":
             from attnx.ops.backends import native
 
@@ -186,7 +186,7 @@ def gradient_map(
         return new_map(q, k, heads, rows).zero_()
     rows = _from_the_start(rows, q.shape[2])
     match choose(backend, scores, v, reduction):
-        case "triton":
+        case "triton" | "hopper":
             from attnx.ops.backends import triton
 
             return triton.gradient_map(scores, grad, v, reduction, clamp, rows, lse)

@@ -91,7 +91,7 @@ def importance_of_rows(
     if scores.is_empty or 0 in v.shape:
         return q.new_zeros(q.shape[:3], dtype=torch.float32)
     match choose(backend, scores, v, Reduction.MEAN):
-        case "triton":
+        case "triton" | "hopper":
             from attnx.ops.backends import triton
 
             return triton.row_importance(scores, grad, v, lse)

@@ -12,8 +12,8 @@
 | vecmat, no mask       | to 96     | any       | > 64 | 256            | 3      |
 | vecmat, no mask       | to 128    | any       | > 64 | 128            | 3      |
 
-All of them take float16 and bfloat16, head dims that are multiples of 8, grouped heads, and every reduction of the heads.
-The map and the short rows also take causal attention and masks of keys.
+All of them take float16 and bfloat16, head dims that are multiples of 8, and grouped heads. The map and the short rows
+also take every reduction of the heads, causal attention and masks of keys.
 """
 
 from typing import NamedTuple
@@ -46,6 +46,11 @@ class Tile(NamedTuple):
     rest: int
     chunks: int
     stages: int
+
+    @property
+    def keys(self) -> int:
+        """Keys of the tile."""
+        return self.chunks * CHUNK
 
 
 def short_row(head_dim: int, rows: int, keys: int) -> ShortRow | None:

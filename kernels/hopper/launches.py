@@ -1,6 +1,6 @@
 """Launches of the Hopper kernels: their grids and arguments."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,25 +8,12 @@ from triton import cdiv
 
 from attnx.kernels.arguments import split_args
 from attnx.kernels.configs import Config, Launch, Target
-from attnx.kernels.hopper.boxes import Box
+from attnx.kernels.hopper.arguments import Attention, Box
 from attnx.kernels.hopper.configs import CHUNK, ROWS, ShortRow, Tile
 from attnx.kernels.hopper.map import map_kernel
 from attnx.kernels.hopper.short_rows import short_rows_kernel
 from attnx.kernels.hopper.vecmat import vecmat_kernel
 from attnx.kernels.primitives import ADDITIVE, BOOLEAN, NO_BIAS
-
-
-class Attention(NamedTuple):
-    """What the kernels compute attention from.
-
-    q: [B, H, M, D]. k: [B, Hk, N, D]. mask: [P, N] bool (True: attend) or float (added), of item b % P; None: no mask.
-    """
-
-    q: Tensor
-    k: Tensor
-    mask: Tensor | None
-    is_causal: bool
-    scale: float
 
 
 def short_rows_launch(
@@ -66,7 +53,7 @@ def map_launch(
         **_shared(attention, heads, splits),
         **dict(NC=tile.chunks, STAGES=tile.stages, REST_D=tile.rest),
     )
-    tiles = planes * cdiv(q.shape[2], ROWS) * cdiv(attention.k.shape[2], CHUNK * tile.chunks)
+    tiles = planes * cdiv(q.shape[2], ROWS) * cdiv(attention.k.shape[2], tile.keys)
     grid = (min(tiles, target.processor_count),)
     return Launch(map_kernel, grid, args, Config(ROWS, CHUNK, 4, tile.stages, tile.chunks))
 
@@ -86,13 +73,13 @@ def vecmat_launch(attention: Attention, r: Tensor, lse: Tensor, out: Tensor, til
         **{name: shared[name] for name in ("H", "GROUP", "M", "N", "scale_log2")},
         **dict(NC=tile.chunks, STAGES=tile.stages, REST_D=tile.rest),
     )
-    grid = (cdiv(k.shape[2], CHUNK * tile.chunks) * q.shape[0] * q.shape[1],)
+    grid = (cdiv(k.shape[2], tile.keys) * q.shape[0] * q.shape[1],)
     return Launch(vecmat_kernel, grid, args, Config(ROWS, CHUNK, 4, tile.stages, tile.chunks))
 
 
 def _boxes(attention: Attention, tile: Tile) -> dict[str, Box]:
     """Boxes of the first columns of q and k, and of the rest, which are not read if there is none."""
-    q, k, keys, rest = attention.q, attention.k, CHUNK * tile.chunks, tile.rest or tile.width
+    q, k, keys, rest = attention.q, attention.k, tile.keys, tile.rest or tile.width
     return dict(
         q_desc=Box(q, ROWS, tile.width),
         k_desc=Box(k, keys, tile.width),

@@ -1,4 +1,4 @@
-"""Head-reduced map of long rows on Hopper from q, k and lse: persistent programs that overlap products and exponentials."""
+"""Head-reduced map on Hopper from q, k and lse. Programs are persistent, and products and exponentials overlap."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -7,7 +7,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from attnx.kernels.hopper.primitives import (
     ADDITIVE,
     CHUNK,
-    LOG2E,
     NO_BIAS,
     ROWS,
     box,
@@ -111,9 +110,7 @@ def consume(
             mask_b = mask_ptr + (b % mask_period).to(gl.int64) * stride_mb
         if MASK == ADDITIVE:
             for c in gl.static_range(NC):
-                added_buf.index(wg * NC + c).store(
-                    log2_mask(mask_b, first_n + c * CHUNK, N, stride_mn, MASK, by_key)
-                )
+                added_buf.index(wg * NC + c).store(log2_mask(mask_b, first_n + c * CHUNK, N, stride_mn, MASK, by_key))
         lse_rows = lse_ptr + b.to(gl.int64) * H * M + gl.minimum(rows, M - 1)
         next_lse = load_lse(lse_rows, first_head, last_head, M)
         poison = gl.full([ROWS], 0.0, gl.float32, by_row)
@@ -161,12 +158,12 @@ def consume(
                 # A hidden key has weight 0 in every head, or NaN in a row with NaN.
                 if CAUSAL:
                     at = first_n + c * CHUNK + gl.arange(0, CHUNK, layout=by_key)
-                    visible = gl.expand_dims(rows, 1) >= gl.expand_dims(at, 0)
-                    result = gl.where(visible, result, gl.expand_dims(poison, 1))
+                    hidden = gl.expand_dims(rows, 1) < gl.expand_dims(at, 0)
+                    result = gl.where(hidden, gl.expand_dims(poison, 1), result)
                 if MASK != NO_BIAS:
                     added = log2_mask(mask_b, first_n + c * CHUNK, N, stride_mn, MASK, by_key)
-                    visible = gl.expand_dims(added > float("-inf"), 0)
-                    result = gl.where(visible, result, gl.expand_dims(poison, 1))
+                    hidden = gl.expand_dims(added == float("-inf"), 0)
+                    result = gl.where(hidden, gl.expand_dims(poison, 1), result)
                 store_rows(map_plane, result, first_row, first_n + c * CHUNK, M, N)
 
 

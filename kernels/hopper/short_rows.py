@@ -1,8 +1,8 @@
 """Output and head-reduced map of short rows on Hopper in one launch. Q, K and V of each head are loaded once.
 
-A row of keys is NC chunks of 64 keys and a tail. The map of a row stays in registers over all heads. Up to about 200 keys
-the weights of a head fit beside it, so that each is computed once (`weigh_once`). Longer rows compute each weight twice:
-first for the output and the log-sum-exp, then for the map (`weigh_twice`).
+A row of keys is NC chunks of 64 keys and a tail. The map of a row stays in registers over all heads. Up to about 200
+keys the weights of a head fit beside it, so that each is computed once (`weigh_once`). Longer rows compute each weight
+twice: first for the output and the log-sum-exp, then for the map (`weigh_twice`).
 """
 
 from triton.experimental import gluon
@@ -64,7 +64,7 @@ def masked(
     keys = part * CHUNK + gl.arange(0, width, layout=by_key)
     if MASK != NO_BIAS:
         added = gl.expand_dims(added_buf.index(part).slice(0, width).load(by_key), 0)
-        s = gl.where(added > float("-inf"), s * scale_log2 + added, float("-inf"))
+        s = gl.where(added == float("-inf"), float("-inf"), s * scale_log2 + added)
     elif part == NC + (TAIL > 0) - 1:
         s = gl.where(gl.expand_dims(keys < N, 0), s, float("-inf"))
     if CAUSAL:

@@ -124,7 +124,7 @@ def vecmat_kernel(
     q_desc, k_desc, q_rest_desc, k_rest_desc, r_ptr, lse_ptr, out_ptr, H, GROUP, M, N, scale_log2,
     NC: gl.constexpr, STAGES: gl.constexpr, REST_D: gl.constexpr,
 ):  # fmt: skip
-    """Compute 64 NC entries of r @ P of one head, in two parts: out [B, H, 2, N], one part for each warpgroup's rows."""
+    """Compute 64 NC entries of r @ P of one head, as two parts of out [B, H, 2, N]: one of each warpgroup's rows."""
     BN: gl.constexpr = k_desc.block_type.shape[2]
     blocks_n = gl.cdiv(N, BN)
     plane = gl.program_id(0) // blocks_n

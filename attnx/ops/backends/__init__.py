@@ -1,5 +1,7 @@
 """Implementations of the op: `triton` (GPUs), `native` (CPUs, C++), `eager` (plain torch). None imports another.
 
+"hopper" is `triton` with the kernels for Hopper where these take the call.
+
 `choose` picks one for a call. Each has `limits(scores, v, reduction)`, the reasons it can't take a call, and functions
 named as the operators in `attnx.ops.operators`.
 """
@@ -12,8 +14,8 @@ from torch import Tensor
 from attnx.ops.reducers import Reduction
 from attnx.ops.scores import Scores
 
-BACKENDS = ("auto", "triton", "native", "eager")
-Backend = Literal["triton", "native", "eager"]
+BACKENDS = ("auto", "triton", "hopper", "native", "eager")
+Backend = Literal["triton", "hopper", "native", "eager"]
 
 _REPORTED: set[str] = set()  # backends already reported as missing
 
@@ -38,17 +40,20 @@ def choose(backend: str, scores: Scores, v: Tensor | None, reduction: Reduction 
     if backend == "auto" and scores.softcap:
         return "eager"  # no other backend has it
     if backend == "auto":
-        device = scores.q.device.type
-        name = "native" if device == "cpu" else "triton" if device == "cuda" else "eager"
+        kind = scores.q.device.type
+        name = "native" if kind == "cpu" else "triton" if kind == "cuda" else "eager"
     reasons: list[str] = []
     try:
         match name:
-            case "triton":
-                from attnx.ops.backends import triton
+            case "triton" | "hopper":
+                from attnx.ops.backends import hopper, triton
 
+                device = scores.q.device
                 reasons = triton.limits(scores, v, reduction)
-                if not reasons and (backend == "triton" or not triton.in_chunks(scores, v)):
-                    return "triton"
+                if name == "hopper" and hopper.missing(device):
+                    reasons.append(hopper.missing(device))
+                if not reasons and (backend != "auto" or not triton.in_chunks(scores, v)):
+                    return "hopper" if name == "hopper" or (backend == "auto" and hopper.is_on(device)) else "triton"
             case "native":
                 from attnx.ops.backends import native
 

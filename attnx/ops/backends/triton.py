@@ -1,8 +1,6 @@
 """The op on GPUs by the Triton kernels; on CPU tensors they run in Triton's interpreter."""
 
 import os
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,20 +14,19 @@ from attnx.kernels.configs import (
     Config,
     Launch,
     ShortRows,
-    Target,
     gradient_config,
-    head_splits,
     map_config,
     one_pass_config,
 )
 from attnx.kernels.forward import forward_launch
 from attnx.kernels.gradient import gradient_launch
 from attnx.kernels.importance import importance_launch
-from attnx.kernels.map import fuse_launch, map_launch
+from attnx.kernels.map import map_launch
 from attnx.kernels.one_pass import one_pass_launch
 from attnx.kernels.statistics import statistics_launch
 from attnx.kernels.vecmat import vecmat_launch
-from attnx.ops.backends import vendor
+from attnx.ops.backends import hopper, vendor
+from attnx.ops.backends.launches import fused_map, run, target
 from attnx.ops.reducers import Reduction
 from attnx.ops.scores import Scores
 from attnx.ops.statistics import Statistics
@@ -70,34 +67,51 @@ def _widest(scores: Scores, v: Tensor | None) -> int:
     return max(scores.q.shape[-1], 0 if v is None else v.shape[-1])
 
 
-def attention(scores: Scores, v: Tensor, reduction: Reduction, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Output [B,H,M,Dv] in q's dtype and map, see `ops.functional.attention`."""
+def attention(
+    scores: Scores, v: Tensor, reduction: Reduction, rows: Tensor | None, on_hopper: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Output [B,H,M,Dv] in q's dtype and map, see `ops.functional.attention`. on_hopper: prefer Hopper's kernels."""
     q, k = scores.q, scores.k
+    if on_hopper and rows is None:
+        found = hopper.attention(scores, v, reduction)
+        if found is not None:
+            return found
     short = _short_rows(scores, v) if rows is None else None
     if short is None or (k.shape[2] > ONE_PASS and target(q.device).arch == 90):
         served = vendor.output_and_lse(scores, v) if q.is_cuda else None
         if served is not None:
-            return served[0], attention_map(scores, reduction, rows, served[1])
+            return served[0], attention_map(scores, reduction, rows, served[1], on_hopper)
     if short is None:
         out, lse = _forward(scores, v)
-        return out, attention_map(scores, reduction, rows, lse)
+        return out, attention_map(scores, reduction, rows, lse, on_hopper)
     out = scores.new_output(v)
     return out, _one_pass(_shared(scores, None), value_args(q, v, out), reduction, short)
 
 
-def attention_map(scores: Scores, reduction: Reduction, rows: Tensor | None, lse: Tensor | None) -> Tensor:
+def attention_map(
+    scores: Scores, reduction: Reduction, rows: Tensor | None, lse: Tensor | None, on_hopper: bool = False
+) -> Tensor:
     """The map alone, see `ops.functional.attention_map`. Only the chosen rows are loaded."""
+    on_hopper = on_hopper and rows is None
+    if on_hopper and lse is None:
+        amap = hopper.short_map(scores, reduction)
+        if amap is not None:
+            return amap
     q, shared = scores.q, _shared(scores, rows)
     short = _short_rows(scores, None) if lse is None else None
     if short is not None:
         return _one_pass(shared, value_args(q, None, None), reduction, short)
     lse = _lse_of_rows(shared, rows, lse)
+    if on_hopper:
+        amap = hopper.long_map(scores, reduction, lse)
+        if amap is not None:
+            return amap
     config = map_config(shared["D"], q.element_size(), shared["M"], target(q.device), scores.bias is not None)
 
     def launch(maps: Tensor, splits: int) -> Launch:
         return map_launch(shared, lse, maps, int(reduction), splits, config)
 
-    return _fused(shared, reduction, _tiles(shared, config), launch)
+    return fused_map(q, shared["M"], shared["N"], reduction, _tiles(shared, config), launch)
 
 
 def attention_lse(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,16 +125,19 @@ def _forward(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
     q, out, shared = scores.q, scores.new_output(v), _shared(scores, None)
     lse = _lse(shared)
     for columns in zip(v.split(WHOLE_HEAD, -1), out.split(WHOLE_HEAD, -1), strict=True):
-        _launch(forward_launch(shared, value_args(q, *columns), lse, target(q.device)), q)
+        run(forward_launch(shared, value_args(q, *columns), lse, target(q.device)), q)
     return out, lse
 
 
-def vecmat(scores: Scores, r: Tensor, lse: Tensor | None) -> Tensor:
+def vecmat(scores: Scores, r: Tensor, lse: Tensor | None, on_hopper: bool = False) -> Tensor:
     """r @ mean_h P, [B,N] fp32, see `ops.functional.vecmat`."""
-    q, shared = scores.q, _shared(scores, None)
+    q, shared, r = scores.q, _shared(scores, None), r.contiguous()
     lse = _lse_of_rows(shared, None, lse)
+    passed = hopper.vecmat(scores, r, lse) if on_hopper else None
+    if passed is not None:
+        return passed
     each = q.new_empty((q.shape[0], q.shape[1], scores.k.shape[2]), dtype=torch.float32)
-    _launch(vecmat_launch(shared, r.contiguous(), lse, each, target(q.device)), q)
+    run(vecmat_launch(shared, r, lse, each, target(q.device)), q)
     return each.mean(1)
 
 
@@ -142,7 +159,7 @@ def gradient_map(
     def launch(maps: Tensor, splits: int) -> Launch:
         return gradient_launch(shared, grad, v, lse, maps, int(reduction), clamp, splits, config)
 
-    return _fused(shared, reduction, _tiles(shared, config), launch)
+    return fused_map(q, shared["M"], shared["N"], reduction, _tiles(shared, config), launch)
 
 
 def attention_stats(
@@ -156,7 +173,7 @@ def attention_stats(
     amap = None if reduction is None else attention_map(scores, reduction, None, lse)
     stats = statistics.new_result(q)
     which, prefix, queries_at, keys_at = statistics
-    _launch(statistics_launch(shared, lse, queries_at, keys_at, which, prefix, stats, target(q.device)), q)
+    run(statistics_launch(shared, lse, queries_at, keys_at, which, prefix, stats, target(q.device)), q)
     return out, amap, stats
 
 
@@ -164,7 +181,7 @@ def row_importance(scores: Scores, grad: Tensor, v: Tensor, lse: Tensor | None) 
     """[B,H,M]: the importance of each row, see `ops.row_importance`."""
     q, shared = scores.q, _shared(scores, None)
     lse, importance = _lse_of_rows(shared, None, lse), _lse(shared)
-    _launch(importance_launch(shared, grad, v, lse, importance, target(q.device)), q)
+    run(importance_launch(shared, grad, v, lse, importance, target(q.device)), q)
     return importance
 
 
@@ -172,25 +189,8 @@ def _one_pass(shared: dict[str, Any], values: dict[str, Any], reduction: Reducti
     def launch(maps: Tensor, splits: int) -> Launch:
         return one_pass_launch(shared, values, maps, int(reduction), splits, short)
 
-    return _fused(shared, reduction, cdiv(shared["M"], short.config.block_m), launch)
-
-
-def _fused(shared: dict[str, Any], reduction: Reduction, tiles: int, launch: Callable[[Tensor, int], Launch]) -> Tensor:
-    """The map of a launch that splits the heads over programs where the tiles are too few for the device."""
-    q: Tensor = shared["q_ptr"]
-    count: int = shared["H"]
-    B, M, N = q.shape[0], shared["M"], shared["N"]
-    each = reduction is Reduction.EACH
-    splits = count if each else head_splits(tiles * B, count, target(q.device))
-    maps = q.new_empty((B * splits, M, N), dtype=torch.float32)
-    _launch(launch(maps, splits), q)
-    if each:
-        return maps.view(B, count, M, N)
-    if splits == 1:
-        return maps
-    amap = q.new_empty((B, M, N), dtype=torch.float32)
-    _launch(fuse_launch(maps, amap, count, splits, int(reduction)), q)
-    return amap
+    q, rows, keys = shared["q_ptr"], shared["M"], shared["N"]
+    return fused_map(q, rows, keys, reduction, cdiv(rows, short.config.block_m), launch)
 
 
 def _shared(scores: Scores, rows: Tensor | None) -> dict[str, Any]:
@@ -211,15 +211,6 @@ def _short_rows(scores: Scores, v: Tensor | None) -> ShortRows | None:
     )
 
 
-def _launch(launch: Launch, q: Tensor) -> None:
-    """Runs it on q's device, which need not be the current one."""
-    if q.device.type == "cuda" and q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            launch.run()
-    else:
-        launch.run()
-
-
 def _lse(shared: dict[str, Any]) -> Tensor:
     q: Tensor = shared["q_ptr"]
     return q.new_empty((q.shape[0], q.shape[1], shared["M"]), dtype=torch.float32)
@@ -232,22 +223,10 @@ def _lse_of_rows(shared: dict[str, Any], rows: Tensor | None, lse: Tensor | None
     q, lse = shared["q_ptr"], _lse(shared)
     if rows is not None and rows.is_cuda:  # nothing is gathered: the kernels go where the rows say
         torch._assert_async(((rows >= 0) & (rows < q.shape[2])).all())
-    _launch(forward_launch(shared, value_args(q, None, None), lse, target(q.device)), q)
+    run(forward_launch(shared, value_args(q, None, None), lse, target(q.device)), q)
     return lse
 
 
 def _tiles(shared: dict[str, Any], config: Config) -> int:
     tiles: int = cdiv(shared["M"], config.block_m) * cdiv(shared["N"], config.block_n * config.parts)
     return tiles
-
-
-@cache
-def target(device: torch.device) -> Target:
-    """The target that kernels are compiled for on a device; the interpreter takes Hopper's block sizes."""
-    if device.type != "cuda":
-        return Target("cuda", 90)
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
-    major, minor = torch.cuda.get_device_capability(device)
-    return Target("cuda", 10 * major + minor, properties.multi_processor_count)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from triton.experimental.gluon import language as gluon_language
 
-from attnx.testing.gluon.machine import Barrier, Fault, Machine, Place, Product
+from attnx.testing.gluon.machine import Barrier, HazardError, Machine, Place, Product
 
 LOCAL = threading.local()
 CURRENT: dict[str, Machine] = {}
@@ -43,7 +43,7 @@ def _operator(name: str) -> Any:
     return apply
 
 
-for _name in "add sub mul floordiv mod and or xor lshift rshift".split():
+for _name in ["add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift"]:
     for _form in (f"__{_name}__", f"__r{_name}__"):
         setattr(Int, _form, _operator(_form))
 
@@ -59,9 +59,9 @@ class Tensor(np.ndarray):
 
 
 def tensor(x: Any) -> Tensor:
-    """The array as a tensor; scores that are not waited for are a Fault."""
+    """The array as a tensor; scores that are not waited for are a HazardError."""
     if isinstance(x, Product):
-        raise Fault("the result of a product is used before the wait")
+        raise HazardError("the result of a product is used before the wait")
     return np.asarray(x).view(Tensor)
 
 
@@ -90,9 +90,9 @@ class Memory:
         self.stored = np.zeros(extent, bool)
 
     def index(self, offset: np.ndarray) -> torch.Tensor:
-        """Offsets as an index. Raise Fault outside the tensor."""
+        """Offsets as an index. Raise HazardError outside the tensor."""
         if offset.size and (offset.min() < 0 or offset.max() >= len(self.stored)):
-            raise Fault(f"access at {offset.min()}..{offset.max()} of a tensor of {len(self.stored)} elements")
+            raise HazardError(f"access at {offset.min()}..{offset.max()} of a tensor of {len(self.stored)} elements")
         return torch.from_numpy(np.ascontiguousarray(offset, np.int64))
 
 
@@ -110,7 +110,7 @@ class Shared:
     def index(self, i: int) -> "Shared":
         """The box i."""
         if not 0 <= i < len(self.places):
-            raise Fault(f"box {i} of {len(self.places)}")
+            raise HazardError(f"box {i} of {len(self.places)}")
         return Shared(self.data[int(i)], self.dtype, [self.places[int(i)]])
 
     def reshape(self, shape: Sequence[int]) -> "Shared":
@@ -120,7 +120,7 @@ class Shared:
     def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
         """Consecutive rows."""
         if not 0 <= start <= start + length <= self.data.shape[0]:
-            raise Fault(f"rows {start}..{start + length - 1} of {self.data.shape[0]}")
+            raise HazardError(f"rows {start}..{start + length - 1} of {self.data.shape[0]}")
         return Shared(self.data[int(start) : int(start + length)], self.dtype, self.places)
 
     def permute(self, order: Sequence[int]) -> "Shared":
@@ -149,7 +149,7 @@ class Barriers:
     def index(self, i: int) -> Barrier:
         """The barrier i."""
         if not 0 <= i < len(self.barriers):
-            raise Fault(f"barrier {i} of {len(self.barriers)}")
+            raise HazardError(f"barrier {i} of {len(self.barriers)}")
         return self.barriers[int(i)]
 
 
@@ -193,8 +193,7 @@ def warpgroup_mma(a: Any, b: Shared, acc: Any, *, use_acc: Any = True, is_async:
     def compute() -> np.ndarray:
         left, right = (np.asarray(x.data if isinstance(x, Shared) else x, np.float32) for x in (a, b))
         start = (acc.finish() if isinstance(acc, Product) else np.asarray(acc)) if use_acc else 0.0
-        with np.errstate(all="ignore"):
-            return tensor((left @ right + start).astype(np.float32))
+        return tensor((left @ right + start).astype(np.float32))
 
     product = machine().multiply([place for x in operands for place in x.places], compute)
     if is_async:
@@ -208,7 +207,7 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> An
     machine().wait_products(num_outstanding)
     for dep in deps:
         if isinstance(dep, Product) and dep.value is None:
-            raise Fault("a result is used while its product is in flight")
+            raise HazardError("a result is used while its product is in flight")
     results = tuple(dep.value if isinstance(dep, Product) else dep for dep in deps)
     return results[0] if len(results) == 1 else results
 
@@ -279,13 +278,11 @@ class _Language:
 
     @staticmethod
     def exp2(x: Any) -> Tensor:
-        with np.errstate(all="ignore"):
-            return tensor(np.exp2(np.asarray(tensor(x), np.float32)))
+        return tensor(np.exp2(np.asarray(tensor(x), np.float32)))
 
     @staticmethod
     def log2(x: Any) -> Tensor:
-        with np.errstate(all="ignore"):
-            return tensor(np.log2(np.asarray(tensor(x), np.float32)))
+        return tensor(np.log2(np.asarray(tensor(x), np.float32)))
 
     @staticmethod
     def max(x: Any, axis: int) -> Tensor:
@@ -293,8 +290,7 @@ class _Language:
 
     @staticmethod
     def sum(x: Any, axis: int) -> Tensor:
-        with np.errstate(all="ignore"):
-            return tensor(np.asarray(tensor(x)).sum(axis, dtype=np.float32))
+        return tensor(np.asarray(tensor(x)).sum(axis, dtype=np.float32))
 
     @staticmethod
     def where(condition: Any, a: Any, b: Any) -> Any:
@@ -330,7 +326,7 @@ class _Language:
         valid = np.broadcast_to(True if mask is None else np.asarray(mask), offset.shape)
         at = memory.index(offset[valid])
         if memory.stored[at].any():
-            raise Fault("an element is stored twice")
+            raise HazardError("an element is stored twice")
         memory.stored[at] = True
         values = np.broadcast_to(np.asarray(tensor(value), np.float32), offset.shape)[valid]
         memory.flat[at] = torch.from_numpy(np.ascontiguousarray(values)).to(memory.flat.dtype)

@@ -16,7 +16,7 @@ import numpy as np
 Knowledge = dict[Any, int]
 
 
-class Fault(AssertionError):
+class HazardError(AssertionError):
     """An access that no barrier orders, a deadlock, or a misuse of a barrier."""
 
 
@@ -64,7 +64,7 @@ class Product:
         return self.value
 
     def _use(self, other: Any) -> Any:
-        raise Fault("the result of a product is used before the wait")
+        raise HazardError("the result of a product is used before the wait")
 
     __array_ufunc__ = None
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _use
@@ -127,10 +127,10 @@ class Machine:
             raise self.error
         for group, products in enumerate(self.in_flight):
             if products:
-                raise Fault(f"group {group} ends with products in flight")
+                raise HazardError(f"group {group} ends with products in flight")
         for place in self.places:
             if not any(known.get(place, 0) >= place.written for known in self.known):
-                raise Fault(f"{place.name}: the program ends while a load may be in flight")
+                raise HazardError(f"{place.name}: the program ends while a load may be in flight")
         self.known = [before]
 
     def _run(self, group: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -138,7 +138,8 @@ class Machine:
             self.turn.wait_for(lambda: self.current == group or self.error is not None)
         try:
             if self.error is None:
-                function(*args)
+                with np.errstate(all="ignore"):  # as on a GPU; it holds for one thread
+                    function(*args)
         # The error of a group is raised where the program was started.
         except BaseException as error:
             self.error = self.error or error
@@ -152,14 +153,14 @@ class Machine:
                 self.blocked[group] = until
             try:
                 self.current = self._next()
-            except Fault as error:
+            except HazardError as error:
                 self.error = self.error or error
             self.turn.notify_all()
             if group in self.running:
                 self.turn.wait_for(lambda: self.current == group or self.error is not None)
                 self.blocked.pop(group, None)
                 if self.error is not None:
-                    raise Fault("another group failed") from self.error
+                    raise HazardError("another group failed") from self.error
 
     def _next(self) -> int:
         """The group to run: any that is not blocked. If all are, loads land."""
@@ -170,7 +171,7 @@ class Machine:
             if able:
                 return self.random.choice(able)
             if not self.loads:
-                raise Fault("deadlock: every group of warps waits for a barrier")
+                raise HazardError("deadlock: every group of warps waits for a barrier")
             self.loads.pop(0)()
 
     # Barriers
@@ -178,7 +179,7 @@ class Machine:
     def arrive(self, barrier: Barrier, count: int = 1, nbytes: int = 0) -> None:
         """Arrive at a barrier, with what this group knows; `nbytes` are expected in addition."""
         if barrier.pending < count:
-            raise Fault(f"{barrier.name}: more arrivals than the barrier takes in a phase")
+            raise HazardError(f"{barrier.name}: more arrivals than the barrier takes in a phase")
         barrier.pending -= count
         barrier.nbytes += nbytes
         _learn(barrier.arriving, self.known[self.group])
@@ -218,18 +219,18 @@ class Machine:
         self.known[self.group][place] = place.written
 
     def check_write(self, place: Place, what: str) -> None:
-        """Raise Fault unless this group knows that everything before is complete."""
+        """Raise HazardError unless this group knows that everything before is complete."""
         known = self.known[self.group]
         if known.get(place, 0) < place.written:
-            raise Fault(f"{place.name} {what} while it may still be loaded")
+            raise HazardError(f"{place.name} {what} while it may still be loaded")
         for group, read in place.readers.items():
             if known.get(group, 0) < read:
-                raise Fault(f"{place.name} {what} while group {group[0]} may still read it")
+                raise HazardError(f"{place.name} {what} while group {group[0]} may still read it")
 
     def check_read(self, place: Place) -> None:
-        """Raise Fault unless this group knows that the place is loaded."""
+        """Raise HazardError unless this group knows that the place is loaded."""
         if self.known[self.group].get(place, 0) < place.written or not place.written:
-            raise Fault(f"{place.name} is read before it is known to be loaded")
+            raise HazardError(f"{place.name} is read before it is known to be loaded")
 
     def read(self, place: Place) -> None:
         """Note a load of registers from a place, which is complete at once."""

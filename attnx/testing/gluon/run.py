@@ -6,13 +6,14 @@ from types import FunctionType
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import triton.experimental.gluon as gluon
 from triton.experimental.gluon import language as gluon_language
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as gluon_mbarrier
 
 from attnx.kernels.configs import Launch
-from attnx.kernels.hopper.boxes import Box
+from attnx.kernels.hopper.arguments import Box
 from attnx.testing.gluon import language
 from attnx.testing.gluon.machine import Machine
 
@@ -30,13 +31,13 @@ def run(launch: Launch, seed: int = 0, early_loads: bool = True, early_products:
         early_products: products read shared memory at once; else as late as possible.
 
     Raises:
-        Fault: an access that no barrier orders, a deadlock, an access outside a tensor, an element stored twice.
+        HazardError: an access that no barrier orders, a deadlock, an access outside a tensor, an element stored twice.
     """
     function = translated(launch.kernel)
     args = [_argument(launch.args[name]) for name in launch.kernel.arg_names]
     for pid in range(launch.grid[0]):
         machine = Machine(pid, launch.grid[0], seed, early_loads, early_products)
-        with mock.patch.dict(language.CURRENT, machine=machine):
+        with mock.patch.dict(language.CURRENT, machine=machine), np.errstate(all="ignore"):
             function(*args)
 
 
@@ -57,7 +58,7 @@ def emulated(seed: int = 0, early_loads: bool = True, early_products: bool = Fal
         done.append(launch)
         run(launch, seed, early_loads, early_products)
 
-    with mock.patch.object(Launch, "run", run_here), mock.patch("attnx.ops.backends.hopper.missing", lambda device: ""):
+    with mock.patch.object(Launch, "run", run_here), mock.patch("attnx.ops.backends.hopper.missing", return_value=""):
         yield done
 
 

@@ -1,10 +1,23 @@
-"""Tensors that a kernel loads in boxes, by the tensor memory accelerator (TMA)."""
+"""Arguments of the Hopper kernels, and tensors that they load in boxes by the tensor memory accelerator (TMA)."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Attention(NamedTuple):
+    """What the kernels compute attention from.
+
+    q: [B, H, M, D]. k: [B, Hk, N, D]. mask: [P, N] bool (True: attend) or float (added), of item b % P; None: no mask.
+    """
+
+    q: Tensor
+    k: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    scale: float
 
 
 class Box(NamedTuple):
