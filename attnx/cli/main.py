@@ -126,7 +126,8 @@ def kernels(
     """Compiles every kernel without a GPU; prints registers, spills, shared memory and matrix instructions.
 
     Compiles all default configurations, by default for A100, RTX 30, RTX 40, H100, B200 and MI300. The first run takes
-    minutes. Exit code 1 if a kernel spills, needs too much shared memory, or does not compile.
+    minutes. For Hopper's own kernels it also prints the main loop: products, waits, and exponentials beside products.
+    Exit code 1 if a kernel spills, needs too much shared memory, does not compile, or waits for every product.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET is 1: the interpreter does not compile kernels; unset it")
@@ -153,7 +154,11 @@ def kernels(
         raise ValueError(f"head-dim: expected 1 to {WIDEST_HEAD}; got {', '.join(map(str, head_dims))}")
     dtypes = [getattr(torch, name) for name in dtype or ["bfloat16"]]
     rows = compile_defaults([targets[name] for name in names], head_dims, dtypes, jobs or os.cpu_count() or 1)
-    typer.echo(json.dumps([row._asdict() for row in rows]) if as_json else "\n".join(table(rows)))
+    if as_json:
+        described = [{**row._asdict(), "loop": row.loop._asdict() if row.loop else None} for row in rows]
+        typer.echo(json.dumps(described))
+    else:
+        typer.echo("\n".join(table(rows)))
     failed = list(failures(rows))
     for line in failed:
         say(line)

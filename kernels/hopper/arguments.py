@@ -30,6 +30,11 @@ class Box(NamedTuple):
     rows: int
     columns: int
 
+    def type_name(self, dtype: str) -> str:
+        """Triton's name of the type of its descriptor. dtype: Triton's name, such as "bf16"."""
+        layout = box_layout(self.columns, self.tensor.element_size())
+        return f"tensordesc<{dtype}[1,1,{self.rows},{self.columns}],{layout!r}>"
+
     def descriptor(self) -> Any:
         """Triton's descriptor. The descriptors of the last tensors are kept, without the tensors."""
         t = self.tensor

@@ -7,7 +7,7 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import product
@@ -19,29 +19,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attnx.kernels.arguments import shared_args, value_args
-from attnx.kernels.configs import WHOLE_HEAD, Launch, Target, gradient_config, map_config, one_pass_config
-from attnx.kernels.forward import forward_launch
-from attnx.kernels.gradient import gradient_launch
-from attnx.kernels.importance import importance_launch
+from attnx.kernels.configs import Launch, Target
+from attnx.kernels.inspect.launches import launches
+from attnx.kernels.inspect.loops import Loop, main_loop
 from attnx.kernels.inspect.machine_code import Kind, parse
 from attnx.kernels.inspect.undefined import undefined
-from attnx.kernels.map import map_launch
-from attnx.kernels.one_pass import one_pass_launch
-from attnx.kernels.statistics import STATISTICS, statistics_launch
-from attnx.kernels.vecmat import vecmat_launch
 
 TARGETS = (*(Target("cuda", arch) for arch in (80, 86, 89, 90, 100)), Target("hip", "gfx942"))
 # Maximum shared memory per program, in bytes.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
-
-
-_KERNELS = {
-    "one_pass": 197, "one_pass_50": 50, "one_pass_224": 224, "one_pass_257": 257,
-    "forward": 1370, "map": 1370, "map_row": 1370, "vecmat": 1370, "gradient": 1370,
-    "statistics": 1370, "importance": 1370,
-}  # fmt: skip
 
 
 class Resources(NamedTuple):
@@ -60,6 +47,7 @@ class Resources(NamedTuple):
     sgpr_spills: AMD scalar registers that are spilled to lanes of vector registers.
     agprs: AMD accumulation registers.
     undefined: the first instruction that reads an unwritten register, else "". See `kernels/inspect/undefined.py`.
+    loop: the main loop of a kernel for Hopper, see `kernels/inspect/loops.py`; None for the other kernels.
     error: message of the compiler error, else "".
     """
 
@@ -80,64 +68,8 @@ class Resources(NamedTuple):
     sgpr_spills: int = 0
     agprs: int = 0
     undefined: str = ""
+    loop: Loop | None = None
     error: str = ""
-
-
-def launches(head_dim: int, dtype: torch.dtype, target: Target) -> Iterator[tuple[str, Launch]]:
-    """(name, launch) of every kernel, as the backend launches it for a packed ViT qkv. Tensors are on the meta device.
-
-    "map" has no bias, "map_bias" has an additive bias, and "map_mask" has a boolean mask. "map_row" computes selected
-    rows. "one_pass" is the one-pass kernel with 197 keys, "one_pass_50" with 50 keys, and so on.
-    """
-    for kind, bias_dtype in (("", None), ("_bias", dtype), ("_mask", torch.bool)):
-        for name, launch in _launches(head_dim, dtype, target, bias_dtype):
-            yield name + kind, launch
-
-
-def _launches(
-    head_dim: int, dtype: torch.dtype, target: Target, bias_dtype: torch.dtype | None
-) -> Iterator[tuple[str, Launch]]:
-    for name, n in _KERNELS.items():
-        if bias_dtype is not None and n in (224, 257):
-            # With a bias, all lengths use one layout.
-            continue
-        qkv = torch.empty(2, n, 3, 12, head_dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        rows = torch.empty(1, dtype=torch.int64, device="meta") if name == "map_row" else None
-        out = torch.empty(2, n, 12, head_dim, dtype=dtype, device="meta").transpose(1, 2)
-        bias = None
-        if bias_dtype is not None:
-            bias = torch.empty(1, 12, n, n, dtype=bias_dtype, device="meta").expand(2, -1, -1, -1)
-        shared = shared_args(q, k, bias, rows, head_dim**-0.5, False)
-        lse = torch.empty(2, 12, shared["M"], device="meta")
-        sizes = (
-            head_dim,
-            q.element_size(),
-            n if name.startswith("one_pass") else shared["M"],
-            target,
-            bias is not None,
-        )
-        maps = torch.empty(2, shared["M"], n, device="meta")
-        if name == "forward":
-            columns = (x[..., :WHOLE_HEAD] for x in (v, out))
-            yield name, forward_launch(shared, value_args(q, *columns), lse, target)
-        elif name.startswith("one_pass"):
-            short = one_pass_config(*sizes)
-            if short is not None:
-                yield name, one_pass_launch(shared, value_args(q, v, out), maps, 0, 1, short)
-        elif name == "vecmat":
-            r, sums = torch.empty(2, n, device="meta"), torch.empty(2, 12, n, device="meta")
-            yield name, vecmat_launch(shared, r, lse, sums, target)
-        elif name == "statistics":
-            at, stats = torch.empty(1, n, 2, device="meta"), torch.empty(4, 2, 12, n, device="meta")
-            yield name, statistics_launch(shared, lse, at, at, sum(STATISTICS.values()), 1, stats, target)
-        elif name == "importance":
-            yield name, importance_launch(shared, out, v, lse, lse, target)
-        elif name == "gradient":
-            config = gradient_config(*sizes)
-            yield name, gradient_launch(shared, out, v, lse, maps, 0, True, 1, config)
-        else:
-            yield name, map_launch(shared, lse, maps, 0, 1, map_config(*sizes))
 
 
 def compile_for(launch: Launch, target: Target) -> Any:
@@ -152,16 +84,32 @@ def compile_for(launch: Launch, target: Target) -> Any:
         if param.is_constexpr or (isinstance(value, int) and value == 1):
             signature[param.name], constants[param.name] = "constexpr", value
             continue
+        if not isinstance(value, torch.Tensor | int | float):  # a Box of the kernels for Hopper
+            signature[param.name] = value.type_name(_TYPES[value.tensor.dtype])
+            continue
         if isinstance(value, torch.Tensor):
             signature[param.name] = "*" + _TYPES[value.dtype]
         else:
             signature[param.name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attrs[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
+    source = source_class(launch)(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
     on = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=on, options=options)
+
+
+def source_class(launch: Launch) -> Any:
+    """Triton's class for the source of the kernel, which is written in Triton or in Gluon."""
+    if not _is_gluon(launch):
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
+def _is_gluon(launch: Launch) -> bool:
+    return bool(getattr(launch.kernel, "is_gluon", bool)())
 
 
 def target_name(target: Target) -> str:
@@ -183,6 +131,8 @@ def resources(name: str, launch: Launch, target: Target) -> Resources:
         # The stack size is used because stack slots are reused: counting the stores would give too many bytes.
         found = dict[str, Any](registers=registers, spills=stack if code.count(Kind.SPILL) else 0)
         found["undefined"] = next(iter(undefined(text)), "")
+        if _is_gluon(launch):
+            found["loop"] = main_loop(text, compiled.asm["ptx"], int(target.arch))
     units = code.matrix()
     fp32 = sum(i.opcode.startswith(("FFMA", "v_fma", "v_pk_fma")) for i in code.instructions)
     product_fmas = _multiply_adds(launch)
@@ -209,8 +159,11 @@ def _described(name: str, launch: Launch, target: Target) -> Resources:
 
     The dtype is that of q, or of the first tensor if the launch has no q.
     """
-    tensor = launch.args.get("q_ptr", next(v for v in launch.args.values() if isinstance(v, torch.Tensor)))
-    described = (name, target_name(target), _TYPES[tensor.dtype], launch.args.get("D", 0), tuple(launch.config))
+    if "q_desc" in launch.args:
+        q = launch.args["q_desc"].tensor
+    else:
+        q = launch.args.get("q_ptr", next(v for v in launch.args.values() if isinstance(v, torch.Tensor)))
+    described = (name, target_name(target), _TYPES[q.dtype], launch.args.get("D", q.shape[-1]), tuple(launch.config))
     return Resources(*described, limit=SHARED_LIMIT.get(target.arch, 0))
 
 

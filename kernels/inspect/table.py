@@ -11,14 +11,23 @@ COLUMNS = {
 }  # fmt: skip
 
 
+MOST_LOCAL = 0.06
+"""The largest share of a main loop's instructions that may use local memory. Kernels for Hopper keep a row of a map and
+its scores in 208 of 240 registers; what the compiler spills beside them depends on its version."""
+
+
 def failures(rows: list[Resources]) -> Iterator[str]:
     """Error lines: one for each compiler error, spill, read of an unwritten register and shared memory overflow."""
     for row in rows:
         name = f"{row.kernel} on {row.target}, head dim {row.head_dim}, {row.dtype}"
         if row.error:
             yield f"{name}: {row.error}"
-        if row.spills:
+        if row.spills and row.loop is None:
             yield f"{name}: {row.spills} bytes a thread are spilled"
+        if row.loop is not None and row.loop.local > MOST_LOCAL * row.loop.instructions:
+            yield f"{name}: {row.loop.local} of the loop's {row.loop.instructions} instructions use local memory"
+        if row.loop is not None and row.loop.serialised:
+            yield f"{name}: ptxas waits for every product"
         if row.undefined:
             yield f"{name}: {row.undefined}"
         if row.shared > row.limit:
@@ -38,6 +47,10 @@ def table(rows: list[Resources]) -> Iterator[str]:
         cells += [row.registers, row.spills, row.shared, row.limit, f"{row.matrix} {row.matrix_count}", row.exp_count]
         also = f"  {row.sgpr_spills} scalars in lanes" if row.sgpr_spills else ""
         also += "  one by one" if 1 < row.batches == row.matrix_count else ""
+        if row.loop is not None:
+            loop = row.loop
+            also += f"  loop: {loop.instructions} instructions, {loop.products} products, {loop.waits} waits, "
+            also += f"{loop.exps} exps, {loop.overlapped} of them overlapped, {loop.local} local"
         yield _line(cells) + also
 
 
