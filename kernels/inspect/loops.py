@@ -3,10 +3,9 @@
 import re
 import subprocess
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
-import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
 from attnx.kernels.inspect.machine_code import SASS_LINE
 
@@ -84,10 +83,9 @@ def _overlapped(body: list[str]) -> int:
 
 
 def _ptxas_messages(ptx: str, arch: int) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [tool, "-v", f"--gpu-name=sm_{arch}a", file.name, "-o", "/dev/null"]
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name=sm_{arch}a", file.name, "-o", "/dev/null"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stderr + done.stdout
