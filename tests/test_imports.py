@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
-    ("attnx.version", "attnx.limits", "attnx.messages", "attnx.remote"),
+    ("attnx.version", "attnx.limits", "attnx.messages", "attnx.remote", "attnx.trace.structure"),
     ("attnx.files",),
     ("attnx.images", "attnx.supervisor"),
     ("attnx.kernels",),

@@ -17,8 +17,8 @@ from attnx.trace.adapters.mha import SDPA
 from attnx.trace.attention_call import Call
 from attnx.trace.hooks import NoteGrid
 from attnx.trace.interceptor import Interceptor, is_intercepted, route_again
-from attnx.trace.layers import clean_name
 from attnx.trace.recorder import Recorder, StopForward
+from attnx.trace.structure import structure_of
 
 
 class Step(NamedTuple):
@@ -145,7 +145,7 @@ class Plan:
                 note = NoteGrid(recorder.trace, name, thread)
                 stack.callback(convolution.register_forward_hook(note).remove)
         else:
-            if not set(self.blocks) <= {clean_name(name) for name, _ in model.named_modules()}:
+            if not set(self.blocks) <= set(structure_of(model).names):
                 raise self._mismatch(model, recorder)
             interceptor = Interceptor(model, list(self.blocks), recorder, thread)
             stack.callback(interceptor.uninstall)

@@ -27,8 +27,9 @@ from attnx.methods import cls_map, rollout
 from attnx.trace.capture import uncompiled
 from attnx.trace.explain import unintercepted
 from attnx.trace.interceptor import Interceptor
-from attnx.trace.layers import attention_layers, clean_name, matches
+from attnx.trace.layers import attention_layers, matches
 from attnx.trace.recorder import Recorder
+from attnx.trace.structure import structure_of
 from attnx.trace.tokens import Tokens
 from attnx.trace.trace import Trace
 
@@ -161,7 +162,7 @@ def _capture(model: nn.Module, call: Callable[[], Any]) -> _Captured:
     recorder = Recorder(model, "mean", None, "map", None, "auto")
     interceptor = Interceptor(model, None, recorder)
     ran: set[str] = set()
-    names = {clean_name(name): module for name, module in model.named_modules()}
+    names = dict(structure_of(model).named_modules())
     with ExitStack() as stack:
         for name in attention_layers(model):
             stack.callback(names[name].register_forward_pre_hook(lambda *_, name=name: ran.add(name)).remove)

@@ -15,12 +15,13 @@ from attnx.extract.rebind import unbound_reason
 from attnx.ops.checks import in_range
 from attnx.trace.adapters.sharding import is_sharded
 from attnx.trace.explain import unintercepted
-from attnx.trace.grids import grid_modules
+from attnx.trace.grids import is_grid_module
 from attnx.trace.interceptor import Interceptor
-from attnx.trace.layers import Layers, attention_layers, clean_name, matches
+from attnx.trace.layers import Layers, attention_layers, matches
 from attnx.trace.qk_record import QKRecord
 from attnx.trace.recorder import Recorder
 from attnx.trace.records import LayerRecord, MapRecord
+from attnx.trace.structure import structure_of
 
 
 class Trial:
@@ -46,10 +47,9 @@ class Trial:
             stack.callback(setattr, self.recorder, "attended", None)
             stack.callback(self.interceptor.uninstall)
             self.interceptor.install()
-            for name, module in self.model.named_modules():
-                if projects(module):
-                    hook = partial(self._note, clean_name(name))
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for name, module in structure_of(self.model).where(projects):
+                hook = partial(self._note, name)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             self.stack = stack.pop_all()
 
     def __exit__(self, kind: Any, *error: Any) -> None:
@@ -71,8 +71,9 @@ class Trial:
             row: the only query row that is recorded of the last layer; None: the same rows as in the other layers.
         """
         last = wanted[-1]
-        modules = {clean_name(name): module for name, module in self.model.named_modules()}
-        convolutions = {id(module) for module in grid_modules(self.model)}
+        structure = structure_of(self.model)
+        modules = dict(structure.named_modules())
+        convolutions = {id(module) for _, module in structure.where(is_grid_module)}
         blocks = {name.partition("#")[0]: modules[name.partition("#")[0]] for name in wanted}  # "x#2" is x again
         split = None if row is None else self._split(last, modules.get(last), row)
         reasons = {name: unbound_reason(block) for name, block in blocks.items()}

@@ -55,18 +55,21 @@ class Grid(NamedTuple):
         return " * ".join(str(n) for n in (self.frames, *self.shape)[self.frames == 1 :])
 
 
+def is_patch_convolution(module: nn.Module) -> bool:
+    """True for a convolution that cuts images into patches: its stride equals its kernel size and exceeds 1."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == module.stride != (1, 1)
+
+
 def patch_convolutions(model: nn.Module) -> list[nn.Conv2d]:
-    """The convolutions that cut images into patches: those whose stride equals their kernel size and exceeds 1."""
-    return [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride != (1, 1)]
-
-
-def grid_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules whose output may have the grid of tokens, or that may mix tokens: convolutions, pools, embeddings."""
-    return [m for m in model.modules() if is_grid_module(m)]
+    """The convolutions of a model that cut images into patches."""
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d) and is_patch_convolution(module)]
 
 
 def is_grid_module(module: nn.Module) -> bool:
-    """True for a module that `grid_modules` lists."""
+    """True for a module whose output may have the grid of tokens, or that may mix tokens.
+
+    These are convolutions, pools, and embeddings.
+    """
     kinds = (*_CONVOLUTIONS, *_SEQUENCE_MIXERS, nn.ConvTranspose2d)
     return isinstance(module, kinds) or type(module).__name__ in _EMBEDDINGS
 
@@ -85,7 +88,9 @@ def function_mixes(func: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
 
 
 def grid_of(module: nn.Module, args: Sequence[Any], output: object) -> Grid | None:
-    """The grid of a module of `grid_modules` from a call: its output is [B, C, h, w], [C, h, w] or [B, C, t, h, w].
+    """The grid of a call of a module that passes `is_grid_module`.
+
+    Its output is [B, C, h, w], [C, h, w] or [B, C, t, h, w].
 
     None for other outputs.
     """

@@ -111,7 +111,6 @@ class Leave(Hook):
         note_unused(interceptor, frame)
         if frame.weights:
             local.note_weights()
-        # A hook of its own for each norm would take longer to register than this takes in a pass.
         if is_norm(module):
             interceptor.inputs.note_norm((*frame.args, *frame.kwargs.values()), output)
         if not local.frames:
@@ -128,8 +127,19 @@ class Done(Hook):
             self.interceptor.trace.fold()
 
 
+class NoteNorm(Hook):
+    """Hook of a norm that is not followed, see `is_norm_to_hook`: stores its input and output."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Store the input and the output, if a call of the model is running in this thread."""
+        if self.interceptor.local.frames:
+            self.interceptor.inputs.note_norm(args, output)
+
+
 class NoteGrid:
-    """Hook of a module of `grid_modules`: stores the grid of its output, and that it mixed tokens.
+    """Hook of a module that passes `is_grid_module`: stores the grid of its output, and that it mixed tokens.
 
     A copy of the module gets a hook that does nothing.
 

@@ -1,9 +1,9 @@
 """Intercepts a model's attention calls and passes them to a recorder, which computes the output and stores the map.
 
-Two hooks on each module track which layer is running (`hooks`). While a layer runs, a `TorchFunctionMode` intercepts
-calls of `F.scaled_dot_product_attention`, `F.multi_head_attention_forward` and `attnx.attention`, and the softmax of
-blocks that call none of these (`explicit`). No module is replaced, and all hooks are removed when the capture ends.
-Copies of the model made during a capture are not captured.
+Two hooks on each module that may attend (`followed`) track which layer is running (`hooks`). While a layer runs, a
+`TorchFunctionMode` intercepts calls of `F.scaled_dot_product_attention`, `F.multi_head_attention_forward` and
+`attnx.attention`, and the softmax of blocks that call none of these (`explicit`). No module is replaced, and all hooks
+are removed when the capture ends. Copies of the model made during a capture are not captured.
 """
 
 import threading
@@ -24,11 +24,13 @@ from attnx.trace.adapters.checkpointing import recomputes, switch_off
 from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
 from attnx.trace.attention_call import Call, sdpa_in_four
 from attnx.trace.facts import Facts, facts_of
-from attnx.trace.grids import MIXERS, function_mixes, grid_modules, is_grid_module
-from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, ThreadState
+from attnx.trace.followed import NORMS, is_followed, is_norm_to_hook
+from attnx.trace.grids import MIXERS, function_mixes, is_grid_module
+from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, NoteNorm, ThreadState
 from attnx.trace.inputs import WRITES, Inputs
-from attnx.trace.layers import Layers, check_model, clean_name, is_attention, matches, names_in_graph, resolve
+from attnx.trace.layers import Layers, check_model, is_attention, matches, names_in_graph, resolve
 from attnx.trace.recorder import Recorder
+from attnx.trace.structure import structure_of
 from attnx.trace.window_readers import windows_of
 from attnx.trace.windows import merges
 
@@ -73,7 +75,7 @@ class Interceptor(TorchFunctionMode):
         self.finished = True
 
     def install(self) -> None:
-        """Register two hooks on each module: one runs first in a call, one runs last even after an error.
+        """Register two hooks on each module to follow: one runs first in a call, one runs last even after an error.
 
         Nested captures are supported.
         """
@@ -82,19 +84,19 @@ class Interceptor(TorchFunctionMode):
             self.undo += switch_off(self.model)
         _LIVE.add(self)
         self.undo.append(self.model.register_forward_hook(Done(self)).remove)
-        leave = Leave(self)
-        for name, module in self.model.named_modules(remove_duplicate=True):
-            enter = Enter(self, clean_name(name), is_attention(module) and self.is_wanted(clean_name(name)))
+        structure, leave = structure_of(self.model), Leave(self)
+        for name, module in structure.where(is_followed) or [("", self.model)]:
+            enter = Enter(self, name, is_attention(module) and self.is_wanted(name))
             self.undo += [
                 module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove,
                 module.register_forward_hook(leave, always_call=True).remove,
             ]
-            if merges(module):
-                self.undo.append(module.register_forward_hook(CountMerge(self)).remove)
-        names = {id(module): clean_name(name) for name, module in self.model.named_modules()}
-        for module in grid_modules(self.model):
-            hook = NoteGrid(self.trace, names[id(module)], self.thread)
-            self.undo.append(module.register_forward_hook(hook).remove)
+        for _, module in structure.where(is_norm_to_hook):
+            self.undo.append(module.register_forward_hook(NoteNorm(self)).remove)
+        for _, module in structure.where(merges):
+            self.undo.append(module.register_forward_hook(CountMerge(self)).remove)
+        for name, module in structure.where(is_grid_module):
+            self.undo.append(module.register_forward_hook(NoteGrid(self.trace, name, self.thread)).remove)
 
     def is_wanted(self, name: str) -> bool:
         """True if the capture should have a map of the layer."""
@@ -181,7 +183,10 @@ class Interceptor(TorchFunctionMode):
         if func not in _INTERCEPTED:
             if func in _NOTED:
                 self._note(func, args, kwargs)
-            return explicit.followed(self, func, args, kwargs) if self.local.has_weights else func(*args, **kwargs)
+            out = explicit.followed(self, func, args, kwargs) if self.local.has_weights else func(*args, **kwargs)
+            if func in NORMS:
+                self.inputs.note_norm(args[:1], out)
+            return out
         if not self.local.frames or recomputes():
             return func(*args, **kwargs)
         if func in explicit.SOFTMAX:

@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 import torch.nn.functional as F
 from torch import fx, nn
 
+from attnx.trace.structure import Structure, structure_of
+
 _ATTENTION = ("GPSA", "MHSA")  # names of classes that attend, beside those that say so
 
 Layers = str | int | Sequence[str | int] | None
@@ -17,14 +19,19 @@ def attention_layers(model: nn.Module) -> list[str]:
     Blocks are recognised by their class name or by timm's `fused_attn` flag. Only the innermost such modules count, and
     pooling heads are excluded.
     """
-    named = {clean_name(name): module for name, module in model.named_modules()}
+    return list(structure_of(model).derived(attending_names))
+
+
+def attending_names(structure: Structure) -> tuple[str, ...]:
+    """`attention_layers` of a structure."""
+    named = dict(structure.named_modules())
     pools = [name for name, module in named.items() if "pool" in type(module).__name__.lower()]
     found = [
         name
         for name, module in named.items()
         if is_attention(module) and not any(name == pool or name.startswith(pool + ".") for pool in pools)
     ]
-    return [name for name in found if not any(other.startswith(name + ".") for other in found)]
+    return tuple(name for name in found if not any(other.startswith(name + ".") for other in found))
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -34,11 +41,6 @@ def is_attention(module: nn.Module) -> bool:
     named = "attention" in name.lower() or name.endswith("Attn") or name in _ATTENTION
     # The projection after an attention is called so, too: LxmertAttentionOutput.
     return (named and not name.endswith("Output")) or "fused_attn" in vars(module)
-
-
-def clean_name(name: str) -> str:
-    """A module's name without the wrapper that torch.compile puts around a module."""
-    return name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
 
 
 def names_in_graph(graph: fx.GraphModule) -> tuple[str, ...]:
@@ -82,7 +84,7 @@ def resolve(model: nn.Module, layers: Layers) -> list[str] | None:
     if layers is None:
         return None
     requested = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-    names = [clean_name(name) for name, _ in model.named_modules()]
+    names = structure_of(model).names
     depth = attention_layers(model)
     known = ", ".join(depth) or "none recognised by its class name; pass module names or globs"
     patterns: list[str] = []

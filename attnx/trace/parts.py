@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from copy import copy
+from weakref import WeakValueDictionary
 
 from torch import nn
 
-from attnx.trace.grids import Grid, grid_modules, patch_convolutions
-from attnx.trace.layers import attention_layers, clean_name
+from attnx.trace.grids import Grid, is_grid_module, is_patch_convolution
+from attnx.trace.layers import attending_names
 from attnx.trace.layout import Declared, TokenLayout, declared_tokens
+from attnx.trace.structure import Structure
 from attnx.trace.tokens import Tokens, of_layout
 
 # Names of word embeddings, as opposed to those of positions, types or queries.
@@ -24,15 +27,15 @@ class Parts:
     """The parts of a model that have their own tokens, found by its patch convolutions and word embeddings.
 
     Args:
-        model: any model.
+        structure: of any model.
         layers: names of attention layers, in addition to those recognised by `attention_layers`.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
-        self.modules = {clean_name(name): module for name, module in model.named_modules()}
-        self.attending = attending = {*layers, *attention_layers(model)}
+    def __init__(self, structure: Structure, layers: Iterable[str]) -> None:
+        self.modules: Mapping[str, nn.Module] = WeakValueDictionary(structure.named_modules())
+        self.attending = attending = {*layers, *structure.derived(attending_names)}
         inside = {name.rsplit(".", i)[0] for name in attending for i in range(1, name.count(".") + 1)} | {""}
-        convolutions = {id(module) for module in patch_convolutions(model)}
+        convolutions = {id(module) for _, module in structure.where(is_patch_convolution)}
         self.kinds: dict[str, dict[str, str]] = {}  # {part: {module: kind of tokens}}
         # Blocks with cross-attention: their self-attention is over queries.
         self.decoders = {name.rpartition(".")[0] for name in attending if CROSS.search(name.rpartition(".")[2])}
@@ -50,7 +53,7 @@ class Parts:
             while around not in inside:
                 around = around.rpartition(".")[0]
             self.kinds.setdefault(around, {})[name] = kind
-        grids = {id(module) for module in grid_modules(model)}
+        grids = {id(module) for _, module in structure.where(is_grid_module)}
         sources = [n for n, m in self.modules.items() if id(m) in grids and not self._in_layer(n, attending)]
         # Beside words, a module with convolutions and attention is a part of its own: the ResNet of CLIP.
         for part in [part for part in self.kinds if self.kind(part) == "text"]:
@@ -64,6 +67,12 @@ class Parts:
             if isinstance(module, nn.Embedding)
             and (_WORDS.search(name) or not (_NO_WORDS.search(name) or _PROMPTS.search(name)))
         }
+
+    def for_one_trace(self) -> "Parts":
+        """The same parts, without what a model declared: its attributes may have changed."""
+        other = copy(self)
+        other._declared = {}
+        return other
 
     @staticmethod
     def _in_layer(name: str, attending: Iterable[str]) -> bool:

@@ -7,11 +7,12 @@ from torch import nn
 from attnx.trace.branch_layers import BranchLayer, branch_layer
 from attnx.trace.facts import Facts
 from attnx.trace.grids import Grid
-from attnx.trace.layers import attention_layers
+from attnx.trace.layers import attending_names, attention_layers
 from attnx.trace.layout import TokenLayout, infer_layout
 from attnx.trace.parts import Parts
 from attnx.trace.row_stats import PlacesCache
 from attnx.trace.sides import sides
+from attnx.trace.structure import structure_of
 from attnx.trace.tokens import Tokens, of_layout
 from attnx.trace.windows import Windows
 
@@ -215,12 +216,11 @@ class PassTokens:
         return self._facts.get(name) or self._known.get(name.partition("#")[0], Facts())
 
     def _structure(self, layers: Iterable[str]) -> Parts:
-        if () not in self._parts:
-            self._parts[()] = Parts(self.model, ())
-        known = self._parts[()].attending
+        structure = structure_of(self.model)
+        known = structure.derived(attending_names)
         names = tuple(dict.fromkeys(name for layer in layers if (name := layer.partition("#")[0]) not in known))
         if names not in self._parts:
-            self._parts[names] = Parts(self.model, names)
+            self._parts[names] = structure.derived(Parts, names).for_one_trace()
         return self._parts[names]
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from attnx.trace.adapters import albef, bert_like, blip, crossvit, dino, huggingface, lavt, mvit, plain, swin, timm
 from attnx.trace.adapters.known import Known, bind_known
+from attnx.trace.structure import structure_of
 
 Undo = Callable[[], None]
 
@@ -22,7 +23,12 @@ for _adapter in (albef, bert_like, blip, crossvit, dino, lavt, mvit, plain, swin
 
 def route_to_sdpa(model: nn.Module) -> list[Undo]:
     """Make the model's unfused blocks call SDPA; returns functions that undo it, to be called in any order."""
-    return [*timm.use_sdpa(model), *huggingface.use_sdpa(model), *bind_known(model, _BLOCKS)]
+    known = [module for _, module in structure_of(model).where(_is_known)]
+    return [*timm.use_sdpa(model), *huggingface.use_sdpa(model), *bind_known(known, _BLOCKS)]
+
+
+def _is_known(module: nn.Module) -> bool:
+    return type(module).__name__ in _BLOCKS
 
 
 def unfused_blocks(model: nn.Module) -> dict[str, str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attnx.trace.adapters.masks import as_bias
 from attnx.trace.adapters.switches import Instead
+from attnx.trace.structure import structure_of
 
 AS_EAGER = "attnx_as_eager"
 BEYOND_SDPA = ("softcap", "s_aux", "sinks")
@@ -146,12 +147,16 @@ def _code(module: nn.Module) -> CodeType | None:
 def configurations(model: nn.Module) -> Iterator[tuple[Any, list[nn.Module]]]:
     """Each configuration that names an attention function, with the modules that hold it, outermost first."""
     holders: dict[int, tuple[Any, list[nn.Module]]] = {}
-    for module in model.modules():
+    for _, module in structure_of(model).where(_has_configuration):
         # vars() instead of getattr: a failed lookup by nn.Module.__getattr__ takes microseconds.
         config: Any = vars(module).get("config", getattr(type(module), "config", None))
         if getattr(config, "_attn_implementation_internal", None) is not None:
             holders.setdefault(id(config), (config, []))[1].append(module)
     yield from holders.values()
+
+
+def _has_configuration(module: nn.Module) -> bool:
+    return "config" in vars(module) or hasattr(type(module), "config")
 
 
 def _eager_reason(modules: list[nn.Module]) -> str | None:

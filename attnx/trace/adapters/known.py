@@ -6,7 +6,7 @@ names, is left as it is.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -43,15 +43,15 @@ class Known:
     test: Callable[[FunctionType], bool] | None = None
 
 
-def bind_known(model: nn.Module, table: Mapping[str, Sequence[Known]]) -> list[Callable[[], None]]:
+def bind_known(modules: Iterable[nn.Module], table: Mapping[str, Sequence[Known]]) -> list[Callable[[], None]]:
     """Bind forwards that call SDPA to the known blocks of a model; returns functions that undo it.
 
     Args:
-        model: the model.
+        modules: of the model, those whose class has a name of the table.
         table: {class name: known classes of that name}; the first that describes a block is taken.
     """
     undo: list[Callable[[], None]] = []
-    for module in model.modules():
+    for module in modules:
         kind = type(module)
         classes = table.get(kind.__name__, ())
         if classes and own_forward_only(module):
