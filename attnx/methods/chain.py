@@ -151,14 +151,13 @@ def _side_by_side(trace: Trace) -> tuple[str, str] | None:
 
 def _gaps(trace: Trace) -> list[str]:
     """Names of attention layers that ran without a map, beside layers of the trace in the same stack of blocks."""
-    maps = [name.partition("#")[0] for name in trace]
-    stacks = {stack_of(name) for name in maps}
+    maps = {name.partition("#")[0] for name in trace}
+    without = [name for name in trace.tokens.attending if name in trace.tokens.ran and name not in maps]
+    stacks = {stack_of(name) for name in maps} if without else set()
     return [
         name
-        for name in trace.tokens.attending
-        if name in trace.tokens.ran
-        and stack_of(name) in stacks
-        and not any(other == name or matches(other, name) or matches(name, other) for other in maps)
+        for name in without
+        if stack_of(name) in stacks and not any(matches(other, name) or matches(name, other) for other in maps)
     ]
 
 

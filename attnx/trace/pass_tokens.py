@@ -12,7 +12,7 @@ from attnx.trace.layout import TokenLayout, infer_layout
 from attnx.trace.parts import Parts
 from attnx.trace.row_stats import PlacesCache
 from attnx.trace.sides import sides
-from attnx.trace.structure import structure_of
+from attnx.trace.structure import Structure, structure_of
 from attnx.trace.tokens import Tokens, of_layout
 from attnx.trace.windows import Windows
 
@@ -46,6 +46,7 @@ class PassTokens:
         self.places: PlacesCache = {}
         self._known: dict[str, Facts] = {}
         self._parts: dict[tuple[str, ...], Parts] = {}
+        self._of_model: Structure | None = None
 
     def copy(self) -> "PassTokens":
         """A copy for another trace of the same pass."""
@@ -59,6 +60,7 @@ class PassTokens:
         """The tokens of a new pass: only facts, parts and places that hold for every pass are kept."""
         other = PassTokens(self.model, self.given)
         other._known, other._parts, other.places = self._known, self._parts, self.places
+        other._of_model = self._of_model
         return other
 
     def item(self, index: int, queries: Mapping[str, int]) -> "PassTokens":
@@ -216,7 +218,9 @@ class PassTokens:
         return self._facts.get(name) or self._known.get(name.partition("#")[0], Facts())
 
     def _structure(self, layers: Iterable[str]) -> Parts:
-        structure = structure_of(self.model)
+        if self._of_model is None:
+            self._of_model = structure_of(self.model)  # the same in all passes of a capture
+        structure = self._of_model
         known = structure.derived(attending_names)
         names = tuple(dict.fromkeys(name for layer in layers if (name := layer.partition("#")[0]) not in known))
         if names not in self._parts:
