@@ -1,5 +1,6 @@
 """Block sizes as pure functions of op, head dims, element size and target. There is no autotuning at run time."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from attnx.kernels.launching import launch
@@ -55,13 +56,18 @@ class Launch(NamedTuple):
     args: dict[str, Any]
     config: Config
 
-    def run(self) -> None:
-        """Launch the kernel on the current device."""
+    @property
+    def all_args(self) -> dict[str, Any]:
+        """The arguments, with the block sizes if the kernel takes them."""
+        if "BLOCK_M" not in self.kernel.arg_names:
+            return self.args
+        return {**self.args, "BLOCK_M": self.config.block_m, "BLOCK_N": self.config.block_n}
+
+    def run(self) -> Any:
+        """Launch the kernel on the current device; returns the compiled kernel, None in the interpreter."""
         config = self.config
-        names = self.kernel.arg_names
-        blocks = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n) if "BLOCK_M" in names else {}
         options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-        launch(self.kernel, self.grid, {**self.args, **blocks}, options)
+        return launch(self.kernel, self.grid, self.all_args, options)
 
 
 class ShortRows(NamedTuple):
@@ -227,6 +233,7 @@ def importance_config(head_dim: int, itemsize: int, rows: int, target: Target, b
     return Config(64, 16 if row_bytes > 256 else 32, 8 if row_bytes > 128 else 4, 1)
 
 
+@lru_cache(1024)
 def one_pass_config(head_dim: int, itemsize: int, keys: int, target: Target, bias: bool = False) -> ShortRows | None:
     """Configuration of the one-pass kernel, which holds whole rows of keys on chip.
 

@@ -37,8 +37,26 @@ class Box(NamedTuple):
 
     def descriptor(self) -> Any:
         """Triton's descriptor. The descriptors of the last tensors are kept, without the tensors."""
+        return self.without_tensor().descriptor(self.tensor.data_ptr())
+
+    def without_tensor(self) -> "BoxedTensor":
+        """What the descriptor depends on, besides the address."""
         t = self.tensor
-        return _descriptor(t.data_ptr(), t.dtype, tuple(t.shape), _strides(t), self.rows, self.columns)
+        return BoxedTensor(t.dtype, tuple(t.shape), _strides(t), self.rows, self.columns)
+
+
+class BoxedTensor(NamedTuple):
+    """Shape and strides of a tensor that is read in boxes of [1, 1, rows, columns]."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    rows: int
+    columns: int
+
+    def descriptor(self, address: int) -> Any:
+        """Triton's descriptor of such a tensor at an address."""
+        return _descriptor(address, *self)
 
 
 class _Address(NamedTuple):

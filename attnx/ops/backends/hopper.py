@@ -39,27 +39,20 @@ def is_on(device: torch.device) -> bool:
     return os.environ.get("ATTNX_HOPPER") == "1" and not missing(device)
 
 
-def attention(scores: Scores, v: Tensor, reduction: Reduction) -> tuple[Tensor, Tensor] | None:
-    """Output and map of short rows in one launch; None if the kernel doesn't take the call."""
-    if short_row(scores.q.shape[3], scores.q.shape[2], scores.k.shape[2]) is None:
-        return None
-    out = scores.new_output(v)
-    amap = _short_rows(scores, v, out, reduction)
-    return None if amap is None else (out, amap)
+def takes_short_rows(scores: Scores, v: Tensor | None) -> bool:
+    """True if the kernel for short rows takes the call."""
+    q = scores.q
+    return _attention(scores, v) is not None and short_row(q.shape[3], q.shape[2], scores.k.shape[2]) is not None
 
 
-def short_map(scores: Scores, reduction: Reduction) -> Tensor | None:
-    """The map of short rows; None if the kernel doesn't take the call."""
-    return _short_rows(scores, None, None, reduction)
-
-
-def _short_rows(scores: Scores, v: Tensor | None, out: Tensor | None, reduction: Reduction) -> Tensor | None:
-    attention, q, keys = _attention(scores, v), scores.q, scores.k.shape[2]
-    row = short_row(q.shape[3], q.shape[2], keys)
-    if attention is None or row is None:
-        return None
+def short_rows(scores: Scores, v: Tensor | None, out: Tensor | None, reduction: Reduction) -> Tensor:
+    """The map of short rows; writes the output, too, unless v and out are None. See `takes_short_rows`."""
     from attnx.kernels.hopper.launches import short_rows_launch
 
+    attention, q, keys = _attention(scores, v), scores.q, scores.k.shape[2]
+    row = short_row(q.shape[3], q.shape[2], keys)
+    assert attention is not None
+    assert row is not None
     return fused_map(
         q, q.shape[2], keys, reduction, cdiv(q.shape[2], ROWS),
         lambda maps, splits: short_rows_launch(attention, v, out, maps, int(reduction), splits, row),
@@ -84,7 +77,10 @@ def long_map(scores: Scores, reduction: Reduction, lse: Tensor) -> Tensor | None
 
 
 def vecmat(scores: Scores, r: Tensor, lse: Tensor) -> Tensor | None:
-    """r @ mean_h P, [B, N], for r [B, M] and lse [B, H, M], contiguous; None if the kernel doesn't take the call."""
+    """r @ P of each half of a head's rows, [B, 2 H, N], for r [B, M] and lse [B, H, M], contiguous.
+
+    None if the kernel doesn't take the call.
+    """
     attention, q = _attention(scores, None), scores.q
     if attention is None or attention.mask is not None or scores.is_causal:
         return None
@@ -95,7 +91,7 @@ def vecmat(scores: Scores, r: Tensor, lse: Tensor) -> Tensor | None:
 
     parts = q.new_empty((q.shape[0], q.shape[1], 2, scores.k.shape[2]), dtype=torch.float32)
     run(vecmat_launch(attention, r, lse, parts, tile), q)
-    return parts.sum(2).mean(1)
+    return parts.flatten(1, 2)
 
 
 def _attention(scores: Scores, v: Tensor | None) -> Attention | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attnx.kernels.configs import Launch, Target, head_splits
 from attnx.kernels.map import fuse_launch
+from attnx.ops.backends.plans import note
 from attnx.ops.reducers import Reduction
 
 
@@ -44,9 +45,10 @@ def run(launch: Launch, q: Tensor) -> None:
     """Run the launch on q's device, which need not be the current one."""
     if q.device.type == "cuda" and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            launch.run()
+            compiled = launch.run()
     else:
-        launch.run()
+        compiled = launch.run()
+    note(launch, compiled)
 
 
 @cache

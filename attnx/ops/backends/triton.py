@@ -1,13 +1,14 @@
 """The op on GPUs by the Triton kernels; on CPU tensors they run in Triton's interpreter."""
 
 import os
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton import cdiv
 
-from attnx.kernels.arguments import shared_args, value_args
+from attnx.kernels.arguments import precision, shared_args, value_args
 from attnx.kernels.configs import (
     WHOLE_HEAD,
     WIDEST_HEAD,
@@ -27,6 +28,7 @@ from attnx.kernels.statistics import statistics_launch
 from attnx.kernels.vecmat import vecmat_launch
 from attnx.ops.backends import hopper, vendor
 from attnx.ops.backends.launches import fused_map, run, target
+from attnx.ops.backends.plans import by_plan, planned
 from attnx.ops.reducers import Reduction
 from attnx.ops.scores import Scores
 from attnx.ops.statistics import Statistics
@@ -72,31 +74,46 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [B,H,M,Dv] in q's dtype and map, see `ops.functional.attention`. on_hopper: prefer Hopper's kernels."""
     q, k = scores.q, scores.k
-    if on_hopper and rows is None:
-        found = hopper.attention(scores, v, reduction)
-        if found is not None:
-            return found
+    options, inputs = (int(reduction), on_hopper, *_options(scores)), (q, k, v, scores.bias)
+    both: tuple[Tensor, Tensor] | None = by_plan("attention", options, inputs) if rows is None else None
+    if both is not None:
+        return both
     short = _short_rows(scores, v) if rows is None else None
-    if short is None or (k.shape[2] > ONE_PASS and target(q.device).arch == 90):
-        served = vendor.output_and_lse(scores, v) if q.is_cuda else None
+    one_launch = on_hopper and rows is None and hopper.takes_short_rows(scores, v)
+    vendor_first = short is None or (k.shape[2] > ONE_PASS and target(q.device).arch == 90)
+    if q.is_cuda and vendor_first and not one_launch:
+        served = vendor.output_and_lse(scores, v)
         if served is not None:
             return served[0], attention_map(scores, reduction, rows, served[1], on_hopper)
-    if short is None:
-        out, lse = _forward(scores, v)
+    if short is None and not one_launch:
+        out, lse = attention_lse_by_kernel(scores, v)
         return out, attention_map(scores, reduction, rows, lse, on_hopper)
-    out = scores.new_output(v)
-    return out, _one_pass(_shared(scores, None), value_args(q, v, out), reduction, short)
+
+    def compute() -> tuple[Tensor, Tensor]:
+        out = scores.new_output(v)
+        if one_launch:
+            return out, hopper.short_rows(scores, v, out, reduction)
+        assert short is not None
+        return out, _one_pass(_shared(scores, None), value_args(q, v, out), reduction, short)
+
+    return planned("attention", options, inputs, compute)
 
 
 def attention_map(
     scores: Scores, reduction: Reduction, rows: Tensor | None, lse: Tensor | None, on_hopper: bool = False
 ) -> Tensor:
     """The map alone, see `ops.functional.attention_map`. Only the chosen rows are loaded."""
-    on_hopper = on_hopper and rows is None
-    if on_hopper and lse is None:
-        amap = hopper.short_map(scores, reduction)
-        if amap is not None:
-            return amap
+    if rows is not None:
+        return _map(scores, reduction, rows, lse, False)
+    lse = None if lse is None else lse.contiguous()
+    options = (int(reduction), on_hopper, *_options(scores))
+    inputs = (scores.q, scores.k, scores.bias, lse)
+    return planned("map", options, inputs, lambda: _map(scores, reduction, None, lse, on_hopper))
+
+
+def _map(scores: Scores, reduction: Reduction, rows: Tensor | None, lse: Tensor | None, on_hopper: bool) -> Tensor:
+    if on_hopper and lse is None and hopper.takes_short_rows(scores, None):
+        return hopper.short_rows(scores, None, None, reduction)
     q, shared = scores.q, _shared(scores, rows)
     short = _short_rows(scores, None) if lse is None else None
     if short is not None:
@@ -114,14 +131,25 @@ def attention_map(
     return fused_map(q, shared["M"], shared["N"], reduction, _tiles(shared, config), launch)
 
 
+def _options(scores: Scores) -> tuple[Hashable, ...]:
+    """What launches depend on besides tensors."""
+    q = scores.q
+    return scores.is_causal, scores.scale, precision(q.dtype) if q.dtype == torch.float32 else ""
+
+
 def attention_lse(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
     """Output, as in `attention`, and log-sum-exps [B,H,M] fp32: the vendor's, or our kernel's where it can't serve."""
     served = vendor.output_and_lse(scores, v) if scores.q.is_cuda else None
-    return _forward(scores, v) if served is None else served
+    return attention_lse_by_kernel(scores, v) if served is None else served
+
+
+def attention_lse_by_kernel(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exps by our own kernel."""
+    inputs = (scores.q, scores.k, v, scores.bias)
+    return planned("forward", _options(scores), inputs, lambda: _forward(scores, v))
 
 
 def _forward(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exps by our own kernel."""
     q, out, shared = scores.q, scores.new_output(v), _shared(scores, None)
     lse = _lse(shared)
     for columns in zip(v.split(WHOLE_HEAD, -1), out.split(WHOLE_HEAD, -1), strict=True):
@@ -131,14 +159,23 @@ def _forward(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def vecmat(scores: Scores, r: Tensor, lse: Tensor | None, on_hopper: bool = False) -> Tensor:
     """r @ mean_h P, [B,N] fp32, see `ops.functional.vecmat`."""
-    q, shared, r = scores.q, _shared(scores, None), r.contiguous()
+    r, lse = r.contiguous(), None if lse is None else lse.contiguous()
+    options, inputs = (on_hopper, *_options(scores)), (scores.q, scores.k, scores.bias, r, lse)
+    # [B, H * parts, N]
+    each = planned("vecmat", options, inputs, lambda: _vecmat(scores, r, lse, on_hopper))
+    return each.sum(1) / scores.q.shape[1]
+
+
+def _vecmat(scores: Scores, r: Tensor, lse: Tensor | None, on_hopper: bool) -> Tensor:
+    """r @ P of each head, or of halves of its rows."""
+    q, shared = scores.q, _shared(scores, None)
     lse = _lse_of_rows(shared, None, lse)
     passed = hopper.vecmat(scores, r, lse) if on_hopper else None
     if passed is not None:
         return passed
     each = q.new_empty((q.shape[0], q.shape[1], scores.k.shape[2]), dtype=torch.float32)
     run(vecmat_launch(shared, r, lse, each, target(q.device)), q)
-    return each.mean(1)
+    return each
 
 
 def gradient_map(

@@ -1,0 +1,192 @@
+"""Launches that were prepared once, for inputs of the same shapes, strides, dtypes and alignment.
+
+To prepare a launch takes Python longer than a small kernel takes on a GPU. A plan holds what does not change from call
+to call: compiled kernels, grids, arguments, sizes of the tensors to allocate. A call fills in the addresses.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from attnx.kernels.configs import Launch
+
+T = TypeVar("T")
+
+_KEPT: dict[Hashable, "Plan"] = {}
+_MOST = 1024  # plans; when there are more, all are dropped
+_LOCAL = threading.local()
+
+
+class _Pointer(NamedTuple):
+    """An argument of a launch: the address of an input, or of an allocation, which are numbered after the inputs."""
+
+    position: int
+    tensor: int
+    box: Any = None  # the Box that the tensor was, whose descriptor is the argument
+
+
+class _Step(NamedTuple):
+    """A launch: a compiled kernel, all its arguments, and those to fill in."""
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    args: list[Any]
+    pointers: tuple[_Pointer, ...]
+
+
+class _Allocation(NamedTuple):
+    """A tensor to allocate."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Plan(NamedTuple):
+    """Launches with the tensors that they need.
+
+    results: numbers of the allocations that the call returns; single: one, and no tuple.
+    """
+
+    allocations: tuple[_Allocation, ...]
+    steps: tuple[_Step, ...]
+    results: tuple[int, ...]
+    single: bool
+
+    def run(self, inputs: Sequence[Tensor | None]) -> Any:
+        """Allocate, launch and return the results, on the device of the first input."""
+        q = inputs[0]
+        assert q is not None
+        if q.is_cuda and q.device.index != torch.cuda.current_device():
+            with torch.cuda.device(q.device):
+                return self.run(inputs)
+        made = [q.new_empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self.allocations]
+        addresses = [0 if t is None else t.data_ptr() for t in inputs]
+        addresses += [t.data_ptr() for t in made]
+        for compiled, grid, fixed, pointers in self.steps:
+            args = fixed.copy()
+            for position, tensor, box in pointers:
+                args[position] = addresses[tensor] if box is None else box.descriptor(addresses[tensor])
+            compiled[grid](*args)
+        return made[self.results[0]] if self.single else tuple(made[i] for i in self.results)
+
+
+class _Recording:
+    """Notes the launches of a call, to make a plan of them."""
+
+    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
+        self.inputs = {t.data_ptr(): i for i, t in reversed(list(enumerate(inputs))) if t is not None}
+        self.count = len(inputs)
+        self.made: dict[int, Tensor] = {}  # allocations, by the address of their memory
+        self.steps: list[_Step] = []
+        self.possible = True
+
+    def note(self, launch: Launch, compiled: Any) -> None:
+        """Note a launch that has run."""
+        if compiled is None:
+            self.possible = False
+            return
+        args, pointers = [], []
+        for position, name in enumerate(launch.kernel.arg_names):
+            value = launch.all_args[name]
+            box = None if isinstance(value, Tensor) or not hasattr(value, "descriptor") else value
+            t = value if box is None else box.tensor
+            if isinstance(t, Tensor):
+                pointers.append(_Pointer(position, self._number(t), None if box is None else box.without_tensor()))
+                value = None
+            args.append(value)
+        grid = (*launch.grid, 1, 1)[:3]
+        self.steps.append(_Step(compiled, (grid[0], grid[1], grid[2]), args, tuple(pointers)))
+
+    def plan(self, result: Any) -> Plan | None:
+        """The plan of the noted launches; None if these read or wrote parts of tensors, or did not write the result."""
+        single, addresses = isinstance(result, Tensor), list(self.made)
+        results = (result,) if single else tuple(result)
+        numbers = [addresses.index(t.data_ptr()) if t.data_ptr() in self.made else -1 for t in results]
+        # A launch may have seen another view of the same memory, such as all partial maps in one.
+        made = self.made | {t.data_ptr(): t for t in results}
+        whole = all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in made.values())
+        if not self.possible or not whole or -1 in numbers:
+            return None
+        allocations = tuple(_Allocation(t.shape, t.stride(), t.dtype) for t in made.values())
+        return Plan(allocations, tuple(self.steps), tuple(numbers), single)
+
+    def _number(self, t: Tensor) -> int:
+        """The number of the input or allocation that an argument is."""
+        address = t.data_ptr()
+        if address in self.inputs:
+            return self.inputs[address]
+        if address != t.untyped_storage().data_ptr():
+            self.possible = False  # a part of a tensor
+        self.made.setdefault(address, t)
+        return self.count + list(self.made).index(address)
+
+
+def planned(name: str, options: tuple[Hashable, ...], inputs: Sequence[Tensor | None], compute: Callable[[], T]) -> T:
+    """The result of compute(), by the plan for inputs like these if there is one; else a plan is made.
+
+    Args:
+        name: of the computation.
+        options: what it depends on besides the inputs.
+        inputs: the tensors that it reads, the first on the device of all.
+        compute: it may only allocate tensors and launch kernels, which read the inputs and the allocations.
+    """
+    first = inputs[0]
+    if first is None or not is_planned(first) or getattr(_LOCAL, "recording", None) is not None:
+        return compute()
+    key = _key(name, options, inputs)
+    plan = _KEPT.get(key)
+    if plan is not None:
+        result: T = plan.run(inputs)
+        return result
+    recording = _LOCAL.recording = _Recording(inputs)
+    try:
+        made = compute()
+    finally:
+        _LOCAL.recording = None
+    plan = recording.plan(made)
+    if plan is not None:
+        if len(_KEPT) >= _MOST:
+            _KEPT.clear()
+        _KEPT[key] = plan
+    return made
+
+
+def by_plan(name: str, options: tuple[Hashable, ...], inputs: Sequence[Tensor | None]) -> Any:
+    """The result of `planned` with these arguments if there is a plan; else None."""
+    first = inputs[0]
+    if first is None or not is_planned(first) or getattr(_LOCAL, "recording", None) is not None:
+        return None
+    plan = _KEPT.get(_key(name, options, inputs))
+    return None if plan is None else plan.run(inputs)
+
+
+def note(launch: Launch, compiled: Any) -> None:
+    """Note a launch that has run, if a plan is being made in this thread."""
+    recording: _Recording | None = getattr(_LOCAL, "recording", None)
+    if recording is not None:
+        recording.note(launch, compiled)
+
+
+def is_planned(t: Tensor) -> bool:
+    """True for tensors on a GPU. On a CPU Triton's interpreter compiles nothing."""
+    return t.is_cuda
+
+
+def _key(name: str, options: tuple[Hashable, ...], inputs: Sequence[Tensor | None]) -> Hashable:
+    """What a plan depends on: also which inputs start at the same address."""
+    key: list[Hashable] = [name, options]
+    addresses = []
+    for t in inputs:
+        if t is None:
+            key.append(None)
+            continue
+        address = t.data_ptr()
+        addresses.append(address)
+        key += (t.shape, t.stride(), t.dtype, t.get_device(), address & 15)
+    if len(set(addresses)) < len(addresses):
+        key += map(addresses.index, addresses)
+    return tuple(key)
