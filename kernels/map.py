@@ -37,7 +37,7 @@ def map_kernel(
     HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, BIAS_REPEATS: tl.constexpr, CAUSAL: tl.constexpr,
     FOLD_SCALE: tl.constexpr, INT64_OFFSETS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, INF_IS_NAN: tl.constexpr,
 ):  # fmt: skip
     """Compute PARTS adjacent tiles [BLOCK_M, BLOCK_N] of a map [M, N]: P = exp(s - lse), fused over the heads.
 
@@ -72,7 +72,7 @@ def map_kernel(
     # With a bias, hoisting addresses out of the loop would exceed the registers.
     for head in tl.range(first_head, last_head + 1, disable_licm=BIAS != NO_BIAS):
         h = to_int64(head)
-        lse = lse_to_log2(next_lse)
+        lse = lse_to_log2(next_lse, INF_IS_NAN)
         # [BLOCK_M]
         next_lse = tl.load(lse_tile + to_int64(tl.minimum(head + 1, last_head)) * M + offs_m, mask=mask_m, other=0.0)
         # ([BLOCK_M, BLOCK_D],) or ([BLOCK_M, BLOCK_D], [BLOCK_M, REST_D])
@@ -98,14 +98,23 @@ def map_kernel(
         store_tile(map_tile, fused[part] * map_share, offs_m, columns, mask_m, columns < N - first_n, N)
 
 
-def map_launch(shared: dict[str, Any], lse: Tensor, maps: Tensor, heads: int, splits: int, config: Config) -> Launch:
+def map_launch(
+    shared: dict[str, Any],
+    lse: Tensor,
+    maps: Tensor,
+    heads: int,
+    splits: int,
+    config: Config,
+    inf_is_nan: bool = False,
+) -> Launch:
     """Launch that writes maps [B * splits, M, N] fp32, each fused over its share of the heads.
 
-    lse: [B, H, M] fp32 of the same rows.
+    lse: [B, H, M] fp32 of the same rows. inf_is_nan: plus infinity means that the row has NaN, and not that it has no
+    keys.
     """
     q = shared["q_ptr"]
     args = {**shared, "lse_ptr": lse, "map_ptr": maps, "HEADS": heads, **split_args(q.shape[1], splits, heads)}
-    args["PARTS"] = config.parts
+    args |= {"PARTS": config.parts, "INF_IS_NAN": inf_is_nan}
     tiles = triton.cdiv(shared["M"], config.block_m) * triton.cdiv(shared["N"], config.block_n * config.parts)
     return Launch(map_kernel, (tiles * q.shape[0] * splits,), args, config)
 

@@ -200,11 +200,14 @@ def finite_max(m):
 
 
 @triton.jit
-def lse_to_log2(lse):
+def lse_to_log2(lse, INF_IS_NAN: tl.constexpr = False):
     """Log-sum-exps (natural) times log2(e), to be subtracted from scores in the same units.
 
-    +inf for rows without keys (lse -inf), so that their weights are 0 and not NaN.
+    +inf for rows without keys (lse -inf), so that their weights are 0 and not NaN. With INF_IS_NAN, NaN for +inf, which
+    flash attention gives for rows with NaN.
     """
+    if INF_IS_NAN:
+        lse = tl.where(lse == float("inf"), float("nan"), lse)
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
 

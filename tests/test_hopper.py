@@ -16,6 +16,7 @@ from attnx.kernels.hopper import launches
 from attnx.kernels.hopper.arguments import Attention, Box, can_be_loaded
 from attnx.kernels.hopper.configs import CHUNK, map_tile, short_row, vecmat_tile
 from attnx.ops.backends import hopper
+from attnx.ops.reducers import Reduction
 from attnx.testing import (
     TABLE,
     Case,
@@ -122,6 +123,23 @@ def test_map_alone_and_from_lse(n, mask, empty, device, on_hopper, poisoned):
             "map_kernel" if given is not None or n == 300 else "short_rows_kernel"
         )
         assert_attention(None, amap, *inputs)
+
+
+@pytest.mark.triton_kernels
+@pytest.mark.parametrize("on_hopper", [False, True])
+def test_an_infinite_lse_of_the_vendor_is_nan(on_hopper, monkeypatch):
+    """Flash attention gives plus infinity for a row with NaN; for the map's users it means a row without keys."""
+    from attnx.ops.backends import triton
+
+    q, k, _, _ = random_inputs(Case(M=70, N=300, D=64, dtype=torch.bfloat16))
+    lse = oracle_lse(q, k).float()
+    lse[0, 1, 3] = torch.inf
+    with gluon.emulated():
+        for inf_is_nan in (False, True):
+            amap = triton.attention_map(scores_of(q, k), Reduction.MEAN, None, lse, on_hopper, inf_is_nan)
+            assert amap[0, 3].isnan().all() == inf_is_nan
+            amap[0, 3] = 0
+            assert amap.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -315,7 +333,7 @@ def test_planted_faults_are_found(fault, tmp_path):
 def test_other_inputs_go_to_the_other_kernels(device):
     """A bias of each head, chosen rows, few rows, float32, a head dim that the TMA can't load."""
     wide = random_inputs(Case(B=1, H=2, M=70, N=150, D=64, dtype=torch.bfloat16, bias="1HMN"))
-    assert hopper.long_map(scores_of(*wide), attnx.ops.reducers.Reduction.MEAN, torch.zeros(1, 2, 70)) is None
+    assert hopper.long_map(scores_of(*wide), Reduction.MEAN, torch.zeros(1, 2, 70), False) is None
     assert short_row(64, 64, 150) is None
     assert short_row(64, 70, 289) is None
     assert short_row(72, 70, 129) is None

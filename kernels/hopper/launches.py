@@ -37,11 +37,18 @@ def short_rows_launch(
 
 
 def map_launch(
-    attention: Attention, lse: Tensor, maps: Tensor, heads: int, splits: int, tile: Tile, target: Target
+    attention: Attention,
+    lse: Tensor,
+    maps: Tensor,
+    heads: int,
+    splits: int,
+    tile: Tile,
+    target: Target,
+    inf_is_nan: bool = False,
 ) -> Launch:
     """Launch that writes maps [B * splits, M, N] fp32, each fused over its share of the heads.
 
-    lse: [B, H, M] fp32, contiguous.
+    lse: [B, H, M] fp32, contiguous. inf_is_nan: plus infinity means that the row has NaN, and not that it has no keys.
     """
     q = attention.q
     planes = q.shape[0] * splits
@@ -51,7 +58,7 @@ def map_launch(
         map_ptr=maps,
         planes=planes,
         **_shared(attention, heads, splits),
-        **dict(NC=tile.chunks, STAGES=tile.stages, REST_D=tile.rest),
+        **dict(NC=tile.chunks, STAGES=tile.stages, REST_D=tile.rest, INF_IS_NAN=inf_is_nan),
     )
     tiles = planes * cdiv(q.shape[2], ROWS) * cdiv(attention.k.shape[2], tile.keys)
     grid = (min(tiles, target.processor_count),)

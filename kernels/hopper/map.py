@@ -75,7 +75,7 @@ def consume(
     wg: gl.constexpr, q_buf, k_buf, q_rest, k_rest, loaded, empty, added_buf, mask_ptr, lse_ptr, map_ptr,
     planes, tiles, H, M, N, splits, heads_each, mask_period, stride_mb, stride_mn, scale_log2, map_share,
     NC: gl.constexpr, STAGES: gl.constexpr, REST_D: gl.constexpr,
-    HEADS: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr,
+    HEADS: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, INF_IS_NAN: gl.constexpr,
 ):  # fmt: skip
     """Compute ROWS rows of each tile, NC chunks of keys.
 
@@ -118,7 +118,7 @@ def consume(
         for _ in gl.static_range(NC):
             fused = fused + (fused_start(CHUNK, layout, HEADS),)
         for head in range(first_head, last_head + 1):
-            lse = lse_to_log2(next_lse)
+            lse = lse_to_log2(next_lse, INF_IS_NAN)
             next_lse = load_lse(lse_rows, head + 1, last_head, M)
             if CAUSAL or MASK != NO_BIAS:
                 poison += gl.where(lse != lse, lse, 0.0)
@@ -207,7 +207,7 @@ def map_kernel(
     q_desc, k_desc, q_rest_desc, k_rest_desc, mask_ptr, lse_ptr, map_ptr,
     planes, H, GROUP, M, N, splits, heads_each, mask_period, stride_mb, stride_mn, scale_log2, map_share,
     NC: gl.constexpr, STAGES: gl.constexpr, REST_D: gl.constexpr,
-    HEADS: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr,
+    HEADS: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, INF_IS_NAN: gl.constexpr,
 ):  # fmt: skip
     """Compute maps [planes, M, N]: P = exp(s - lse), fused over the heads of each plane, in tiles of 128 x 64 NC.
 
@@ -230,10 +230,10 @@ def map_kernel(
     gl.warp_specialize([
         (consume, (0, q_buf, k_buf, q_rest, k_rest, loaded, empty, added_buf, mask_ptr, lse_ptr, map_ptr,
                    planes, tiles, H, M, N, splits, heads_each, mask_period, stride_mb, stride_mn, scale_log2, map_share,
-                   NC, STAGES, REST_D, HEADS, CAUSAL, MASK)),
+                   NC, STAGES, REST_D, HEADS, CAUSAL, MASK, INF_IS_NAN)),
         (consume, (1, q_buf, k_buf, q_rest, k_rest, loaded, empty, added_buf, mask_ptr, lse_ptr, map_ptr,
                    planes, tiles, H, M, N, splits, heads_each, mask_period, stride_mb, stride_mn, scale_log2, map_share,
-                   NC, STAGES, REST_D, HEADS, CAUSAL, MASK)),
+                   NC, STAGES, REST_D, HEADS, CAUSAL, MASK, INF_IS_NAN)),
         (produce, (q_desc, k_desc, q_rest_desc, k_rest_desc, q_buf, k_buf, q_rest, k_rest, loaded, empty,
                    planes, tiles, H, GROUP, M, N, splits, heads_each, STAGES, REST_D)),
     ], [4, 1], [240, 24])  # fmt: skip

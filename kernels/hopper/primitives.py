@@ -88,8 +88,10 @@ def log2_mask(mask_ptr, first, N, stride, MASK: gl.constexpr, layout: gl.constex
 
 
 @gluon.jit
-def lse_to_log2(lse):
-    """Log-sum-exps times log2(e); +inf for rows without keys, whose weights are then 0."""
+def lse_to_log2(lse, INF_IS_NAN: gl.constexpr = False):
+    """Log-sum-exps times log2(e); +inf for rows without keys, whose weights are then 0. See kernels/primitives.py."""
+    if INF_IS_NAN:
+        lse = gl.where(lse == float("inf"), float("nan"), lse)
     return gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
 

@@ -59,7 +59,7 @@ def short_rows(scores: Scores, v: Tensor | None, out: Tensor | None, reduction: 
     )  # fmt: skip
 
 
-def long_map(scores: Scores, reduction: Reduction, lse: Tensor) -> Tensor | None:
+def long_map(scores: Scores, reduction: Reduction, lse: Tensor, inf_is_nan: bool) -> Tensor | None:
     """The map from log-sum-exps [B, H, M], contiguous; None if the kernel doesn't take the call."""
     attention = _attention(scores, None)
     if attention is None:
@@ -72,7 +72,9 @@ def long_map(scores: Scores, reduction: Reduction, lse: Tensor) -> Tensor | None
 
     return fused_map(
         q, q.shape[2], keys, reduction, cdiv(q.shape[2], ROWS) * cdiv(keys, tile.keys),
-        lambda maps, splits: map_launch(attention, lse, maps, int(reduction), splits, tile, target(q.device)),
+        lambda maps, splits: map_launch(
+            attention, lse, maps, int(reduction), splits, tile, target(q.device), inf_is_nan
+        ),
     )  # fmt: skip
 
 

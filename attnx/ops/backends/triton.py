@@ -82,9 +82,9 @@ def attention(
     one_launch = on_hopper and rows is None and hopper.takes_short_rows(scores, v)
     vendor_first = short is None or (k.shape[2] > ONE_PASS and target(q.device).arch == 90)
     if q.is_cuda and vendor_first and not one_launch:
-        served = vendor.output_and_lse(scores, v)
+        served = vendor.output_and_lse(scores, v, with_nan=False)
         if served is not None:
-            return served[0], attention_map(scores, reduction, rows, served[1], on_hopper)
+            return served[0], attention_map(scores, reduction, rows, served[1], on_hopper, inf_is_nan=True)
     if short is None and not one_launch:
         out, lse = attention_lse_by_kernel(scores, v)
         return out, attention_map(scores, reduction, rows, lse, on_hopper)
@@ -100,18 +100,28 @@ def attention(
 
 
 def attention_map(
-    scores: Scores, reduction: Reduction, rows: Tensor | None, lse: Tensor | None, on_hopper: bool = False
+    scores: Scores,
+    reduction: Reduction,
+    rows: Tensor | None,
+    lse: Tensor | None,
+    on_hopper: bool = False,
+    inf_is_nan: bool = False,
 ) -> Tensor:
-    """The map alone, see `ops.functional.attention_map`. Only the chosen rows are loaded."""
+    """The map alone, see `ops.functional.attention_map`. Only the chosen rows are loaded.
+
+    inf_is_nan: a log-sum-exp of plus infinity means that its row has NaN, and not that it has no keys.
+    """
     if rows is not None:
-        return _map(scores, reduction, rows, lse, False)
+        return _map(scores, reduction, rows, lse, False, inf_is_nan)
     lse = None if lse is None else lse.contiguous()
-    options = (int(reduction), on_hopper, *_options(scores))
+    options = (int(reduction), on_hopper, inf_is_nan, *_options(scores))
     inputs = (scores.q, scores.k, scores.bias, lse)
-    return planned("map", options, inputs, lambda: _map(scores, reduction, None, lse, on_hopper))
+    return planned("map", options, inputs, lambda: _map(scores, reduction, None, lse, on_hopper, inf_is_nan))
 
 
-def _map(scores: Scores, reduction: Reduction, rows: Tensor | None, lse: Tensor | None, on_hopper: bool) -> Tensor:
+def _map(
+    scores: Scores, reduction: Reduction, rows: Tensor | None, lse: Tensor | None, on_hopper: bool, inf_is_nan: bool
+) -> Tensor:
     if on_hopper and lse is None and hopper.takes_short_rows(scores, None):
         return hopper.short_rows(scores, None, None, reduction)
     q, shared = scores.q, _shared(scores, rows)
@@ -120,13 +130,13 @@ def _map(scores: Scores, reduction: Reduction, rows: Tensor | None, lse: Tensor 
         return _one_pass(shared, value_args(q, None, None), reduction, short)
     lse = _lse_of_rows(shared, rows, lse)
     if on_hopper:
-        amap = hopper.long_map(scores, reduction, lse)
+        amap = hopper.long_map(scores, reduction, lse, inf_is_nan)
         if amap is not None:
             return amap
     config = map_config(shared["D"], q.element_size(), shared["M"], target(q.device), scores.bias is not None)
 
     def launch(maps: Tensor, splits: int) -> Launch:
-        return map_launch(shared, lse, maps, int(reduction), splits, config)
+        return map_launch(shared, lse, maps, int(reduction), splits, config, inf_is_nan)
 
     return fused_map(q, shared["M"], shared["N"], reduction, _tiles(shared, config), launch)
 

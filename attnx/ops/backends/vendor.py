@@ -16,7 +16,7 @@ from attnx.ops.reducers import MASK_THRESHOLD
 from attnx.ops.scores import Scores
 
 
-def output_and_lse(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor] | None:
+def output_and_lse(scores: Scores, v: Tensor, with_nan: bool = True) -> tuple[Tensor, Tensor] | None:
     """Output [B,H,M,Dv] in q's dtype and lse [B,H,M], as `ops.functional.attention_lse`; None where it can't serve.
 
     The lse is float32, for float64 inputs float64.
@@ -28,6 +28,7 @@ def output_and_lse(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor] | None:
 
     Args:
         scores: not empty, with at least one key; v likewise.
+        with_nan: False: on GPUs the lse of a row with NaN may be plus infinity, which saves a launch.
     """
     q, k = scores.q, scores.k
     if scores.softcap or scores.bias_repeats or q.shape[3] != v.shape[3] or any(t.stride(3) != 1 for t in (q, k, v)):
@@ -37,11 +38,11 @@ def output_and_lse(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor] | None:
     if q.device.type == "cpu":
         return _on_cpu(scores, v)
     if q.device.type == "cuda" and scores.bias is None:
-        return _on_cuda(scores, v)
+        return _on_cuda(scores, v, with_nan)
     return None
 
 
-def _on_cuda(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor] | None:
+def _on_cuda(scores: Scores, v: Tensor, with_nan: bool) -> tuple[Tensor, Tensor] | None:
     q, k, _, is_causal, scale, _ = scores
     # Above Hopper the exponential may be a polynomial as exact as half precision: nobody has measured its lse.
     known = torch.version.hip is None and (8, 0) <= torch.cuda.get_device_capability(q.device) < (10, 0)
@@ -60,7 +61,9 @@ def _on_cuda(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     # cuDNN's has a last dimension of 1. Flash attention says plus infinity of a row with a NaN; none is without keys.
     lse = lse.reshape(q.shape[:3]).contiguous()
-    return _rows_first(out), lse.nan_to_num_(nan=torch.nan, posinf=torch.nan, neginf=-torch.inf)
+    if with_nan:
+        lse.nan_to_num_(nan=torch.nan, posinf=torch.nan, neginf=-torch.inf)
+    return _rows_first(out), lse
 
 
 def _on_cpu(scores: Scores, v: Tensor) -> tuple[Tensor, Tensor] | None:
