@@ -22,6 +22,7 @@ class Frame:
     """A running module and the arguments of its call.
 
     Attributes:
+        watched: False if its own code can't attend, so that its functions need not be intercepted.
         attended: number of its calls of SDPA, in a traced graph.
         fused: True if it called SDPA or `nn.MultiheadAttention`'s function.
         products: shapes of its products of matrices.
@@ -29,10 +30,13 @@ class Frame:
         other_softmax: True if it computed a softmax over something else.
     """
 
-    __slots__ = ("args", "attended", "fused", "kwargs", "module", "name", "other_softmax", "products", "weights")
+    __slots__ = (
+        *("args", "attended", "fused", "kwargs", "module", "name", "other_softmax", "products", "watched", "weights"),
+    )
 
-    def __init__(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], watched: bool = True) -> None:
         self.name, self.module, self.args, self.kwargs, self.attended = name, module, args, kwargs, 0
+        self.watched = watched
         self.fused = self.other_softmax = False
         self.products: set[torch.Size] = set()
         self.weights: list[Weights] = []
@@ -68,13 +72,15 @@ class Enter(Hook):
 
     Args:
         attends: True for an attention layer that the capture should have a map of.
+        watched: False if the module's own code can't attend, see `attnx.trace.quiet`.
     """
 
-    __slots__ = ("attends",)
+    __slots__ = ("attends", "watched")
 
-    def __init__(self, interceptor: "Interceptor", name: str, attends: bool) -> None:
+    def __init__(self, interceptor: "Interceptor", name: str, attends: bool, watched: bool) -> None:
         super().__init__(interceptor, name)
         self.attends = attends
+        self.watched = watched
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Add the module to the running modules. The outermost module also starts the capture."""
@@ -93,7 +99,9 @@ class Enter(Hook):
             interceptor.leave()
         if not local.frames:
             interceptor.enter(self.name, module)
-        local.frames.append(Frame(self.name, module, args, kwargs))
+        local.frames.append(Frame(self.name, module, args, kwargs, self.watched))
+        # What becomes of stored weights is followed in every module.
+        interceptor.watch(self.watched or local.has_weights)
         if self.attends:
             interceptor.trace.tokens.ran.add(self.name)
 
@@ -113,7 +121,9 @@ class Leave(Hook):
             local.note_weights()
         if is_norm(module):
             interceptor.inputs.note_norm((*frame.args, *frame.kwargs.values()), output)
-        if not local.frames:
+        if local.frames:
+            interceptor.watch(local.frames[-1].watched or local.has_weights)
+        else:
             interceptor.leave()
 
 
@@ -183,12 +193,14 @@ class ThreadState(threading.local):
     Attributes:
         frames: the running modules, outermost first.
         has_weights: True if one of them has weights that have not multiplied values yet.
+        watching: True while the interceptor's function mode is on.
         token: identifies the thread.
     """
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.has_weights = False
+        self.watching = False
         self.token = object()
 
     def clear(self) -> None:

@@ -24,11 +24,12 @@ from attnx.trace.adapters.checkpointing import recomputes, switch_off
 from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
 from attnx.trace.attention_call import Call, sdpa_in_four
 from attnx.trace.facts import Facts, facts_of
-from attnx.trace.followed import NORMS, is_followed, is_norm_to_hook
+from attnx.trace.followed import NORMS, is_followed, norms_to_hook, quiet_modules
 from attnx.trace.grids import MIXERS, function_mixes, is_grid_module
 from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, NoteNorm, ThreadState
-from attnx.trace.inputs import WRITES, Inputs
+from attnx.trace.inputs import WRITES, Inputs, is_norm
 from attnx.trace.layers import Layers, check_model, is_attention, matches, names_in_graph, resolve
+from attnx.trace.quiet import holds_functions
 from attnx.trace.recorder import Recorder
 from attnx.trace.structure import structure_of
 from attnx.trace.window_readers import windows_of
@@ -85,14 +86,17 @@ class Interceptor(TorchFunctionMode):
         _LIVE.add(self)
         self.undo.append(self.model.register_forward_hook(Done(self)).remove)
         structure, leave = structure_of(self.model), Leave(self)
+        quiet, norms = structure.derived(quiet_modules), structure.derived(norms_to_hook)
         for name, module in structure.where(is_followed) or [("", self.model)]:
-            enter = Enter(self, name, is_attention(module) and self.is_wanted(name))
+            watched = name not in quiet or holds_functions(module)
+            enter = Enter(self, name, is_attention(module) and self.is_wanted(name), watched)
             self.undo += [
                 module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove,
                 module.register_forward_hook(leave, always_call=True).remove,
             ]
-        for _, module in structure.where(is_norm_to_hook):
-            self.undo.append(module.register_forward_hook(NoteNorm(self)).remove)
+        for name, module in structure.where(is_norm) if norms else ():
+            if name in norms:
+                self.undo.append(module.register_forward_hook(NoteNorm(self)).remove)
         for _, module in structure.where(merges):
             self.undo.append(module.register_forward_hook(CountMerge(self)).remove)
         for name, module in structure.where(is_grid_module):
@@ -152,14 +156,26 @@ class Interceptor(TorchFunctionMode):
                 self.torn = type(module).__name__
             self.running[self.local.token] = threading.current_thread()
         _ACTIVE.interceptors.append(self)
-        self.__enter__()  # type: ignore[no-untyped-call]  # inherited from torch
 
     def leave(self) -> None:
         """Stop capturing in this thread: the call has ended."""
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # inherited from torch
+        self.watch(False)
         _ACTIVE.interceptors.remove(self)
         with self.lock:
             self.running.pop(self.local.token, None)
+
+    def watch(self, on: bool) -> None:
+        """Begin or stop to intercept the functions that this thread calls.
+
+        Modes are a stack: below the mode of another capture, or of a user, this one stays on.
+        """
+        local = self.local
+        if on and not local.watching:
+            local.watching = True
+            self.__enter__()  # type: ignore[no-untyped-call]  # inherited from torch
+        elif not on and local.watching and (not local.frames or _top_mode() is self):
+            local.watching = False
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # inherited from torch
 
     def _begin(self, name: str) -> None:
         """Start a new pass, unless the call is of a part of the model that belongs to the current pass."""
@@ -271,6 +287,12 @@ class Interceptor(TorchFunctionMode):
         frame.attended += 1
         traced = names[frame.attended - 1] if frame.attended <= len(names) else ""
         return ".".join(part for part in (frame.name, traced) if part)
+
+
+def _top_mode() -> object:
+    """The function mode of this thread that sees a call first; None if there is none."""
+    count = torch._C._len_torch_function_stack()
+    return torch._C._get_function_stack_at(count - 1) if count else None
 
 
 def route_again() -> None:

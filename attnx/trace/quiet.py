@@ -1,0 +1,140 @@
+"""Modules whose own code can't attend: a capture does not watch the functions that they call.
+
+To watch them costs a few microseconds for each function that runs. Most blocks of a transformer only call other modules
+and add their results. A module is quiet if every name in the code of its forward is known to do nothing that a capture
+notes: to attend, to multiply matrices, to convolve, to change a tensor in place. What can't be told is not quiet.
+"""
+
+import builtins
+import dis
+import logging
+import sys
+from collections.abc import Iterator
+from functools import cache
+from inspect import unwrap
+from itertools import pairwise
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+_NOTED = frozenset({
+    "softmax", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention",
+    "multi_head_attention_forward", "attention", "forward", "get_interface",
+    "conv1d", "conv2d", "conv3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d",
+    "add_", "sub_", "mul_", "copy_", "__setitem__", "__iadd__", "__isub__", "__imul__",
+    "getattr", "eval", "exec", "vars", "__dict__", "partial",
+})  # fmt: skip
+"""Names of functions that a capture notes, and of those that find functions by other means."""
+
+_CONSTANTS = (str, int, float, bool, type(None), torch.dtype, torch.device, logging.Logger)
+
+
+class Names(NamedTuple):
+    """What the code of a forward uses.
+
+    quiet: it uses nothing that a capture notes. attributes: all names in it.
+    """
+
+    quiet: bool
+    attributes: frozenset[str]
+
+
+def is_quiet(module: nn.Module) -> bool:
+    """True if the code of the module's class can't attend, nor does it call methods of the modules inside it.
+
+    Its attributes may hold functions, see `holds_functions`.
+    """
+    kind: Any = type(module)
+    quiet, attributes = names_of(kind)
+    if not quiet or holds_functions(module):
+        return False
+    inside: set[Any] = {type(child) for child in module.modules() if child is not module}
+    return all(attributes.isdisjoint(_methods(kind)) for kind in inside)
+
+
+def holds_functions(module: nn.Module) -> bool:
+    """True if an attribute of the module itself can be called, such as a forward of its own."""
+    return any(callable(value) and not isinstance(value, nn.Module | type) for value in vars(module).values())
+
+
+@cache
+def names_of(kind: Any) -> Names:
+    """What the forward of a class uses, with the methods and functions that it calls."""
+    if kind.forward is nn.Sequential.forward:
+        return Names(True, frozenset())  # it calls its modules, one after the other
+    names: set[str] = set()
+    quiet = _is_quiet(kind.forward, kind, names, set())
+    return Names(quiet, frozenset(names))
+
+
+def _is_quiet(function: Any, kind: type[nn.Module], names: set[str], seen: set[Any]) -> bool:
+    """True if a function of a class, and what it calls, does nothing that is noted; adds the names it uses."""
+    function = unwrap(function)
+    if function in seen:
+        return True
+    seen.add(function)
+    if not isinstance(function, FunctionType) or set(function.__code__.co_freevars) - {"__class__"}:
+        return False
+    for code in _codes(function.__code__):
+        used = set(code.co_names)
+        names |= used
+        if not _NOTED.isdisjoint(used) or _writes_or_multiplies(code) or _calls_a_variable(code):
+            return False
+        methods = [getattr(kind, name, None) for name in used if not hasattr(nn.Module, name)]
+        values = [function.__globals__.get(name, getattr(builtins, name, None)) for name in _global_names(code)]
+        for value in (*methods, *values):
+            if isinstance(value, property):
+                value = value.fget
+            if isinstance(value, FunctionType):
+                known = (value.__module__ or "").partition(".")[0] == "torch"
+                if not known and not _is_quiet(value, kind, names, seen):
+                    return False
+            elif not _is_harmless(value):
+                return False
+    return True
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code and that of the functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _global_names(code: CodeType) -> set[str]:
+    return {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+
+
+def _writes_or_multiplies(code: CodeType) -> bool:
+    """True for code with ``x += y``, ``x[i] = y`` or ``x @ y``."""
+    for step in dis.get_instructions(code):
+        if step.opname == "STORE_SUBSCR":
+            return True
+        if step.opname == "BINARY_OP" and (step.argrepr.endswith("=") or step.argrepr.startswith("@")):
+            return True
+    return False
+
+
+def _calls_a_variable(code: CodeType) -> bool:
+    """True for code that may call a local variable, which may be any function."""
+    steps = [step.opname for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
+    variables = ("LOAD_FAST", "LOAD_DEREF")
+    return any("PUSH_NULL" in pair and any(name.startswith(variables) for name in pair) for pair in pairwise(steps))
+
+
+def _is_harmless(value: Any) -> bool:
+    """True for a class, a constant, a function of C, and the modules of torch and Python."""
+    if isinstance(value, ModuleType):
+        package = value.__name__.partition(".")[0]
+        return package == "torch" or package in sys.stdlib_module_names
+    return isinstance(value, (type, BuiltinFunctionType, *_CONSTANTS))
+
+
+@cache
+def _methods(kind: Any) -> frozenset[str]:
+    """Names of the functions of a class that nn.Module does not have."""
+    own = {name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, FunctionType)}
+    return frozenset(own - set(dir(nn.Module)))
