@@ -181,7 +181,7 @@ def _rollout(
         weight = inverse((1 - residual) * layer.row_sums() + residual)[:, None]
         if preset is None:
             result = result * weight
-        step = (1 - residual) * layer.vecmat(result) + residual * result
+        step = torch.lerp(result, layer.vecmat(result), 1 - residual)
         result = step * weight if preset else step
     values = over_patches(result, layout, query)
     if not preset or query == "all":

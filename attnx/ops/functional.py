@@ -21,6 +21,7 @@ from attnx.ops.checks import (
     resolve_softcap,
     row_index,
 )
+from attnx.ops.known_calls import known, remember, signature
 from attnx.ops.sinks import lse_with_sinks, with_sinks
 
 
@@ -96,10 +97,17 @@ def attention(
             bias=one_bias(bias, attn_mask), is_causal=is_causal, scale=scale, softcap=softcap, sinks=sinks, heads=heads
         )
         return handle_torch_function(attention, (q, k, v), q, k, v, **options, rows=rows, backend=backend)
+    usual = sinks is None and attn_mask is None and rows is None
+    key = signature(q, k, v, bias, is_causal, scale, softcap, heads, backend) if usual else None
+    checked = known(key)
+    if checked is not None:
+        out, amap = operators.attention.function(q, k, v, bias, is_causal, *checked, heads, None, backend)
+        return out, amap
     q, k, v = cast_as_sdpa(q, k, v)
     bias = check_tensors(q, k, v, bias, heads, attn_mask)
     index = row_index(rows, q.shape[2], q.device)
     scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
+    remember(key, scale, cap)
     if sinks is None:
         out, amap = differentiable(operators.attention, q, k, v, bias, is_causal, scale, cap, heads, index, name)
         return out, amap.detach()

@@ -23,6 +23,7 @@ class Operator(Generic[P, R]):
 
     def __init__(self, function: Callable[P, R]) -> None:
         update_wrapper(self, function)
+        self.function = function
         self.direct = _without_autocast(function)
         definition = torch.library.custom_op(f"attnx::{function.__name__}", mutates_args=())(self.direct)
         self.register_fake, self.register_autograd = definition.register_fake, definition.register_autograd

@@ -61,6 +61,10 @@ class Facts(NamedTuple):
 def facts_of(module: nn.Module, args: Any, kwargs: Mapping[str, Any], items: int) -> Facts:
     """The flags of a call with maps of `items` items, from the module's class and arguments."""
     kind: Any = type(module)
+    if len(args) == 1 and not any(isinstance(value, Tensor) for value in kwargs.values()):
+        x = args[0]  # most blocks have one input, [B, N, C]
+        if isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point():
+            return Facts(channels=_CHANNELS.search(kind.__name__) is not None, width=x.shape[-1])
     named = dict(zip(parameters(kind), args, strict=False)) | dict(kwargs)
     floats = {name: t for name, t in named.items() if isinstance(t, Tensor) and t.is_floating_point()}
     tokens = {name: t for name, t in floats.items() if t.dim() == 3}

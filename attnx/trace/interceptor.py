@@ -260,7 +260,7 @@ class Interceptor(TorchFunctionMode):
         facts = facts_of(frame.module, frame.args, frame.kwargs, shape[0])
         around = (windows_of(f.module, f.args, f.kwargs) for f in reversed(self.local.frames))
         windows = next((w for w in around if w is not None and w.fits(shape)), None)
-        return facts._replace(windows=windows, merges=self.merges)
+        return facts._replace(windows=windows, merges=self.merges) if windows or self.merges else facts
 
     def _note(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Store that a function wrote to a tensor, or mixed tokens outside a module that has a hook for that."""

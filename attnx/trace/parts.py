@@ -40,6 +40,7 @@ class Parts:
         # Blocks with cross-attention: their self-attention is over queries.
         self.decoders = {name.rpartition(".")[0] for name in attending if CROSS.search(name.rpartition(".")[2])}
         self._declared: dict[str, Declared | None] = {}
+        self._tokens: dict[tuple[str, int, int], tuple[Mapping[str, Grid], Tokens]] = {}
         for name, module in self.modules.items():
             if id(module) in convolutions:
                 kind = "image"
@@ -71,7 +72,7 @@ class Parts:
     def for_one_trace(self) -> "Parts":
         """The same parts, without what a model declared: its attributes may have changed."""
         other = copy(self)
-        other._declared = {}
+        other._declared, other._tokens = {}, {}
         return other
 
     @staticmethod
@@ -141,9 +142,14 @@ class Parts:
 
     def tokens(self, part: str, grids: Mapping[str, Grid], count: int, width: int) -> Tokens:
         """`count` tokens of a part."""
-        kind = self.kind(part)
-        layout = self.layout(part, grids, count, width) if kind != "text" else None
-        return Tokens(kind, count=count, part=part) if layout is None else of_layout(layout, part)
+        # Layers of one stack have the same grids, in one mapping that is not changed.
+        found = self._tokens.get((part, count, width))
+        if found is None or found[0] is not grids:
+            kind = self.kind(part)
+            layout = self.layout(part, grids, count, width) if kind != "text" else None
+            tokens = Tokens(kind, count=count, part=part) if layout is None else of_layout(layout, part)
+            found = self._tokens[part, count, width] = grids, tokens
+        return found[1]
 
 
 def _children(part: str, names: Iterable[str]) -> set[str]:

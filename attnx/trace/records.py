@@ -101,6 +101,8 @@ class MapRecord:
         with no_autocast(r):
             if r.device.type == "cpu" and r.shape[1] == 1 and len(r):
                 # bmm takes twice as long for a single row.
+                if len(r) == 1:
+                    return (r[0] @ self.amap[0])[None]
                 return torch.stack([row @ amap for row, amap in zip(r, self.amap, strict=True)])
             return torch.bmm(r, self.amap)
 
