@@ -353,3 +353,26 @@ def test_a_checkout_without_the_original_is_an_error(tmp_path):
 
     with pytest.raises(FileNotFoundError, match=r"expected one of salesforce/ALBEF"):
         load_original(tmp_path)
+
+
+@pytest.mark.long
+def test_python_s_share_is_measured_and_reported(tmp_path):
+    """One launch for short rows, two for long ones."""
+    from benchmarks.report.host import host_section
+    from benchmarks.suites import host
+
+    assert host.main(["--quick", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    launches = {(row["call"], row["tokens"]): row["launches"] for row in content["launches"]}
+    assert launches == {
+        ("map from log-sum-exps", 197): 1,
+        ("output and map", 197): 1,
+        ("map from log-sum-exps", 577): 1,
+        ("output and map", 577): 2,
+    }
+    assert all(0 < row["planned_us"] < row["not_planned_us"] for row in content["launches"])
+    assert [row["contestant"] for row in content["models"]] == ["forward", "capture + rollout", "Extractor"]
+    lines = list(host_section(path.name, content))
+    assert lines[0].startswith("## Python's share: ")
+    assert sum(line.startswith(("| map", "| output")) for line in "\n".join(lines).splitlines()) == 4

@@ -70,8 +70,9 @@ def attention(
         sinks: [H] floating point on q's device, any float dtype: the logit of each head's sink.
         heads: "mean", "max", "min" over the heads, or "each".
         rows: indices in -M..M-1 of the queries whose map is wanted, or one index; others cost nothing. None: all.
-        backend: "triton", "native" (a C++ kernel for CPUs), "eager" (plain torch, any device), or "auto": Triton on
-            GPUs and native on CPUs wherever they can take the inputs, else eager. A named backend never falls back.
+        backend: "triton", "hopper" (the same with kernels for H100 and H200 where they take the inputs; never run on a
+            GPU yet), "native" (a C++ kernel for CPUs), "eager" (plain torch, any device), or "auto": Triton on GPUs and
+            native on CPUs wherever they can take the inputs, else eager. A named backend never falls back to eager.
         attn_mask: the bias by SDPA's name, instead of `bias`.
         enable_gqa: as SDPA's, without effect: grouped queries are always allowed.
         dropout_p: as SDPA's, 0 only: attnx has no dropout.
@@ -101,7 +102,7 @@ def attention(
     key = signature(q, k, v, bias, is_causal, scale, softcap, heads, backend) if usual else None
     checked = known(key)
     if checked is not None:
-        out, amap = operators.attention.function(q, k, v, bias, is_causal, *checked, heads, None, backend)
+        out, amap = operators.attention.direct(q, k, v, bias, is_causal, *checked, heads, None, backend)
         return out, amap
     q, k, v = cast_as_sdpa(q, k, v)
     bias = check_tensors(q, k, v, bias, heads, attn_mask)

@@ -27,7 +27,7 @@ def signature(
     if torch.compiler.is_compiling() or not all(type(t) in _PLAIN for t in tensors):
         return None
     if (
-        torch.is_grad_enabled()
+        (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -23,7 +23,6 @@ class Operator(Generic[P, R]):
 
     def __init__(self, function: Callable[P, R]) -> None:
         update_wrapper(self, function)
-        self.function = function
         self.direct = _without_autocast(function)
         definition = torch.library.custom_op(f"attnx::{function.__name__}", mutates_args=())(self.direct)
         self.register_fake, self.register_autograd = definition.register_fake, definition.register_autograd
@@ -42,7 +41,7 @@ def is_observed(args: tuple[Any, ...]) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch.is_grad_enabled()
+        or (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args))
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)

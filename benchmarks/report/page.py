@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.machine import ROOT, write
 from benchmarks.report import plots
+from benchmarks.report.host import host_section
 from benchmarks.report.jobs import jobs_section
 from benchmarks.report.probes import probes_section
 from benchmarks.report.stored import Row, Run, Stored, load
@@ -39,6 +40,7 @@ def page(stored: Stored, plot_files: dict[str, list[str]]) -> str:
     sections += [windows_section(*item) for item in stored.windows.items()]
     sections += [probes_section(*item) for item in stored.probes.items()]
     sections += [jobs_section(*item) for item in stored.jobs.items()]
+    sections += [host_section(*item) for item in stored.host.items()]
     if stored.sweeps:
         sections.append(sweep_section(stored.sweeps))
     return "\n".join([INTRO.read_text(), *("\n".join(lines) for lines in sections)]).rstrip()

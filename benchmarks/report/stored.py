@@ -83,6 +83,7 @@ class Stored:
     windows: dict[str, dict[str, Any]]
     probes: dict[str, dict[str, Any]]
     jobs: dict[str, dict[str, Any]]
+    host: dict[str, dict[str, Any]]
 
 
 def load(folder: Path) -> Stored:
@@ -93,7 +94,7 @@ def load(folder: Path) -> Stored:
     """
     runs: list[Run] = []
     others: dict[str, dict[str, dict[str, Any]]] = {
-        "sweep": {}, "words": {}, "windows": {}, "probes": {}, "jobs": {},
+        "sweep": {}, "words": {}, "windows": {}, "probes": {}, "jobs": {}, "host": {},
     }  # fmt: skip
     for path in sorted(folder.glob("*.json")):
         try:
@@ -111,7 +112,8 @@ def load(folder: Path) -> Stored:
             raise ValueError(message) from error
     runs.sort(key=lambda run: run.about["date"], reverse=True)
     runs.sort(key=lambda run: not run.cuda)
-    return Stored(runs, others["sweep"], others["words"], others["windows"], others["probes"], others["jobs"])
+    kinds = ("sweep", "words", "windows", "probes", "jobs", "host")
+    return Stored(runs, *(others[kind] for kind in kinds))
 
 
 def read_row(content: dict[str, Any]) -> Row:

@@ -29,10 +29,9 @@ class _Pointer(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A launch: a compiled kernel, all its arguments, and those to fill in."""
+    """A launch: a compiled kernel with its grid, all its arguments, and those to fill in."""
 
-    compiled: Any
-    grid: tuple[int, int, int]
+    launch: Callable[..., None]
     args: list[Any]
     pointers: tuple[_Pointer, ...]
 
@@ -66,11 +65,11 @@ class Plan(NamedTuple):
         made = [q.new_empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self.allocations]
         addresses = [0 if t is None else t.data_ptr() for t in inputs]
         addresses += [t.data_ptr() for t in made]
-        for compiled, grid, fixed, pointers in self.steps:
+        for launch, fixed, pointers in self.steps:
             args = fixed.copy()
             for position, tensor, box in pointers:
                 args[position] = addresses[tensor] if box is None else box.descriptor(addresses[tensor])
-            compiled[grid](*args)
+            launch(*args)
         return made[self.results[0]] if self.single else tuple(made[i] for i in self.results)
 
 
@@ -98,8 +97,7 @@ class _Recording:
                 pointers.append(_Pointer(position, self._number(t), None if box is None else box.without_tensor()))
                 value = None
             args.append(value)
-        grid = (*launch.grid, 1, 1)[:3]
-        self.steps.append(_Step(compiled, (grid[0], grid[1], grid[2]), args, tuple(pointers)))
+        self.steps.append(_Step(compiled[(*launch.grid, 1, 1)[:3]], args, tuple(pointers)))
 
     def plan(self, result: Any) -> Plan | None:
         """The plan of the noted launches; None if these read or wrote parts of tensors, or did not write the result."""
