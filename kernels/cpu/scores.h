@@ -32,8 +32,8 @@ static inline void prefetch(const float* p, int64_t count) {
 // acc [T][V]: dot products of key t with vector v of rows, from qt [words][ROWS] and k [T][stride]. One base pointer
 // serves three keys, so that the addresses fit in registers.
 template <int E, int T, int V>
-static inline __attribute__((always_inline)) void dot_tile(const float* qt, const float* k, int64_t stride,
-                                                           int64_t words, vec (&acc)[T][V]) {
+static inline __attribute__((always_inline)) void dot_words(const float* qt, const float* k, int64_t stride,
+                                                            int64_t words, vec (&acc)[T][V]) {
     const float* base[(T + 2) / 3];
     for (int t = 0; t < T; t += 3) base[t / 3] = k + t * stride;
     for (int t = 0; t < T; t++)
@@ -46,6 +46,20 @@ static inline __attribute__((always_inline)) void dot_tile(const float* qt, cons
             for (int v = 0; v < V; v++) acc[t][v] = multiply_add<E>(key, q[v], acc[t][v]);
         }
         for (auto& p : base) p++;
+    }
+}
+
+// The same. Sums of many products are made of sums of CHUNK, whose rounding errors are smaller.
+template <int E, int T, int V>
+static inline __attribute__((always_inline)) void dot_tile(const float* qt, const float* k, int64_t stride,
+                                                           int64_t words, vec (&acc)[T][V]) {
+    constexpr int64_t CHUNK = 128;
+    dot_words<E>(qt, k, stride, words < CHUNK ? words : CHUNK, acc);
+    for (int64_t d = CHUNK; d < words; d += CHUNK) {
+        vec part[T][V];
+        dot_words<E>(qt + d * ROWS, k + d, stride, words - d < CHUNK ? words - d : CHUNK, part);
+        for (int t = 0; t < T; t++)
+            for (int v = 0; v < V; v++) acc[t][v] += part[t][v];
     }
 }
 
