@@ -49,17 +49,31 @@ static inline __attribute__((always_inline)) void dot_words(const float* qt, con
     }
 }
 
-// The same. Sums of many products are made of sums of CHUNK, whose rounding errors are smaller.
+// The same for more than PRODUCTS words: a sum of sums of that many products, whose rounding errors are smaller.
+constexpr int64_t PRODUCTS = 128;
+template <int E, int T, int V>
+static __attribute__((noinline)) void dot_chunks(const float* qt, const float* k, int64_t stride, int64_t words,
+                                                 vec (&acc)[T][V]) {
+    dot_words<E>(qt, k, stride, PRODUCTS, acc);
+    for (int64_t d = PRODUCTS; d < words; d += PRODUCTS) {
+        vec part[T][V];
+        dot_words<E>(qt + d * ROWS, k + d, stride, words - d < PRODUCTS ? words - d : PRODUCTS, part);
+        for (int t = 0; t < T; t++)
+            for (int v = 0; v < V; v++) acc[t][v] += part[t][v];
+    }
+}
+
+// dot_words or dot_chunks. The latter has its own copy of acc, which else would not stay in registers.
 template <int E, int T, int V>
 static inline __attribute__((always_inline)) void dot_tile(const float* qt, const float* k, int64_t stride,
                                                            int64_t words, vec (&acc)[T][V]) {
-    constexpr int64_t CHUNK = 128;
-    dot_words<E>(qt, k, stride, words < CHUNK ? words : CHUNK, acc);
-    for (int64_t d = CHUNK; d < words; d += CHUNK) {
-        vec part[T][V];
-        dot_words<E>(qt + d * ROWS, k + d, stride, words - d < CHUNK ? words - d : CHUNK, part);
+    if (__builtin_expect(words > PRODUCTS, 0)) {
+        vec sums[T][V];
+        dot_chunks<E>(qt, k, stride, words, sums);
         for (int t = 0; t < T; t++)
-            for (int v = 0; v < V; v++) acc[t][v] += part[t][v];
+            for (int v = 0; v < V; v++) acc[t][v] = sums[t][v];
+    } else {
+        dot_words<E>(qt, k, stride, words, acc);
     }
 }
 
