@@ -184,13 +184,48 @@ class UsesAProperty(Block):
         return x + self.attended(x)
 
 
+class Settings:
+    def mix(self, block, x):
+        return block.attn.attend(x)
+
+
+class CallsASetting(Block):
+    def __init__(self):
+        super().__init__()
+        self.settings = Settings()
+
+    def forward(self, x):
+        return x + self.settings.mix(self, x)
+
+
+class CallsAnItem(Block):
+    def __init__(self):
+        super().__init__()
+        self.steps = [self.attn.attend]
+
+    def forward(self, x):
+        return x + self.steps[0](x)
+
+
+class CallsWhatAModuleHolds(Block):
+    def __init__(self):
+        super().__init__()
+        self.attn.own = self.attn.attend
+
+    def forward(self, x):
+        return x + self.attn.own(x)
+
+
 class AttendsItself(Block):
     def forward(self, x):
         q = k = v = self.norm(x).unflatten(-1, (2, -1)).transpose(1, 2)
         return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-LOUD = [CallsAMethod, CallsAFunction, CallsAnArgument, CallsAHelper, Decorated, UsesAProperty, AttendsItself]
+LOUD = [
+    *(CallsAMethod, CallsAFunction, CallsAnArgument, CallsAHelper, CallsASetting, CallsAnItem, CallsWhatAModuleHolds),
+    *(Decorated, UsesAProperty, AttendsItself),
+]
 
 
 @pytest.mark.parametrize("kind", LOUD)

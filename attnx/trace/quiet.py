@@ -29,6 +29,7 @@ _NOTED = frozenset({
 """Names of functions that a capture notes, and of those that find functions by other means."""
 
 _CONSTANTS = (str, int, float, bool, type(None), torch.dtype, torch.device, logging.Logger)
+_DATA = (*_CONSTANTS, type, nn.Module, torch.Tensor, tuple, list, dict, set, frozenset)
 
 
 class Names(NamedTuple):
@@ -50,8 +51,17 @@ def is_quiet(module: nn.Module) -> bool:
     quiet, attributes = names_of(kind)
     if not quiet or holds_functions(module):
         return False
-    inside: set[Any] = {type(child) for child in module.modules() if child is not module}
-    return all(attributes.isdisjoint(_methods(kind)) for kind in inside)
+    for child in module.modules():
+        own: Any = type(child)
+        if child is not module and not attributes.isdisjoint(_methods(own)):
+            return False
+        for name, value in vars(child).items():
+            if child is not module and name in attributes and callable(value):
+                return False
+            # An object of another kind, such as a configuration, may hold functions.
+            if not isinstance(value, _DATA) and any(callable(getattr(value, used, None)) for used in attributes):
+                return False
+    return True
 
 
 def holds_functions(module: nn.Module) -> bool:
@@ -119,9 +129,9 @@ def _writes_or_multiplies(code: CodeType) -> bool:
 
 
 def _calls_a_variable(code: CodeType) -> bool:
-    """True for code that may call a local variable, which may be any function."""
+    """True for code that may call a local variable or an item of one, which may be any function."""
     steps = [step.opname for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
-    variables = ("LOAD_FAST", "LOAD_DEREF")
+    variables = ("LOAD_FAST", "LOAD_DEREF", "BINARY_SUBSCR")
     return any("PUSH_NULL" in pair and any(name.startswith(variables) for name in pair) for pair in pairwise(steps))
 
 
