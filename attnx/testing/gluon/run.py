@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier as gluon_m
 
 from attnx.kernels.configs import Launch
 from attnx.kernels.hopper.arguments import Box
-from attnx.testing.gluon import language
+from attnx.testing.gluon import language, values
 from attnx.testing.gluon.machine import Machine
 
 _REPLACED = {id(gluon_language): language.gl, id(gluon_mbarrier): language.mbarrier}
@@ -37,7 +37,7 @@ def run(launch: Launch, seed: int = 0, early_loads: bool = True, early_products:
     args = [_argument(launch.args[name]) for name in launch.kernel.arg_names]
     for pid in range(launch.grid[0]):
         machine = Machine(pid, launch.grid[0], seed, early_loads, early_products)
-        with mock.patch.dict(language.CURRENT, machine=machine), np.errstate(all="ignore"):
+        with mock.patch.dict(values.CURRENT, machine=machine), np.errstate(all="ignore"):
             function(*args)
 
 
@@ -68,7 +68,7 @@ def translated(kernel: Any, done: dict[int, Any] | None = None) -> Any:
     if id(kernel) in done:
         return done[id(kernel)]
     source = kernel.fn
-    names: dict[str, Any] = {"range": lambda *bounds: map(language.Int, range(*map(int, bounds)))}
+    names: dict[str, Any] = {"range": lambda *bounds: map(values.Int, range(*map(int, bounds)))}
     done[id(kernel)] = function = FunctionType(source.__code__, names, source.__name__, source.__defaults__)
     for name in source.__code__.co_names:
         if name not in source.__globals__:
@@ -86,7 +86,7 @@ def translated(kernel: Any, done: dict[int, Any] | None = None) -> Any:
 
 def _argument(value: Any) -> Any:
     if isinstance(value, Box):
-        return language.Descriptor(value.tensor, value.rows, value.columns)
+        return values.Descriptor(value.tensor, value.rows, value.columns)
     if isinstance(value, torch.Tensor):
-        return language.Pointer(language.Memory(value))
-    return language.Int(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        return values.Pointer(values.Memory(value))
+    return values.Int(value) if isinstance(value, int) and not isinstance(value, bool) else value
