@@ -29,6 +29,8 @@ from attnx.testing import (
 )
 
 HALF = (torch.float16, torch.bfloat16)
+# Triton's interpreter runs the forward kernel for rows of 300 keys.
+LONG = pytest.param(300, marks=pytest.mark.triton_kernels)
 # (early loads, early products): the extremes between which the hardware may choose.
 TIMINGS = [(True, False), (False, True), (True, True), (False, False)]
 
@@ -89,9 +91,16 @@ CASES += [
 
 
 def parameter(case):
-    """The case; `long` if another kernel, in Triton's interpreter, takes more than two seconds for its output."""
-    slow = case.N > LONGER_ROW and (case.B > 2 or case.M > 200)
-    return pytest.param(case, id=str(case), marks=[pytest.mark.long] if slow else [])
+    """The case; Triton's interpreter runs another kernel for the output of long rows, for seconds if there are many.
+
+    It also adds the maps of split heads.
+    """
+    marks = [pytest.mark.triton_kernels] if case.H > 3 else []
+    if short_row(case.D, case.M, case.N) is None:
+        marks.append(pytest.mark.triton_kernels)
+        if case.B > 2 or case.M > 200:
+            marks.append(pytest.mark.long)
+    return pytest.param(case, id=str(case), marks=marks)
 
 
 @pytest.mark.parametrize("case", [parameter(case) for case in CASES])
@@ -109,7 +118,7 @@ def test_attention(case, device, on_hopper, poisoned):
 
 @pytest.mark.parametrize("empty", [-torch.inf, torch.inf])
 @pytest.mark.parametrize("mask", ["", "B11N"])
-@pytest.mark.parametrize("n", [197, 300])
+@pytest.mark.parametrize("n", [197, LONG])
 def test_map_alone_and_from_lse(n, mask, empty, device, on_hopper, poisoned):
     inputs = random_inputs(Case(M=140, N=n, D=64, dtype=torch.bfloat16, mask=mask), device=device)
     if mask:
@@ -142,6 +151,7 @@ def test_an_infinite_lse_of_the_vendor_is_nan(on_hopper, monkeypatch):
             assert amap.isfinite().all()
 
 
+@pytest.mark.triton_kernels
 @pytest.mark.parametrize(
     ("m", "n", "d"),
     [(130, 300, 64), pytest.param(257, 257, 80, marks=pytest.mark.long), (150, 130, 128), (70, 65, 32)],
@@ -155,6 +165,7 @@ def test_vecmat(m, n, d, device, on_hopper, poisoned):
     assert_vecmat(passed, r, *inputs[:2])
 
 
+@pytest.mark.triton_kernels
 def test_vecmat_skips_rows_whose_share_is_zero(device, on_hopper):
     q, k, _, _ = random_inputs(Case(M=70, N=300, D=64, dtype=torch.bfloat16), device=device)
     r = torch.rand(2, 70, device=device)
@@ -167,7 +178,7 @@ def test_vecmat_skips_rows_whose_share_is_zero(device, on_hopper):
 
 @pytest.mark.parametrize("where", ["q", "k"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("n", [150, 257, 300])
+@pytest.mark.parametrize("n", [150, 257, LONG])
 def test_nan_and_inf_are_where_sdpa_has_them(n, value, where, device, on_hopper):
     inputs = random_inputs(Case(B=1, H=2, M=70, N=n, D=64, dtype=torch.bfloat16), device=device)
     getattr(inputs, where)[0, 1, 7, 3] = value
@@ -182,7 +193,7 @@ def test_nan_and_inf_are_where_sdpa_has_them(n, value, where, device, on_hopper)
             assert torch.equal(amap.isnan(), expected.isnan().any(1).any(-1)[..., None].expand_as(amap))
 
 
-@pytest.mark.parametrize("n", [150, 257, 300])
+@pytest.mark.parametrize("n", [150, 257, LONG])
 @pytest.mark.parametrize("kind", ["mask", "bias"])
 def test_hidden_keys_may_hold_nan(kind, n, device, on_hopper):
     inputs = random_inputs(Case(M=70, N=n, D=64, dtype=torch.bfloat16, **{kind: "B11N"}), device=device)
@@ -194,6 +205,7 @@ def test_hidden_keys_may_hold_nan(kind, n, device, on_hopper):
     assert amap.isfinite().all()
 
 
+@pytest.mark.triton_kernels
 @pytest.mark.parametrize("n", [150, 257, 300])
 def test_heads_are_split_where_processors_would_be_idle(n, device, on_hopper, monkeypatch):
     from attnx.ops.backends import launches as shared
@@ -395,6 +407,7 @@ def test_a_gpu_without_the_kernels_is_refused(monkeypatch):
     assert not hopper.is_on(torch.device("cpu"))
 
 
+@pytest.mark.triton_kernels
 def test_the_emulator_runs_other_launches_as_before(on_hopper, device):
     """Chosen rows have no Hopper kernel."""
     inputs = random_inputs(Case(M=70, N=150, D=64, dtype=torch.bfloat16), device=device)

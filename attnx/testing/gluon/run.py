@@ -8,8 +8,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-import triton.experimental.gluon as gluon
 from triton.experimental.gluon import language as gluon_language
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as gluon_mbarrier
 
 from attnx.kernels.configs import Launch
@@ -52,7 +52,7 @@ def emulated(seed: int = 0, early_loads: bool = True, early_products: bool = Fal
     run_compiled = Launch.run
 
     def run_here(launch: Launch) -> None:
-        if not isinstance(launch.kernel, gluon.GluonJITFunction):
+        if not isinstance(launch.kernel, GluonJITFunction):
             run_compiled(launch)
             return
         done.append(launch)
@@ -76,7 +76,7 @@ def translated(kernel: Any, done: dict[int, Any] | None = None) -> Any:
         value = source.__globals__[name]
         if name in _NAMES:
             value = getattr(language, name)
-        elif isinstance(value, gluon.GluonJITFunction):
+        elif isinstance(value, GluonJITFunction):
             value = translated(value, done)
         elif isinstance(value, gluon_language.constexpr):
             value = value.value
