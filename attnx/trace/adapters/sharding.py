@@ -4,6 +4,8 @@ import sys
 
 from torch import nn
 
+from attnx.trace.structure import structure_of
+
 _WRAPPERS = ("FSDPModule", "FullyShardedDataParallel")
 
 
@@ -11,4 +13,8 @@ def is_sharded(model: nn.Module) -> bool:
     """True if the model is sharded: its modules must run to their end, so that hooks free the gathered weights."""
     if "torch.distributed.fsdp" not in sys.modules:
         return False
-    return any(kind.__name__ in _WRAPPERS for module in model.modules() for kind in type(module).__mro__)
+    return bool(structure_of(model).where(_is_wrapper))
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__)
