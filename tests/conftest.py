@@ -54,6 +54,14 @@ def device(request):
     return torch.device("cuda" if HAS_CUDA and not native else "cpu")
 
 
+@pytest.fixture(autouse=True)
+def no_known_calls():
+    """No call was checked and prepared in another test, in which a backend may have been replaced."""
+    from attnx.ops import known_calls
+
+    known_calls._KNOWN.clear()
+
+
 @pytest.fixture
 def poisoned():
     """torch.empty fills memory with NaN, so that an element that is not written is detected."""

@@ -22,6 +22,7 @@ from attnx.ops.checks import (
     row_index,
 )
 from attnx.ops.known_calls import known, remember, signature
+from attnx.ops.scores import Scores
 from attnx.ops.sinks import lse_with_sinks, with_sinks
 
 
@@ -102,15 +103,19 @@ def attention(
     key = signature(q, k, v, bias, is_causal, scale, softcap, heads, backend) if usual else None
     checked = known(key)
     if checked is not None:
-        out, amap = operators.attention.direct(q, k, v, bias, is_causal, *checked, heads, None, backend)
-        return out, amap
+        both = None if checked.prepared is None else checked.prepared(q, k, v, bias)
+        if both is None:
+            scale, cap = checked.scale, checked.softcap
+            both = operators.attention.direct(q, k, v, bias, is_causal, scale, cap, heads, None, backend)
+        return both
     q, k, v = cast_as_sdpa(q, k, v)
     bias = check_tensors(q, k, v, bias, heads, attn_mask)
     index = row_index(rows, q.shape[2], q.device)
     scale, cap, name = resolve_scale(scale, q), resolve_softcap(softcap), check_backend(backend)
-    remember(key, scale, cap)
     if sinks is None:
         out, amap = differentiable(operators.attention, q, k, v, bias, is_causal, scale, cap, heads, index, name)
+        if key is not None:
+            remember(key, Scores(q, k, bias, is_causal, scale, cap), v, heads, name)
         return out, amap.detach()
     check_sinks(sinks, q)
     out, lse = differentiable(operators.attention_lse, q, k, v, bias, is_causal, scale, cap, name)

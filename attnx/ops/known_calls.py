@@ -1,17 +1,33 @@
-"""Calls that were checked before: inputs of the same shapes, dtypes and devices are not checked again.
+"""Calls of `attention` that were checked before: inputs of the same shapes, strides and dtypes are not checked again.
 
-The checks take longer than the attention of a small image.
+The checks, and the choice of a backend, take longer than the attention of a small image.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from attnx.ops.reducers import Reduction
+from attnx.ops.scores import Scores
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _MOST = 1024  # calls; when there are more, all are forgotten
-_KNOWN: dict[Hashable, tuple[float, float]] = {}
+_KNOWN: dict[Hashable, "Known"] = {}
+
+
+class Known(NamedTuple):
+    """What the checks of a call gave.
+
+    scale, softcap: as the operators take them. prepared: computes output and map from q, k, v and bias of such a call,
+        or None if it can't; None: no backend has prepared the call.
+    """
+
+    scale: float
+    softcap: float
+    prepared: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor] | None] | None
 
 
 def signature(
@@ -37,17 +53,21 @@ def signature(
         or not all(isinstance(option, str | float | int | None) for option in options)
     ):
         return None
-    return (options, *[x for t in tensors for x in (t.shape, t.dtype, t.device)])
+    return (options, *[x for t in tensors for x in (t.shape, t.stride(), t.dtype, t.device)])
 
 
-def known(key: Hashable | None) -> tuple[float, float] | None:
-    """(scale, softcap) of a checked call with this signature; None if there was none."""
+def known(key: Hashable | None) -> Known | None:
+    """What the checks of a call with this signature gave; None if there was none."""
     return None if key is None else _KNOWN.get(key)
 
 
-def remember(key: Hashable | None, scale: float, softcap: float) -> None:
-    """Note that a call with this signature passed its checks."""
-    if key is not None:
-        if len(_KNOWN) >= _MOST:
-            _KNOWN.clear()
-        _KNOWN[key] = scale, softcap
+def remember(key: Hashable, scores: Scores, v: Tensor, heads: str, backend: str) -> None:
+    """Note that a call with this signature passed its checks, and prepare the next ones."""
+    prepared = None
+    if scores.q.device.type == "cpu" and backend in ("auto", "native") and not scores.is_empty:
+        from attnx.ops.backends import native
+
+        prepared = native.prepare(scores, v, Reduction.parse(heads))
+    if len(_KNOWN) >= _MOST:
+        _KNOWN.clear()
+    _KNOWN[key] = Known(scores.scale, scores.softcap, prepared)

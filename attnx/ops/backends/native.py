@@ -7,8 +7,10 @@ float32 nor boolean.
 import ctypes
 import tempfile
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +73,46 @@ def attention(scores: Scores, v: Tensor, reduction: Reduction, rows: Tensor | No
         return out, amap
     out, lse = attention_lse(scores, v)
     return out, attention_map(scores, reduction, rows, lse)
+
+
+def prepare(
+    scores: Scores, v: Tensor, reduction: Reduction
+) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor] | None] | None:
+    """A function that computes `attention` of other tensors q, k, v and bias of the same shapes, strides and dtypes.
+
+    It returns None where the kernel can't be used. None in its place if this backend can't take such calls, or copies
+    their inputs.
+    """
+    try:
+        limited = limits(scores, v, reduction)
+    except ImportError:
+        return None
+    bias = scores.bias
+    copies = any(_rows_contiguous(t) is not t for t in (scores.q, scores.k, v))
+    if limited or copies or (bias is not None and bias.dtype not in (torch.float32, torch.bool)):
+        return None
+    first = bytes(_filled(scores, v, reduction=reduction)[0])
+    (B, H, M, _), N, dv = scores.q.shape, scores.k.shape[2], v.shape[3]
+    planes = (B, H) if reduction is Reduction.EACH else (B,)
+    scratch: dict[int, int] = {}  # {threads: floats}
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        try:
+            functions = kernel(instructions())
+        except ImportError:
+            return None
+        out, amap = q.new_empty(B, M, H, dv).transpose(1, 2), map_pool.empty((*planes, M, N))
+        call = _Call.from_buffer_copy(first)
+        call.q, call.k, call.v, call.out, call.map = (t.data_ptr() for t in (q, k, v, out, amap))
+        if bias is not None:
+            call.bias = bias.data_ptr()
+        threads = call.threads = torch.get_num_threads()
+        if threads not in scratch:
+            scratch[threads] = functions.attnx_scratch_floats(ctypes.byref(call))
+        _start(functions, call, scratch[threads])
+        return out, amap
+
+    return compute
 
 
 def attention_map(scores: Scores, reduction: Reduction, rows: Tensor | None, lse: Tensor | None) -> Tensor:
@@ -143,7 +185,7 @@ def _empty_map(scores: Scores, reduction: Reduction, rows: Tensor | None) -> Ten
     return map_pool.empty((*planes, M if rows is None else len(rows), scores.k.shape[2]))
 
 
-def _run(
+def _filled(
     scores: Scores,
     v: Tensor | None,
     *,
@@ -152,8 +194,8 @@ def _run(
     rows: Tensor | None = None,
     statistics: Statistics | None = None,
     **tensors: Tensor | None,
-) -> None:
-    """Fills a Call and runs it; `tensors` are its other pointers by name."""
+) -> tuple[_Call, dict[str, Tensor | None]]:
+    """A Call, and the tensors that it points to; `tensors` are its other pointers by name."""
     q, k = _rows_contiguous(scores.q), _rows_contiguous(scores.k)
     v = None if v is None else _rows_contiguous(v)
     bias = scores.bias
@@ -183,9 +225,19 @@ def _run(
         t = pointers.get(name.removesuffix("_stride"))
         if t is not None:
             setattr(call, name, (ctypes.c_int64 * length)(*t.stride()[:length]))
+    return call, pointers
+
+
+def _run(scores: Scores, v: Tensor | None, **arguments: Any) -> None:
+    """Fills a Call, as `_filled` does, and runs it."""
     functions = kernel(instructions())
+    call, _kept = _filled(scores, v, **arguments)
+    _start(functions, call, functions.attnx_scratch_floats(ctypes.byref(call)))
+
+
+def _start(functions: ctypes.CDLL, call: _Call, scratch_floats: int) -> None:
     # Freed after the call: the block's MLP uses the memory next, and malloc returns it at once.
-    scratch = torch.empty(functions.attnx_scratch_floats(ctypes.byref(call)), dtype=torch.float32, device="cpu")
+    scratch = torch.empty(scratch_floats, dtype=torch.float32, device="cpu")
     call.scratch = scratch.data_ptr()
     functions.attnx_run(ctypes.byref(call), _openmp())
 
