@@ -91,15 +91,13 @@ CASES += [
 
 
 def parameter(case):
-    """The case; Triton's interpreter runs another kernel for the output of long rows, for seconds if there are many.
+    """The case; Triton's interpreter runs another kernel for the output of long rows, which takes a second or more.
 
-    It also adds the maps of split heads.
+    It also adds the maps of split heads. Of long rows the default run has maps alone.
     """
     marks = [pytest.mark.triton_kernels] if case.H > 3 else []
     if short_row(case.D, case.M, case.N) is None:
-        marks.append(pytest.mark.triton_kernels)
-        if case.B > 2 or case.M > 200:
-            marks.append(pytest.mark.long)
+        marks += [pytest.mark.triton_kernels, pytest.mark.long]
     return pytest.param(case, id=str(case), marks=marks)
 
 
