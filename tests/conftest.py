@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -55,11 +56,14 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def no_known_calls():
-    """No call was checked and prepared in another test, in which a backend may have been replaced."""
+def nothing_prepared():
+    """No call and no launch was prepared in another test, in which a backend may have been replaced."""
     from attnx.ops import known_calls
 
     known_calls._KNOWN.clear()
+    plans = sys.modules.get("attnx.ops.backends.plans")
+    if plans is not None:
+        plans._KEPT.clear()
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 import contextlib
 import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -133,6 +136,7 @@ def test_map_alone_and_from_lse(n, mask, empty, device, on_hopper, poisoned):
 
 
 @pytest.mark.triton_kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter and the emulator")
 @pytest.mark.parametrize("on_hopper", [False, True])
 def test_an_infinite_lse_of_the_vendor_is_nan(on_hopper, monkeypatch):
     """Flash attention gives plus infinity for a row with NaN; for the map's users it means a row without keys."""
@@ -370,6 +374,30 @@ def test_every_length_has_a_layout_that_holds_it():
             assert row.width >= d
             assert row.tail in (0, 16, 32)
             assert row.chunks >= 1
+
+
+WITHOUT_INTERPRETER = """
+import torch, attnx
+from attnx.testing import gluon
+
+q = torch.randn(1, 2, 70, 64, dtype=torch.bfloat16)
+with gluon.emulated() as launches:
+    attnx.attention(q, q, q, backend="hopper")
+    print(len(launches))
+    try:
+        attnx.attention_map(q, q, rows=[0], backend="hopper")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_the_emulator_needs_no_interpreter():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_INTERPRETER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "1"
+    assert second.startswith("one_pass_kernel: expected Triton's interpreter")
 
 
 def test_tensors_that_the_tma_can_load():

@@ -71,7 +71,10 @@ def planned(monkeypatch):
     return compiled
 
 
-pytestmark = pytest.mark.triton_kernels
+pytestmark = [
+    pytest.mark.triton_kernels,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="plans of a GPU are tested in test_kernels.py"),
+]
 
 
 @pytest.mark.parametrize("options", [{}, {"heads": "max"}, {"heads": "each"}, {"is_causal": True}], ids=str)

@@ -1,13 +1,16 @@
 """Translate a Gluon kernel to Python functions on `language`, and run a launch with them."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import FunctionType
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from triton import JITFunction
 from triton.experimental.gluon import language as gluon_language
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as gluon_mbarrier
@@ -47,18 +50,32 @@ def emulated(seed: int = 0, early_loads: bool = True, early_products: bool = Fal
 
     Yields:
         the launches of Gluon kernels, in order.
+
+    Raises:
+        RuntimeError: another kernel takes part, and Triton's interpreter is off.
     """
+    import_module("attnx.ops.backends.triton")  # its kernels must not be taken for interpreted ones
     done: list[Launch] = []
     run_compiled = Launch.run
 
     def run_here(launch: Launch) -> None:
         if not isinstance(launch.kernel, GluonJITFunction):
+            if isinstance(launch.kernel, JITFunction):
+                raise RuntimeError(
+                    f"{launch.kernel.__name__}: expected Triton's interpreter, since this is no kernel for Hopper; set "
+                    "TRITON_INTERPRET=1 before triton is imported"
+                )
             run_compiled(launch)
             return
         done.append(launch)
         run(launch, seed, early_loads, early_products)
 
-    with mock.patch.object(Launch, "run", run_here), mock.patch("attnx.ops.backends.hopper.missing", return_value=""):
+    here = mock.patch.dict(os.environ, TRITON_INTERPRET="1")
+    with (
+        here,
+        mock.patch.object(Launch, "run", run_here),
+        mock.patch("attnx.ops.backends.hopper.missing", return_value=""),
+    ):
         yield done
 
 
