@@ -106,6 +106,16 @@ def test_a_module_inside_itself():
     assert structure_of(model) is not structure_of(model)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_module_inside_a_model():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)))
+    model = Model(Block(), scripted, Block())
+    first = structure_of(model)
+    assert structure_of(model) is first
+    assert [name for name, _ in first.named_modules()] == [name for name, _ in model.named_modules()]
+    assert attention_layers(model) == ["blocks.0.attn", "blocks.2.attn"]
+
+
 # Followed and watched modules
 
 

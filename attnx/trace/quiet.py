@@ -72,10 +72,11 @@ def holds_functions(module: nn.Module) -> bool:
 @cache
 def names_of(kind: Any) -> Names:
     """What the forward of a class uses, with the methods and functions that it calls."""
-    if kind.forward is nn.Sequential.forward:
+    forward = getattr(kind, "forward", None)  # a scripted module's class has none
+    if forward is nn.Sequential.forward:
         return Names(True, frozenset())  # it calls its modules, one after the other
     names: set[str] = set()
-    quiet = _is_quiet(kind.forward, kind, names, set())
+    quiet = forward is not None and _is_quiet(forward, kind, names, set())
     return Names(quiet, frozenset(names))
 
 

@@ -79,7 +79,7 @@ def _contents(model: nn.Module, most: int) -> tuple[list[int], list[type], list[
         children = () if module is None else module._modules
         if children:
             found += children.values()
-            names += children
+            names += children.keys()  # the modules of a scripted module can't be iterated over
             if len(found) > most:
                 return None
     return list(map(id, found)), list(map(type, found)), names
