@@ -138,7 +138,7 @@ class Done(Hook):
 
 
 class NoteNorm(Hook):
-    """Hook of a norm that is not followed, see `is_norm_to_hook`: stores its input and output."""
+    """Hook of a norm that is not followed, see `norms_to_hook`: stores its input and output."""
 
     __slots__ = ()
 
