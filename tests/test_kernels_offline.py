@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BIASES = ("", "_bias", "_mask")
 KERNELS = {kernel + bias for kernel in ("forward", "map", "map_row", "vecmat", "gradient") for bias in BIASES}
 HEAD_DIMS = (32, 64, 80, 128)
+OFTEN = (64, 80)  # those of sm_90 that are not `slow`
 # sm_86 and sm_89 run sm_80's instructions, and LLVM takes a minute per head dim for gfx942.
 CASES = [
     *(("bfloat16", target, dim) for target in ("sm_80", "sm_90", "sm_100") for dim in HEAD_DIMS),
@@ -25,8 +26,8 @@ CASES = [
 
 
 def case(dtype, target, head_dim):
-    """A pytest parameter. sm_90 is `long` to head dim 128, sm_80 and sm_100 at one; LLVM takes minutes for gfx942."""
-    slow = target in ("sm_86", "sm_89", "gfx942") or (target != "sm_90" and head_dim != 64) or head_dim > 128
+    """A pytest parameter. sm_90 is `long` at two head dims, sm_80 and sm_100 at one; LLVM takes minutes for gfx942."""
+    slow = target in ("sm_86", "sm_89", "gfx942") or head_dim not in (OFTEN if target == "sm_90" else (64,))
     marks = pytest.mark.slow if slow else pytest.mark.long
     return pytest.param(dtype, target, head_dim, marks=marks)
 
@@ -55,9 +56,8 @@ def command(*flags):
 
 
 def compiled(dtype, target, head_dim):
-    """{kernel: resources} in the default configurations. One command compiles all HEAD_DIMS of sm_90."""
-    together = (dtype, target) == ("bfloat16", "sm_90") and head_dim in HEAD_DIMS
-    dims = HEAD_DIMS if together else (head_dim,)
+    """{kernel: resources} in the default configurations. One command compiles those of sm_90 that are needed OFTEN."""
+    dims = OFTEN if (dtype, target) == ("bfloat16", "sm_90") and head_dim in OFTEN else (head_dim,)
     done = command("--json", "--jobs=2", f"--arch={target}", f"--dtype={dtype}", *(f"--head-dim={dim}" for dim in dims))
     assert done.returncode in (0, 1), done.stderr
     return {row["kernel"]: row for row in json.loads(done.stdout) if row["head_dim"] == head_dim}
@@ -120,8 +120,9 @@ def test_every_kernel_multiplies_and_has_exps(dtype, target, head_dim, record_pr
         assert row["exp_count"] > 0, kernel
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "head_dim", [pytest.param(64, marks=pytest.mark.long), pytest.param(128, marks=pytest.mark.slow)]
+)
 def test_hopper_uses_its_own_matrix_unit_in_every_dot(head_dim):
     """Tiles of at least 64 rows use HGMMA only, a whole number of dots, and not one by one."""
     rows = compiled("bfloat16", "sm_90", head_dim).values()
@@ -155,8 +156,9 @@ def test_a_hopper_kernel_compiles_and_its_loop_overlaps():
     assert loop["exps"] == loop["overlapped"] == 64
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    "head_dim", [pytest.param(dim, marks=pytest.mark.long if dim in OFTEN else pytest.mark.slow) for dim in HEAD_DIMS]
+)
 def test_loops_of_the_hopper_kernels(head_dim):
     """Products are asynchronous, exponentials of the map and of vecmat run beside them, and hardly a register spills.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
+from attnx.trace.grids import is_grid_module
 from attnx.trace.inputs import is_norm
 from attnx.trace.layers import is_attention
 from attnx.trace.quiet import is_quiet
@@ -27,9 +28,12 @@ _ATTENDS = frozenset({"softmax", "matmul", "bmm", "baddbmm", "einsum", "scaled_d
 
 
 def is_followed(module: nn.Module) -> bool:
-    """True unless the module can't attend, nor any module inside it: a linear layer, a norm, an MLP of timm."""
+    """True unless the module can't attend, nor any module inside it: a linear layer, a norm, an MLP of timm.
+
+    Convolutions and pools are followed, so that what they mix is noted by their name.
+    """
     kind = type(module)
-    if is_attention(module) or not kind.__module__.startswith(_PACKAGES):
+    if is_attention(module) or is_grid_module(module) or not kind.__module__.startswith(_PACKAGES):
         return True
     children = list(module.children())
     if children and kind.__name__ not in _CONTAINERS:
