@@ -99,7 +99,8 @@ def _is_quiet(function: Any, kind: type[nn.Module], names: set[str], seen: set[A
             if isinstance(value, property):
                 value = value.fget
             if isinstance(value, FunctionType):
-                known = (value.__module__ or "").partition(".")[0] == "torch"
+                # Torch's functions have the names that are noted; its modules' methods may call them.
+                known = value in values and (value.__module__ or "").partition(".")[0] == "torch"
                 if not known and not _is_quiet(value, kind, names, seen):
                     return False
             elif not _is_harmless(value):
