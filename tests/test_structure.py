@@ -1,4 +1,4 @@
-"""What a capture keeps of a model from call to call, and which modules it follows and watches."""
+"""The structure of a model, which a capture keeps from call to call, and the modules that it follows and watches."""
 
 import gc
 import weakref

@@ -19,7 +19,7 @@ _KNOWN: dict[Hashable, "Known"] = {}
 
 
 class Known(NamedTuple):
-    """What the checks of a call gave.
+    """The result of the checks of a call.
 
     scale, softcap: as the operators take them. prepared: computes output and map from q, k, v and bias of such a call,
         or None if it can't; None: no backend has prepared the call.
@@ -33,7 +33,9 @@ class Known(NamedTuple):
 def signature(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *options: str | float | bool | None
 ) -> Hashable | None:
-    """What the checks of a call depend on; None if it must be checked, or may be observed: by a gradient, for example.
+    """The properties of a call that its checks depend on.
+
+    None if it must be checked, or if it may be observed, for example by a gradient.
 
     Args:
         q, k, v, bias: any objects, as the user gave them.
@@ -57,7 +59,7 @@ def signature(
 
 
 def known(key: Hashable | None) -> Known | None:
-    """What the checks of a call with this signature gave; None if there was none."""
+    """The result of the checks of a call with this signature; None if there was none."""
     return None if key is None else _KNOWN.get(key)
 
 

@@ -33,7 +33,7 @@ _DATA = (*_CONSTANTS, type, nn.Module, torch.Tensor, tuple, list, dict, set, fro
 
 
 class Names(NamedTuple):
-    """What the code of a forward uses.
+    """The names in the code of a forward.
 
     quiet: it uses nothing that a capture notes. attributes: all names in it.
     """
@@ -71,7 +71,7 @@ def holds_functions(module: nn.Module) -> bool:
 
 @cache
 def names_of(kind: Any) -> Names:
-    """What the forward of a class uses, with the methods and functions that it calls."""
+    """The names in the forward of a class, and in the methods and functions that it calls."""
     forward = getattr(kind, "forward", None)  # a scripted module's class has none
     if forward is nn.Sequential.forward:
         return Names(True, frozenset())  # it calls its modules, one after the other

@@ -1,4 +1,4 @@
-"""What Python takes: launches with a driver that does nothing, and a tiny model.
+"""Time that Python takes: launches with a driver that does nothing, and a tiny model.
 
     python -m benchmarks.suites.host             minutes
     python -m benchmarks.suites.host --quick     seconds

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Attention(NamedTuple):
-    """What the kernels compute attention from.
+    """Inputs of the kernels.
 
     q: [B, H, M, D]. k: [B, Hk, N, D]. mask: [P, N] bool (True: attend) or float (added), of item b % P; None: no mask.
     """
@@ -40,7 +40,7 @@ class Box(NamedTuple):
         return self.without_tensor().descriptor(self.tensor.data_ptr())
 
     def without_tensor(self) -> "BoxedTensor":
-        """What the descriptor depends on, besides the address."""
+        """The properties of the tensor that its descriptor depends on, besides the address."""
         t = self.tensor
         return BoxedTensor(t.dtype, tuple(t.shape), _strides(t), self.rows, self.columns)
 

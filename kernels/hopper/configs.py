@@ -1,4 +1,4 @@
-"""What the Hopper kernels take, and their block sizes, as a table. What is not in it goes to the kernels for all GPUs.
+"""Table of the calls that the Hopper kernels take, with their block sizes. The kernels for all GPUs take the others.
 
 | kernel                | head dim  | keys      | rows | keys of a tile | stages |
 |-----------------------|-----------|-----------|------|----------------|--------|

@@ -9,15 +9,14 @@ from attnx.kernels.hopper.primitives import (
     CHUNK,
     NO_BIAS,
     ROWS,
-    box,
     boxes,
     fuse_into,
     fused_start,
     load_box,
     log2_mask,
     lse_to_log2,
-    multiply_keys,
     next_stage,
+    products,
     ring,
     row_layout,
     store_rows,
@@ -56,15 +55,6 @@ def tile_of(tile, planes, M, N, BM: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def products(q_buf, k_buf, q_rest, k_rest, stage, wg: gl.constexpr, chunk: gl.constexpr, s, REST_D: gl.constexpr):
-    """Start the scores of a warpgroup's rows and a chunk of keys, from a stage."""
-    return multiply_keys(
-        box(q_buf, stage).slice(wg * ROWS, ROWS), box(k_buf, stage).slice(chunk * CHUNK, CHUNK),
-        box(q_rest, stage).slice(wg * ROWS, ROWS), box(k_rest, stage).slice(chunk * CHUNK, CHUNK), s, REST_D,
-    )  # fmt: skip
-
-
-@gluon.jit
 def load_lse(lse_rows, head, last, M):
     """[ROWS] log-sum-exps of a head, or of the last head beyond it."""
     return gl.load(lse_rows + gl.minimum(head, last) * M)
@@ -91,7 +81,7 @@ def consume(
     stage = 0
     phase = 0
     mbarrier.wait(loaded.index(stage), phase)
-    s0 = products(q_buf, k_buf, q_rest, k_rest, 0, wg, 0, s0, REST_D)
+    s0 = products(q_buf, k_buf, q_rest, k_rest, 0, 0, wg, 0, s0, REST_D)
     s0 = warpgroup_mma_wait(0, [s0])
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         plane, first_m, first_n = tile_of(tile, planes, M, N, 2 * ROWS, NC * CHUNK)
@@ -133,9 +123,9 @@ def consume(
                     mbarrier.wait(loaded.index(next_one), next_phase)
                     ahead = next_one
                 if c % 2 == 0:
-                    s1 = products(q_buf, k_buf, q_rest, k_rest, ahead, wg, (c + 1) % NC, s1, REST_D)
+                    s1 = products(q_buf, k_buf, q_rest, k_rest, ahead, ahead, wg, (c + 1) % NC, s1, REST_D)
                 else:
-                    s0 = products(q_buf, k_buf, q_rest, k_rest, ahead, wg, (c + 1) % NC, s0, REST_D)
+                    s0 = products(q_buf, k_buf, q_rest, k_rest, ahead, ahead, wg, (c + 1) % NC, s0, REST_D)
                 tile_fused = previous[c]
                 # The branch also keeps ptxas from moving the exponentials behind the wait.
                 if c * CHUNK < keys:

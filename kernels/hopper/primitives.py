@@ -75,6 +75,17 @@ def multiply_keys(q, k, q_rest, k_rest, scores, REST_D: gl.constexpr):
 
 
 @gluon.jit
+def products(
+    q_buf, k_buf, q_rest, k_rest, q_stage, k_stage, wg: gl.constexpr, chunk: gl.constexpr, scores, REST_D: gl.constexpr
+):  # fmt: skip
+    """Start the scores of a warpgroup's rows of a box of queries, and of a chunk of a box of keys."""
+    return multiply_keys(
+        box(q_buf, q_stage).slice(wg * ROWS, ROWS), box(k_buf, k_stage).slice(chunk * CHUNK, CHUNK),
+        box(q_rest, q_stage).slice(wg * ROWS, ROWS), box(k_rest, k_stage).slice(chunk * CHUNK, CHUNK), scores, REST_D,
+    )  # fmt: skip
+
+
+@gluon.jit
 def log2_mask(mask_ptr, first, N, stride, MASK: gl.constexpr, layout: gl.constexpr):
     """[CHUNK] values to add to scores times log2(e), from key `first` on: -inf hides a key."""
     keys = first + gl.arange(0, CHUNK, layout=layout)

@@ -7,24 +7,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from attnx.kernels.hopper.primitives import (
     CHUNK,
     ROWS,
-    box,
     boxes,
     load_box,
     lse_to_log2,
-    multiply_keys,
     next_stage,
+    products,
     ring,
     row_layout,
 )
-
-
-@gluon.jit
-def products(q_buf, k_buf, q_rest, k_rest, stage, wg: gl.constexpr, chunk: gl.constexpr, s, REST_D: gl.constexpr):
-    """Start the scores of a warpgroup's rows of a stage and a chunk of the keys."""
-    return multiply_keys(
-        box(q_buf, stage).slice(wg * ROWS, ROWS), box(k_buf, 0).slice(chunk * CHUNK, CHUNK),
-        box(q_rest, stage).slice(wg * ROWS, ROWS), box(k_rest, 0).slice(chunk * CHUNK, CHUNK), s, REST_D,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -53,7 +43,7 @@ def consume(
     phase = 0
     mbarrier.wait(loaded_k.index(0), 0)
     mbarrier.wait(loaded.index(stage), phase)
-    s0 = products(q_buf, k_buf, q_rest, k_rest, 0, wg, 0, s0, REST_D)
+    s0 = products(q_buf, k_buf, q_rest, k_rest, 0, 0, wg, 0, s0, REST_D)
     s0 = warpgroup_mma_wait(0, [s0])
     for first_m in range(0, M, 2 * ROWS):
         lse = lse_to_log2(next_lse)
@@ -71,9 +61,9 @@ def consume(
                 mbarrier.wait(loaded.index(next_one), next_phase)
                 ahead = next_one
             if c % 2 == 0:
-                s1 = products(q_buf, k_buf, q_rest, k_rest, ahead, wg, (c + 1) % NC, s1, REST_D)
+                s1 = products(q_buf, k_buf, q_rest, k_rest, ahead, 0, wg, (c + 1) % NC, s1, REST_D)
             else:
-                s0 = products(q_buf, k_buf, q_rest, k_rest, ahead, wg, (c + 1) % NC, s0, REST_D)
+                s0 = products(q_buf, k_buf, q_rest, k_rest, ahead, 0, wg, (c + 1) % NC, s0, REST_D)
             summed = previous[c]
             # The branch also keeps ptxas from moving the exponentials behind the wait.
             if c * CHUNK < N - first_n:

@@ -23,7 +23,7 @@ SMALLEST_SCALE = 2.0**-126  # a scale that underflows would turn infinite scores
 
 @cache
 def missing(device: torch.device) -> str:
-    """What the device or Triton lacks for these kernels; "" if nothing."""
+    """The reason that these kernels can't run on the device, or with this Triton; "" if there is none."""
     if find_spec("triton.experimental") is None or find_spec("triton.experimental.gluon.nvidia.hopper") is None:
         return "it needs Triton 3.6 or newer, which has Gluon"
     if device.type != "cuda" or torch.version.hip:
@@ -42,7 +42,7 @@ def is_on(device: torch.device) -> bool:
 def takes_short_rows(scores: Scores, v: Tensor | None) -> bool:
     """True if the kernel for short rows takes the call."""
     q = scores.q
-    return _attention(scores, v) is not None and short_row(q.shape[3], q.shape[2], scores.k.shape[2]) is not None
+    return short_row(q.shape[3], q.shape[2], scores.k.shape[2]) is not None and _attention(scores, v) is not None
 
 
 def short_rows(scores: Scores, v: Tensor | None, out: Tensor | None, reduction: Reduction) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the launches of Triton and Gluon kernels share: the target of a device, and maps whose heads are split."""
+"""Launches of Triton and Gluon kernels: on a tensor's device, for its target, and with heads that are split."""
 
 from collections.abc import Callable
 from functools import cache

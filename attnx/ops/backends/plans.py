@@ -175,7 +175,7 @@ def is_planned(t: Tensor) -> bool:
 
 
 def _key(name: str, options: tuple[Hashable, ...], inputs: Sequence[Tensor | None]) -> Hashable:
-    """What a plan depends on: also which inputs start at the same address."""
+    """The key of a plan. It includes which inputs start at the same address."""
     key: list[Hashable] = [name, options]
     addresses = []
     for t in inputs:

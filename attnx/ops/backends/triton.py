@@ -142,7 +142,7 @@ def _map(
 
 
 def _options(scores: Scores) -> tuple[Hashable, ...]:
-    """What launches depend on besides tensors."""
+    """The options that every launch depends on."""
     q = scores.q
     return scores.is_causal, scores.scale, precision(q.dtype) if q.dtype == torch.float32 else ""
 
