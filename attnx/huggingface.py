@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attnx.ops.functional import attention
 from attnx.trace.adapters.huggingface import configurations, looks_up_attention, names_beyond_sdpa, supports_sdpa
 from attnx.trace.layers import attention_layers
+from attnx.trace.structure import structure_of
 
 # Arguments that transformers passes to attention functions and that do not change the arithmetic of SDPA: they are
 # contained in the masks, or they select what else is returned.
@@ -66,7 +67,7 @@ def use(model: nn.Module, heads: str = "mean", backend: str = "auto") -> None:
         )
     name = f"attnx_{heads}_{backend}"
     register(name, heads, backend)
-    before = [(config, config._attn_implementation_internal) for config, _ in configurations(model)]
+    before = [(config, config._attn_implementation_internal) for config, _ in configurations(structure_of(model))]
     model.set_attn_implementation(name)
     left = [
         f"{_label(where, module)} keeps {module.config._attn_implementation!r}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock, RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attnx.extract.cuda_graphs import Graphs
-from attnx.extract.inputs import check_images, image_call
+from attnx.extract.inputs import check_arguments, check_images, image_call
+from attnx.extract.model_state import model_state
 from attnx.extract.place import layout_of_tokens
 from attnx.extract.plan import Plan, PlanMismatchError
 from attnx.extract.trial import Trial
@@ -22,13 +24,11 @@ from attnx.methods.token_map import token_map
 from attnx.ops.checks import integer
 from attnx.trace.adapters.sharding import is_sharded
 from attnx.trace.capture import capture, uncompiled
-from attnx.trace.layers import Layers, attention_layers, check_model
+from attnx.trace.layers import Layers, attention_layers
 from attnx.trace.layout import TokenLayout, declared_input
 from attnx.trace.recorder import Recorder
+from attnx.trace.structure import structure_of
 from attnx.trace.trace import Trace
-
-METHODS = ("rollout", "cls", "layers", "token")
-_OPTIONS = {"rollout": ("residual", "discard", "start", "preset", "query", "rows"), "token": ("token",)}
 
 # One extraction at a time per model, because an extraction binds forwards to its blocks.
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -58,8 +58,12 @@ class Extractor:
         keep, layout: as in `attnx.capture`.
         dtype: dtype of autocast; None: no autocast.
         channels_last: convert the images to torch's channels-last memory format.
-        compile: record the computation from images to maps as a CUDA graph, one for each shape of images. This removes
-            the Python overhead that dominates at small batch sizes. The pass must depend on nothing but its images.
+        compile: record the computation from images to maps as CUDA graphs, one for each shape of images. This removes
+            the Python overhead that dominates at small batch sizes. The pass must depend on nothing but its images and
+            the model's weights, which may be written in place. True: a graph is recorded at the first call with a
+            shape, and an error is raised where that fails. "auto": at the second call, on GPUs; where it fails, one
+            warning says why, and the model runs without graphs. A graph must give the maps that the model gives. The
+            four graphs used last are kept, in at most a quarter of the GPU's memory, see `graph_nbytes`.
         backend: as in `attnx.attention`.
         model_kwargs: further arguments of each call of the model, such as interpolate_pos_encoding=True.
         options: further arguments of `attnx.rollout` (residual, discard, start, preset, query); for "token": token, its
@@ -91,30 +95,12 @@ class Extractor:
         layout: TokenLayout | None = None,
         dtype: torch.dtype | None = None,
         channels_last: bool = False,
-        compile: bool = False,
+        compile: bool | str = False,
         backend: str = "auto",
         model_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
-        known = _OPTIONS.get(method, ())
-        if not set(options) <= set(known):
-            raise ValueError(
-                f"options of method {method!r}: expected {', '.join(known) or 'none'}; got {', '.join(options)}"
-            )
-        check_model(model)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype: expected a floating-point torch.dtype; got {dtype!r}")
-        if heads == "each" and method not in ("cls", "token"):
-            raise ValueError(f"heads='each' is for methods 'cls' and 'token'; got method {method!r}")
-        if method == "token" and integer(options.get("token")) is None:
-            raise ValueError(f"token: expected the index of a token for method 'token'; got {options.get('token')!r}")
-        if model.training:
-            raise ValueError("model: expected eval mode; got training mode; call model.eval()")
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        if compile and device.type != "cuda":
-            raise ValueError(f"compile: expected a model on a CUDA device; got {device}")
+        check_arguments(model, method, heads, dtype, compile, options)
         self.model = model
         self.method = method
         self.layers = layers
@@ -129,9 +115,14 @@ class Extractor:
             model, heads, None if method == "rollout" else [options.get("token", 0)], keep, layout, backend,
             internal=True,
         )  # fmt: skip
-        self._graphs = Graphs(self._maps) if compile else None
+        self._graphs = Graphs(self._maps, partial(model_state, model), compile == "auto") if compile else None
         self._plan: Plan | None = None
         self._size: torch.Size | None = None  # height and width of the last images
+
+    @property
+    def graph_nbytes(self) -> int:
+        """Bytes of GPU memory that recorded CUDA graphs take; 0 without `compile`."""
+        return 0 if self._graphs is None else self._graphs.nbytes
 
     @property
     def plan(self) -> Plan:
@@ -177,8 +168,10 @@ class Extractor:
                 whole = any(isinstance(value, Tensor) for value in self.model_kwargs.values())
                 maps = self._try(images if whole else images[:1])
                 if len(maps) == len(images):
+                    if self._graphs is not None:
+                        self._graphs.note(images)
                     return maps
-            return self._graphs(images) if self._graphs is not None else self._maps(images)
+            return self._maps(images) if self._graphs is None or not images.is_cuda else self._graphs(images)
 
     def stream(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """Iterate over the maps of batches. On a GPU, the next batch is copied from pinned memory during computation.
@@ -212,7 +205,8 @@ class Extractor:
 
     @contextmanager
     def _no_gradients(self) -> Iterator[None]:
-        sharded = is_sharded(self.model)
+        structure = self._recorder.trace.tokens.structure = structure_of(self.model)
+        sharded = is_sharded(structure)
         with torch.inference_mode(not sharded), torch.no_grad():
             yield
 
@@ -253,7 +247,7 @@ class Extractor:
             images.device.type,
             dtype=self.dtype,
             enabled=self.dtype is not None or torch.is_autocast_enabled(images.device.type),
-            cache_enabled=self._graphs is None,
+            cache_enabled=self._graphs is None or not images.is_cuda,
         )
 
     def _try(self, image: Tensor) -> Tensor:

@@ -1,22 +1,23 @@
 """Plans: the layers that a method reads, what is stored of each, and the layer after which the pass stops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import get_ident
-from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from attnx.extract.projections import HeadDims, queries_and_keys
-from attnx.extract.rebind import own_forward
 from attnx.trace.adapters import route_to_sdpa
+from attnx.trace.adapters.clones import Clones
 from attnx.trace.adapters.mha import SDPA
+from attnx.trace.adapters.switches import bind
 from attnx.trace.attention_call import Call
 from attnx.trace.hooks import NoteGrid
-from attnx.trace.interceptor import Interceptor, is_intercepted, route_again
+from attnx.trace.interceptor import Interceptor
+from attnx.trace.live import is_intercepted, route_again
 from attnx.trace.recorder import Recorder, StopForward
 from attnx.trace.structure import structure_of
 
@@ -101,7 +102,7 @@ class Plan:
         return "\n".join([*lines, f"{end}; {how}", *notes])
 
     def run(self, recorder: Recorder, model: nn.Module, call: Callable[[], Any]) -> None:
-        """Run the model as far as the plan requires; the recorder receives the trace.
+        """Run the model as far as the plan requires; the recorder, which knows its structure, receives the trace.
 
         Raises:
             PlanMismatchError: other layers attended than when the plan was made.
@@ -127,20 +128,13 @@ class Plan:
         recorder.stop_after, recorder.stop_row = (self.last, self.row) if alone and self.stops else (None, None)
         stack.callback(setattr, recorder, "stop_after", None)
         thread = get_ident()
-        forwards = {}
-        if alone and self.bound:
-            candidates = {
-                name: own_forward(block, _answer(recorder, name, block, thread)) for name, block in self.blocks.items()
-            }
-            forwards = {name: forward for name, forward in candidates.items() if forward is not None}
-        if len(forwards) == len(self.blocks):
+        bound = _Bound(recorder, thread).bind(self.blocks) if alone and self.bound else None
+        if bound is not None:
             stack.callback(route_again)
-            for name, block in self.blocks.items():
-                for undo in route_to_sdpa(block):
-                    stack.callback(undo)
-                # vars() instead of setattr: nn.Module.__setattr__ takes longer than some layers.
-                vars(block)["forward"] = MethodType(forwards[name], block)
-                stack.callback(vars(block).pop, "forward", None)
+            for undo in bound:
+                stack.callback(undo)
+            for undo in route_to_sdpa(model, recorder.trace.tokens.structure):
+                stack.callback(undo)
             for name, convolution in self.convolutions.items():
                 note = NoteGrid(recorder.trace, name, thread)
                 stack.callback(convolution.register_forward_hook(note).remove)
@@ -175,12 +169,40 @@ def sole_input(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     return others[0] if len(others) == 1 and isinstance(others[0], Tensor) else None
 
 
-def _answer(recorder: Recorder, layer: str, block: nn.Module, thread: int) -> Callable[..., Tensor]:
-    """An SDPA replacement that records its calls in one thread; other threads run plain SDPA."""
+class _Bound:
+    """Clones of the blocks' forwards, whose attention a recorder computes in one thread; others run plain SDPA."""
 
-    def answer(*args: Any, **kwargs: Any) -> Tensor:
-        if get_ident() != thread:
+    def __init__(self, recorder: Recorder, thread: int) -> None:
+        self.recorder, self.thread = recorder, thread
+        self.clones = Clones(self._sdpa)
+        self.running: tuple[str, nn.Module] | None = None  # the block that attends, and its name
+
+    def bind(self, blocks: Mapping[str, nn.Module]) -> list[Callable[[], None]] | None:
+        """Bind a clone to each block; returns functions that undo it, or None if a block has no clone."""
+        forwards = {}
+        for name, block in blocks.items():
+            clone = self.clones.of(block)
+            if isinstance(clone, str):
+                return None
+            forwards[name] = self._forward(name, clone)
+        return [bind(block, forwards[name]) for name, block in blocks.items()]
+
+    def _forward(self, name: str, clone: Callable[..., Any]) -> Callable[..., Any]:
+        """The clone, which also notes that the block runs."""
+
+        def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if get_ident() != self.thread:
+                return clone(block, *args, **kwargs)
+            around, self.running = self.running, (name, block)
+            try:
+                return clone(block, *args, **kwargs)
+            finally:
+                self.running = around
+
+        return forward
+
+    def _sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
+        if get_ident() != self.thread or self.running is None:
             return SDPA(*args, **kwargs)
-        return recorder.answer(recorder.key(layer), Call.of(SDPA, block, args, kwargs), True)
-
-    return answer
+        name, block = self.running
+        return self.recorder.answer(self.recorder.key(name), Call.of(SDPA, block, args, kwargs), True)

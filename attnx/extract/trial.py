@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from attnx.extract.plan import Plan, Split, Step, sole_input
 from attnx.extract.projections import HeadDims, projects, queries_and_keys
-from attnx.extract.rebind import unbound_reason
 from attnx.ops.checks import in_range
+from attnx.trace.adapters.clones import Clones
+from attnx.trace.adapters.mha import SDPA
 from attnx.trace.adapters.sharding import is_sharded
 from attnx.trace.explain import unintercepted
 from attnx.trace.grids import is_grid_module
@@ -76,7 +77,8 @@ class Trial:
         convolutions = {id(module) for _, module in structure.where(is_grid_module)}
         blocks = {name.partition("#")[0]: modules[name.partition("#")[0]] for name in wanted}  # "x#2" is x again
         split = None if row is None else self._split(last, modules.get(last), row)
-        reasons = {name: unbound_reason(block) for name, block in blocks.items()}
+        clones = Clones(SDPA)
+        reasons = {name: clone for name, block in blocks.items() if isinstance(clone := clones.of(block), str)}
         reasons |= dict.fromkeys(self.interceptor.folded & blocks.keys(), "its heads are read from its input")
         tokens = self.recorder.trace.tokens
         return Plan(
@@ -86,10 +88,10 @@ class Trial:
             row=row,
             split=split if isinstance(split, Split) else None,
             blocks=blocks,
-            stops=not is_sharded(self.model),
+            stops=not is_sharded(structure),
             convolutions={name: module for name, module in modules.items() if id(module) in convolutions},
             of_one_size=any(tokens.depends_on_size(name) for name in wanted),
-            unbound={name: reason for name, reason in reasons.items() if reason is not None},
+            unbound=reasons,
         )
 
     def _split(self, last: str, block: nn.Module | None, row: int) -> Split | str:

@@ -17,6 +17,7 @@ from attnx.messages import one_line
 from attnx.methods import relevance
 from attnx.trace.adapters.huggingface import configurations
 from attnx.trace.capture import capture
+from attnx.trace.structure import structure_of
 from attnx.trace.trace import Trace
 
 TOLERANCE = 1e-4  # of the largest number in a tensor
@@ -111,7 +112,7 @@ def try_attn_implementation(model: nn.Module, call: Callable[[], Any], plain: An
 
     if not isinstance(model, PreTrainedModel):
         return Outcome(None, "no transformers model")
-    before = [(config, config._attn_implementation_internal) for config, _ in configurations(model)]
+    before = [(config, config._attn_implementation_internal) for config, _ in configurations(structure_of(model))]
     try:
         with warnings.catch_warnings(record=True) as warned, torch.no_grad():
             warnings.simplefilter("always")

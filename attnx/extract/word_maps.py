@@ -12,7 +12,8 @@ from attnx.extract.captions import CaptionMaps, WordMaps
 from attnx.extract.class_maps import frozen
 from attnx.extract.pairs import flat, padded
 from attnx.trace.capture import capture, uncompiled
-from attnx.trace.interceptor import Interceptor, is_intercepted
+from attnx.trace.interceptor import Interceptor
+from attnx.trace.live import is_intercepted
 from attnx.trace.recorder import Recorder, StopForward
 
 if TYPE_CHECKING:

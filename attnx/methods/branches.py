@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnx.methods.maps import fusion, inverse
 from attnx.ops.reducers import Reduction
-from attnx.trace.branch_layers import LAYER, BranchLayer
+from attnx.trace.branch_layers import BranchLayer, match_name
 from attnx.trace.layers import Layers
 from attnx.trace.layout import TokenLayout
 from attnx.trace.records import LayerRecord, no_autocast
@@ -50,7 +50,7 @@ def branches_of(trace: Trace) -> Branches | None:
             layer ran more than once; only some rows were captured, or with `layout`; or a grid is unknown.
         NotImplementedError: the model has three branches or more.
     """
-    if not any(LAYER.fullmatch(name.partition("#")[0]) for name in trace):
+    if not any(match_name(name.partition("#")[0]) for name in trace):
         return None
     places = {name: trace.tokens.branch(name) for name in trace}
     found = {name: place for name, place in places.items() if place is not None}

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from attnx.trace.gradient_record import GradientRecord
 from attnx.trace.layers import matches, selects
@@ -32,7 +33,7 @@ class Chain:
         """True if some layers attend in windows."""
         return bool(self.grids)
 
-    @property
+    @cached_property
     def layers(self) -> list[tuple[str, LayerRecord]]:
         """(name, record) of the self-attention layers."""
         return [(name, record) for name, record in self.steps if not isinstance(record, PatchMerge)]
@@ -46,7 +47,8 @@ class Chain:
         """
         if query == "all":
             return None
-        tokens = trace.sides(self.layers[start][0])[1]
+        layer = self.layers[start][0]
+        tokens = trace.sides(layer)[1]
         if tokens.kind == "text" and trace.tokens.given is None:
             if query is None:
                 raise ValueError(
@@ -55,7 +57,7 @@ class Chain:
                 )
             return None
         if not self.windowed:
-            return trace.layout
+            return trace.layout_of(layer)
         layout, given = TokenLayout(0, self.grids[start]), trace.tokens.given
         if given is not None and (given.prefix, given.grid, given.suffix) != (0, layout.grid, 0):
             raise ValueError(f"layout: expected None or that of the windows, {layout}; got {given}")

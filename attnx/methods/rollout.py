@@ -1,5 +1,6 @@
 """Attention rollout: a chain of vector products through the layers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -159,7 +160,9 @@ def _rollout(
     mean = "mean" in (trace.heads, kind.name.lower())
     whole = query == "all" or discard > 0 or not mean
     result, row = chain_start(layers[-1][1], chain.pool, kind, query, layout)
-    for _, record in reversed(chain.since(start)):
+    steps = chain.since(start)
+    weights = {} if whole else _weights([record for _, record in steps], residual)
+    for _, record in reversed(steps):
         if isinstance(record, PatchMerge):
             result = record.vecmat(result)
             continue
@@ -178,7 +181,9 @@ def _rollout(
         if layer.rows_sum_to_one:
             result = torch.lerp(result, layer.vecmat(result), 1 - residual)
             continue
-        weight = inverse((1 - residual) * layer.row_sums() + residual)[:, None]
+        weight = weights.get(id(record))
+        if weight is None:
+            weight = inverse((1 - residual) * layer.row_sums() + residual)[:, None]
         if preset is None:
             result = result * weight
         step = torch.lerp(result, layer.vecmat(result), 1 - residual)
@@ -187,6 +192,19 @@ def _rollout(
     if not preset or query == "all":
         return values
     return values / values.flatten(1).amax(1).view(-1, *[1] * (values.dim() - 1))
+
+
+def _weights(records: Sequence[LayerRecord | PatchMerge], residual: float) -> dict[int, Tensor]:
+    """{id of a record: 1 / row sums of M_l, [B, 1, M]}, computed together for maps of one shape with fused heads.
+
+    None for rows that sum to 1.
+    """
+    chosen = [r for r in records if isinstance(r, MapRecord) and r.amap.dim() == 3 and not r.rows_sum_to_one]
+    if len({record.shape for record in chosen}) != 1:
+        return {}
+    sums = torch.stack([record.row_sums() for record in chosen])
+    weights = inverse((1 - residual) * sums + residual)[:, :, None].unbind(0)
+    return {id(record): weight for record, weight in zip(chosen, weights, strict=True)}
 
 
 def last_needed(trace: Trace, *, query: str | int | None = None, **options: Any) -> tuple[str, int | None]:

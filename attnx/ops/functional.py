@@ -103,11 +103,10 @@ def attention(
     key = signature(q, k, v, bias, is_causal, scale, softcap, heads, backend) if usual else None
     checked = known(key)
     if checked is not None:
-        both = None if checked.prepared is None else checked.prepared(q, k, v, bias)
-        if both is None:
-            scale, cap = checked.scale, checked.softcap
-            both = operators.attention.direct(q, k, v, bias, is_causal, scale, cap, heads, None, backend)
-        return both
+        if checked.prepared is not None:
+            return checked.prepared(q, k, v, bias)
+        scale, cap = checked.scale, checked.softcap
+        return operators.attention.direct(q, k, v, bias, is_causal, scale, cap, heads, None, backend)
     q, k, v = cast_as_sdpa(q, k, v)
     bias = check_tensors(q, k, v, bias, heads, attn_mask)
     index = row_index(rows, q.shape[2], q.device)

@@ -13,21 +13,24 @@ from torch.autograd import forward_ad
 from attnx.ops.reducers import Reduction
 from attnx.ops.scores import Scores
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_OPTIONS = frozenset({str, float, int, bool, type(None)})
 _MOST = 1024  # calls; when there are more, all are forgotten
 _KNOWN: dict[Hashable, "Known"] = {}
+_tracing_state, _dispatch_modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 class Known(NamedTuple):
     """The result of the checks of a call.
 
-    scale, softcap: as the operators take them. prepared: computes output and map from q, k, v and bias of such a call,
-        or None if it can't; None: no backend has prepared the call.
+    scale, softcap: as the operators take them. prepared: computes output and map from q, k, v and bias of such a call;
+        None: no backend has prepared the call.
     """
 
     scale: float
     softcap: float
-    prepared: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor] | None] | None
+    prepared: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None
 
 
 def signature(
@@ -42,20 +45,23 @@ def signature(
         options: all other arguments.
     """
     tensors = (q, k, v) if bias is None else (q, k, v, bias)
-    if torch.compiler.is_compiling() or not all(type(t) in _PLAIN for t in tensors):
+    if not (_PLAIN.issuperset(map(type, tensors)) and _OPTIONS.issuperset(map(type, options))):
         return None
+    device = q.device
     if (
-        (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        or _tracing_state() is not None
+        or _dispatch_modes() > 0
+        or _transforms() is not None
         or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled(q.device.type)
+        or torch.is_autocast_enabled(device.type)
         or (bias is not None and bias.dim() != 4)
-        or not all(isinstance(option, str | float | int | None) for option in options)
     ):
         return None
-    return (options, *[x for t in tensors for x in (t.shape, t.stride(), t.dtype, t.device)])
+    key: tuple[Hashable, ...] = (options, device, q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, k.device)
+    key += (v.shape, v.stride(), v.dtype, v.device)
+    return key if bias is None else (*key, bias.shape, bias.stride(), bias.dtype, bias.device)
 
 
 def known(key: Hashable | None) -> Known | None:

@@ -36,7 +36,7 @@ def attend(
             can replace it (whole maps, mean over heads); else it stores the map.
         output: if False, the output is not computed and None is returned in its place.
     """
-    if keep != "map":
+    if keep != "map" and torch.is_autocast_enabled(q.device.type):
         q, k, v = cast_as_sdpa(q, k, v)  # as they are stored
     if _stores_map(q, k, keep, heads, rows, call["bias"]):
         options = dict(heads=heads, rows=rows, **call)
@@ -96,8 +96,14 @@ def without_map(q: Tensor, k: Tensor) -> RowsRecord:
 
 def _stores_map(q: Tensor, k: Tensor, keep: str, heads: str, rows: Tensor | None, bias: Tensor | None) -> bool:
     """True if `keep` stores the map of a call; False if it stores q and k."""
-    large = max(SMALL_MAP, qk_bytes(q, k, bias)) < 4 * q.shape[0] * q.shape[2] * k.shape[2]
-    return keep == "map" or (keep == "auto" and not (heads == "mean" and rows is None and large))
+    if keep != "auto" or heads != "mean" or rows is not None:
+        return keep in ("map", "auto")
+    return is_small(q, k) or 4 * q.shape[0] * q.shape[2] * k.shape[2] <= qk_bytes(q, k, bias)
+
+
+def is_small(q: Tensor, k: Tensor) -> bool:
+    """True if the map of q and k has at most SMALL_MAP bytes, so that keep="auto" stores it."""
+    return 4 * q.shape[0] * q.shape[2] * k.shape[2] <= SMALL_MAP
 
 
 def check_keep(keep: str, stats: Sequence[str] = ()) -> str:

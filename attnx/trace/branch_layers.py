@@ -7,14 +7,14 @@ Reference:
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import nn
 
 from attnx.trace.grids import Grid
 from attnx.trace.layout import TokenLayout, declared_tokens
 
-# Names of CrossViT's attention layers; other models may have such names, too.
-LAYER = re.compile(r"(|.*\.)blocks\.(\d+)\.(?:blocks\.(\d+)\.\d+|fusion\.(\d+)(?:\.(\d+))?)\.attn")
+_LAYER = re.compile(r"(|.*\.)blocks\.(\d+)\.(?:blocks\.(\d+)\.\d+|fusion\.(\d+)(?:\.(\d+))?)\.attn")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def branch_layer(modules: Mapping[str, nn.Module], layer: str) -> BranchLayer | 
         modules: all modules of the model by name.
         layer: name of the layer, without the number of its call.
     """
-    found = LAYER.fullmatch(layer)
+    found = match_name(layer)
     if found is None:
         return None
     root, block, own, fused, depth = found.groups()
@@ -63,6 +63,16 @@ def branch_layer(modules: Mapping[str, nn.Module], layer: str) -> BranchLayer | 
     if type(module).__name__ != "MultiScaleBlock" or not isinstance(branches, int):
         return None
     return BranchLayer(root, int(block), branches, int(own or fused), None if own else int(depth or 0))
+
+
+@lru_cache(4096)
+def match_name(layer: str) -> re.Match[str] | None:
+    """The parts of a name that layers of CrossViT have; None for another name. Other models may have such names, too.
+
+    Args:
+        layer: name of the layer, without the number of its call.
+    """
+    return _LAYER.fullmatch(layer)
 
 
 def branch_layout(

@@ -112,9 +112,8 @@ def capture(
         >>> trace["blocks.3.attn"].shape
         torch.Size([2, 1, 145])
     """
-    interceptor = Interceptor(
-        model, layers, Recorder(model, heads, rows, keep, layout, backend, grad=grad, calls=calls, stats=stats)
-    )
+    recorder = Recorder(model, heads, rows, keep, layout, backend, grad=grad, calls=calls, stats=stats)
+    interceptor = Interceptor(model, layers, recorder, binds=True)
     with ExitStack() as stack:
         stack.enter_context(uncompiled())
         stack.callback(interceptor.uninstall)

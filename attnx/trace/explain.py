@@ -45,7 +45,7 @@ def unintercepted_layers(interceptor: "Interceptor", intercepted: Collection[str
 
 def unintercepted(interceptor: "Interceptor", intercepted: Collection[str]) -> dict[str, str]:
     """{layer: reason} of the attention layers that were not intercepted."""
-    names = dict.fromkeys([*attention_layers(interceptor.model), *interceptor.skipped])
+    names = dict.fromkeys([*interceptor.trace.tokens.attending, *interceptor.skipped])
     # A layer that attends several times may have a map of only some of its calls.
     missing = [name for name in names if name not in intercepted or name in interceptor.skipped]
     unfused = unfused_blocks(interceptor.model) if missing else {}

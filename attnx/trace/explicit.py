@@ -163,9 +163,8 @@ def product(interceptor: "Interceptor", func: Callable[..., Any], args: tuple[An
 
 
 def note_unused(interceptor: "Interceptor", frame: "Frame") -> None:
-    """Store the reason that a module, which has run, has no map although it computed a softmax."""
-    computed = frame.other_softmax or frame.weights
-    if computed and not frame.fused and is_attention(frame.module) and frame.name not in interceptor.intercepted:
+    """Store the reason that a module, which has run and computed a softmax, has no map."""
+    if not frame.fused and is_attention(frame.module) and frame.name not in interceptor.intercepted:
         interceptor.skipped.setdefault(frame.name, _NO_ATTENTION)
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -64,7 +65,7 @@ def facts_of(module: nn.Module, args: Any, kwargs: Mapping[str, Any], items: int
     if len(args) == 1 and not any(isinstance(value, Tensor) for value in kwargs.values()):
         x = args[0]  # most blocks have one input, [B, N, C]
         if isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point():
-            return Facts(channels=_CHANNELS.search(kind.__name__) is not None, width=x.shape[-1])
+            return Facts(channels=_over_channels(kind.__name__), width=x.shape[-1])
     named = dict(zip(parameters(kind), args, strict=False)) | dict(kwargs)
     floats = {name: t for name, t in named.items() if isinstance(t, Tensor) and t.is_floating_point()}
     tokens = {name: t for name, t in floats.items() if t.dim() == 3}
@@ -79,7 +80,13 @@ def facts_of(module: nn.Module, args: Any, kwargs: Mapping[str, Any], items: int
     source = next(iter(floats.values()), None)
     layouts = () if source is None or len(source) != items else _layouts(kind.__name__, source.shape)
     crosses = first is not None and keys is not None and _other_source(first, keys, batch)
-    return Facts(crosses, _CHANNELS.search(kind.__name__) is not None, width, layouts=layouts)
+    return Facts(crosses, _over_channels(kind.__name__), width, layouts=layouts)
+
+
+@lru_cache(1024)
+def _over_channels(name: str) -> bool:
+    """True for a class of this name that attends over channels."""
+    return _CHANNELS.search(name) is not None
 
 
 def _other_source(queries: Tensor, keys: Tensor, batch: slice) -> bool:

@@ -13,8 +13,8 @@ from torch import nn
 
 from attnx.trace.grids import is_grid_module
 from attnx.trace.inputs import is_norm
-from attnx.trace.layers import is_attention
-from attnx.trace.quiet import is_quiet
+from attnx.trace.layers import attending_names, is_attention
+from attnx.trace.quiet import calls_sdpa_alone, is_quiet
 from attnx.trace.structure import Structure
 
 NORMS = frozenset({F.layer_norm, F.rms_norm})
@@ -47,6 +47,14 @@ def quiet_modules(structure: Structure) -> frozenset[str]:
     """Names of the followed modules whose own code can't attend, see `attnx.trace.quiet`."""
     return frozenset(
         name for name, module in structure.where(is_followed) if not is_attention(module) and is_quiet(module)
+    )
+
+
+def sdpa_modules(structure: Structure) -> frozenset[str]:
+    """Names of the attention layers whose code calls SDPA and does nothing else that a capture notes."""
+    layers = structure.derived(attending_names)
+    return frozenset(
+        name for name, module in structure.where(is_followed) if name in layers and calls_sdpa_alone(module)
     )
 
 

@@ -11,18 +11,20 @@ from attnx.trace.adapters.switches import DOES_NOTHING
 from attnx.trace.explicit import Weights, note_unused
 from attnx.trace.folding import Around
 from attnx.trace.grids import grid_of, mixes_tokens
-from attnx.trace.inputs import is_norm
 
 if TYPE_CHECKING:
     from attnx.trace.interceptor import Interceptor
     from attnx.trace.trace import Trace
 
 
+_UNKNOWN = object()
+
+
 class Frame:
     """A running module and the arguments of its call.
 
     Attributes:
-        watched: False if its own code can't attend, so that its functions need not be intercepted.
+        hook: its hook, which knows the module's properties.
         attended: number of its calls of SDPA, in a traced graph.
         fused: True if it called SDPA or `nn.MultiheadAttention`'s function.
         products: shapes of its products of matrices.
@@ -31,12 +33,14 @@ class Frame:
     """
 
     __slots__ = (
-        *("args", "attended", "fused", "kwargs", "module", "name", "other_softmax", "products", "watched", "weights"),
+        *("_input", "args", "attended", "fused", "hook", "kwargs", "module", "name", "other_softmax", "products"),
+        "weights",
     )
 
-    def __init__(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], watched: bool = True) -> None:
-        self.name, self.module, self.args, self.kwargs, self.attended = name, module, args, kwargs, 0
-        self.watched = watched
+    def __init__(self, hook: "Enter", module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.hook, self.name = hook, hook.name
+        self.module, self.args, self.kwargs, self.attended = module, args, kwargs, 0
+        self._input: Any = _UNKNOWN
         self.fused = self.other_softmax = False
         self.products: set[torch.Size] = set()
         self.weights: list[Weights] = []
@@ -48,6 +52,12 @@ class Frame:
 
     def main_input(self) -> Tensor | None:
         """The module's input tensor: its first argument, or its first keyword argument that is a 3-D float tensor."""
+        if self._input is _UNKNOWN:
+            self._input = self._find_input()
+        found: Tensor | None = self._input
+        return found
+
+    def _find_input(self) -> Tensor | None:
         if self.args:
             return self.args[0] if isinstance(self.args[0], Tensor) and self.args[0].is_floating_point() else None
         tensors = (t for t in self.kwargs.values() if isinstance(t, Tensor) and t.is_floating_point())
@@ -72,36 +82,43 @@ class Enter(Hook):
 
     Args:
         attends: True for an attention layer that the capture should have a map of.
-        watched: False if the module's own code can't attend, see `attnx.trace.quiet`.
+        watched: False if the module's own code can't attend, so that its functions need not be intercepted; see
+            `attnx.trace.quiet`.
+        norm: True for a norm.
+        windows: True if the module's class may have windows.
     """
 
-    __slots__ = ("attends", "watched")
+    __slots__ = ("attends", "norm", "watched", "windows")
 
-    def __init__(self, interceptor: "Interceptor", name: str, attends: bool, watched: bool) -> None:
+    def __init__(
+        self, interceptor: "Interceptor", name: str, attends: bool, watched: bool, norm: bool, windows: bool
+    ) -> None:
         super().__init__(interceptor, name)
-        self.attends = attends
-        self.watched = watched
+        self.attends, self.watched, self.norm, self.windows = attends, watched, norm, windows
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Add the module to the running modules. The outermost module also starts the capture."""
         interceptor = self.interceptor
-        if interceptor.thread not in (None, get_ident()):
+        if interceptor.thread is not None and interceptor.thread != get_ident():
             return
         if torch.compiler.is_compiling():
             # Dynamo turns an exception into a graph break: the hooks then run uncompiled, with real tensors.
             raise RuntimeError("attnx: a patched model can't be compiled with fullgraph=True")
-        if module is interceptor.model and interceptor.routes and kwargs.get("output_attentions"):
+        if module is interceptor.model and interceptor.installed.routes and kwargs.get("output_attentions"):
             raise ValueError("output_attentions: expected False inside a capture; read the maps from the trace")
         local = interceptor.local
-        if local.frames and local.frames[0].module is module:
+        frames = local.frames
+        if frames and frames[0].module is module:
             # The last call was ended by a KeyboardInterrupt: torch calls no hooks after one.
             local.clear()
             interceptor.leave()
-        if not local.frames:
+        if not frames:
             interceptor.enter(self.name, module)
-        local.frames.append(Frame(self.name, module, args, kwargs, self.watched))
+        frames.append(Frame(self, module, args, kwargs))
         # What becomes of stored weights is followed in every module.
-        interceptor.watch(self.watched or local.has_weights)
+        watched = self.watched or local.has_weights
+        if watched != local.watching:
+            interceptor.watch(watched)
         if self.attends:
             interceptor.trace.tokens.ran.add(self.name)
 
@@ -113,18 +130,21 @@ class Leave(Hook):
         """Remove the module from the running modules. The outermost module also ends the capture."""
         interceptor = self.interceptor
         local = interceptor.local
-        if not local.frames:
+        frames = local.frames
+        if not frames:
             return  # Enter raised
-        frame = local.frames.pop()
-        note_unused(interceptor, frame)
-        if frame.weights:
+        frame = frames.pop()
+        if frame.weights or frame.other_softmax:
+            note_unused(interceptor, frame)
             local.note_weights()
-        if is_norm(module):
+        if frame.hook.norm:
             interceptor.inputs.note_norm((*frame.args, *frame.kwargs.values()), output)
-        if local.frames:
-            interceptor.watch(local.frames[-1].watched or local.has_weights)
-        else:
+        if not frames:
             interceptor.leave()
+            return
+        watched = frames[-1].hook.watched or local.has_weights
+        if watched != local.watching:
+            interceptor.watch(watched)
 
 
 class Done(Hook):

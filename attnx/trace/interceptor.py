@@ -1,15 +1,17 @@
 """Intercepts a model's attention calls and passes them to a recorder, which computes the output and stores the map.
 
-Two hooks on each module that may attend (`followed`) track which layer is running (`hooks`). While a layer runs, a
-`TorchFunctionMode` intercepts calls of `F.scaled_dot_product_attention`, `F.multi_head_attention_forward` and
-`attnx.attention`, and the softmax of blocks that call none of these (`explicit`). No module is replaced, and all hooks
-are removed when the capture ends. Copies of the model made during a capture are not captured.
+Two hooks on each module that may attend (`followed`) track which layer is running (`hooks`). A layer whose code calls
+`F.scaled_dot_product_attention`, and nothing else that matters, runs a clone of its forward that calls the interceptor
+in its place (`adapters.clones`). While another layer runs, a `TorchFunctionMode` intercepts that function,
+`F.multi_head_attention_forward` and `attnx.attention`, and the softmax of blocks that call none of these (`explicit`).
+No module is replaced, and hooks and clones are removed when the capture ends (`installation`). Copies of the model made
+during a capture are not captured.
 """
 
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,21 +21,19 @@ from torch.overrides import TorchFunctionMode
 
 from attnx.ops.functional import attention
 from attnx.trace import explain, explicit
-from attnx.trace.adapters import route_to_sdpa
-from attnx.trace.adapters.checkpointing import recomputes, switch_off
+from attnx.trace.adapters.checkpointing import recomputes
 from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
 from attnx.trace.attention_call import Call, sdpa_in_four
 from attnx.trace.facts import Facts, facts_of
-from attnx.trace.followed import NORMS, is_followed, norms_to_hook, quiet_modules
+from attnx.trace.followed import NORMS
 from attnx.trace.grids import MIXERS, function_mixes, is_grid_module
-from attnx.trace.hooks import CountMerge, Done, Enter, Frame, Leave, NoteGrid, NoteNorm, ThreadState
-from attnx.trace.inputs import WRITES, Inputs, is_norm
-from attnx.trace.layers import Layers, check_model, is_attention, matches, names_in_graph, resolve
-from attnx.trace.quiet import holds_functions
+from attnx.trace.hooks import Frame, ThreadState
+from attnx.trace.inputs import WRITES, Inputs
+from attnx.trace.installation import Installation
+from attnx.trace.layers import Layers, check_model, matches, names_in_graph, resolve
+from attnx.trace.live import ACTIVE, INSTALLED, route_again, unbind
 from attnx.trace.recorder import Recorder
-from attnx.trace.structure import structure_of
 from attnx.trace.window_readers import windows_of
-from attnx.trace.windows import merges
 
 _INTERCEPTED = frozenset({SDPA, MHA, attention}) | explicit.SOFTMAX | explicit.PRODUCTS
 _NOTED = WRITES | MIXERS
@@ -47,13 +47,18 @@ class Interceptor(TorchFunctionMode):
         layers: as in `attnx.capture`.
         recorder: computes the output of each intercepted call and stores its record.
         thread: id of the only thread that is captured; None: all threads.
+        binds: bind clones of forwards that name SDPA, instead of watching the functions that they call. No module may
+            be compiled then.
     """
 
-    def __init__(self, model: nn.Module, layers: Layers, recorder: Recorder, thread: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Layers, recorder: Recorder, thread: int | None = None, binds: bool = False
+    ) -> None:
         super().__init__()
         check_model(model)
         self.model = model
         self.thread = thread
+        self.binds = binds
         self.recorder = recorder
         self.trace = recorder.trace
         self.wanted = resolve(model, layers)
@@ -63,8 +68,7 @@ class Interceptor(TorchFunctionMode):
         self.skipped: dict[str, str] = {}  # layers without a map: reason
         self.explicit: set[str] = set()  # layers that computed their softmax themselves
         self.folded: set[str] = set()  # layers whose q had not 4 dimensions
-        self.undo: list[Callable[[], None]] = []
-        self.routes: list[Callable[[], None]] = []
+        self.installed = Installation(self)
         self.local = ThreadState()
         self.running: dict[object, threading.Thread] = {}  # threads that are running the model
         self.entered: set[str] = set()  # modules called from outside the model, in this call
@@ -76,31 +80,10 @@ class Interceptor(TorchFunctionMode):
         self.finished = True
 
     def install(self) -> None:
-        """Register two hooks on each module to follow: one runs first in a call, one runs last even after an error.
-
-        Nested captures are supported.
-        """
-        self.routes += route_to_sdpa(self.model)
-        if self.recorder.grad:
-            self.undo += switch_off(self.model)
-        _LIVE.add(self)
-        self.undo.append(self.model.register_forward_hook(Done(self)).remove)
-        structure, leave = structure_of(self.model), Leave(self)
-        quiet, norms = structure.derived(quiet_modules), structure.derived(norms_to_hook)
-        for name, module in structure.where(is_followed) or [("", self.model)]:
-            watched = name not in quiet or holds_functions(module)
-            enter = Enter(self, name, is_attention(module) and self.is_wanted(name), watched)
-            self.undo += [
-                module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove,
-                module.register_forward_hook(leave, always_call=True).remove,
-            ]
-        for name, module in structure.where(is_norm) if norms else ():
-            if name in norms:
-                self.undo.append(module.register_forward_hook(NoteNorm(self)).remove)
-        for _, module in structure.where(merges):
-            self.undo.append(module.register_forward_hook(CountMerge(self)).remove)
-        for name, module in structure.where(is_grid_module):
-            self.undo.append(module.register_forward_hook(NoteGrid(self.trace, name, self.thread)).remove)
+        """Add the hooks to the model. Captures of a model may be nested."""
+        alone = not unbind(self.model)
+        INSTALLED.add(self)
+        self.installed.install(self._sdpa if self.binds and alone else None)
 
     def is_wanted(self, name: str) -> bool:
         """True if the capture should have a map of the layer."""
@@ -112,11 +95,8 @@ class Interceptor(TorchFunctionMode):
             # torch calls no hooks after a KeyboardInterrupt.
             self.local.clear()
             self.leave()
-        while self.undo:
-            self.undo.pop()()
-        while self.routes:
-            self.routes.pop()()
-        _LIVE.discard(self)
+        self.installed.remove()
+        INSTALLED.discard(self)
         route_again()
 
     def check(self) -> None:
@@ -146,7 +126,16 @@ class Interceptor(TorchFunctionMode):
             warnings.warn(explain.own_weights(self), stacklevel=3)
 
     def enter(self, name: str, module: nn.Module) -> None:
-        """Start capturing in this thread: a module was called from outside the model."""
+        """Start capturing in this thread: a module was called from outside the model.
+
+        Raises:
+            RuntimeError: the module is a copy by nn.DataParallel, which would run clones of the original's forwards.
+        """
+        if "_is_replica" in vars(module):
+            raise RuntimeError(
+                f"{type(module).__name__}: expected one copy of the model; got copies by nn.DataParallel; capture its "
+                ".module in one thread, or use DistributedDataParallel"
+            )
         with self.lock:
             others = any(thread.is_alive() for thread in self.running.values())
             if not others and not recomputes():
@@ -155,12 +144,12 @@ class Interceptor(TorchFunctionMode):
             elif module is self.model and not recomputes():
                 self.torn = type(module).__name__
             self.running[self.local.token] = threading.current_thread()
-        _ACTIVE.interceptors.append(self)
+        ACTIVE.interceptors.append(self)
 
     def leave(self) -> None:
         """Stop capturing in this thread: the call has ended."""
         self.watch(False)
-        _ACTIVE.interceptors.remove(self)
+        ACTIVE.interceptors.remove(self)
         with self.lock:
             self.running.pop(self.local.token, None)
 
@@ -221,6 +210,12 @@ class Interceptor(TorchFunctionMode):
             return multi_head_attention(sdpa, exact, *args, **kwargs)
         return self._answer(func, frame, name, args, kwargs)
 
+    def _sdpa(self, *args: Any, **kwargs: Any) -> Any:
+        """SDPA as a clone calls it. A mode that is on intercepts the call itself."""
+        if self.local.watching or not self.local.frames:
+            return SDPA(*args, **kwargs)
+        return self.__torch_function__(SDPA, (), args, kwargs)
+
     def _answer_sdpa(self, frame: Frame, name: str, *args: Any, **kwargs: Any) -> Any:
         return self._answer(SDPA, frame, name, args, kwargs)
 
@@ -229,7 +224,7 @@ class Interceptor(TorchFunctionMode):
     ) -> Any:
         """The output of a requested layer's attention, whose record the recorder stores."""
         # If another capture intercepts this call too, the output must come from SDPA, so that it sees the call.
-        only_capture = all(other is self for other in _ACTIVE.interceptors)
+        only_capture = all(other is self for other in ACTIVE.interceptors)
         try:
             call = Call.of(func, frame.module, args, kwargs, self.local.around(frame))
         except NotImplementedError as error:
@@ -258,7 +253,8 @@ class Interceptor(TorchFunctionMode):
             return None
         self.trace.tokens.beside += self.inputs.shared(self.local.frames)
         facts = facts_of(frame.module, frame.args, frame.kwargs, shape[0])
-        around = (windows_of(f.module, f.args, f.kwargs) for f in reversed(self.local.frames))
+        windowed = [f for f in reversed(self.local.frames) if f.hook.windows]
+        around = (windows_of(f.module, f.args, f.kwargs) for f in windowed)
         windows = next((w for w in around if w is not None and w.fits(shape)), None)
         return facts._replace(windows=windows, merges=self.merges) if windows or self.merges else facts
 
@@ -295,27 +291,4 @@ def _top_mode() -> object:
     return torch._C._get_function_stack_at(count - 1) if count else None
 
 
-def route_again() -> None:
-    """Switch the blocks of the remaining captures to SDPA again after another capture of them ended."""
-    for interceptor in list(_LIVE):
-        interceptor.routes += route_to_sdpa(interceptor.model)
-        if interceptor.recorder.grad:
-            interceptor.undo += switch_off(interceptor.model)
-
-
-def is_intercepted(modules: Iterable[nn.Module]) -> bool:
-    """True if an installed capture, in any thread, intercepts one of the modules."""
-    ids = {id(module) for module in modules}
-    return any(id(other) in ids for interceptor in list(_LIVE) for other in interceptor.model.modules())
-
-
-class _Active(threading.local):
-    """Interceptors whose function mode is active in this thread."""
-
-    def __init__(self) -> None:
-        self.interceptors: list[Interceptor] = []
-
-
-_ACTIVE = _Active()
-_LIVE: "weakref.WeakSet[Interceptor]" = weakref.WeakSet()  # installed, in any thread
 _REPORTED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models whose own weights were reported

@@ -54,6 +54,7 @@ class Parts:
             while around not in inside:
                 around = around.rpartition(".")[0]
             self.kinds.setdefault(around, {})[name] = kind
+        self._of: dict[str, str] = {}  # {layer: its part}
         grids = {id(module) for _, module in structure.where(is_grid_module)}
         sources = [n for n, m in self.modules.items() if id(m) in grids and not self._in_layer(n, attending)]
         # Beside words, a module with convolutions and attention is a part of its own: the ResNet of CLIP.
@@ -81,8 +82,10 @@ class Parts:
 
     def of(self, layer: str) -> str:
         """Name of the innermost part around a layer; "" if there is none."""
-        around = [part for part in self.kinds if not part or layer == part or layer.startswith(part + ".")]
-        return max(around, key=len, default="")
+        if layer not in self._of:
+            around = [part for part in self.kinds if not part or layer == part or layer.startswith(part + ".")]
+            self._of[layer] = max(around, key=len, default="")
+        return self._of[layer]
 
     def kind(self, part: str) -> str:
         """Kind of a part's tokens: "image" or "text"; "tokens" if the part has both or neither."""

@@ -1,13 +1,14 @@
 """The tokens of the maps of one pass, from the model, the grids of its patches, and facts about its attention calls."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from attnx.trace.branch_layers import BranchLayer, branch_layer
 from attnx.trace.facts import Facts
 from attnx.trace.grids import Grid
-from attnx.trace.layers import attending_names, attention_layers
+from attnx.trace.layers import attending_names
 from attnx.trace.layout import TokenLayout, infer_layout
 from attnx.trace.parts import Parts
 from attnx.trace.row_stats import PlacesCache
@@ -18,6 +19,8 @@ from attnx.trace.windows import Windows
 
 __all__ = ["PassTokens"]
 
+_NO_FACTS = Facts()
+
 
 class PassTokens:
     """The tokens of the maps of one pass.
@@ -26,6 +29,7 @@ class PassTokens:
         given: the `layout` argument of the capture.
         places: places of the tokens of layers, see `attnx.trace.row_stats.wanted_of`.
         beside: pairs of modules that had the same input.
+        structure: of the model, the same in all passes of a capture.
         ran: names of the attention modules that ran, with or without a map.
     """
 
@@ -42,11 +46,12 @@ class PassTokens:
         self._queries: dict[str, int] = {}
         self._facts: dict[str, Facts] = {}
         self._sides: dict[str, tuple[Tokens, Tokens]] = {}
-        # Facts, parts and places that hold for every pass.
+        # Facts, parts, places and sides that hold for every pass; sides with what they were found from.
         self.places: PlacesCache = {}
         self._known: dict[str, Facts] = {}
         self._parts: dict[tuple[str, ...], Parts] = {}
-        self._of_model: Structure | None = None
+        self._found: dict[str, tuple[tuple[Any, ...], tuple[Tokens, Tokens]]] = {}
+        self.structure: Structure | None = None
 
     def copy(self) -> "PassTokens":
         """A copy for another trace of the same pass."""
@@ -59,8 +64,8 @@ class PassTokens:
     def next_pass(self) -> "PassTokens":
         """The tokens of a new pass: only facts, parts and places that hold for every pass are kept."""
         other = PassTokens(self.model, self.given)
-        other._known, other._parts, other.places = self._known, self._parts, self.places
-        other._of_model = self._of_model
+        other._known, other._parts, other.places, other._found = self._known, self._parts, self.places, self._found
+        other.structure = self.structure
         return other
 
     def item(self, index: int, queries: Mapping[str, int]) -> "PassTokens":
@@ -73,7 +78,7 @@ class PassTokens:
         }
         return other
 
-    def grids_of_items(self, layer: str, keys: Tokens, layers: Iterable[str]) -> tuple[tuple[int, int], ...] | None:
+    def grids_of_items(self, layer: str, keys: Tokens, layers: Collection[str]) -> tuple[tuple[int, int], ...] | None:
         """The grid of each image among the padded keys of a layer; None if there is no padding."""
         if keys.kind not in ("image", "tokens"):
             return None
@@ -81,7 +86,7 @@ class PassTokens:
         grids = parts.grids(keys.part, self._before.get(layer, self._grids), self._facts_of(layer).width)
         return next((grid.each for grid in grids if grid.each), None)
 
-    def unpadded(self, layer: str, keys: Tokens, index: int, layers: Iterable[str]) -> int | None:
+    def unpadded(self, layer: str, keys: Tokens, index: int, layers: Collection[str]) -> int | None:
         """Number of tokens of one image among the padded keys of a layer; None if there is no padding."""
         each = self.grids_of_items(layer, keys, layers)
         return None if each is None else each[index][0] * each[index][1]
@@ -109,7 +114,7 @@ class PassTokens:
     @property
     def attending(self) -> Sequence[str]:
         """Names of the model's attention layers in the order of its modules."""
-        return attention_layers(self.model)
+        return self._of_model().derived(attending_names)
 
     def branch(self, layer: str) -> BranchLayer | None:
         """The place of a layer in a CrossViT; None for a layer of another model."""
@@ -147,7 +152,7 @@ class PassTokens:
         inside = tuple(f"{layer}." for layer in self._place)
         return next((name for name in between if not name.startswith(inside)), None)
 
-    def sides(self, name: str, shape: tuple[int, int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
+    def sides(self, name: str, shape: tuple[int, int, int], layers: Collection[str]) -> tuple[Tokens, Tokens]:
         """(queries, keys): the tokens that the rows and the columns of a layer's map stand for.
 
         Args:
@@ -158,7 +163,7 @@ class PassTokens:
             self._sides[name] = self._find_sides(name, shape, layers)
         return self._sides[name]
 
-    def layout(self, name: str, keys: Tokens, layers: Iterable[str]) -> TokenLayout:
+    def layout(self, name: str, keys: Tokens, layers: Collection[str]) -> TokenLayout:
         """Token layout of the keys of a layer over an image.
 
         Args:
@@ -186,7 +191,7 @@ class PassTokens:
         grids = parts.grids(keys.part, self._before.get(name, self._grids), self._facts_of(name).width)
         return infer_layout(parts.modules.get(keys.part, self.model), grids, keys.count)
 
-    def patch_size(self, name: str, tokens: Tokens, layers: Iterable[str]) -> tuple[float, float] | None:
+    def patch_size(self, name: str, tokens: Tokens, layers: Collection[str]) -> tuple[float, float] | None:
         """(height, width) in pixels from one token of a grid to the next; None if unknown.
 
         A pixel is one of what the first convolution of the layer's part, or of the model, sees, if that is an image.
@@ -205,27 +210,39 @@ class PassTokens:
         height, width = map(_pixels, seen.image, seen.step, seen.shape, tokens.grid)
         return None if height is None or width is None else (height, width)
 
-    def _find_sides(self, name: str, shape: tuple[int, int, int], layers: Iterable[str]) -> tuple[Tokens, Tokens]:
-        facts = self._facts_of(name)
+    def _find_sides(self, name: str, shape: tuple[int, int, int], layers: Collection[str]) -> tuple[Tokens, Tokens]:
         size = shape[0], self._queries.get(name, shape[1]), shape[2]
-        queries, keys = sides(self._structure(layers), name, size, facts, self._before.get(name, self._grids))
+        inputs = self._structure(layers), size, self._facts_of(name), self._before.get(name, self._grids)
+        found = self._found.get(name)
+        if found is None or found[0] != inputs:
+            parts, size, facts, grids = inputs
+            found = self._found[name] = inputs, sides(parts, name, size, facts, grids)
+        queries, keys = found[1]
         if self.given is not None and keys.count == self.given.tokens and keys.kind in ("image", "tokens"):
             given = of_layout(self.given, keys.part)
             return (given if queries == keys else queries), given
         return queries, keys
 
     def _facts_of(self, name: str) -> Facts:
-        return self._facts.get(name) or self._known.get(name.partition("#")[0], Facts())
+        return self._facts.get(name) or self._known.get(name.partition("#")[0], _NO_FACTS)
 
-    def _structure(self, layers: Iterable[str]) -> Parts:
-        if self._of_model is None:
-            self._of_model = structure_of(self.model)  # the same in all passes of a capture
-        structure = self._of_model
-        known = structure.derived(attending_names)
-        names = tuple(dict.fromkeys(name for layer in layers if (name := layer.partition("#")[0]) not in known))
+    def _of_model(self) -> Structure:
+        if self.structure is None:
+            self.structure = structure_of(self.model)
+        return self.structure
+
+    def _structure(self, layers: Collection[str]) -> Parts:
+        structure = self._of_model()
+        known, names = structure.derived(_attending), tuple[str, ...]()
+        if not known.issuperset(layers):
+            names = tuple(dict.fromkeys([name for layer in layers if (name := layer.partition("#")[0]) not in known]))
         if names not in self._parts:
             self._parts[names] = structure.derived(Parts, names).for_one_trace()
         return self._parts[names]
+
+
+def _attending(structure: Structure) -> frozenset[str]:
+    return frozenset(structure.derived(attending_names))
 
 
 def _pixels(image: int, step: int, first: int, count: int) -> float | None:

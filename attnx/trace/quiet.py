@@ -9,6 +9,7 @@ import builtins
 import dis
 import logging
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cache
 from inspect import unwrap
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from attnx.trace.adapters.huggingface import AS_EAGER
+
 _NOTED = frozenset({
     "softmax", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention",
     "multi_head_attention_forward", "attention", "forward", "get_interface",
@@ -28,7 +31,14 @@ _NOTED = frozenset({
 })  # fmt: skip
 """Names of functions that a capture notes, and of those that find functions by other means."""
 
+_SDPA = frozenset({"scaled_dot_product_attention"})
+# Names in the branch of a forward that does not run where timm's flag says that SDPA does.
+_UNFUSED = frozenset({"softmax", "matmul", "@"})
+_TABLE = frozenset({"ALL_ATTENTION_FUNCTIONS", "get_interface", "eager_attention_forward", "()"})
+_NOTHING = frozenset[str]()
+
 _CONSTANTS = (str, int, float, bool, type(None), torch.dtype, torch.device, logging.Logger)
+_NEVER_CALLED = frozenset({bool, int, float, str, tuple, list, dict, set, OrderedDict, type(None)})
 _DATA = (*_CONSTANTS, type, nn.Module, torch.Tensor, tuple, list, dict, set, frozenset)
 
 
@@ -42,13 +52,37 @@ class Names(NamedTuple):
     attributes: frozenset[str]
 
 
-def is_quiet(module: nn.Module) -> bool:
+def calls_sdpa_alone(module: nn.Module) -> bool:
+    """True if the code of the module's class calls SDPA by its name, and does nothing else that a capture notes.
+
+    It may look SDPA up in the table of transformers. It may also compute its own softmax where SDPA is switched off,
+    see `sdpa_is_on`.
+    """
+    kind: Any = type(module)
+    package = kind.__module__.partition(".")[0]
+    allowed = _SDPA | (_UNFUSED if package == "timm" else _TABLE if package == "transformers" else _NOTHING)
+    return not names_of(kind, allowed).attributes.isdisjoint(_SDPA | _TABLE) and is_quiet(module, allowed)
+
+
+def sdpa_is_on(module: nn.Module) -> bool:
+    """True if a module that passes `calls_sdpa_alone` calls SDPA now, by the flag of timm or the configuration."""
+    package, own = type(module).__module__.partition(".")[0], vars(module)
+    if package == "timm":
+        return bool(own.get("fused_attn"))
+    if package == "transformers":
+        return getattr(own.get("config"), "_attn_implementation_internal", None) in ("sdpa", AS_EAGER)
+    return True
+
+
+def is_quiet(module: nn.Module, allowed: frozenset[str] = _NOTHING) -> bool:
     """True if the code of the module's class can't attend, nor does it call methods of the modules inside it.
 
     Its attributes may hold functions, see `holds_functions`.
+
+    allowed: names that its forward may use. "@" stands for products, "()" for calls of variables.
     """
     kind: Any = type(module)
-    quiet, attributes = names_of(kind)
+    quiet, attributes = names_of(kind, allowed)
     if not quiet or holds_functions(module):
         return False
     for child in module.modules():
@@ -66,21 +100,26 @@ def is_quiet(module: nn.Module) -> bool:
 
 def holds_functions(module: nn.Module) -> bool:
     """True if an attribute of the module itself can be called, such as a forward of its own."""
-    return any(callable(value) and not isinstance(value, nn.Module | type) for value in vars(module).values())
+    for value in vars(module).values():
+        if type(value) not in _NEVER_CALLED and callable(value) and not isinstance(value, nn.Module | type):
+            return True
+    return False
 
 
 @cache
-def names_of(kind: Any) -> Names:
-    """The names in the forward of a class, and in the methods and functions that it calls."""
+def names_of(kind: Any, allowed: frozenset[str] = _NOTHING) -> Names:
+    """The names in the forward of a class, and in the methods and functions that it calls; see `is_quiet`."""
     forward = getattr(kind, "forward", None)  # a scripted module's class has none
     if forward is nn.Sequential.forward:
         return Names(True, frozenset())  # it calls its modules, one after the other
     names: set[str] = set()
-    quiet = forward is not None and _is_quiet(forward, kind, names, set())
+    quiet = forward is not None and _is_quiet(forward, kind, names, set(), allowed)
     return Names(quiet, frozenset(names))
 
 
-def _is_quiet(function: Any, kind: type[nn.Module], names: set[str], seen: set[Any]) -> bool:
+def _is_quiet(
+    function: Any, kind: type[nn.Module], names: set[str], seen: set[Any], allowed: frozenset[str] = _NOTHING
+) -> bool:
     """True if a function of a class, and what it calls, does nothing that is noted; adds the names it uses."""
     function = unwrap(function)
     if function in seen:
@@ -91,10 +130,13 @@ def _is_quiet(function: Any, kind: type[nn.Module], names: set[str], seen: set[A
     for code in _codes(function.__code__):
         used = set(code.co_names)
         names |= used
-        if not _NOTED.isdisjoint(used) or _writes_or_multiplies(code) or _calls_a_variable(code):
+        if not _NOTED.isdisjoint(used - allowed) or _writes_or_multiplies(code, "@" in allowed):
+            return False
+        if "()" not in allowed and _calls_a_variable(code):
             return False
         methods = [getattr(kind, name, None) for name in used if not hasattr(nn.Module, name)]
-        values = [function.__globals__.get(name, getattr(builtins, name, None)) for name in _global_names(code)]
+        found = _global_names(code) - allowed
+        values = [function.__globals__.get(name, getattr(builtins, name, None)) for name in found]
         for value in (*methods, *values):
             if isinstance(value, property):
                 value = value.fget
@@ -120,12 +162,13 @@ def _global_names(code: CodeType) -> set[str]:
     return {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
 
 
-def _writes_or_multiplies(code: CodeType) -> bool:
-    """True for code with ``x += y``, ``x[i] = y`` or ``x @ y``."""
+def _writes_or_multiplies(code: CodeType, may_multiply: bool) -> bool:
+    """True for code with ``x += y`` or ``x[i] = y``, or with ``x @ y`` unless it may multiply."""
     for step in dis.get_instructions(code):
         if step.opname == "STORE_SUBSCR":
             return True
-        if step.opname == "BINARY_OP" and (step.argrepr.endswith("=") or step.argrepr.startswith("@")):
+        writes = step.opname == "BINARY_OP" and (step.argrepr.endswith("=") or step.argrepr.startswith("@"))
+        if writes and not (may_multiply and step.argrepr == "@"):
             return True
     return False
 

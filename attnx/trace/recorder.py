@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from attnx.ops.checks import in_range, row_indices
 from attnx.ops.functional import attention_map
+from attnx.ops.known_calls import known, signature
 from attnx.ops.reducers import MASK_THRESHOLD, Reduction, fuse_heads
-from attnx.trace.attend import attend, attend_with_stats, check_keep, without_map
+from attnx.trace.attend import attend, attend_with_stats, check_keep, is_small, without_map
 from attnx.trace.attention_call import Call
 from attnx.trace.facts import Facts
 from attnx.trace.gradient_record import attend_with_gradient, weigh_weights
@@ -82,6 +83,7 @@ class Recorder:
         self.internal = internal
         self.grad = grad
         self.attended: dict[str, dict[str, Any]] | None = None
+        self._whole_maps = not grad and not stats and rows is None and self.keep in ("map", "auto")
         self._rows: dict[tuple[Any, ...], Tensor] = {}
         # {id of a mask: (mask, version, True if it masks whole rows)}
         self._masks_rows: dict[int, tuple[ref[Tensor], int, bool]] = {}
@@ -98,8 +100,9 @@ class Recorder:
 
     def key(self, layer: str) -> str:
         """Name of the layer in the trace: numbered if it attended before in the same pass."""
-        again = sum(name.partition("#")[0] == layer for name in self.trace)
-        return f"{layer}#{again + 1}" if again else layer
+        if layer not in self.trace:
+            return layer
+        return f"{layer}#{sum(name.partition('#')[0] == layer for name in self.trace) + 1}"
 
     def answer(self, layer: str, call: Call, alone: bool, facts: Facts | None = None) -> Tensor:
         """Output of the layer's attention; stores the record of the call.
@@ -117,23 +120,28 @@ class Recorder:
         if call.dropout:
             raise ValueError(f"{layer}: expected dropout_p = 0; got {call.dropout}; call model.eval()")
         q, k, v = call.q, call.k, call.v
-        if not len(q) == len(k) == len(v):
+        if not q.shape[0] == k.shape[0] == v.shape[0]:
             batch = torch.broadcast_shapes(q.shape[:1], k.shape[:1], v.shape[:1])[0]
             q, k, v = (t.expand(batch, -1, -1, -1) for t in (q, k, v))
+        if facts is not None:
+            self.trace.tokens.note(layer, facts)
+        own = call.ours or not alone or layer == self.stop_after
+        if self._whole_maps and self.attended is None and not own:
+            out = self._answer_again(layer, q, k, v, call)
+            if out is not None:
+                return call.unfold(out)
         given: dict[str, Any] = dict(bias=call.bias, backend=self.backend, **call.scores)
         if self.attended is not None:
             # Only q and k of the last layer are kept: they are views that keep a whole qkv alive.
             for earlier in self.attended.values():
                 earlier.pop("q", None), earlier.pop("k", None)
             self.attended[layer] = dict(given, q=q, k=k, nbytes=qk_bytes(q, k, call.bias))
-        if facts is not None:
-            self.trace.tokens.note(layer, facts)
         if layer == self.stop_after and self.stop_row is not None:
             self.keep_row(layer, q, k, q.shape[2], rows=self._index((self.stop_row,), q), **given)
         try:
             rows = None if self.trace.rows is None else self._index(self.trace.rows, q)
             options = dict(heads=self.trace.heads, rows=rows, **given)
-            wanted = self._wanted(layer, (len(q), q.shape[2], k.shape[2]), q.device)
+            wanted = self._wanted(layer, (q.shape[0], q.shape[2], k.shape[2]), q.device) if self.stats else None
             if self.grad:
                 stats = attend_with_stats(q, k, v, "stats", wanted, output=False, **options)[2] if wanted else None
                 answer, weighted = attend_with_gradient(
@@ -141,9 +149,7 @@ class Recorder:
                 )
                 self.trace.add(layer, weighted, q.shape[2], stats)
                 return answer
-            use_kernel = (
-                alone and not call.ours and layer != self.stop_after and not self._needs_own_output(q, k, v, call.bias)
-            )
+            use_kernel = not own and not self._needs_own_output(q, k, v, call.bias)
             record: LayerRecord
             if wanted:
                 out, record, stats = attend_with_stats(q, k, v, self.keep, wanted, output=use_kernel, **options)
@@ -159,6 +165,19 @@ class Recorder:
         if out is None:
             return call.output()
         return call.unfold(out)
+
+    def _answer_again(self, layer: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | None:
+        """Output of a call without a bias that was checked before and whose map is stored; None for other calls."""
+        if call.bias is not None or not (self.keep == "map" or is_small(q, k)):
+            return None
+        scores = call.scores
+        key = signature(q, k, v, None, scores["is_causal"], scores["scale"], None, self.trace.heads, self.backend)
+        checked = known(key)
+        if checked is None or checked.prepared is None:
+            return None
+        out, amap = checked.prepared(q, k, v, None)
+        self.trace.add(layer, MapRecord(amap, self.internal and self.trace.heads == "mean"), q.shape[2])
+        return out
 
     def answer_weights(
         self, layer: str, p: Tensor, weights: Tensor, fold: Callable[[Tensor], Tensor], facts: Facts | None
@@ -186,7 +205,7 @@ class Recorder:
         alone = self.stop_row is not None and layer == self.stop_after and self.trace.rows is None
         chosen = in_range((self.stop_row or 0,), p.shape[2]) if alone else self.trace.rows
         record: LayerRecord
-        wanted = self._wanted(layer, (len(p), *p.shape[2:]), p.device)
+        wanted = self._wanted(layer, (len(p), *p.shape[2:]), p.device) if self.stats else None
         try:
             rows = None if chosen is None else self._index(chosen, p)
             stats = wanted.of_weights(p) if wanted else None
@@ -204,10 +223,8 @@ class Recorder:
         if layer == self.stop_after:
             raise StopForward
 
-    def _wanted(self, layer: str, shape: Sequence[int], device: torch.device) -> Wanted | None:
-        """The request for the statistics of a layer with maps of this shape, [items, M, N]; None if there is none."""
-        if not self.stats:
-            return None
+    def _wanted(self, layer: str, shape: Sequence[int], device: torch.device) -> Wanted:
+        """The request for the statistics of a layer with maps of this shape, [items, M, N]."""
         tokens, layers = self.trace.tokens, [*self.trace, layer]
         sides = tokens.sides(layer, (shape[0], shape[1], shape[2]), layers)
         each = tokens.grids_of_items(layer, sides[1], layers)

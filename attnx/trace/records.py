@@ -4,7 +4,7 @@ A map takes 4 N^2 bytes; the memory of q and k is linear in N. Methods read both
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -99,11 +99,6 @@ class MapRecord:
     def vecmat(self, r: Tensor) -> Tensor:
         """Row vectors times the map: [B, R, M] -> [B, R, N]."""
         with no_autocast(r):
-            if r.device.type == "cpu" and r.shape[1] == 1 and len(r):
-                # bmm takes twice as long for a single row.
-                if len(r) == 1:
-                    return (r[0] @ self.amap[0])[None]
-                return torch.stack([row @ amap for row, amap in zip(r, self.amap, strict=True)])
             return torch.bmm(r, self.amap)
 
 
@@ -178,4 +173,5 @@ def has_no_map(record: LayerRecord) -> bool:
 
 def no_autocast(t: Tensor) -> AbstractContextManager[Any]:
     """A context manager that disables autocast on the device of `t`."""
-    return torch.autocast(t.device.type, enabled=False)
+    device = t.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from attnx.trace.layout import TokenLayout
 
@@ -60,6 +61,7 @@ def of_layout(layout: TokenLayout, part: str) -> Tokens:
     return Tokens("image", layout.prefix, layout.grid, layout.tokens, cls, part, layout.frames, layout.suffix)
 
 
+@lru_cache(4096)
 def stack_of(layer: str) -> str:
     """Name of the stack of blocks around a layer: "encoder.layer" for "encoder.layer.3.attention"."""
     stem = re.match(r"(.*?)\d+(?=[.#]|$)", layer)

@@ -1,7 +1,7 @@
 """The windows of the block that runs, read from its attributes and its input."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,19 +21,29 @@ def windows_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
         args, kwargs: arguments of the block's call.
     """
     kind: Any = type(module)
-    readers = _READERS.get(kind.__name__)
-    if readers is None:
+    read = _reader(kind)
+    if read is None:
         return None
-    source = kind.__module__ + "."
-    read = next((read for package, read in readers.items() if package and source.startswith(package)), readers.get(""))
     given = dict(zip(parameters(kind), args, strict=False)) | dict(kwargs)
     x = given.get(next(iter(parameters(kind)), ""))
-    if read is None or not isinstance(x, Tensor):
+    if not isinstance(x, Tensor):
         return None
     try:
         return read(module, x, next((given[name] for name in _SIZES if name in given), None))
     except (AttributeError, TypeError, ValueError):
         return None  # another class of this name
+
+
+@cache
+def may_have_windows(kind: Any) -> bool:
+    """True for a class that `windows_of` may know."""
+    return _reader(kind) is not None
+
+
+def _reader(kind: Any) -> "_Reader | None":
+    """The function that reads the windows of a class."""
+    readers, source = _READERS.get(kind.__name__, {}), kind.__module__ + "."
+    return next((read for package, read in readers.items() if package and source.startswith(package)), readers.get(""))
 
 
 def _pair(value: Any) -> Pair:

@@ -6,6 +6,7 @@
 // the rows of a packed qkv are in separate pages, which hardware prefetchers don't follow.
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <functional>
 #include <queue>
 #include <system_error>
@@ -257,5 +258,19 @@ int64_t attnx_scratch_floats(const attnx::Call* call) { return attnx::Work(*call
 void attnx_run(const attnx::Call* call, attnx::Parallel* parallel) {
     attnx::Work work(*call);
     attnx::in_threads(work, parallel);
+}
+
+// Runs a call that differs from `like` in its tensors and threads, with scratch memory of its own. Returns the bytes of
+// scratch memory that could not be allocated, else 0.
+int64_t attnx_run_like(const attnx::Call* like, const void* q, const void* k, const void* v, const void* bias, void* out,
+                       float* map, int64_t threads, attnx::Parallel* parallel) {
+    attnx::Call call = *like;
+    call.q = q, call.k = k, call.v = v, call.bias = bias, call.out = out, call.map = map, call.threads = threads;
+    const int64_t bytes = attnx::round_up(attnx_scratch_floats(&call) * sizeof(float), 64);
+    call.scratch = (float*)std::aligned_alloc(64, bytes);
+    if (!call.scratch) return bytes;
+    attnx_run(&call, parallel);
+    std::free(call.scratch);  // the block's MLP uses the memory next
+    return 0;
 }
 }

@@ -77,11 +77,10 @@ def attention(scores: Scores, v: Tensor, reduction: Reduction, rows: Tensor | No
 
 def prepare(
     scores: Scores, v: Tensor, reduction: Reduction
-) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor] | None] | None:
+) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None:
     """A function that computes `attention` of other tensors q, k, v and bias of the same shapes, strides and dtypes.
 
-    It returns None where the kernel can't be used. None in its place if this backend can't take such calls, or copies
-    their inputs.
+    None if this backend can't take such calls, or copies their inputs.
     """
     try:
         limited = limits(scores, v, reduction)
@@ -91,25 +90,19 @@ def prepare(
     copies = any(_rows_contiguous(t) is not t for t in (scores.q, scores.k, v))
     if limited or copies or (bias is not None and bias.dtype not in (torch.float32, torch.bool)):
         return None
-    first = bytes(_filled(scores, v, reduction=reduction)[0])
-    (B, H, M, _), N, dv = scores.q.shape, scores.k.shape[2], v.shape[3]
-    planes = (B, H) if reduction is Reduction.EACH else (B,)
-    scratch: dict[int, int] = {}  # {threads: floats}
+    run_like, parallel = kernel(instructions()).attnx_run_like, _openmp()
+    out_shape, out_strides, dtype = scores.q.shape[:3] + v.shape[3:], scores.new_output(v).stride(), v.dtype
+    map_shape = _map_shape(scores, reduction, None)
+    like = ctypes.byref(_filled(scores, v, reduction=reduction)[0])
 
-    def compute(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        try:
-            functions = kernel(instructions())
-        except ImportError:
-            return None
-        out, amap = q.new_empty(B, M, H, dv).transpose(1, 2), map_pool.empty((*planes, M, N))
-        call = _Call.from_buffer_copy(first)
-        call.q, call.k, call.v, call.out, call.map = (t.data_ptr() for t in (q, k, v, out, amap))
-        if bias is not None:
-            call.bias = bias.data_ptr()
-        threads = call.threads = torch.get_num_threads()
-        if threads not in scratch:
-            scratch[threads] = functions.attnx_scratch_floats(ctypes.byref(call))
-        _start(functions, call, scratch[threads])
+    def compute(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, amap = torch.empty_strided(out_shape, out_strides, dtype=dtype), map_pool.empty(map_shape)
+        missing = run_like(
+            like, q.data_ptr(), k.data_ptr(), v.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
+            amap.data_ptr(), torch.get_num_threads(), parallel,
+        )  # fmt: skip
+        if missing:
+            raise MemoryError(f"attnx: no memory for {missing} bytes of scratch space")
         return out, amap
 
     return compute
@@ -180,9 +173,13 @@ def row_importance(scores: Scores, grad: Tensor, v: Tensor, lse: Tensor | None) 
 
 
 def _empty_map(scores: Scores, reduction: Reduction, rows: Tensor | None) -> Tensor:
+    return map_pool.empty(_map_shape(scores, reduction, rows))
+
+
+def _map_shape(scores: Scores, reduction: Reduction, rows: Tensor | None) -> tuple[int, ...]:
     B, H, M, _ = scores.q.shape
     planes = (B, H) if reduction is Reduction.EACH else (B,)
-    return map_pool.empty((*planes, M if rows is None else len(rows), scores.k.shape[2]))
+    return *planes, M if rows is None else len(rows), scores.k.shape[2]
 
 
 def _filled(
@@ -232,12 +229,8 @@ def _run(scores: Scores, v: Tensor | None, **arguments: Any) -> None:
     """Fills a Call, as `_filled` does, and runs it."""
     functions = kernel(instructions())
     call, _kept = _filled(scores, v, **arguments)
-    _start(functions, call, functions.attnx_scratch_floats(ctypes.byref(call)))
-
-
-def _start(functions: ctypes.CDLL, call: _Call, scratch_floats: int) -> None:
     # Freed after the call: the block's MLP uses the memory next, and malloc returns it at once.
-    scratch = torch.empty(scratch_floats, dtype=torch.float32, device="cpu")
+    scratch = torch.empty(functions.attnx_scratch_floats(ctypes.byref(call)), dtype=torch.float32, device="cpu")
     call.scratch = scratch.data_ptr()
     functions.attnx_run(ctypes.byref(call), _openmp())
 
@@ -295,6 +288,8 @@ def loaded(path: Path) -> ctypes.CDLL:
     functions.attnx_scratch_floats.restype = ctypes.c_int64
     functions.attnx_run.restype = None
     functions.attnx_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    functions.attnx_run_like.restype = ctypes.c_int64
+    functions.attnx_run_like.argtypes = (*(ctypes.c_void_p,) * 7, ctypes.c_int64, ctypes.c_void_p)
     if functions.attnx_call_size() != ctypes.sizeof(_Call):
         raise CacheError("the compiled CPU kernel is of another version")
     return functions

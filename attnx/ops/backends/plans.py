@@ -55,15 +55,17 @@ class Plan(NamedTuple):
     results: tuple[int, ...]
     single: bool
 
-    def run(self, inputs: Sequence[Tensor | None]) -> Any:
-        """Allocate, launch and return the results, on the device of the first input."""
-        q = inputs[0]
-        assert q is not None
-        if q.is_cuda and q.device.index != torch.cuda.current_device():
-            with torch.cuda.device(q.device):
-                return self.run(inputs)
-        made = [q.new_empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self.allocations]
-        addresses = [0 if t is None else t.data_ptr() for t in inputs]
+    def run(self, first: Tensor, addresses: list[int]) -> Any:
+        """Allocate, launch and return the results.
+
+        Args:
+            first: the first input, on whose device the plan runs.
+            addresses: of all inputs; those of the allocations are appended.
+        """
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return self.run(first, addresses)
+        made = [first.new_empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self.allocations]
         addresses += [t.data_ptr() for t in made]
         for launch, fixed, pointers in self.steps:
             args = fixed.copy()
@@ -135,10 +137,10 @@ def planned(name: str, options: tuple[Hashable, ...], inputs: Sequence[Tensor | 
     first = inputs[0]
     if first is None or not is_planned(first) or getattr(_LOCAL, "recording", None) is not None:
         return compute()
-    key = _key(name, options, inputs)
+    key, addresses = _key(name, options, inputs)
     plan = _KEPT.get(key)
     if plan is not None:
-        result: T = plan.run(inputs)
+        result: T = plan.run(first, addresses)
         return result
     recording = _LOCAL.recording = _Recording(inputs)
     try:
@@ -158,8 +160,9 @@ def by_plan(name: str, options: tuple[Hashable, ...], inputs: Sequence[Tensor | 
     first = inputs[0]
     if first is None or not is_planned(first) or getattr(_LOCAL, "recording", None) is not None:
         return None
-    plan = _KEPT.get(_key(name, options, inputs))
-    return None if plan is None else plan.run(inputs)
+    key, addresses = _key(name, options, inputs)
+    plan = _KEPT.get(key)
+    return None if plan is None else plan.run(first, addresses)
 
 
 def note(launch: Launch, compiled: Any) -> None:
@@ -174,17 +177,23 @@ def is_planned(t: Tensor) -> bool:
     return t.is_cuda
 
 
-def _key(name: str, options: tuple[Hashable, ...], inputs: Sequence[Tensor | None]) -> Hashable:
-    """The key of a plan. It includes which inputs start at the same address."""
+def _key(name: str, options: tuple[Hashable, ...], inputs: Sequence[Tensor | None]) -> tuple[Hashable, list[int]]:
+    """The key of a plan, and the addresses of the inputs, 0 for None. The key tells which inputs start at one address.
+
+    All inputs are on the device of the first.
+    """
     key: list[Hashable] = [name, options]
     addresses = []
     for t in inputs:
         if t is None:
             key.append(None)
-            continue
-        address = t.data_ptr()
-        addresses.append(address)
-        key += (t.shape, t.stride(), t.dtype, t.get_device(), address & 15)
+            addresses.append(0)
+        else:
+            address = t.data_ptr()
+            addresses.append(address)
+            key += (t.shape, t.stride(), t.dtype, address & 15)
+            if len(addresses) == 1:
+                key.append(t.get_device())
     if len(set(addresses)) < len(addresses):
         key += map(addresses.index, addresses)
-    return tuple(key)
+    return tuple(key), addresses

@@ -11,7 +11,7 @@ from torch import nn
 
 from attnx.trace.adapters import albef, bert_like, blip, crossvit, dino, huggingface, lavt, mvit, plain, swin, timm
 from attnx.trace.adapters.known import Known, bind_known
-from attnx.trace.structure import structure_of
+from attnx.trace.structure import Structure, structure_of
 
 Undo = Callable[[], None]
 
@@ -21,10 +21,15 @@ for _adapter in (albef, bert_like, blip, crossvit, dino, lavt, mvit, plain, swin
         _BLOCKS.setdefault(_known.name, []).append(_known)
 
 
-def route_to_sdpa(model: nn.Module) -> list[Undo]:
-    """Make the model's unfused blocks call SDPA; returns functions that undo it, to be called in any order."""
-    known = [module for _, module in structure_of(model).where(_is_known)]
-    return [*timm.use_sdpa(model), *huggingface.use_sdpa(model), *bind_known(known, _BLOCKS)]
+def route_to_sdpa(model: nn.Module, structure: Structure | None = None) -> list[Undo]:
+    """Make the model's unfused blocks call SDPA; returns functions that undo it, to be called in any order.
+
+    structure: of the model, if it is known already.
+    """
+    if structure is None:
+        structure = structure_of(model)
+    known = [module for _, module in structure.where(_is_known)]
+    return [*timm.use_sdpa(structure), *huggingface.use_sdpa(structure), *bind_known(known, _BLOCKS)]
 
 
 def _is_known(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnx.trace.adapters.masks import as_bias
 from attnx.trace.adapters.switches import Instead
-from attnx.trace.structure import structure_of
+from attnx.trace.structure import Structure, structure_of
 
 AS_EAGER = "attnx_as_eager"
 BEYOND_SDPA = ("softcap", "s_aux", "sinks")
@@ -27,12 +27,12 @@ _BEYOND = ("softcap", "sinks")  # parts of attribute names
 _SUPPORT: dict[tuple[str, str], bool] = {}  # {(source file, configuration): supports SDPA}
 
 
-def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
+def use_sdpa(structure: Structure) -> list[Callable[[], None]]:
     """Switch configurations from "eager" to SDPA if outputs do not change; returns functions that switch them back."""
     if "transformers" not in sys.modules:
         return []
     undo: list[Callable[[], None]] = []
-    for config, modules in configurations(model):
+    for config, modules in configurations(structure):
         if config._attn_implementation_internal == "eager" and _eager_reason(modules) is None:
             _register()
             # The public setter would also set the configurations inside this one.
@@ -74,7 +74,7 @@ def not_switched(model: nn.Module) -> dict[str, str]:
         return {}
     names = {id(module): name for name, module in model.named_modules()}
     reasons = {}
-    for config, modules in configurations(model):
+    for config, modules in configurations(structure_of(model)):
         kind = config._attn_implementation_internal
         if kind == AS_EAGER:
             continue
@@ -98,7 +98,8 @@ def unpacked(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> tu
 
     In a decode step with a mask, transformers' `pack_gqa` passes q [B, Hk, H / Hk, D] to SDPA, whose rows are heads.
     """
-    groups = getattr(module, "num_key_value_groups", 1)
+    # vars() instead of getattr: a failed lookup by nn.Module.__getattr__ takes microseconds.
+    groups = vars(module).get("num_key_value_groups", 1)
     if not isinstance(groups, int) or groups < 2 or q.shape[2] != groups or q.shape[1] != k.shape[1]:
         return None
     config = getattr(module, "config", None)
@@ -144,10 +145,10 @@ def _code(module: nn.Module) -> CodeType | None:
     return forward.__code__ if isinstance(forward, FunctionType) else None
 
 
-def configurations(model: nn.Module) -> Iterator[tuple[Any, list[nn.Module]]]:
+def configurations(structure: Structure) -> Iterator[tuple[Any, list[nn.Module]]]:
     """Each configuration that names an attention function, with the modules that hold it, outermost first."""
     holders: dict[int, tuple[Any, list[nn.Module]]] = {}
-    for _, module in structure_of(model).where(_has_configuration):
+    for _, module in structure.where(_has_configuration):
         # vars() instead of getattr: a failed lookup by nn.Module.__getattr__ takes microseconds.
         config: Any = vars(module).get("config", getattr(type(module), "config", None))
         if getattr(config, "_attn_implementation_internal", None) is not None:

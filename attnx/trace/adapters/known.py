@@ -51,13 +51,15 @@ def bind_known(modules: Iterable[nn.Module], table: Mapping[str, Sequence[Known]
         table: {class name: known classes of that name}; the first that describes a block is taken.
     """
     undo: list[Callable[[], None]] = []
+    found: dict[Any, Known | None] = {}  # by class
     for module in modules:
-        kind = type(module)
-        classes = table.get(kind.__name__, ())
-        if classes and own_forward_only(module):
-            known = next((known for known in classes if _describes(known, kind.forward)), None)
-            if known is not None:
-                undo.append(bind(module, known.forward))
+        kind: Any = type(module)
+        if kind not in found:
+            classes = table.get(kind.__name__, ())
+            found[kind] = next((known for known in classes if _describes(known, kind.forward)), None)
+        known = found[kind]
+        if known is not None and own_forward_only(module):
+            undo.append(bind(module, known.forward))
     return undo
 
 

@@ -4,16 +4,14 @@ import sys
 
 from torch import nn
 
-from attnx.trace.structure import structure_of
+from attnx.trace.structure import Structure
 
 _WRAPPERS = ("FSDPModule", "FullyShardedDataParallel")
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """True if the model is sharded: its modules must run to their end, so that hooks free the gathered weights."""
-    if "torch.distributed.fsdp" not in sys.modules:
-        return False
-    return bool(structure_of(model).where(_is_wrapper))
+def is_sharded(structure: Structure) -> bool:
+    """True if a model is sharded: its modules must run to their end, so that hooks free the gathered weights."""
+    return "torch.distributed.fsdp" in sys.modules and bool(structure.where(_is_wrapper))
 
 
 def _is_wrapper(module: nn.Module) -> bool:

@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 
 from attnx.trace.adapters.switches import On
-from attnx.trace.structure import structure_of
+from attnx.trace.structure import Structure
 
 
-def use_sdpa(model: nn.Module) -> list[Callable[[], None]]:
+def use_sdpa(structure: Structure) -> list[Callable[[], None]]:
     """Set `fused_attn` where it is False; returns functions that restore it."""
     undo: list[Callable[[], None]] = []
     module: Any
-    for _, module in structure_of(model).where(_has_flag):
+    for _, module in structure.where(_has_flag):
         # vars() instead of getattr: a failed lookup by nn.Module.__getattr__ takes microseconds.
         if vars(module).get("fused_attn", getattr(type(module), "fused_attn", True)) is False:
             module.fused_attn = On(True)

@@ -1,4 +1,4 @@
-"""Clones of a block's own forward that call another `scaled_dot_product_attention`, without an interceptor."""
+"""Clones of a block's own forward that call another `scaled_dot_product_attention`."""
 
 import dis
 from collections.abc import Callable
@@ -14,34 +14,34 @@ from attnx.trace.adapters.mha import MHA, SDPA, multi_head_attention
 from attnx.trace.adapters.switches import own_forward_only
 
 
-def own_forward(module: nn.Module, sdpa: Callable[..., Any]) -> Callable[..., Any] | None:
-    """A clone of the module's forward in which `sdpa` computes the attention; None if there is none.
+class Clones:
+    """Clones of the forwards of blocks, in which `sdpa` computes the attention; blocks of a class share one.
 
-    The clone has the same code and other globals: the names of `F.scaled_dot_product_attention`,
+    A clone has the same code and other globals: the names of `F.scaled_dot_product_attention`,
     `F.multi_head_attention_forward` and transformers' table of attention functions refer to `sdpa`. There is no clone
     if the code contains none of these names, so that another function may call SDPA; if the forward is not a plain
     function of the class; or if it writes globals.
     """
-    clone = _clone(module, sdpa)
-    return None if isinstance(clone, str) else clone
 
+    def __init__(self, sdpa: Callable[..., Any]) -> None:
+        self.sdpa = sdpa
+        self._made: dict[Any, Callable[..., Any] | str] = {}  # by the forward of the class
 
-def unbound_reason(module: nn.Module) -> str | None:
-    """The reason that `own_forward` has no clone of the module's forward; None if it has one."""
-    clone = _clone(module, SDPA)
-    return clone if isinstance(clone, str) else None
+    def of(self, block: nn.Module) -> Callable[..., Any] | str:
+        """The clone of the block's forward, or the reason that there is none."""
+        function = getattr(type(block), "forward", None)
+        if not own_forward_only(block):
+            return "its forward was replaced on the instance"
+        if function not in self._made:
+            self._made[function] = self._new(function)
+        return self._made[function]
 
-
-def _clone(module: nn.Module, sdpa: Callable[..., Any]) -> Callable[..., Any] | str:
-    """The clone, or the reason that there is none."""
-    function = getattr(type(module), "forward", None)
-    if not own_forward_only(module):
-        return "its forward was replaced on the instance"
-    if not isinstance(function, FunctionType):
-        return "its forward is not a plain function of its class"
-    if _writes_globals(function.__code__):
-        return "its forward writes global variables"
-    return _with_sdpa(function, sdpa) or "its forward does not call F.scaled_dot_product_attention itself"
+    def _new(self, function: Any) -> Callable[..., Any] | str:
+        if not isinstance(function, FunctionType):
+            return "its forward is not a plain function of its class"
+        if _writes_globals(function.__code__):
+            return "its forward writes global variables"
+        return _with_sdpa(function, self.sdpa) or "its forward does not call F.scaled_dot_product_attention itself"
 
 
 @cache
