@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attnx.kernels.cpu.build import FALLBACK, CacheError, compiled, instructions
 from attnx.ops.backends import map_pool
+from attnx.ops.backends.native_call import Call, filled, rows_contiguous
 from attnx.ops.reducers import Reduction
 from attnx.ops.scores import Scores
 from attnx.ops.statistics import Statistics
@@ -24,25 +25,6 @@ from attnx.ops.statistics import Statistics
 _DTYPES = (torch.float32, torch.bfloat16)
 IMPORTANCE = 16  # as call.h's
 REDUCTIONS = (Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.EACH)  # that call.h has
-_POINTERS = (
-    *("q", "k", "v", "bias", "rows", "lse", "r", "grad", "queries_at", "keys_at"),
-    *("out", "map", "lse_out", "passed", "stats", "scratch"),
-)
-_SIZES = ("B", "H", "Hk", "M", "N", "D", "Dv", "R", "bias_items", "places", "prefix")
-_STRIDES = (("q_stride", 3), ("k_stride", 3), ("v_stride", 3), ("bias_stride", 4), ("grad_stride", 3))
-_KINDS = ("half", "heads", "bias_kind", "causal", "threads", "clamp", "statistics")
-
-
-class _Call(ctypes.Structure):
-    """The `Call` of call.h, field by field."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _SIZES),
-        *((name, ctypes.c_int64 * length) for name, length in _STRIDES),
-        *((name, ctypes.c_int64) for name in _KINDS),
-        ("scale", ctypes.c_double),
-    )
 
 
 def limits(scores: Scores, v: Tensor | None, reduction: Reduction | None) -> list[str]:
@@ -87,16 +69,16 @@ def prepare(
     except ImportError:
         return None
     bias = scores.bias
-    copies = any(_rows_contiguous(t) is not t for t in (scores.q, scores.k, v))
+    copies = any(rows_contiguous(t) is not t for t in (scores.q, scores.k, v))
     if limited or copies or (bias is not None and bias.dtype not in (torch.float32, torch.bool)):
         return None
     run_like, parallel = kernel(instructions()).attnx_run_like, _openmp()
-    out_shape, out_strides, dtype = scores.q.shape[:3] + v.shape[3:], scores.new_output(v).stride(), v.dtype
+    out_shape, out_strides = scores.q.shape[:3] + v.shape[3:], scores.new_output(v).stride()
     map_shape = _map_shape(scores, reduction, None)
-    like = ctypes.byref(_filled(scores, v, reduction=reduction)[0])
+    like = ctypes.byref(filled(scores, v, reduction=reduction)[0])
 
     def compute(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, amap = torch.empty_strided(out_shape, out_strides, dtype=dtype), map_pool.empty(map_shape)
+        out, amap = q.new_empty_strided(out_shape, out_strides), map_pool.empty(map_shape)
         missing = run_like(
             like, q.data_ptr(), k.data_ptr(), v.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
             amap.data_ptr(), torch.get_num_threads(), parallel,
@@ -147,7 +129,7 @@ def gradient_map(
     """The gradient-weighted map, see `ops.functional.gradient_map`."""
     amap = _empty_map(scores, reduction, rows)
     rows, lse = (None if t is None else t.contiguous() for t in (rows, lse))
-    grad = _rows_contiguous(grad)
+    grad = rows_contiguous(grad)
     _run(scores, v, reduction=reduction, clamp=clamp, map=amap, rows=rows, lse=lse, grad=grad)
     return amap
 
@@ -167,7 +149,7 @@ def attention_stats(
 def row_importance(scores: Scores, grad: Tensor, v: Tensor, lse: Tensor | None) -> Tensor:
     """[B,H,M]: the importance of each row, see `ops.row_importance`."""
     importance = scores.q.new_empty(scores.q.shape[:3], dtype=torch.float32)
-    lse, grad = None if lse is None else lse.contiguous(), _rows_contiguous(grad)
+    lse, grad = None if lse is None else lse.contiguous(), rows_contiguous(grad)
     _run(scores, v, statistics=Statistics(IMPORTANCE), stats=importance, lse=lse, grad=grad)
     return importance
 
@@ -182,61 +164,14 @@ def _map_shape(scores: Scores, reduction: Reduction, rows: Tensor | None) -> tup
     return *planes, M if rows is None else len(rows), scores.k.shape[2]
 
 
-def _filled(
-    scores: Scores,
-    v: Tensor | None,
-    *,
-    reduction: Reduction = Reduction.MEAN,
-    clamp: bool = False,
-    rows: Tensor | None = None,
-    statistics: Statistics | None = None,
-    **tensors: Tensor | None,
-) -> tuple[_Call, dict[str, Tensor | None]]:
-    """A Call, and the tensors that it points to; `tensors` are its other pointers by name."""
-    q, k = _rows_contiguous(scores.q), _rows_contiguous(scores.k)
-    v = None if v is None else _rows_contiguous(v)
-    bias = scores.bias
-    if bias is not None:
-        if bias.dtype not in (torch.float32, torch.bool):
-            # Convert the stored part only: an expanded bias may be as large as all the weights.
-            once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride())
-            bias = bias[once].float()
-        bias = bias.expand(-1, q.shape[1], q.shape[2], k.shape[2])
-    (B, H, M, D), (_, Hk, N, _) = q.shape, k.shape
-    call = _Call(B=B, H=H, Hk=Hk, M=M, N=N, D=D, Dv=0 if v is None else v.shape[3])
-    call.R = M if rows is None else len(rows)
-    call.half, call.heads, call.causal = q.dtype == torch.bfloat16, int(reduction), scores.is_causal
-    call.scale, call.threads, call.clamp = scores.scale, torch.get_num_threads(), clamp
-    call.bias_items = 1 if bias is None else bias.shape[0]
-    call.bias_kind = 0 if bias is None else 2 if bias.dtype == torch.bool else 1
-    call.places = 1
-    if statistics is not None:
-        call.statistics, call.prefix, call.places = statistics.which, statistics.prefix, statistics.places
-        tensors |= {"queries_at": statistics.queries_at, "keys_at": statistics.keys_at}
-    pointers = dict(tensors, q=q, k=k, v=v, bias=bias, rows=rows)
-    assert pointers.keys() <= set(_POINTERS), pointers.keys()
-    for name, t in pointers.items():
-        if t is not None:
-            setattr(call, name, t.data_ptr())
-    for name, length in _STRIDES:
-        t = pointers.get(name.removesuffix("_stride"))
-        if t is not None:
-            setattr(call, name, (ctypes.c_int64 * length)(*t.stride()[:length]))
-    return call, pointers
-
-
 def _run(scores: Scores, v: Tensor | None, **arguments: Any) -> None:
     """Fills a Call, as `_filled` does, and runs it."""
     functions = kernel(instructions())
-    call, _kept = _filled(scores, v, **arguments)
+    call, _kept = filled(scores, v, **arguments)
     # Freed after the call: the block's MLP uses the memory next, and malloc returns it at once.
     scratch = torch.empty(functions.attnx_scratch_floats(ctypes.byref(call)), dtype=torch.float32, device="cpu")
     call.scratch = scratch.data_ptr()
     functions.attnx_run(ctypes.byref(call), _openmp())
-
-
-def _rows_contiguous(t: Tensor) -> Tensor:
-    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
 
 
 def kernel(level: str) -> ctypes.CDLL:
@@ -290,7 +225,7 @@ def loaded(path: Path) -> ctypes.CDLL:
     functions.attnx_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     functions.attnx_run_like.restype = ctypes.c_int64
     functions.attnx_run_like.argtypes = (*(ctypes.c_void_p,) * 7, ctypes.c_int64, ctypes.c_void_p)
-    if functions.attnx_call_size() != ctypes.sizeof(_Call):
+    if functions.attnx_call_size() != ctypes.sizeof(Call):
         raise CacheError("the compiled CPU kernel is of another version")
     return functions
 

@@ -20,20 +20,17 @@ _MOST = 1024  # plans; when there are more, all are dropped
 _LOCAL = threading.local()
 
 
-class _Pointer(NamedTuple):
-    """An argument of a launch: the address of an input, or of an allocation, which are numbered after the inputs."""
-
-    position: int
-    tensor: int
-    box: Any = None  # the Box that the tensor was, whose descriptor is the argument
-
-
 class _Step(NamedTuple):
-    """A launch: a compiled kernel with its grid, all its arguments, and those to fill in."""
+    """A launch: a compiled kernel with its grid, all its arguments, and those to fill in.
+
+    pointers: (position, number) of each argument that is the address of an input, or of an allocation. Allocations are
+    numbered after the inputs. boxes: the same of tensors whose descriptors are arguments, with the box.
+    """
 
     launch: Callable[..., None]
     args: list[Any]
-    pointers: tuple[_Pointer, ...]
+    pointers: tuple[tuple[int, int], ...]
+    boxes: tuple[tuple[int, int, Any], ...]
 
 
 class _Allocation(NamedTuple):
@@ -67,10 +64,12 @@ class Plan(NamedTuple):
                 return self.run(first, addresses)
         made = [first.new_empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self.allocations]
         addresses += [t.data_ptr() for t in made]
-        for launch, fixed, pointers in self.steps:
+        for launch, fixed, pointers, boxes in self.steps:
             args = fixed.copy()
-            for position, tensor, box in pointers:
-                args[position] = addresses[tensor] if box is None else box.descriptor(addresses[tensor])
+            for position, tensor in pointers:
+                args[position] = addresses[tensor]
+            for position, tensor, box in boxes:
+                args[position] = box.descriptor(addresses[tensor])
             launch(*args)
         return made[self.results[0]] if self.single else tuple(made[i] for i in self.results)
 
@@ -90,16 +89,20 @@ class _Recording:
         if compiled is None:
             self.possible = False
             return
-        args, pointers = [], []
+        args: list[Any] = []
+        pointers, boxes = [], []
         for position, name in enumerate(launch.kernel.arg_names):
             value = launch.all_args[name]
             box = None if isinstance(value, Tensor) or not hasattr(value, "descriptor") else value
             t = value if box is None else box.tensor
             if isinstance(t, Tensor):
-                pointers.append(_Pointer(position, self._number(t), None if box is None else box.without_tensor()))
+                if box is None:
+                    pointers.append((position, self._number(t)))
+                else:
+                    boxes.append((position, self._number(t), box.without_tensor()))
                 value = None
             args.append(value)
-        self.steps.append(_Step(compiled[(*launch.grid, 1, 1)[:3]], args, tuple(pointers)))
+        self.steps.append(_Step(compiled[(*launch.grid, 1, 1)[:3]], args, tuple(pointers), tuple(boxes)))
 
     def plan(self, result: Any) -> Plan | None:
         """The plan of the noted launches; None if these read or wrote parts of tensors, or did not write the result."""
