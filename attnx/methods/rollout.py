@@ -197,7 +197,7 @@ def _rollout(
 def _weights(records: Sequence[LayerRecord | PatchMerge], residual: float) -> dict[int, Tensor]:
     """{id of a record: 1 / row sums of M_l, [B, 1, M]}, computed together for maps of one shape with fused heads.
 
-    None for rows that sum to 1.
+    Records whose rows sum to 1 have none.
     """
     chosen = [r for r in records if isinstance(r, MapRecord) and r.amap.dim() == 3 and not r.rows_sum_to_one]
     if len({record.shape for record in chosen}) != 1:

@@ -45,12 +45,13 @@ def signature(
         options: all other arguments.
     """
     tensors = (q, k, v) if bias is None else (q, k, v, bias)
+    if torch.compiler.is_compiling():
+        return None
     if not (_PLAIN.issuperset(map(type, tensors)) and _OPTIONS.issuperset(map(type, options))):
         return None
     device = q.device
     if (
-        torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         or _tracing_state() is not None
         or _dispatch_modes() > 0
         or _transforms() is not None
