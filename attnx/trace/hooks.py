@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from attnx.trace.adapters.switches import DOES_NOTHING
-from attnx.trace.explicit import Weights, note_unused
+from attnx.trace.explicit import note_unused
 from attnx.trace.folding import Around
 from attnx.trace.grids import grid_of, mixes_tokens
+from attnx.trace.own_weights import Weights
 
 if TYPE_CHECKING:
     from attnx.trace.interceptor import Interceptor
