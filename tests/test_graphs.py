@@ -1,4 +1,4 @@
-"""Which calls are recorded and replayed, and when graphs are dropped; with recordings that run on any device."""
+"""Recorded and replayed calls of a function, and dropped graphs; with recordings that run on any device."""
 
 import warnings
 

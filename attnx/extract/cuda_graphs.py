@@ -65,8 +65,8 @@ class CudaGraph:
 class Graphs:
     """Calls a function, by graphs that it records. A graph is checked once: it must give what the function gives.
 
-    At most four graphs are kept, those used last, in at most a quarter of the GPU's memory. All are dropped when the
-    state changes.
+    At most four graphs are kept, those used last, in at most a quarter of the GPU's memory. Without `auto`, the newest
+    is kept whatever it takes. All are dropped when the state changes.
 
     Attributes:
         problem: the reason that no more graphs are recorded; "" if they are.
@@ -120,7 +120,7 @@ class Graphs:
         except ValueError as error:
             if not self.auto:
                 raise ValueError(f"compile: {error}") from error
-            self._warn(str(error))
+            self._warn(str(error), stacklevel=4)
             return self.function(x)
         if state != self._state:
             self._kept.clear()
@@ -159,17 +159,17 @@ class Graphs:
         """Drop all graphs for good."""
         self.problem = problem
         self._kept.clear()
-        self._warn(problem)
+        self._warn(problem, stacklevel=6)
 
-    def _warn(self, problem: str) -> None:
-        """Warn once for each reason."""
+    def _warn(self, problem: str, stacklevel: int) -> None:
+        """Warn once for each reason, in the line of the user's call."""
         if problem not in self._warned:
             self._warned.add(problem)
-            warnings.warn(f"attnx: Extractor runs without CUDA graphs: {problem}", stacklevel=6)
+            warnings.warn(f"attnx: Extractor runs without CUDA graphs: {problem}", stacklevel=stacklevel)
 
 
 def _kind(x: Tensor) -> Hashable:
-    """What a graph depends on in its input, and in the settings of torch."""
+    """The properties of the input, and the settings of torch, that a graph depends on."""
     device = x.device.type
     settings = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.get_float32_matmul_precision()
     return x.shape, x.dtype, x.stride(), x.device, settings, torch.are_deterministic_algorithms_enabled()

@@ -59,11 +59,11 @@ class Extractor:
         dtype: dtype of autocast; None: no autocast.
         channels_last: convert the images to torch's channels-last memory format.
         compile: record the computation from images to maps as CUDA graphs, one for each shape of images. This removes
-            the Python overhead that dominates at small batch sizes. The pass must depend on nothing but its images and
-            the model's weights, which may be written in place. True: a graph is recorded at the first call with a
-            shape, and an error is raised where that fails. "auto": at the second call, on GPUs; where it fails, one
-            warning says why, and the model runs without graphs. A graph must give the maps that the model gives. The
-            four graphs used last are kept, in at most a quarter of the GPU's memory, see `graph_nbytes`.
+            the Python overhead of small batches. The pass must depend on nothing but its images and the model's
+            weights, which may be written in place. True: record at the first call with a shape, or raise an error.
+            "auto": at the second call, on GPUs; where that fails, one warning says why, and the model runs without
+            graphs. A graph must give the maps that the model gives. The four used last are kept, in at most a quarter
+            of the GPU's memory (with True, the newest in any case), see `graph_nbytes`.
         backend: as in `attnx.attention`.
         model_kwargs: further arguments of each call of the model, such as interpolate_pos_encoding=True.
         options: further arguments of `attnx.rollout` (residual, discard, start, preset, query); for "token": token, its
@@ -154,8 +154,9 @@ class Extractor:
             weights must not become inference tensors.
 
         Raises:
-            ValueError: as in `attnx.capture` and the method.
-            RuntimeError: as in `attnx.capture`; or the layers that attend differ from those of the plan.
+            ValueError: as in `attnx.capture` and the method; compile=True with a model that has hooks.
+            RuntimeError: as in `attnx.capture`; or the layers that attend differ from those of the plan; or
+                compile=True with a pass that can't be recorded.
         """
         check_images(images)
         if self.model.training:

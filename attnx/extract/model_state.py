@@ -1,4 +1,4 @@
-"""What a recorded pass of a model depends on, so that it is not replayed after a change."""
+"""The state of a model that a recorded pass depends on, so that it is not replayed after a change."""
 
 from typing import Any
 

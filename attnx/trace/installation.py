@@ -1,4 +1,4 @@
-"""What a capture adds to the modules of a model, and removes again: hooks, clones of forwards, switches to SDPA."""
+"""Adds hooks, clones of forwards and switches to SDPA to the modules of a model for a capture, and removes them."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
