@@ -94,6 +94,7 @@ class _Table:
     def __init__(self, table: Any, sdpa: Callable[..., Any]) -> None:
         self.table = table
         self.sdpa = sdpa
+        self._made: dict[FunctionType, Callable[..., Any]] = {}
 
     def __getitem__(self, name: str) -> Any:
         return self._replaced(self.table[name])
@@ -102,4 +103,8 @@ class _Table:
         return self._replaced(self.table.get_interface(name, default))
 
     def _replaced(self, function: Any) -> Any:
-        return (isinstance(function, FunctionType) and _with_sdpa(function, self.sdpa)) or function
+        if not isinstance(function, FunctionType):
+            return function
+        if function not in self._made:
+            self._made[function] = _with_sdpa(function, self.sdpa) or function
+        return self._made[function]
